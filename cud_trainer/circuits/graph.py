@@ -1,0 +1,84 @@
+"""The residual-stream graph of a decoder: which component can write into which."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes and edges of a pre-norm decoder with sequential blocks.
+
+    Sources, in depth order: `input` (token embedding), then per layer the attention heads `a{l}.h{i}` (after W_O,
+    without its bias) and the MLP `m{l}`. Destinations: per layer the inputs of the query heads `a{l}.h{i}.q`, key heads
+    `a{l}.h{i}.k` and value heads `a{l}.h{i}.v`, then `m{l}`; last `logits`. An edge runs from each source to each later
+    destination; the heads of a layer reach the MLP of that layer.
+
+    Attributes:
+        n_layers, n_heads: of the decoder.
+        n_kv_heads: number of key (and value) destinations per layer: the model's key/value heads, or `n_heads` when
+            grouped heads are scored per query head.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+
+    @property
+    def sources_per_layer(self) -> int:
+        return self.n_heads + 1
+
+    @property
+    def destinations_per_layer(self) -> int:
+        return self.n_heads + 2 * self.n_kv_heads + 1
+
+    @cached_property
+    def sources(self) -> list[str]:
+        names = ["input"]
+        for layer in range(self.n_layers):
+            names += [f"a{layer}.h{head}" for head in range(self.n_heads)] + [f"m{layer}"]
+        return names
+
+    @cached_property
+    def destinations(self) -> list[str]:
+        names = []
+        for layer in range(self.n_layers):
+            names += [f"a{layer}.h{head}.q" for head in range(self.n_heads)]
+            names += [f"a{layer}.h{head}.{part}" for part in "kv" for head in range(self.n_kv_heads)]
+            names.append(f"m{layer}")
+        return [*names, "logits"]
+
+    def sources_before_attention(self, layer: int) -> int:
+        """How many sources (a prefix of `sources`) can reach q, k and v of `layer`; `n_layers` stands for the end."""
+        return 1 + layer * self.sources_per_layer
+
+    def sources_before_mlp(self, layer: int) -> int:
+        """How many sources (a prefix of `sources`) can reach the MLP of `layer`."""
+        return self.sources_before_attention(layer) + self.n_heads
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """True where an edge exists, bool `[n_sources, n_destinations]`."""
+        mask = torch.zeros(len(self.sources), len(self.destinations), dtype=torch.bool)
+        for layer in range(self.n_layers):
+            start = layer * self.destinations_per_layer
+            end = start + self.destinations_per_layer
+            mask[: self.sources_before_attention(layer), start : end - 1] = True
+            mask[: self.sources_before_mlp(layer), end - 1] = True
+        mask[:, -1] = True
+        return mask
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.mask.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the node names and edges (16 hex digits): circuits are comparable only when it is equal."""
+        text = ",".join(self.sources) + "|" + ",".join(self.destinations)
+        return hashlib.sha256(text.encode() + self.mask.numpy().tobytes()).hexdigest()[:16]

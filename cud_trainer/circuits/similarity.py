@@ -1,0 +1,45 @@
+"""Distances between circuit vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """`1 - cos(a, b)`, in [0, 2]; NaN when either vector is zero (an empty circuit has no direction)."""
+    norms = a.norm(dim=-1) * b.norm(dim=-1)
+    return 1 - (a * b).sum(-1) / norms.where(norms > 0, torch.full_like(norms, torch.nan))
+
+
+def jaccard_distance(a: Tensor, b: Tensor) -> Tensor:
+    """`1 - sum min(|a|, |b|) / sum max(|a|, |b|)`, in [0, 1]; the usual Jaccard distance for binary vectors.
+
+    NaN when both are zero.
+    """
+    a, b = a.abs(), b.abs()
+    union = torch.maximum(a, b).sum(-1)
+    return 1 - torch.minimum(a, b).sum(-1) / union.where(union > 0, torch.full_like(union, torch.nan))
+
+
+def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of the edge indicators, in [0, 1]; the usual Hamming distance for binary vectors.
+
+    Vectors are reduced to indicators (non-zero) unless they lie in [0, 1] already, as the mean of binary ones does.
+    """
+    return (_indicator(a) - _indicator(b)).abs().mean(-1)
+
+
+def _indicator(x: Tensor) -> Tensor:
+    inside = bool((x >= 0).all() and (x <= 1).all())
+    return x if inside else (x != 0).to(x.dtype)
+
+
+DISTANCES = {"cosine": cosine_distance, "jaccard": jaccard_distance, "hamming": hamming_distance}
+
+
+def distance(a: Tensor, b: Tensor, kind: str = "cosine") -> Tensor:
+    """Distance between circuit vectors along the last axis (broadcasting); `ValueError` for an unknown kind."""
+    if kind not in DISTANCES:
+        raise ValueError(f"unknown circuit distance {kind!r}; choose one of {sorted(DISTANCES)}")
+    return DISTANCES[kind](a, b)

@@ -1,0 +1,313 @@
+"""Forget and retain samples: from the formats users have to token ids with an answer mask, and paired batches.
+
+Every later stage works on a *prepared* dataset: a `datasets.Dataset` with the columns `sample_id` (str), `input_ids`
+and `labels` (-100 outside the answer), plus the user's group columns if any. Row `i` of a prepared dataset is row `i`
+of the input: nothing is shuffled, truncated or dropped, a sample that cannot be used is an error that names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+FORMATS = {
+    "tokenised": ("input_ids", "labels"),
+    "prompt-completion": ("prompt", "completion"),
+    "conversational": ("messages",),
+    "question-answer": ("question", "answer"),
+    "text": ("text",),
+}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless `tokenizer` can end and pad a sequence."""
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer '{name}' has no eos token: set `tokenizer.eos_token`")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"tokenizer '{name}' has no pad token: set `tokenizer.pad_token` (for example to the eos token)"
+        )
+
+
+def detect_format(columns: Sequence[str], name: str) -> str:
+    """The first entry of `FORMATS` whose columns are all present; `ValueError` when there is none."""
+    for format_name, needed in FORMATS.items():
+        if all(column in columns for column in needed):
+            return format_name
+    known = "; ".join(" + ".join(needed) for needed in FORMATS.values())
+    raise ValueError(f"{name} dataset has columns {sorted(columns)}; expected one of: {known}")
+
+
+def prepare_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    name: str = "forget",
+    keep_columns: Sequence[str] = (),
+) -> Dataset:
+    """Tokenise `dataset` and mark the answer tokens.
+
+    Formats (first match wins): `input_ids` + `labels`; `prompt` + `completion`, strings or lists of messages;
+    `messages` (the last message, which must be the assistant's, is the answer, the ones before are its context);
+    `question` + `answer` (TOFU; goes through the chat template when the tokenizer has one, else
+    `"Question: ...\\nAnswer: ..."`); `text` (every token is answer). Strings get an eos token at the end, as in TRL.
+
+    Args:
+        dataset: map-style dataset.
+        tokenizer: with eos and pad tokens.
+        max_length: the longest sequence in tokens, `None` for no limit.
+        name: what to call the dataset in errors.
+        keep_columns: further columns to carry along (for example an author or topic column).
+
+    Returns:
+        `Dataset` with `sample_id` (column `sample_id` or `id` if present, else a hash of the content), `input_ids`,
+        `labels` and `keep_columns`, in the input's order.
+
+    Raises:
+        ValueError: for a missing, empty or iterable dataset, unknown columns, an empty answer, an answer that does not
+            fit into `max_length`, or duplicate ids. The message names the sample.
+    """
+    if dataset is None:
+        raise ValueError(f"{name} dataset is missing")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "column_names"):
+        raise ValueError(f"{name} dataset must be a map-style `datasets.Dataset`, not {type(dataset).__name__}")
+    if isinstance(dataset.column_names, dict):
+        raise ValueError(f"{name} dataset is a DatasetDict: choose a split, one of {list(dataset.column_names)}")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} dataset is empty")
+    check_tokenizer(tokenizer)
+    missing = [column for column in keep_columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(f"{name} dataset has no column {missing[0]!r}; it has {sorted(dataset.column_names)}")
+    kind = detect_format(dataset.column_names, name)
+    id_column = next((column for column in ("sample_id", "id") if column in dataset.column_names), None)
+
+    ids: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for index, row in enumerate(dataset):
+        where = f"{name} sample {index}" if id_column is None else f"{name} sample {row[id_column]!r}"
+        if id_column is not None and row[id_column] is None:
+            raise ValueError(f"{name} sample {index} has no {id_column}")
+        prompt, tokens = _tokenise(row, kind, tokenizer, where)
+        sample_id = str(row[id_column]) if id_column is not None else _content_id(tokens, prompt)
+        if id_column is None:
+            where = f"{name} sample {sample_id} (row {index})"
+        _check_answer(prompt, tokens, row, kind, max_length, where)
+        ids.append(sample_id)
+        labels = list(row["labels"]) if kind == "tokenised" else [IGNORE_INDEX] * prompt + tokens[prompt:]
+        rows.append({"sample_id": sample_id, "input_ids": tokens, "labels": labels})
+    _check_unique(ids, name)
+
+    columns: dict[str, list] = {key: [row[key] for row in rows] for key in ("sample_id", "input_ids", "labels")}
+    for column in keep_columns:
+        columns[column] = list(dataset[column])
+    return Dataset.from_dict(columns)
+
+
+def check_disjoint(forget: Dataset, retain: Dataset) -> None:
+    """Raise `ValueError` naming the first sample that is in both prepared datasets, by id or by content."""
+    retain_ids = set(retain["sample_id"])
+    retain_content = {tuple(tokens): sample_id for sample_id, tokens in _ids_and_tokens(retain)}
+    for sample_id, tokens in _ids_and_tokens(forget):
+        if sample_id in retain_ids:
+            raise ValueError(f"sample {sample_id!r} is in both the forget and the retain dataset")
+        if tuple(tokens) in retain_content:
+            other = retain_content[tuple(tokens)]
+            raise ValueError(f"forget sample {sample_id!r} has the same content as retain sample {other!r}")
+
+
+def dataset_fingerprint(prepared: Dataset) -> str:
+    """Hash of ids, tokens and answer masks (16 hex digits): same samples in the same order, same fingerprint."""
+    digest = hashlib.sha256()
+    for sample_id, tokens, labels in zip(
+        prepared["sample_id"], prepared["input_ids"], prepared["labels"], strict=True
+    ):
+        digest.update(f"{sample_id}|{list(tokens)}|{list(labels)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def pad_batch(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Right-pad prepared samples into `input_ids`, `attention_mask`, `labels`, each int64 `[batch, length]`."""
+    length = max(len(sample["input_ids"]) for sample in samples)
+    batch = {
+        "input_ids": torch.full((len(samples), length), pad_token_id),
+        "attention_mask": torch.zeros(len(samples), length, dtype=torch.long),
+        "labels": torch.full((len(samples), length), IGNORE_INDEX),
+    }
+    for row, sample in enumerate(samples):
+        size = len(sample["input_ids"])
+        batch["input_ids"][row, :size] = torch.as_tensor(sample["input_ids"])
+        batch["attention_mask"][row, :size] = 1
+        batch["labels"][row, :size] = torch.as_tensor(sample["labels"])
+    return batch
+
+
+def length_sorted_batches(
+    prepared: Dataset,
+    batch_size: int,
+    pad_token_id: int,
+    *,
+    device: torch.device | str = "cpu",
+    desc: str | None = None,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Yield `(row indices, padded batch)` over the whole dataset, samples of similar length together.
+
+    Args:
+        desc: label of a progress bar; `None` shows none.
+    """
+    samples = [
+        {"input_ids": tokens, "labels": labels}
+        for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True)
+    ]
+    order = sorted(range(len(samples)), key=lambda index: (-len(samples[index]["input_ids"]), index))
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with tqdm(total=len(samples), desc=desc, disable=desc is None, unit="sample", leave=False) as bar:
+        for chunk in chunks:
+            batch = pad_batch([samples[index] for index in chunk], pad_token_id)
+            yield chunk, {key: value.to(device) for key, value in batch.items()}
+            bar.update(len(chunk))
+
+
+@dataclass
+class PairedCollator:
+    """Turns rows of a schedule into one batch `[forget rows ; retain rows]`, so that a step is one forward pass.
+
+    A row is `{"row", "forget_index", "retain_index", "weight", "retain_scale"}` with positions into the prepared
+    datasets. The batch has `input_ids`, `attention_mask`, `labels` of shape `[2 B, length]` (or `[B, length]` without a
+    retain set) and the row's values as tensors of shape `[B]`.
+    """
+
+    forget: Dataset
+    retain: Dataset | None
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "forget_index" not in rows[0]:  # an evaluation batch of plain prepared samples
+            return pad_batch(rows, self.pad_token_id)
+        samples = [self.forget[int(row["forget_index"])] for row in rows]
+        if self.retain is not None:
+            samples += [self.retain[int(row["retain_index"])] for row in rows]
+        batch = pad_batch(samples, self.pad_token_id)
+        if self.pad_to_multiple_of:
+            extra = -batch["input_ids"].shape[1] % self.pad_to_multiple_of
+            fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+            for key, value in fill.items():
+                batch[key] = torch.nn.functional.pad(batch[key], (0, extra), value=value)
+        for key in ("row", "forget_index", "retain_index"):
+            batch[key] = torch.tensor([int(row[key]) for row in rows])
+        for key in ("weight", "retain_scale"):
+            batch[key] = torch.tensor([float(row[key]) for row in rows])
+        return batch
+
+
+def _tokenise(
+    row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[int, list[int]]:
+    """`(number of prompt tokens, all tokens)` of one row."""
+    if kind == "tokenised":
+        labels = list(row["labels"])
+        if len(labels) != len(row["input_ids"]):
+            raise ValueError(f"{where}: labels and input_ids differ in length")
+        first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        return first, list(row["input_ids"])
+    if kind == "text":
+        return 0, _with_eos(tokenizer(_filled(row["text"], "text", where))["input_ids"], tokenizer)
+    if kind == "conversational":
+        messages = row["messages"]
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(f"{where}: the last message must be the assistant's, it is what will be forgotten")
+        prompt, completion = messages[:-1], messages[-1:]
+    elif kind == "question-answer":
+        question, answer = row["question"], _filled(row["answer"], "answer", where)
+        if tokenizer.chat_template:
+            prompt = [{"role": "user", "content": question}]
+            completion = [{"role": "assistant", "content": answer}]
+        else:
+            prompt, completion = f"Question: {question}\nAnswer:", f" {answer}"
+    else:
+        prompt, completion = row["prompt"], row["completion"]
+
+    if isinstance(prompt, str):
+        _filled(completion, "completion", where)
+        start = tokenizer(prompt)["input_ids"]
+        full = _with_eos(tokenizer(prompt + completion)["input_ids"], tokenizer)
+    else:
+        if not tokenizer.chat_template:
+            raise ValueError(f"{where}: the data is conversational but the tokenizer has no chat template")
+        _filled(completion[-1]["content"] if completion else None, "assistant message", where)
+        # An opening with no user turn has no generation prompt to share with the full chat.
+        start = _chat(tokenizer, prompt, add_generation_prompt=True) if prompt else []
+        full = _chat(tokenizer, [*prompt, *completion], add_generation_prompt=False)
+    return _common_prefix(start, full), full
+
+
+def _filled(value: Any, what: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: its {what} is empty")
+    return value
+
+
+def _with_eos(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    tokens = list(tokens)
+    return tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> list[int]:
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def _common_prefix(start: list[int], full: list[int]) -> int:
+    """Where the answer starts: a tokenizer may merge the end of the prompt with the start of the answer."""
+    shared = 0
+    while shared < min(len(start), len(full)) and start[shared] == full[shared]:
+        shared += 1
+    return shared
+
+
+def _check_answer(
+    prompt: int, tokens: list[int], row: dict[str, Any], kind: str, max_length: int | None, where: str
+) -> None:
+    if kind == "tokenised":
+        answers = sum(label != IGNORE_INDEX for label in row["labels"][1:])
+    else:
+        answers = len(tokens) - max(prompt, 1)  # the first token of a sequence cannot be predicted
+    if answers < 1:
+        raise ValueError(f"{where}: it has no answer token that can be predicted")
+    if max_length is not None and len(tokens) > max_length:
+        raise ValueError(
+            f"{where}: its answer ends at token {len(tokens)}, beyond max_length={max_length}; "
+            "raise max_length or shorten the sample (answers are never cut silently)"
+        )
+
+
+def _check_unique(ids: list[str], name: str) -> None:
+    first: dict[str, int] = {}
+    for index, sample_id in enumerate(ids):
+        if sample_id in first:
+            raise ValueError(
+                f"{name} dataset has the id {sample_id!r} twice (rows {first[sample_id]} and {index}); "
+                "remove the duplicate or give the rows distinct `sample_id`s"
+            )
+        first[sample_id] = index
+
+
+def _content_id(tokens: list[int], prompt: int) -> str:
+    return hashlib.sha256(f"{prompt}|{tokens}".encode()).hexdigest()[:16]
+
+
+def _ids_and_tokens(prepared: Dataset) -> Iterator[tuple[str, list[int]]]:
+    return zip(prepared["sample_id"], prepared["input_ids"], strict=True)

@@ -1,0 +1,92 @@
+"""Log-probabilities of answer tokens: the one place that scores text with a model.
+
+Training, reference quantities, difficulty and evaluation all go through `score_answers`, so that a probability in a
+report is the same number the loss was made of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import IGNORE_INDEX
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that follow the mask, so that left padding does not shift rotary or learned positions."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass
+class AnswerScores:
+    """Scores of the answer tokens of a batch, on the `K` positions at which any row predicts an answer token.
+
+    Attributes:
+        token_logps: log p(token | prefix), `[B, K]`, 0 outside the answer; float32 or wider, differentiable.
+        mask: True on answer tokens, `[B, K]`.
+        targets: the token ids, `[B, K]`, 0 outside the answer.
+        logits: `[B, K, vocabulary]`, in the model's dtype.
+    """
+
+    token_logps: Tensor
+    mask: Tensor
+    targets: Tensor
+    logits: Tensor
+
+    @property
+    def logps(self) -> Tensor:
+        """Log-probability of the whole answer, `[B]`."""
+        return self.token_logps.sum(-1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of answer tokens, `[B]`, at least 1."""
+        return self.mask.sum(-1).clamp(min=1)
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """Mean log-probability of the answer tokens, `[B]`."""
+        return self.logps / self.lengths
+
+    def __getitem__(self, rows: slice) -> AnswerScores:
+        return AnswerScores(self.token_logps[rows], self.mask[rows], self.targets[rows], self.logits[rows])
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """Indices `[K]` of the positions whose *next* token is an answer token in any row of `labels` `[B, T]`."""
+    return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(-1)
+
+
+def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inputs: Any) -> AnswerScores:
+    """Teacher-forced scores of the answers in `batch`.
+
+    Only the positions that predict answer tokens go through the vocabulary projection.
+
+    Args:
+        model: causal LM (bare, PEFT or wrapped by accelerate).
+        batch: `input_ids`, `attention_mask`, `labels` (-100 outside the answer), each `[B, T]`, any padding side.
+        model_inputs: passed to the model (for example `inputs_embeds`, which replaces `input_ids`).
+    """
+    labels = batch["labels"]
+    kept = answer_positions(labels)
+    if "inputs_embeds" not in model_inputs:
+        model_inputs["input_ids"] = batch["input_ids"]
+    logits = model(
+        attention_mask=batch["attention_mask"],
+        position_ids=position_ids(batch["attention_mask"]),
+        logits_to_keep=kept,
+        use_cache=False,
+        **model_inputs,
+    ).logits
+    if logits.shape[1] != len(kept):  # an architecture that ignores `logits_to_keep`
+        logits = logits[:, kept.to(logits.device)]
+    labels = labels.to(logits.device)[:, kept.to(logits.device) + 1]
+    mask = labels != IGNORE_INDEX
+    targets = labels.masked_fill(~mask, 0)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    negative = torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
+    token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
+    return AnswerScores(token_logps, mask, targets, logits)

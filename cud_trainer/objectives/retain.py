@@ -1,0 +1,39 @@
+"""Retain losses: what keeps the model useful while it forgets. Pure, one loss per sample, answer tokens only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RETAIN_LOSSES = ("none", "nll", "kl")
+
+
+def retain_nll(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the answer tokens, `[B]`."""
+    return -logps / lengths
+
+
+def retain_kl(logits: Tensor, mask: Tensor, reference_logps: Tensor, reference_ids: Tensor) -> Tensor:
+    """KL(p_r ‖ p) to the model before unlearning, mean over answer tokens, `[B]`.
+
+    The reference distribution is given by its `k` largest log-probabilities; all other tokens form one further
+    outcome. With `k` = vocabulary size this is the exact divergence; below, merging outcomes can only lower it (data
+    processing inequality).
+
+    Args:
+        logits: `[B, K, V]` of the current model.
+        mask: True on answer tokens, `[B, K]`.
+        reference_logps, reference_ids: top-k log-probabilities and token ids of the reference, `[B, K, k]`.
+    """
+    current = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    top = current.gather(-1, reference_ids)
+    reference = reference_logps.to(top.dtype)
+    divergence = (reference.exp() * (reference - top)).sum(-1)
+    if reference_ids.shape[-1] < logits.shape[-1]:
+        tiny = torch.finfo(top.dtype).tiny
+        reference_rest = (1 - reference.exp().sum(-1)).clamp(min=tiny)
+        rest = (1 - top.exp().sum(-1)).clamp(min=tiny)
+        # Where float rounding leaves no reference mass in the tail there is nothing to keep.
+        tail = reference_rest * (reference_rest.log() - rest.log())
+        divergence = divergence + torch.where(reference_rest > 1e-6, tail, torch.zeros_like(tail))
+    return (divergence * mask).sum(-1) / mask.sum(-1).clamp(min=1)
