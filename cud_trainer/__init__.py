@@ -1,0 +1,29 @@
+"""Difficulty-aware LLM unlearning for the Hugging Face stack."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import CUDConfig as CUDConfig
+    from .difficulty import DifficultyScores as DifficultyScores
+    from .schedule import Schedule as Schedule
+    from .scoring import score_difficulty as score_difficulty
+    from .trainer import CUDTrainer as CUDTrainer
+
+# Loaded on first use: `cud --help` should not wait for torch.
+_EXPORTS = {
+    "CUDConfig": ".config",
+    "CUDTrainer": ".trainer",
+    "DifficultyScores": ".difficulty",
+    "Schedule": ".schedule",
+    "score_difficulty": ".scoring",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

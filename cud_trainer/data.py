@@ -129,9 +129,7 @@ def check_disjoint(forget: Dataset, retain: Dataset) -> None:
 def dataset_fingerprint(prepared: Dataset) -> str:
     """Hash of ids, tokens and answer masks (16 hex digits): same samples in the same order, same fingerprint."""
     digest = hashlib.sha256()
-    for sample_id, tokens, labels in zip(
-        prepared["sample_id"], prepared["input_ids"], prepared["labels"], strict=True
-    ):
+    for sample_id, tokens, labels in zip(prepared["sample_id"], prepared["input_ids"], prepared["labels"], strict=True):
         digest.update(f"{sample_id}|{list(tokens)}|{list(labels)}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -211,9 +209,7 @@ class PairedCollator:
         return batch
 
 
-def _tokenise(
-    row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[int, list[int]]:
+def _tokenise(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, list[int]]:
     """`(number of prompt tokens, all tokens)` of one row."""
     if kind == "tokenised":
         labels = list(row["labels"])

@@ -127,9 +127,7 @@ def edge_attributions(
     answer = _detached(scores)
     attention_mask = batch["attention_mask"].bool()
     result = _contract(recorder, graph, embeddings, attention_mask)
-    return EdgeAttributions(
-        result.cpu(), graph, value.detach().cpu(), answer.mean_logps.cpu(), answer.lengths.cpu()
-    )
+    return EdgeAttributions(result.cpu(), graph, value.detach().cpu(), answer.mean_logps.cpu(), answer.lengths.cpu())
 
 
 def attribute_dataset(

@@ -23,16 +23,8 @@ def jaccard_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of the edge indicators, in [0, 1]; the usual Hamming distance for binary vectors.
-
-    Vectors are reduced to indicators (non-zero) unless they lie in [0, 1] already, as the mean of binary ones does.
-    """
-    return (_indicator(a) - _indicator(b)).abs().mean(-1)
-
-
-def _indicator(x: Tensor) -> Tensor:
-    inside = bool((x >= 0).all() and (x <= 1).all())
-    return x if inside else (x != 0).to(x.dtype)
+    """Share of edges that are in exactly one of the two circuits, in [0, 1]; an edge is in where it is not 0."""
+    return ((a != 0) != (b != 0)).to(a.dtype).mean(-1)
 
 
 DISTANCES = {"cosine": cosine_distance, "jaccard": jaccard_distance, "hamming": hamming_distance}

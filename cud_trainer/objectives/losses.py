@@ -78,9 +78,7 @@ def gradient_difference(logps: Tensor, lengths: Tensor, reference_logps: Tensor 
 
 
 @register_objective("npo", needs_reference=True)
-def negative_preference(
-    logps: Tensor, lengths: Tensor, reference_logps: Tensor | None, *, beta: float = 0.1
-) -> Tensor:
+def negative_preference(logps: Tensor, lengths: Tensor, reference_logps: Tensor | None, *, beta: float = 0.1) -> Tensor:
     """Negative preference optimisation: `-(2/β) log σ(-β (l - l_r))` (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 
     As β -> 0 its gradient becomes that of gradient ascent on `l`.

@@ -125,9 +125,7 @@ class UnlearningLoss:
             model.train(was_training)
         return result
 
-    def __call__(
-        self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference
-    ) -> LossTerms:
+    def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """Per-sample losses of a paired batch, in one forward pass."""
         pairs = len(batch["forget_index"])
         scores = score_answers(model, batch)

@@ -1,0 +1,170 @@
+"""Options of `CUDTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from .objectives import UnlearningLoss
+from .schedule import SCHEDULES, get_schedule
+from .scoring import check_metrics
+
+
+@dataclass
+class CUDConfig(SFTConfig):
+    r"""Configuration of [`CUDTrainer`]: everything in [`~trl.SFTConfig`], and what unlearning adds.
+
+    > Parameters that control the objective
+
+    objective, objective_args, retain_loss, retain_weight, kl_top_k
+
+    > Parameters that control difficulty and schedule
+
+    difficulty, difficulty_args, circuit_args, folds, group_column, schedule, schedule_args, passes, n_buckets
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` 1e-5,
+    > `num_train_epochs` 1 (use `passes`), `train_sampling_strategy` `"sequential"` (the order is in the data),
+    > `logging_nan_inf_filter` `False` (a diverged loss must show), `remove_unused_columns` `False`.
+
+    Raises:
+        ValueError: for an unknown or contradictory option, with the valid values.
+    """
+
+    _VALID_DICT_FIELDS = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        "objective_args",
+        "difficulty_args",
+        "circuit_args",
+        "schedule_args",
+    ]
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "Must stay 1: the run is one pass over the schedule. Use `passes`."}
+    )
+    train_sampling_strategy: str = field(
+        default="sequential",
+        metadata={"help": "Must stay 'sequential': the schedule is the order of the data."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log a non-finite loss as 0. Off, since unlearning can diverge."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay off: the schedule's columns are part of a batch."}
+    )
+
+    objective: str = field(
+        default="npo",
+        metadata={"help": "Forget loss: 'ga', 'graddiff', 'npo', 'simnpo' or a registered one."},
+    )
+    objective_args: dict[str, Any] | str = field(
+        default_factory=dict,
+        metadata={"help": 'Options of the objective, for example {"beta": 0.1} for NPO.'},
+    )
+    retain_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Retain loss: 'none', 'nll' or 'kl'. By default the objective's own ('nll'; 'none' for 'ga')."
+        },
+    )
+    retain_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the retain loss. Tune it first: it decides more than the schedule does."},
+    )
+    kl_top_k: int = field(
+        default=128,
+        metadata={"help": "Tokens of the original distribution kept per position for the KL retain loss."},
+    )
+    difficulty: str | None = field(
+        default="cud",
+        metadata={
+            "help": "Difficulty metric of schedules and buckets ('cud', 'circuit_mass', 'loss', ...), or 'none'."
+        },
+    )
+    difficulty_args: dict[str, Any] | str = field(
+        default_factory=dict,
+        metadata={"help": 'Options of the difficulty metric, for example {"variant": "paper", "k": 200} for CUD.'},
+    )
+    circuit_args: dict[str, Any] | str = field(
+        default_factory=dict,
+        metadata={"help": "Options of edge attribution: method, steps, baseline, metric."},
+    )
+    folds: int = field(default=5, metadata={"help": "Cross-fitting folds: no sample helps to score itself."})
+    group_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the forget dataset (author, topic) whose groups are never split over folds."},
+    )
+    schedule: str = field(
+        default="uniform",
+        metadata={
+            "help": "How difficulty acts: 'uniform', 'inverse_mass', 'upweight_hard', 'upweight_easy', "
+            "'easy_to_hard', 'hard_to_easy' or a registered one."
+        },
+    )
+    schedule_args: dict[str, Any] | str = field(
+        default_factory=dict, metadata={"help": 'Options of the schedule, for example {"strength": 0.5}.'}
+    )
+    passes: int = field(default=5, metadata={"help": "How often each forget sample is trained on."})
+    n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets for logging, equal in size."})
+    overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("objective_args", "difficulty_args", "circuit_args", "schedule_args"):
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, {})
+            elif not isinstance(value, dict):
+                raise ValueError(f"{name} must be a dictionary, got {value!r}")
+        if self.difficulty in ("none", "None", ""):
+            self.difficulty = None
+        loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.kl_top_k)  # type: ignore[arg-type]
+        self.retain_loss = loss.retain_loss
+        get_schedule(self.schedule, self.schedule_args)  # type: ignore[arg-type]
+        if self.difficulty is not None:
+            check_metrics([self.difficulty], {self.difficulty: self.difficulty_args})  # type: ignore[dict-item]
+        elif self.schedule_metric is not None:
+            raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")
+        for name, smallest in (("passes", 1), ("n_buckets", 1), ("folds", 2), ("kl_top_k", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+        if not self.retain_weight >= 0:
+            raise ValueError(f"retain_weight must not be negative, got {self.retain_weight!r}")
+        self._refuse_what_breaks_the_order()
+
+    def _refuse_what_breaks_the_order(self) -> None:
+        if self.num_train_epochs != 1:
+            raise ValueError(f"num_train_epochs must be 1, got {self.num_train_epochs}: set `passes` instead")
+        if self.train_sampling_strategy != "sequential":
+            raise ValueError(
+                f"train_sampling_strategy {self.train_sampling_strategy!r} would undo the schedule: it must stay 'sequential'"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay False: the schedule's columns are part of a batch")
+        for name in (
+            "packing",
+            "padding_free",
+            "auto_find_batch_size",
+            "ignore_data_skip",
+            "assistant_only_loss",
+        ):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: samples must stay whole and in the order of the schedule")
+        if self.accelerator_config is not None and getattr(self.accelerator_config, "dispatch_batches", None):
+            raise ValueError("accelerator_config.dispatch_batches is not supported: batches differ in length")
+        if self.accelerator_config is not None and getattr(self.accelerator_config, "split_batches", None):
+            raise ValueError("accelerator_config.split_batches is not supported: it changes the global batch")
+
+    @property
+    def schedule_metric(self) -> str | None:
+        """The metric that the schedule reads, `None` for a schedule that reads none."""
+        metric = SCHEDULES[self.schedule].metric
+        return self.difficulty if metric == "difficulty" and self.difficulty else metric
+
+    @property
+    def unlearning_loss(self) -> UnlearningLoss:
+        return UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.kl_top_k)  # type: ignore[arg-type]

@@ -1,0 +1,19 @@
+"""How hard each forget sample will be to unlearn, before unlearning. Every metric: higher = harder."""
+
+from .anchors import AnchorBank
+from .context import DifficultyContext
+from .cud import CUDSettings, cud_scores, make_folds
+from .metrics import METRICS, Metric, register_metric
+from .scores import DifficultyScores
+
+__all__ = [
+    "METRICS",
+    "AnchorBank",
+    "CUDSettings",
+    "DifficultyContext",
+    "DifficultyScores",
+    "Metric",
+    "cud_scores",
+    "make_folds",
+    "register_metric",
+]

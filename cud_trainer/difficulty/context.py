@@ -1,0 +1,116 @@
+"""What difficulty metrics look at: the original model and the samples, each expensive pass made once and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ..circuits import Graph, attribute_dataset
+from ..data import length_sorted_batches
+from ..logprobs import score_answers
+from .cud import make_folds
+
+# With the zero baseline one-pass EAP ranks edges as the authors' node-wise interpolation does, at a fraction of its cost.
+CIRCUIT_DEFAULTS = {"method": "eap", "steps": 5, "baseline": "zero", "metric": "prob"}
+
+
+@dataclass
+class DifficultyContext:
+    """Inputs of the metrics. Properties are computed on first use and kept.
+
+    Attributes:
+        model: the original model, in evaluation mode.
+        forget: prepared forget set, `N` samples.
+        retain: prepared retain set, or `None`.
+        pad_token_id, batch_size: for batching.
+        seed: of the folds.
+        folds: number of cross-fitting folds.
+        groups: group of each forget sample (for example its author), never split over folds; or `None`.
+        circuit_options: of `cud_trainer.circuits.edge_attributions`.
+        calibrate: runs a short unlearning of the forget set and returns its residual memorisation `[N]`.
+        progress: show progress bars.
+    """
+
+    model: nn.Module
+    forget: Dataset
+    retain: Dataset | None
+    pad_token_id: int
+    batch_size: int = 8
+    seed: int = 0
+    folds: int = 5
+    groups: list[Any] | None = None
+    circuit_options: dict[str, Any] = field(default_factory=dict)
+    calibrate: Callable[[], np.ndarray] | None = None
+    progress: bool = True
+
+    @cached_property
+    def circuit_settings(self) -> dict[str, Any]:
+        """All options of the attribution, defaults filled in; `steps` only where it matters."""
+        settings = {**CIRCUIT_DEFAULTS, **self.circuit_options}
+        if settings["method"] == "eap":
+            settings["steps"] = 1
+        return settings
+
+    @cached_property
+    def _circuits(self) -> tuple[Tensor, Tensor, Tensor, Graph]:
+        return attribute_dataset(
+            self.model,
+            self.forget,
+            pad_token_id=self.pad_token_id,
+            batch_size=self.batch_size,
+            desc="circuits" if self.progress else None,
+            **self.circuit_settings,
+        )
+
+    @property
+    def edges(self) -> Tensor:
+        """Edge scores of every forget sample, float32 `[N, n_edges]`."""
+        return self._circuits[0]
+
+    @property
+    def graph(self) -> Graph:
+        return self._circuits[3]
+
+    @cached_property
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean answer log-probability and number of answer tokens of every forget sample, each `[N]`."""
+        if "_circuits" in self.__dict__:  # the attribution pass has scored the answers too
+            _, mean_logps, lengths, _ = self._circuits
+        else:
+            mean_logps = torch.zeros(len(self.forget))
+            lengths = torch.zeros(len(self.forget), dtype=torch.long)
+            device = self.model.get_input_embeddings().weight.device
+            was_training = self.model.training
+            self.model.eval()
+            with torch.no_grad():
+                for rows, batch in length_sorted_batches(
+                    self.forget,
+                    self.batch_size,
+                    self.pad_token_id,
+                    device=device,
+                    desc="answers" if self.progress else None,
+                ):
+                    scores = score_answers(self.model, batch)
+                    mean_logps[rows] = scores.mean_logps.float().cpu()
+                    lengths[rows] = scores.lengths.cpu()
+            self.model.train(was_training)
+        return mean_logps.double().numpy(), lengths.double().numpy()
+
+    @cached_property
+    def residual(self) -> np.ndarray:
+        """Residual memorisation of every forget sample after the calibration run, `[N]`, higher = harder."""
+        if self.calibrate is None:
+            raise ValueError("this metric needs a calibration run, which is not available here")
+        return np.asarray(self.calibrate(), dtype=np.float64)
+
+    @cached_property
+    def fold(self) -> np.ndarray:
+        """Cross-fitting fold of every forget sample, int `[N]`."""
+        return make_folds(len(self.forget), self.folds, self.seed, self.groups)

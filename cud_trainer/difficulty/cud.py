@@ -1,0 +1,159 @@
+"""Circuit-guided Unlearning Difficulty (Cheng et al. 2026, arXiv 2601.09624). Pure functions.
+
+    CUD(q) = d(q, E) / (d(q, E) + d(q, H)),   in [0, 1], higher = harder
+
+with d a distance between circuits (1 - cosine in the paper), E and H the anchor circuits: those of samples known to be
+easy and hard to unlearn, on the original model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..circuits.similarity import DISTANCES, distance
+from ..circuits.vectors import VECTORS, circuit_vectors
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # As published: the k strongest edges with their weights, cosine.
+    "paper": {"vector": "signed", "k": 200, "distance": "cosine"},
+    # The same formula on standardised log |edge score|, which keeps the circuit's mass that the cosine of raw scores
+    # throws away.
+    "log": {"vector": "log", "k": None, "distance": "cosine"},
+}
+
+
+@dataclass(frozen=True)
+class CUDSettings:
+    """How circuits are compared.
+
+    Attributes:
+        variant: a preset of the three below, `"log"` or `"paper"`; `None` fields take its value.
+        vector: `"signed"`, `"binary"` or `"log"` (see `cud_trainer.circuits.circuit_vectors`).
+        k: edges of a top-k circuit; `"all"` for all edges. Not for `"log"`.
+        distance: `"cosine"`, `"jaccard"` or `"hamming"`.
+        anchor_share: share of the calibration samples that make each anchor, in (0, 0.5].
+    """
+
+    variant: str = "log"
+    vector: str | None = None
+    k: int | str | None = None
+    distance: str | None = None
+    anchor_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"unknown CUD variant {self.variant!r}; choose one of {sorted(VARIANTS)}")
+        preset = dict(VARIANTS[self.variant])
+        if self.vector is not None and self.vector != preset["vector"]:
+            preset["k"] = None if self.vector == "log" else 200
+        for name, value in preset.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.vector not in VECTORS:
+            raise ValueError(f"unknown circuit vector {self.vector!r}; choose one of {list(VECTORS)}")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"unknown circuit distance {self.distance!r}; choose one of {sorted(DISTANCES)}")
+        if self.vector == "log":
+            if self.k not in (None, "all"):
+                raise ValueError("k does not apply to log-magnitude circuit vectors, they use all edges")
+            if self.distance != "cosine":
+                raise ValueError("log-magnitude circuit vectors are compared by cosine")
+        elif self.k != "all" and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
+            raise ValueError(f"k must be a positive number of edges or 'all', got {self.k!r}")
+        if not 0 < self.anchor_share <= 0.5:
+            raise ValueError(f"anchor_share must be in (0, 0.5], got {self.anchor_share!r}")
+
+    @property
+    def edges_kept(self) -> int | None:
+        return self.k if isinstance(self.k, int) else None
+
+
+def make_folds(n: int, folds: int, seed: int, groups: Sequence[Any] | None = None) -> np.ndarray:
+    """Random fold of each sample, int `[n]`, sizes differing by at most one sample (or group).
+
+    Args:
+        groups: samples of one group never straddle folds.
+
+    Raises:
+        ValueError: for fewer than 2 folds or fewer samples (groups) than folds.
+    """
+    if groups is not None:
+        names = sorted(set(map(str, groups)))
+        if len(names) < folds:
+            raise ValueError(f"cannot split {len(names)} groups into {folds} folds")
+        fold_of = dict(zip(names, make_folds(len(names), folds, seed), strict=True))
+        return np.array([fold_of[str(group)] for group in groups])
+    if folds < 2:
+        raise ValueError(f"cross-fitting needs at least 2 folds, got {folds}")
+    if n < folds:
+        raise ValueError(f"cannot split {n} samples into {folds} folds")
+    fold = np.arange(n) % folds
+    return np.random.default_rng(seed).permutation(fold)
+
+
+def extremes(residual: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with the lowest (easy) and the highest (hard) residual memorisation, `share` of the rows each.
+
+    Raises:
+        ValueError: with fewer than 2 rows or a constant residual, which tells nothing apart.
+    """
+    if len(residual) < 2:
+        raise ValueError("anchors need at least 2 calibration samples")
+    if np.ptp(residual) == 0:
+        raise ValueError("calibration left every sample with the same residual memorisation: there are no anchors")
+    count = min(max(1, round(share * len(residual))), len(residual) // 2)
+    order = np.argsort(residual, kind="stable")
+    return order[:count], order[-count:]
+
+
+def anchor_circuit(edges: Tensor) -> Tensor:
+    """Mean of the samples' edge scores after scaling each to unit length, `[E]` from `[n, E]`."""
+    return torch.nn.functional.normalize(edges, dim=1).mean(0)
+
+
+def log_standardisation(edges: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over samples of log |edge score|, each `[E]`; constant edges get deviation inf."""
+    vectors = circuit_vectors(edges, kind="log")
+    deviation = vectors.std(0) if len(vectors) > 1 else torch.zeros(vectors.shape[1])
+    return vectors.mean(0), deviation.where(deviation > 1e-6, torch.full_like(deviation, torch.inf))
+
+
+def cud_scores(
+    edges: Tensor,
+    easy: Tensor,
+    hard: Tensor,
+    settings: CUDSettings,
+    standardisation: tuple[Tensor, Tensor] | None = None,
+) -> np.ndarray:
+    """CUD of each sample, float64 `[N]` in [0, 1]; NaN where it is undefined (an empty circuit, or equal to both).
+
+    Args:
+        edges: edge scores of the samples, `[N, E]`.
+        easy, hard: edge scores of the anchor samples, `[n, E]`; they must not contain the samples scored.
+        standardisation: for log-magnitude vectors, mean and deviation `[E]` (default: those of the anchor samples).
+    """
+    if settings.vector == "log":
+        mean, deviation = standardisation or log_standardisation(torch.cat([easy, hard]))
+
+        def vectors(x: Tensor) -> Tensor:
+            return (circuit_vectors(x, kind="log") - mean) / deviation
+
+        to_easy = distance(vectors(edges), vectors(easy).mean(0), "cosine")
+        to_hard = distance(vectors(edges), vectors(hard).mean(0), "cosine")
+    else:
+
+        def vectors(x: Tensor) -> Tensor:
+            return circuit_vectors(x, kind=settings.vector or "signed", k=settings.edges_kept)
+
+        circuits = vectors(edges)
+        assert settings.distance is not None
+        to_easy = distance(circuits, vectors(anchor_circuit(easy)[None]), settings.distance)
+        to_hard = distance(circuits, vectors(anchor_circuit(hard)[None]), settings.distance)
+    total = to_easy + to_hard
+    return (to_easy / total.where(total > 0, torch.full_like(total, torch.nan))).double().numpy()

@@ -1,0 +1,155 @@
+"""The difficulty table: one row per forget sample, with where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..files import atomic_write, check_new_file
+
+METADATA_KEY = b"cud_trainer"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class DifficultyScores:
+    """Difficulty of forget samples under one or more metrics; higher = harder. Holds no text.
+
+    Attributes:
+        ids: sample ids, `[N]`, unique.
+        columns: metric name -> float64 `[N]`, all finite; the first is the primary metric.
+        fold: cross-fitting fold of each sample, int `[N]`, or `None`.
+        provenance: fingerprints of model and dataset, metric settings, versions, seed.
+
+    Raises:
+        ValueError: when lengths differ, ids repeat, or a score is not finite (named by sample and metric).
+    """
+
+    ids: list[str]
+    columns: dict[str, np.ndarray]
+    fold: np.ndarray | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ids = [str(sample_id) for sample_id in self.ids]
+        if len(set(self.ids)) != len(self.ids):
+            repeated = next(i for i in self.ids if self.ids.count(i) > 1)
+            raise ValueError(f"difficulty scores have the id {repeated!r} more than once")
+        if not self.columns:
+            raise ValueError("difficulty scores need at least one metric")
+        for name, values in self.columns.items():
+            values = np.asarray(values, dtype=np.float64)
+            if values.shape != (len(self.ids),):
+                raise ValueError(f"metric {name!r} has {values.size} values for {len(self.ids)} samples")
+            broken = np.flatnonzero(~np.isfinite(values))
+            if broken.size:
+                raise ValueError(
+                    f"metric {name!r} is not finite for {broken.size} of {len(self.ids)} samples, "
+                    f"the first is {self.ids[broken[0]]!r}"
+                )
+            self.columns[name] = values
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, metric: str) -> np.ndarray:
+        if metric not in self.columns:
+            raise ValueError(f"no difficulty metric {metric!r} in these scores; they have {list(self.columns)}")
+        return self.columns[metric]
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(self.columns)
+
+    def aligned(self, ids: Sequence[str]) -> DifficultyScores:
+        """The rows for `ids`, in that order; `ValueError` naming an id that has no score."""
+        position = {sample_id: row for row, sample_id in enumerate(self.ids)}
+        missing = [sample_id for sample_id in ids if sample_id not in position]
+        if missing:
+            raise ValueError(
+                f"difficulty scores lack {len(missing)} of {len(ids)} forget samples, the first is {missing[0]!r}: "
+                "they were made for another dataset"
+            )
+        rows = [position[sample_id] for sample_id in ids]
+        fold = None if self.fold is None else self.fold[rows]
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return DifficultyScores(list(ids), columns, fold, self.provenance)
+
+    def buckets(self, metric: str | None = None, n: int = 4) -> np.ndarray:
+        """Equal-count bucket of each sample by rank, 0 (easiest) to `n - 1` (hardest), int `[N]`.
+
+        Raises:
+            ValueError: with fewer samples than buckets.
+        """
+        if not 1 <= n <= len(self.ids):
+            raise ValueError(f"cannot make {n} buckets of {len(self.ids)} samples")
+        values = self[metric or self.metrics[0]]
+        rank = np.empty(len(values), dtype=int)
+        rank[np.argsort(values, kind="stable")] = np.arange(len(values))
+        return rank * n // len(values)
+
+    def check_provenance(self, **expected: Any) -> None:
+        """Raise `ValueError` listing every entry of `expected` that the scores were made with another value of.
+
+        Entries the scores say nothing about (for example, imported ones) are not compared.
+        """
+        differs = [
+            f"{key}: scores {self.provenance[key]!r}, here {value!r}"
+            for key, value in expected.items()
+            if key in self.provenance and self.provenance[key] != value
+        ]
+        if differs:
+            raise ValueError("difficulty scores belong to something else: " + "; ".join(differs))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Columns `sample_id`, one per metric, `fold` (if cross-fitted) and `bucket` (of the primary metric)."""
+        frame = pd.DataFrame({"sample_id": self.ids, **self.columns})
+        if self.fold is not None:
+            frame["fold"] = self.fold
+        frame["bucket"] = self.buckets(n=min(4, len(self.ids)))
+        return frame
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a parquet file (readable by `datasets` and pandas), atomically; `ValueError` if it exists."""
+        check_new_file(path, overwrite)
+        table = pa.Table.from_pandas(self.to_pandas(), preserve_index=False)
+        header = {"format": FORMAT_VERSION, "metrics": self.metrics, "provenance": self.provenance}
+        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(header).encode()})
+        return atomic_write(path, lambda temporary: pq.write_table(table, temporary))
+
+    @classmethod
+    def load(cls, path: str | Path, **expected: Any) -> DifficultyScores:
+        """Read what `save` wrote; `expected` provenance is checked.
+
+        Raises:
+            ValueError: for a missing or foreign file, or when the provenance differs.
+        """
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"cannot read difficulty scores from {path}: {error}") from None
+        metadata = (table.schema.metadata or {}).get(METADATA_KEY)
+        if metadata is None:
+            raise ValueError(f"{path} holds no difficulty scores (a parquet file without their header)")
+        header = json.loads(metadata)
+        if header["format"] != FORMAT_VERSION:
+            raise ValueError(f"{path} has format {header['format']}, this version reads {FORMAT_VERSION}")
+        frame = table.to_pandas()
+        columns = {name: frame[name].to_numpy() for name in header["metrics"]}
+        fold = frame["fold"].to_numpy() if "fold" in frame else None
+        scores = cls(frame["sample_id"].tolist(), columns, fold, header["provenance"])
+        scores.check_provenance(**expected)
+        return scores
+
+
+def merge_metrics(primary: str, names: Iterable[str]) -> list[str]:
+    """Metric names without repeats, `primary` first."""
+    return list(dict.fromkeys([primary, *names]))
