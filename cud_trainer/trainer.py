@@ -169,7 +169,7 @@ class CUDTrainer(SFTTrainer):
             primary = args.difficulty if args.difficulty in self.difficulty_scores.columns else None
             self.buckets = self.difficulty_scores.buckets(primary, args.n_buckets)
         self.unlearning_loss = loss
-        self._global_batch = global_batch
+        self._global_batch, self._world_size = global_batch, args.world_size
         self._records: list[Tensor] = []
         self._micro_batches = 0
         self._served: list[int] = []
@@ -217,7 +217,7 @@ class CUDTrainer(SFTTrainer):
 
         With several processes, those up to the last log, checkpoint or end of training.
         """
-        if self.accelerator.num_processes == 1:
+        if self._world_size == 1:
             self._flush()
         order = self.schedule.order
         return [str(order[row]) for row in self._served]
@@ -436,6 +436,15 @@ class CUDTrainer(SFTTrainer):
             for number, found in sorted(values.items()):  # 1 = easiest
                 metrics[f"forget_prob/bucket_{number}"].append(float(np.mean(found)))
 
+    def _check_weights(self) -> None:
+        """Raise `DivergenceError` when the last step made a weight non-finite: such a checkpoint must not be written."""
+        sums = [parameter.detach().sum() for parameter in self.model.parameters() if parameter.requires_grad]
+        if not all(bool(torch.isfinite(total)) for total in sums):
+            raise DivergenceError(
+                f"training diverged: a weight is not finite after step {self.state.global_step}; lower the learning "
+                "rate or raise the retain weight. The last checkpoint is good."
+            )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             self._flush()
@@ -451,6 +460,8 @@ class _RunState(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save or control.should_evaluate:
             self.trainer._flush()
+        if control.should_save:
+            self.trainer._check_weights()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

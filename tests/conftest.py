@@ -37,9 +37,20 @@ def make_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
     """Random Llama with grouped-query attention, weights large enough that nothing is degenerate."""
     torch.manual_seed(seed)
     settings = dict(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.2,
-        pad_token_id=0, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False, attn_implementation="sdpa",
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
     )
     return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
 

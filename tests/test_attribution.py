@@ -309,8 +309,14 @@ def test_unknown_options(options, message):
 def test_unsupported_architecture_is_named():
     from transformers import OPTConfig, OPTForCausalLM
 
-    tiny = OPTConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8,
-                     word_embed_proj_dim=8)
+    tiny = OPTConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=8,
+        word_embed_proj_dim=8,
+    )
     with pytest.raises(ValueError, match="'opt'.*supported: llama"):
         edge_attributions(OPTForCausalLM(tiny), to_batch(random_samples(0, vocabulary=20)))
 
