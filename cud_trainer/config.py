@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
+from .calibration import CalibrationSettings
 from .objectives import UnlearningLoss
 from .schedule import SCHEDULES, get_schedule
 from .scoring import check_metrics
@@ -168,3 +170,17 @@ class CUDConfig(SFTConfig):
     @property
     def unlearning_loss(self) -> UnlearningLoss:
         return UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.kl_top_k)  # type: ignore[arg-type]
+
+    def calibration_settings(self, peft_config: Any = None) -> CalibrationSettings:
+        """The calibration run of this configuration: the same objective, learning rate and trained part, but shorter."""
+        return CalibrationSettings(
+            loss=self.unlearning_loss,
+            retain_weight=self.retain_weight,
+            learning_rate=self.learning_rate,
+            # Snapshots cost a third of a pass more: the whole run stays below one unlearning run.
+            max_passes=max(1, self.passes * 3 // 4),
+            batch_size=self.per_device_train_batch_size,
+            seed=self.seed,
+            peft_config=peft_config,
+            autocast=torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None,
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer import disable_dropout_in_model
 
-from .calibration import CalibrationSettings
 from .config import CUDConfig
 from .data import PairedCollator, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
 from .difficulty import DifficultyScores
@@ -260,7 +258,6 @@ class CUDTrainer(SFTTrainer):
                 raise ValueError(f"{path} is from another run ({error}); pass overwrite to replace it") from None
         if not hasattr(model, "hf_device_map") and not (args.fsdp or args.deepspeed):
             model.to(args.device)
-        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         scores = score_difficulty(
             model,
             self.forget,
@@ -269,17 +266,7 @@ class CUDTrainer(SFTTrainer):
             retain_dataset=self.retain,
             metric_args={args.difficulty: args.difficulty_args},  # type: ignore[dict-item]
             circuit_args=args.circuit_args,  # type: ignore[arg-type]
-            calibration=CalibrationSettings(
-                loss=args.unlearning_loss,
-                retain_weight=args.retain_weight,
-                learning_rate=args.learning_rate,
-                # Snapshots cost a third of a pass more: the whole run stays below one unlearning run.
-                max_passes=max(1, args.passes * 3 // 4),
-                batch_size=args.per_device_train_batch_size,
-                seed=args.seed,
-                peft_config=peft_config,
-                autocast=autocast,
-            ),
+            calibration=args.calibration_settings(peft_config),
             folds=args.folds,
             group_column=args.group_column,
             batch_size=args.per_device_train_batch_size,
@@ -495,22 +482,3 @@ def _load_model(name: str, args: CUDConfig) -> nn.Module:
     options.setdefault("dtype", "float32")
     options.setdefault("trust_remote_code", args.trust_remote_code)
     return AutoModelForCausalLM.from_pretrained(name, **options)
-
-
-def describe(args: CUDConfig) -> dict[str, Any]:
-    """The options that define an unlearning run, for provenance."""
-    names = (
-        "objective",
-        "objective_args",
-        "retain_loss",
-        "retain_weight",
-        "difficulty",
-        "difficulty_args",
-        "schedule",
-        "schedule_args",
-        "passes",
-        "learning_rate",
-        "seed",
-    )
-    everything = asdict(args)
-    return {name: everything[name] for name in names}

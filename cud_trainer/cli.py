@@ -1,0 +1,61 @@
+"""The `cud` command."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+
+# Subcommand -> (what it does, function taking the remaining arguments). Named, not imported: `cud_trainer` does not
+# depend on `evaluation`, and `cud --help` does not wait for torch.
+COMMANDS = {
+    "demo": (
+        "generate data, memorise, score, unlearn four ways, compare and report; needs nothing",
+        "evaluation.demo:main",
+    ),
+    "score": ("score how hard each forget sample will be to unlearn", "cud_trainer.commands:score"),
+    "train": ("unlearn a forget set with a difficulty-aware schedule", "cud_trainer.commands:train"),
+    "evaluate": ("measure by difficulty what a model still holds, and report", "evaluation.commands:evaluate"),
+}
+
+
+def usage() -> str:
+    """The text of `cud --help`."""
+    lines = "\n".join(f"  {name:9} {what}" for name, (what, _) in COMMANDS.items())
+    return (
+        "usage: cud COMMAND [--config FILE.yaml] [--OPTION VALUE ...]\n\n"
+        "Difficulty-aware LLM unlearning.\n\n"
+        f"commands:\n{lines}\n\n"
+        "`cud COMMAND --help` lists its options; every option can stand in the YAML file, too."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; bad input is one line on stderr and exit code 2 (CUD_TRACEBACK=1 shows where it came from)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from . import __version__
+
+        print(f"cud-trainer {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"cud: error: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return pkgutil.resolve_name(COMMANDS[name][1])(rest) or 0
+    except ValueError as error:
+        if os.environ.get("CUD_TRACEBACK"):
+            raise
+        print(f"cud {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"cud {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

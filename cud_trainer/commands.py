@@ -1,0 +1,206 @@
+"""`cud score` and `cud train`: options to data, model and trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from .circuits import check_architecture
+from .config import CUDConfig
+from .data import check_tokenizer
+from .difficulty import METRICS, DifficultyScores
+from .files import check_new_file, check_output_dir
+from .scoring import check_metrics, score_difficulty
+from .trainer import CUDTrainer
+
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class DataArguments:
+    """What to forget and what to keep."""
+
+    forget_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Forget set: id or folder for `load_dataset`, or a .json(l), .csv or .parquet file."},
+    )
+    forget_config: str | None = field(
+        default=None, metadata={"help": "Its configuration name, for example 'forget01'."}
+    )
+    forget_split: str = field(default="train", metadata={"help": "Its split."})
+    max_forget_samples: int | None = field(default=None, metadata={"help": "Use the first samples only."})
+    retain_dataset: str | None = field(
+        default=None, metadata={"help": "Retain set; by default the forget dataset, if `retain_config` is given."}
+    )
+    retain_config: str | None = field(
+        default=None, metadata={"help": "Its configuration name, for example 'retain99'."}
+    )
+    retain_split: str = field(default="train", metadata={"help": "Its split."})
+    max_retain_samples: int | None = field(default=None, metadata={"help": "Use the first samples only."})
+
+    def load(self) -> tuple[Dataset, Dataset | None]:
+        """Forget and retain set; `ValueError` naming what cannot be loaded."""
+        if not self.forget_dataset:
+            raise ValueError("forget dataset is missing: give --forget_dataset")
+        forget = load_samples(
+            self.forget_dataset, self.forget_config, self.forget_split, self.max_forget_samples, "forget"
+        )
+        source = self.retain_dataset or (self.forget_dataset if self.retain_config else None)
+        if source is None:
+            return forget, None
+        return forget, load_samples(source, self.retain_config, self.retain_split, self.max_retain_samples, "retain")
+
+
+@dataclass
+class TrainArguments(DataArguments):
+    """What `cud train` reads besides `CUDConfig` and TRL's `ModelConfig`."""
+
+    difficulty_scores: str | None = field(
+        default=None,
+        metadata={"help": "Scores made before (`cud score`), a parquet file; by default they are computed."},
+    )
+
+
+@dataclass
+class ScoreArguments(DataArguments):
+    """What `cud score` reads besides `CUDConfig` (difficulty, objective, calibration) and TRL's `ModelConfig`."""
+
+    metrics: list[str] = field(
+        default_factory=lambda: ["cud", "cud_paper", "circuit_mass", "loss", "length"],
+        metadata={"help": "Difficulty metrics to compute, the first is the primary one."},
+    )
+    output: str = field(default="difficulty.parquet", metadata={"help": "Parquet file to write."})
+
+
+def load_samples(source: str, name: str | None, split: str, limit: int | None, what: str) -> Dataset:
+    """A dataset by hub id, folder or file, with its first `limit` samples; `ValueError` when it cannot be loaded."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_{what}_samples must be positive, got {limit}")
+    path = Path(source)
+    try:
+        if path.suffix in READERS:
+            if not path.is_file():
+                raise ValueError(f"{what} dataset {source} does not exist")
+            dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        else:
+            dataset = load_dataset(source, name, split=split)
+    except ValueError as error:
+        raise ValueError(f"cannot load the {what} dataset {source!r}: {error}") from None
+    except Exception as error:  # datasets raises its own errors, those of its readers and those of the hub
+        raise ValueError(f"cannot load the {what} dataset {source!r}: {type(error).__name__}: {error}") from None
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    return dataset
+
+
+def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, able to pad and end; `ValueError` otherwise."""
+    if not model_args.model_name_or_path:
+        raise ValueError("model is missing: give --model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=bool(getattr(model_args, "trust_remote_code", False)),
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of {model_args.model_name_or_path!r}: {error}") from None
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def model_options(model_args: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` that the model options stand for."""
+    options: dict[str, Any] = {"revision": model_args.model_revision, "dtype": model_args.dtype or "float32"}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    return options
+
+
+def _parse(first: type, argv: list[str], program: str) -> tuple[Any, CUDConfig, ModelConfig]:
+    parser = TrlParser((first, CUDConfig, ModelConfig), prog=program)
+    parsed = parser.parse_args_and_config(argv)
+    return parsed[0], parsed[1], parsed[2]
+
+
+def train(argv: list[str]) -> int:
+    """`cud train`."""
+    data_args, args, model_args = _parse(TrainArguments, argv, "cud train")
+    resume: str | bool | None = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
+    if args.process_index == 0:
+        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume))
+    scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
+    forget, retain = data_args.load()
+    tokenizer = load_tokenizer(model_args)
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
+    trainer = CUDTrainer(
+        model_args.model_name_or_path,
+        args,
+        forget_dataset=forget,
+        retain_dataset=retain,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        difficulty_scores=scores,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    last = [entry for entry in trainer.state.log_history if "forget_prob" in entry]
+    if trainer.is_world_process_zero():
+        ends = (
+            f"; mean forget probability {last[0]['forget_prob']:.3f} -> {last[-1]['forget_prob']:.3f}" if last else ""
+        )
+        print(f"unlearned {len(trainer.forget_ids)} samples in {trainer.state.global_step} steps{ends}")
+        print(f"model and difficulty scores: {args.output_dir}")
+    return 0
+
+
+def score(argv: list[str]) -> int:
+    """`cud score`."""
+    data_args, args, model_args = _parse(ScoreArguments, argv, "cud score")
+    check_new_file(data_args.output, args.overwrite)
+    metric_args: dict[str, dict[str, Any]] = {}
+    if args.difficulty is not None and args.difficulty_args:
+        metric_args[args.difficulty] = args.difficulty_args  # type: ignore[assignment]
+    check_metrics(data_args.metrics, metric_args)
+    forget, retain = data_args.load()
+    tokenizer = load_tokenizer(model_args)
+    trust = bool(getattr(model_args, "trust_remote_code", False))
+    if any(METRICS[name].needs_circuits for name in data_args.metrics):
+        check_architecture(AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust))
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path, trust_remote_code=trust, **model_options(model_args)
+    ).to(args.device)
+    scores = score_difficulty(
+        model,
+        forget,
+        tokenizer,
+        metrics=data_args.metrics,
+        retain_dataset=retain,
+        metric_args=metric_args,
+        circuit_args=args.circuit_args,  # type: ignore[arg-type]
+        calibration=args.calibration_settings(get_peft_config(model_args)),
+        folds=args.folds,
+        group_column=args.group_column,
+        batch_size=args.per_device_train_batch_size,
+        max_length=args.max_length,
+        seed=args.seed,
+        progress=not args.disable_tqdm,
+    )
+    scores.save(data_args.output, overwrite=args.overwrite)
+    print(f"difficulty of {len(scores)} samples: {data_args.output}")
+    print(
+        scores.to_pandas()[scores.metrics].describe().loc[["mean", "std", "min", "max"]].to_string(float_format="%.4g")
+    )
+    return 0

@@ -1,0 +1,123 @@
+"""Sections of `results.json`: what is left of the forget set by difficulty, and how well difficulty predicted it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import statistics as stats
+
+# How the metrics are called in reports, and whether they are trivial (no circuit needed).
+LABELS = {
+    "cud": ("CUD (log-magnitude)", "circuit"),
+    "cud_paper": ("CUD (as published)", "circuit"),
+    "circuit_mass": ("circuit mass", "circuit"),
+    "loss": ("initial log-probability", "trivial"),
+    "length": ("answer length", "trivial"),
+}
+TRIVIAL = ("loss", "length")
+
+
+def means(values: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
+    """Mean over samples of every metric, with its bootstrap interval."""
+    return {name: stats.bootstrap_mean(column, seed=seed).as_dict() for name, column in values.items()}
+
+
+def by_bucket(values: dict[str, np.ndarray], bucket: np.ndarray, seed: int) -> list[dict[str, Any]]:
+    """One row per difficulty bucket, 1 = easiest: its size and the mean of every metric with its interval."""
+    rows = []
+    for number in range(int(bucket.max()) + 1):
+        inside = bucket == number
+        part = {name: column[inside] for name, column in values.items()}
+        rows.append({"bucket": number + 1, "n": int(inside.sum()), **means(part, seed)})
+    return rows
+
+
+def difficulty_section(
+    objective: str,
+    columns: dict[str, np.ndarray],
+    residuals: Sequence[np.ndarray],
+    *,
+    target: str,
+    seed: int,
+) -> dict[str, Any]:
+    """How well each metric predicts residual memorisation.
+
+    Args:
+        columns: metric name -> score of every forget sample, `[N]`, higher = harder; must contain loss and length.
+        residuals: residual memorisation of every sample, one array `[N]` per unlearning seed.
+        target: what `residuals` is, in words.
+    """
+    target_values = np.mean(residuals, axis=0)
+    controls = np.column_stack([columns[name] for name in TRIVIAL])
+    rows = []
+    for name, values in columns.items():
+        label, kind = LABELS.get(name, (name, "circuit"))
+        row: dict[str, Any] = {"metric": name, "label": label, "kind": kind}
+        row["spearman"] = stats.spearman(values, target_values, seed=seed).as_dict()
+        row["partial"] = (
+            None if name in TRIVIAL else stats.partial_spearman(values, target_values, controls, seed=seed).as_dict()
+        )
+        row["auroc"] = stats.auroc_extremes(values, target_values, seed=seed).as_dict()
+        rows.append(row)
+    section: dict[str, Any] = {"objective": objective, "n": len(target_values), "target": target, "rows": rows}
+    if len(residuals) > 1:
+        section["ceiling"] = {**stats.ceiling(np.stack(residuals), seed=seed), "n_seeds": len(residuals)}
+    return section
+
+
+def averaged_residual(
+    forget: Sequence[np.ndarray], window: tuple[float, float] = (0.15, 0.75)
+) -> tuple[np.ndarray, list[int]]:
+    """Residual memorisation of a run: mean over the snapshots at which the mean forget probability is inside `window`
+    (shares of the first snapshot's), and which snapshots these are. Falls back to the one closest to the middle."""
+    shares = np.array([snapshot.mean() for snapshot in forget]) / forget[0].mean()
+    used = [i for i, share in enumerate(shares) if window[0] <= share <= window[1]]
+    if not used:
+        used = [int(np.argmin(np.abs(shares - sum(window) / 2)))]
+    return np.mean([forget[i] for i in used], axis=0), used
+
+
+def spearman_difference(
+    a: np.ndarray, b: np.ndarray, target: np.ndarray, *, seed: int, n_boot: int = 2000
+) -> stats.Interval:
+    """Spearman of `a` with `target` minus that of `b`, with a paired bootstrap interval over samples, 95%."""
+    from scipy.stats import spearmanr
+
+    def difference(rows: np.ndarray) -> float:
+        return spearmanr(a[rows], target[rows]).statistic - spearmanr(b[rows], target[rows]).statistic
+
+    generator = np.random.default_rng(seed)
+    size = len(target)
+    draws = [difference(generator.integers(0, size, size)) for _ in range(n_boot)]
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return stats.Interval(difference(np.arange(size)), float(low), float(high))
+
+
+def matched_position(utility: np.ndarray, residual: np.ndarray, level: float) -> float | None:
+    """Where on a run's path the residual is lowest while utility is at least `level`; `None` if it never is.
+
+    Args:
+        utility, residual: along the path, `[T]`. Between two snapshots the path is a straight line, so that the point
+            may lie on a crossing of the level.
+
+    Returns:
+        A position in [0, T - 1]; its fraction is that between two snapshots.
+    """
+    candidates = [float(i) for i in np.flatnonzero(utility >= level)]
+    for i in range(len(utility) - 1):
+        if (utility[i] - level) * (utility[i + 1] - level) < 0:
+            candidates.append(i + (utility[i] - level) / (utility[i] - utility[i + 1]))
+    if not candidates:
+        return None
+    return min(candidates, key=lambda position: float(at_position(residual, position)))
+
+
+def at_position(values: np.ndarray, position: float) -> np.ndarray:
+    """`values [T, ...]` at a fractional position along the first axis, by linear interpolation."""
+    values = np.asarray(values, dtype=float)
+    before = int(position)
+    after = min(before + 1, len(values) - 1)
+    return values[before] + (position - before) * (values[after] - values[before])

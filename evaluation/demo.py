@@ -1,0 +1,559 @@
+"""`cud demo`: the whole line on a small world made on the spot, with a report.
+
+Authors who do not exist -> a Llama that knows them by heart -> difficulty scores -> GradDiff and NPO, each uniform and
+difficulty-aware, with the retain weight fitted for each -> comparison at matched retain utility -> report.
+
+Honest by construction: no sample helps to score itself (cross-fitting), retain utility is measured on samples the
+retain loss never sees, and the seed that chooses the retain weights is not among the seeds that are reported.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from cud_trainer.calibration import CalibrationSettings
+from cud_trainer.data import prepare_dataset
+from cud_trainer.difficulty import DifficultyScores
+from cud_trainer.files import check_output_dir
+from cud_trainer.fingerprint import versions
+from cud_trainer.objectives import UnlearningLoss
+
+from . import audit
+from . import statistics as stats
+from .tradeoff import Path as RunPath
+
+METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
+BUCKETS = 4
+# Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "graddiff": {"learning_rate": 3e-4, "passes": 10},
+    "npo": {"learning_rate": 8e-4, "passes": 10},
+}
+SCHEDULES = ("uniform", "inverse_mass")
+
+
+@dataclass
+class DemoArguments:
+    """Options of `cud demo`."""
+
+    output_dir: str = field(default="cud-demo", metadata={"help": "Where the report and everything behind it go."})
+    overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that is not empty."})
+    seed: int = field(default=0, metadata={"help": "Of the text, the model and the runs."})
+    retain_weights: list[float] = field(
+        default_factory=lambda: [1.0, 4.0, 16.0],
+        metadata={"help": "Retain weights to choose from, for each condition."},
+    )
+    report_seeds: int = field(
+        default=2, metadata={"help": "Unlearning seeds that are reported; one more chooses the retain weight."}
+    )
+    retain_level: float = field(
+        default=0.95, metadata={"help": "Conditions are compared at this share of the starting retain probability."}
+    )
+    epochs: int = field(default=20, metadata={"help": "Epochs of memorisation."})
+    workers: int | None = field(default=None, metadata={"help": "Unlearning runs at a time (default: one per core)."})
+
+    def __post_init__(self) -> None:
+        if not self.retain_weights or any(not weight > 0 for weight in self.retain_weights):
+            raise ValueError(f"retain_weights must be positive, got {self.retain_weights}")
+        if self.report_seeds < 2:
+            raise ValueError(f"report_seeds must be at least 2 (the ceiling compares seeds), got {self.report_seeds}")
+        if not 0 < self.retain_level < 1:
+            raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unlearning run, as data that can go to another process."""
+
+    output_dir: str
+    seed: int
+    objective: str
+    schedule: str
+    retain_weight: float
+    run_seed: int
+    evaluate: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective}-{self.schedule}-w{self.retain_weight:g}-s{self.run_seed}"
+
+
+@dataclass
+class Outcome:
+    """What one run left: its path, and at its end every metric of forget and retain samples if asked for."""
+
+    job: Job
+    path: RunPath
+    forget: dict[str, np.ndarray] | None = None
+    retain: dict[str, np.ndarray] | None = None
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of `cud demo`."""
+    from trl import TrlParser
+
+    (args,) = TrlParser((DemoArguments,), prog="cud demo").parse_args_and_config(argv)
+    check_output_dir(args.output_dir, overwrite=args.overwrite)
+    report = run_demo(args, command="cud demo " + " ".join(argv))
+    for line in report["findings"]:
+        print(f"- {line}")
+    print(f"report: {(Path(args.output_dir) / 'report.html').resolve()}")
+    return 0
+
+
+def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
+    """Everything `cud demo` does; returns the contents of `results.json`."""
+    from .report import write_report
+
+    _quiet()
+    clock = _Clock()
+    output = Path(args.output_dir)
+    with clock("memorise"):
+        before, sizes = _memorise(args, output)
+    with clock("difficulty"):
+        scores = _score(args, output)
+    with clock("unlearn"):
+        outcomes, fit = _unlearn(args, output, scores)
+    with clock("report"):
+        results = _results(args, command, before, sizes, scores, outcomes, fit)
+        results["run"]["seconds"] = clock.seconds
+        per_sample = _per_sample(scores, outcomes)
+    write_report(results, output, per_sample)
+    return results
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make data, tokenizer and model, train until memorised, save the model; returns what it knows then."""
+    from .memorization import evaluate_memorization
+    from .testbed import build_testbed, memorise, tiny_llama, train_tokenizer
+
+    testbed = build_testbed(args.seed)
+    tokenizer = train_tokenizer(testbed.texts())
+    model = tiny_llama(tokenizer, args.seed)
+    memorise(model, tokenizer, testbed, epochs=args.epochs, seed=args.seed)
+    model.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+    before = {}
+    for name in ("forget", "retain_eval"):
+        prepared = prepare_dataset(getattr(testbed, name), tokenizer, name=name)
+        values = evaluate_memorization(model, prepared, tokenizer, batch_size=64, desc=f"measure {name}")
+        before["retain" if name == "retain_eval" else name] = audit.means(values, args.seed)
+    sizes = {
+        "n_forget": len(testbed.forget),
+        "n_retain": len(testbed.retain),
+        "n_retain_eval": len(testbed.retain_eval),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": model.config.num_hidden_layers,
+        "hidden_size": model.config.hidden_size,
+        "vocabulary": len(tokenizer),
+    }
+    return before, sizes
+
+
+def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
+    """Difficulty of the forget set for each objective: the calibration run uses the objective itself."""
+    from cud_trainer import score_difficulty
+
+    from .testbed import build_testbed
+
+    testbed, (model, tokenizer) = build_testbed(args.seed), _load(output)
+    scores = {}
+    for objective, options in OBJECTIVES.items():
+        scores[objective] = score_difficulty(
+            model,
+            testbed.forget,
+            tokenizer,
+            metrics=METRICS,
+            retain_dataset=testbed.retain,
+            calibration=CalibrationSettings(
+                loss=UnlearningLoss(objective),
+                retain_weight=float(np.median(args.retain_weights)),
+                learning_rate=options["learning_rate"],
+                max_passes=options["passes"] * 3 // 4,
+                batch_size=64,
+                seed=args.seed,
+            ),
+            group_column="author",
+            batch_size=40,
+            seed=args.seed,
+        )
+        scores[objective].save(output / f"difficulty-{objective}.parquet", overwrite=args.overwrite)
+    return scores
+
+
+def _unlearn(
+    args: DemoArguments, output: Path, scores: dict[str, DifficultyScores]
+) -> tuple[list[Outcome], list[dict[str, Any]]]:
+    """Fit the retain weight of every condition on one seed, then run the reported seeds with it."""
+    conditions = list(itertools.product(OBJECTIVES, SCHEDULES))
+
+    def job(objective: str, schedule: str, weight: float, seed: int, evaluate: bool = False) -> Job:
+        return Job(str(output), args.seed, objective, schedule, weight, seed, evaluate)
+
+    total = len(conditions) * (len(args.retain_weights) + args.report_seeds)
+    with _pool(args.workers) as submit, tqdm(total=total, desc="unlearn", unit="run") as bar:
+        fit_jobs = [job(o, s, w, args.seed) for (o, s), w in itertools.product(conditions, args.retain_weights)]
+        tried = {outcome.job: outcome for outcome in submit(fit_jobs, bar)}
+        fit: list[dict[str, Any]] = []
+        chosen: dict[tuple[str, str], float] = {}
+        for objective, schedule in conditions:
+            hardest = scores[objective].buckets("cud", BUCKETS) == BUCKETS - 1
+            rows = []
+            for weight in args.retain_weights:
+                found = _at_level(tried[job(objective, schedule, weight, args.seed)].path, args.retain_level)
+                rows.append(
+                    {
+                        "objective": objective,
+                        "schedule": schedule,
+                        "retain_weight": weight,
+                        "forget": float(found[0].mean()),
+                        "hardest_bucket": float(found[0][hardest].mean()),
+                        "chosen": False,
+                    }
+                )
+            best = min(rows, key=lambda row: row["forget"])
+            best["chosen"] = True
+            chosen[objective, schedule] = best["retain_weight"]
+            fit += rows
+        final_jobs = [
+            job(o, s, chosen[o, s], args.seed + 1 + number, evaluate=number == 0)
+            for (o, s), number in itertools.product(conditions, range(args.report_seeds))
+        ]
+        outcomes = {outcome.job: outcome for outcome in submit(final_jobs, bar)}
+    return [outcomes[item] for item in final_jobs], fit
+
+
+def run_job(job: Job) -> Outcome:
+    """One unlearning run from the saved model, with a snapshot after every step."""
+    from transformers.trainer_callback import PrinterCallback
+
+    from cud_trainer import CUDConfig, CUDTrainer
+
+    from .memorization import evaluate_memorization
+    from .testbed import build_testbed
+    from .tradeoff import TradeoffCallback
+
+    _quiet()
+    output = Path(job.output_dir)
+    testbed, (model, tokenizer) = build_testbed(job.seed), _load(output)
+    options = OBJECTIVES[job.objective]
+    args = CUDConfig(
+        output_dir=str(output / "runs" / job.name),
+        objective=job.objective,
+        retain_weight=job.retain_weight,
+        schedule=job.schedule,
+        passes=options["passes"],
+        learning_rate=options["learning_rate"],
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2,
+        per_device_train_batch_size=len(testbed.forget) // 2,
+        seed=job.run_seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        overwrite=True,
+    )
+    pad = int(tokenizer.pad_token_id)
+    forget = prepare_dataset(testbed.forget, tokenizer, name="forget")
+    retain = prepare_dataset(testbed.retain_eval, tokenizer, name="retain_eval")
+    callback = TradeoffCallback(forget, retain, pad_token_id=pad)
+    trainer = CUDTrainer(
+        model,
+        args,
+        forget_dataset=testbed.forget,
+        retain_dataset=testbed.retain,
+        processing_class=tokenizer,
+        difficulty_scores=DifficultyScores.load(output / f"difficulty-{job.objective}.parquet"),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    outcome = Outcome(job, callback.path)
+    if job.evaluate:
+        outcome.forget = evaluate_memorization(trainer.model, forget, tokenizer, batch_size=64)
+        outcome.retain = evaluate_memorization(trainer.model, retain, tokenizer, batch_size=64)
+    return outcome
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def _at_level(path: RunPath, share: float) -> tuple[np.ndarray, float]:
+    """Per-sample forget probability `[N]` where a run has forgotten most at matched retain utility, and its step."""
+    forget, retain = np.array(path.forget), np.array(path.retain)
+    position = audit.matched_position(retain, forget.mean(1), share * retain[0])
+    assert position is not None  # the start is above the level
+    return audit.at_position(forget, position), float(audit.at_position(np.array(path.steps), position))
+
+
+def _results(
+    args: DemoArguments,
+    command: str,
+    before: dict[str, Any],
+    sizes: dict[str, Any],
+    scores: dict[str, DifficultyScores],
+    outcomes: list[Outcome],
+    fit: list[dict[str, Any]],
+) -> dict[str, Any]:
+    seed = args.seed
+    grouped: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        grouped.setdefault((outcome.job.objective, outcome.job.schedule), []).append(outcome)
+    findings: list[str] = []
+    difficulty, conditions, matched = [], [], []
+    start = float(outcomes[0].path.retain[0])
+    for objective, options in OBJECTIVES.items():
+        table = scores[objective]
+        bucket = table.buckets("cud", BUCKETS)
+        residuals = [audit.averaged_residual(run.path.forget)[0] for run in grouped[objective, "uniform"]]
+        section = audit.difficulty_section(
+            objective,
+            table.columns,
+            residuals,
+            target=f"answer probability after uniform unlearning, mean over {len(residuals)} seeds and over the snapshots "
+            "at which the mean forget probability is 15-75% of its start",
+            seed=seed,
+        )
+        against = audit.spearman_difference(table["cud"], table["loss"], np.mean(residuals, axis=0), seed=seed)
+        section["cud_minus_loss"] = against.as_dict()
+        difficulty.append(section)
+        findings.append(_difficulty_finding(objective, section, against))
+
+        rows, at_level = [], {}
+        for schedule in SCHEDULES:
+            runs = grouped[objective, schedule]
+            found = [_at_level(run.path, args.retain_level) for run in runs]
+            at_level[schedule] = np.mean([values for values, _ in found], axis=0)
+            rows.append(
+                {
+                    "schedule": schedule,
+                    "retain_weight": runs[0].job.retain_weight,
+                    "forget": stats.bootstrap_mean(at_level[schedule], seed=seed).as_dict(),
+                    "hardest_bucket": stats.bootstrap_mean(
+                        at_level[schedule][bucket == BUCKETS - 1], seed=seed
+                    ).as_dict(),
+                    "steps": float(np.mean([step for _, step in found])),
+                    "reason": None,
+                }
+            )
+            conditions.append(_condition(objective, schedule, runs, bucket, options, seed))
+        aware, uniform = at_level[SCHEDULES[1]], at_level[SCHEDULES[0]]
+        hardest = bucket == BUCKETS - 1
+        difference = {
+            "schedule": SCHEDULES[1],
+            "against": SCHEDULES[0],
+            "forget": stats.paired_difference(aware, uniform, seed=seed).as_dict(),
+            "hardest_bucket": stats.paired_difference(aware[hardest], uniform[hardest], seed=seed).as_dict(),
+        }
+        matched.append(
+            {"objective": objective, "retain_level": args.retain_level * start, "rows": rows, "difference": difference}
+        )
+        findings.append(_schedule_finding(objective, matched[-1]))
+    return {
+        "schema_version": 1,
+        "title": "cud demo: which fictitious authors are hard to forget?",
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "run": {
+            "command": command.strip(),
+            "seed": seed,
+            "versions": versions(),
+            "model": {key: sizes[key] for key in ("parameters", "layers", "hidden_size", "vocabulary")},
+            "data": {key: value for key, value in sizes.items() if key.startswith("n_")},
+            "seconds": {},
+        },
+        "before": before,
+        "difficulty": {
+            "note": "Spearman correlation of each metric, computed before unlearning, with what is left afterwards. "
+            "CUD is cross-fitted: anchors never include the author that is scored. One model and one forget set: "
+            "intervals are over its samples, not over models.",
+            "objectives": difficulty,
+        },
+        "conditions": conditions,
+        "retain_weight_fit": fit,
+        "matched": matched,
+        "findings": findings,
+    }
+
+
+def _condition(
+    objective: str, schedule: str, runs: list[Outcome], bucket: np.ndarray, options: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    curve = [
+        {
+            "seed": run.job.run_seed,
+            "step": step,
+            "retain": retain,
+            "forget": float(forget.mean()),
+            "buckets": [float(forget[bucket == number].mean()) for number in range(BUCKETS)],
+        }
+        for run in runs
+        for step, retain, forget in zip(run.path.steps, run.path.retain, run.path.forget, strict=True)
+    ]
+    last = next(run for run in runs if run.forget is not None and run.retain is not None)
+    assert last.forget is not None and last.retain is not None
+    return {
+        "name": f"{objective} / {schedule}",
+        "objective": objective,
+        "schedule": schedule,
+        "retain_weight": runs[0].job.retain_weight,
+        "learning_rate": options["learning_rate"],
+        "passes": options["passes"],
+        "seeds": [run.job.run_seed for run in runs],
+        "curve": curve,
+        "final": {
+            "seed": last.job.run_seed,
+            "forget": audit.means(last.forget, seed),
+            "retain": audit.means(last.retain, seed),
+            "buckets": audit.by_bucket(last.forget, bucket, seed),
+        },
+    }
+
+
+def _interval(value: dict[str, Any]) -> str:
+    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def _verdict(interval: dict[str, Any], lower: str, higher: str) -> str:
+    """Stated rule: the 95% interval must exclude 0."""
+    if interval["high"] < 0:
+        return lower
+    return higher if interval["low"] > 0 else "no different within the noise"
+
+
+def _difficulty_finding(objective: str, section: dict[str, Any], against: stats.Interval) -> str:
+    found = {row["metric"]: row["spearman"] for row in section["rows"]}
+    partial = next(row["partial"] for row in section["rows"] if row["metric"] == "cud")
+    verdict = _verdict(against.as_dict(), "worse than the loss", "better than the loss")
+    return (
+        f"{objective}: Spearman with residual memorisation: CUD {_interval(found['cud'])}, as published "
+        f"{_interval(found['cud_paper'])}, circuit mass {_interval(found['circuit_mass'])}, initial loss "
+        f"{_interval(found['loss'])}; between seeds {section['ceiling']['agreement']['value']:.2f}. CUD is {verdict} "
+        f"(difference {_interval(against.as_dict())}); given loss and length {_interval(partial)}."
+    )
+
+
+def _schedule_finding(objective: str, matched: dict[str, Any]) -> str:
+    uniform, aware = matched["rows"]
+    difference = matched["difference"]["hardest_bucket"]
+    verdict = _verdict(difference, "less is left than with uniform", "more is left than with uniform")
+    return (
+        f"{objective} at retain probability {matched['retain_level']:.2f}: hardest quarter left "
+        f"{_interval(uniform['hardest_bucket'])} with uniform (retain weight {uniform['retain_weight']:g}), "
+        f"{_interval(aware['hardest_bucket'])} with {aware['schedule']} (retain weight {aware['retain_weight']:g}); "
+        f"difference {_interval(difference)}: {verdict}."
+    )
+
+
+def _per_sample(scores: dict[str, DifficultyScores], outcomes: list[Outcome]) -> pd.DataFrame:
+    """One row per forget sample: difficulty by objective, and what every reported run left at its end. No text."""
+    first = next(iter(scores.values()))
+    frame = pd.DataFrame({"sample_id": first.ids, "fold": first.fold})
+    for objective, table in scores.items():
+        for name, values in table.columns.items():
+            frame[f"{objective}/{name}"] = values
+        frame[f"{objective}/bucket"] = table.buckets("cud", BUCKETS) + 1
+    for outcome in outcomes:
+        frame[f"{outcome.job.name}/probability"] = outcome.path.forget[-1]
+        for name, values in (outcome.forget or {}).items():
+            frame[f"{outcome.job.name}/{name}"] = values
+    return frame
+
+
+# -- plumbing ----------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 1)
+
+
+@contextmanager
+def _pool(workers: int | None) -> Iterator[Any]:
+    """Yields `submit(jobs, bar)`, which runs jobs and yields outcomes as they finish.
+
+    The runs are too small to use several threads each, so cores take one run each. With an accelerator they run one
+    after the other.
+    """
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
+    if workers == 1:
+
+        def serial(jobs: list[Job], bar: tqdm) -> Iterator[Outcome]:
+            for job in jobs:
+                yield run_job(job)
+                bar.update()
+
+        yield serial
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as executor:
+
+        def parallel(jobs: list[Job], bar: tqdm) -> Iterator[Outcome]:
+            for future in as_completed([executor.submit(run_job, job) for job in jobs]):
+                yield future.result()
+                bar.update()
+
+        yield parallel
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _load(output: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(output / "model")
+
+
+def _quiet() -> None:
+    """Only this project's own messages: the demo builds many trainers."""
+    import datasets
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

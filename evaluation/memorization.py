@@ -1,0 +1,179 @@
+"""What a model still holds of each sample: teacher-forced metrics in one pass, and greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from cud_trainer.data import IGNORE_INDEX, length_sorted_batches
+from cud_trainer.logprobs import score_answers
+
+TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
+METRICS = (*TEACHER_FORCED, "rouge_l_recall")
+
+
+def exact_memorization(correct: Sequence[bool]) -> float:
+    """Share of answer tokens that are the arg max given the true prefix, in [0, 1] (Tirumala et al. 2022, 2205.10770)."""
+    return float(np.mean(correct)) if len(correct) else float("nan")
+
+
+def extraction_strength(correct: Sequence[bool], *, corrected: bool = False) -> float:
+    """`1 - k/n`, k the length of the shortest answer prefix after which the arg max continues correctly to the end.
+
+    As in open-unlearning (after Carlini et al. 2021) at least the last token counts as extracted, so that the smallest
+    value is 1/n and short answers look memorised; `corrected` lets k be n, with smallest value 0.
+    """
+    n = len(correct)
+    if n == 0:
+        return float("nan")
+    k = n
+    while k > 0 and correct[k - 1]:
+        k -= 1
+    return 1 - (k if corrected else min(k, n - 1)) / n
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: nn.Module,
+    prepared: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 16,
+    desc: str | None = None,
+) -> dict[str, np.ndarray]:
+    """`probability` (exp of the mean answer log-probability, eos included) and the arg-max metrics, each `[N]`.
+
+    The arg-max metrics count the answer's tokens before its first eos token.
+    """
+    device = model.get_input_embeddings().weight.device
+    values = {name: np.zeros(len(prepared)) for name in TEACHER_FORCED}
+    was_training = model.training
+    model.eval()
+    for rows, batch in length_sorted_batches(
+        prepared, batch_size, int(tokenizer.pad_token_id), device=device, desc=desc
+    ):
+        scores = score_answers(model, batch)
+        probability = scores.mean_logps.exp().double().cpu()
+        hits = (scores.logits.argmax(-1) == scores.targets).cpu()
+        content = (scores.mask & ~_from_first(scores.targets == tokenizer.eos_token_id)).cpu()
+        for position, row in enumerate(rows):
+            correct = hits[position][content[position]].tolist()
+            values["probability"][row] = probability[position]
+            values["exact_memorization"][row] = exact_memorization(correct)
+            values["extraction_strength"][row] = extraction_strength(correct)
+            values["extraction_strength_corrected"][row] = extraction_strength(correct, corrected=True)
+    model.train(was_training)
+    return values
+
+
+@torch.no_grad()
+def answer_probability(model: nn.Module, prepared: Dataset, *, pad_token_id: int, batch_size: int = 64) -> np.ndarray:
+    """`exp(mean answer log-probability)` of each sample, float64 `[N]` in [0, 1]."""
+    device = model.get_input_embeddings().weight.device
+    values = torch.zeros(len(prepared), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for rows, batch in length_sorted_batches(prepared, batch_size, pad_token_id, device=device):
+        values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
+    model.train(was_training)
+    return values.numpy()
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    prepared: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 16,
+    extra_tokens: int = 16,
+    desc: str | None = None,
+) -> list[str]:
+    """Greedy continuation of each sample's prompt, `[N]` strings; `extra_tokens` more than the true answer at most.
+
+    A sample without a prompt (plain text) is continued from its first token.
+    """
+    device = model.get_input_embeddings().weight.device
+    prompts, lengths = [], []
+    for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
+        start = max(1, next(i for i, label in enumerate(labels) if label != IGNORE_INDEX))
+        prompts.append(list(tokens[:start]))
+        lengths.append(len(tokens) - start)
+    order = sorted(range(len(prompts)), key=lambda row: (lengths[row], len(prompts[row]), row))
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    with tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="sample", leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            longest = max(len(prompts[row]) for row in rows)
+            inputs = torch.full((len(rows), longest), int(tokenizer.pad_token_id))
+            mask = torch.zeros_like(inputs)
+            for position, row in enumerate(rows):
+                size = len(prompts[row])
+                inputs[position, longest - size :] = torch.tensor(prompts[row])
+                mask[position, longest - size :] = 1
+            output = model.generate(
+                input_ids=inputs.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max(lengths[row] for row in rows) + extra_tokens,
+                do_sample=False,
+                # Sampling options of the model's own generation config would only cause warnings.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = text.strip()
+            bar.update(len(rows))
+    model.train(was_training)
+    return answers
+
+
+def true_answers(prepared: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Text of the answer tokens of each sample, without special tokens, `[N]`."""
+    texts = []
+    for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
+        start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+        texts.append(tokenizer.decode(list(tokens[start:]), skip_special_tokens=True).strip())
+    return texts
+
+
+def rouge_l_recall(truths: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """Share of each true answer's words in its longest common subsequence with the generated one, `[N]` in [0, 1]."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return np.array([scorer.score(t, a)["rougeL"].recall for t, a in zip(truths, answers, strict=True)])
+
+
+def evaluate_memorization(
+    model: nn.Module,
+    prepared: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 16,
+    generate: bool = True,
+    desc: str | None = None,
+) -> dict[str, np.ndarray]:
+    """All metrics of residual memorisation, each `[N]`; higher = more is left."""
+    values = teacher_forced(model, prepared, tokenizer, batch_size=batch_size, desc=desc)
+    if generate:
+        answers = generate_answers(
+            model, prepared, tokenizer, batch_size=batch_size, desc=desc and f"{desc}, generating"
+        )
+        values["rouge_l_recall"] = rouge_l_recall(true_answers(prepared, tokenizer), answers)
+    return values
+
+
+def _from_first(flags: Tensor) -> Tensor:
+    """True from the first True on, along the last axis."""
+    return flags.long().cumsum(-1) > 0
