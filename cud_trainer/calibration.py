@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .data import PairedCollator, length_sorted_batches
@@ -77,7 +78,7 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module,
+    model: PreTrainedModel,
     forget: Dataset,
     retain: Dataset | None,
     settings: CalibrationSettings,
@@ -99,7 +100,7 @@ def calibrate(
 
 
 def _run(
-    model: nn.Module,
+    model: PreTrainedModel,
     forget: Dataset,
     retain: Dataset | None,
     settings: CalibrationSettings,
@@ -152,7 +153,7 @@ def _run(
 
 
 def _step(
-    model: nn.Module,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     collate: PairedCollator,
     rows: np.ndarray,
@@ -191,7 +192,7 @@ def _step(
 
 @torch.no_grad()
 def _probabilities(
-    model: nn.Module, forget: Dataset, pad_token_id: int, settings: CalibrationSettings, device: torch.device
+    model: PreTrainedModel, forget: Dataset, pad_token_id: int, settings: CalibrationSettings, device: torch.device
 ) -> np.ndarray:
     values = torch.zeros(len(forget), dtype=torch.float64)
     for rows, batch in length_sorted_batches(forget, settings.batch_size, pad_token_id, device=device):
@@ -214,7 +215,7 @@ def _throw_away(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
-    trained: nn.Module = model
+    trained: Any = model
     saved: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         if peft_config is not None:

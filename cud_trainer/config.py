@@ -143,7 +143,8 @@ class CUDConfig(SFTConfig):
             raise ValueError(f"num_train_epochs must be 1, got {self.num_train_epochs}: set `passes` instead")
         if self.train_sampling_strategy != "sequential":
             raise ValueError(
-                f"train_sampling_strategy {self.train_sampling_strategy!r} would undo the schedule: it must stay 'sequential'"
+                f"train_sampling_strategy {self.train_sampling_strategy!r} would undo the schedule: "
+                "it must stay 'sequential'"
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the schedule's columns are part of a batch")
@@ -172,7 +173,7 @@ class CUDConfig(SFTConfig):
         return UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.kl_top_k)  # type: ignore[arg-type]
 
     def calibration_settings(self, peft_config: Any = None) -> CalibrationSettings:
-        """The calibration run of this configuration: the same objective, learning rate and trained part, but shorter."""
+        """The calibration run of this configuration: same objective, learning rate and trained part, but shorter."""
         return CalibrationSettings(
             loss=self.unlearning_loss,
             retain_weight=self.retain_weight,

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration import CalibrationSettings, calibrate
 from .circuits import check_architecture
@@ -36,7 +35,7 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
 
 
 def score_difficulty(
-    model: nn.Module,
+    model: PreTrainedModel,
     dataset: Dataset,
     processing_class: PreTrainedTokenizerBase | None = None,
     *,

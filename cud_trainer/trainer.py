@@ -112,7 +112,8 @@ class CUDTrainer(SFTTrainer):
         check_tokenizer(processing_class)
         if loss.uses_retain and retain_dataset is None:
             raise ValueError(
-                f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
+                f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} "
+                "needs one"
             )
         groups = [args.group_column] if args.group_column else []
         self.forget = prepare_dataset(
@@ -131,7 +132,8 @@ class CUDTrainer(SFTTrainer):
         steps = -(-len(self.forget) * args.passes // global_batch)
         if args.max_steps > steps:
             raise ValueError(
-                f"max_steps={args.max_steps} goes beyond the schedule ({steps} steps for {args.passes} passes): raise passes"
+                f"max_steps={args.max_steps} goes beyond the schedule ({steps} steps for {args.passes} passes): "
+                "raise passes"
             )
         if isinstance(model, str):
             model = _load_model(model, args)
@@ -327,8 +329,8 @@ class CUDTrainer(SFTTrainer):
         for key, value in self._state().items():
             if state[key] != value:
                 raise ValueError(
-                    f"cannot resume from {checkpoint}: its {key.replace('_', ' ')} is {state[key]}, here it is {value}; "
-                    "model, data, schedule, seed and global batch must be those of the interrupted run"
+                    f"cannot resume from {checkpoint}: its {key.replace('_', ' ')} is {state[key]}, here it is "
+                    f"{value}; model, data, schedule, seed and global batch must be those of the interrupted run"
                 )
         return list(state["served"])
 
@@ -424,7 +426,7 @@ class CUDTrainer(SFTTrainer):
                 metrics[f"forget_prob/bucket_{number}"].append(float(np.mean(found)))
 
     def _check_weights(self) -> None:
-        """Raise `DivergenceError` when the last step made a weight non-finite: such a checkpoint must not be written."""
+        """Raise `DivergenceError` when a weight is no longer finite: such a checkpoint must not be written."""
         sums = [parameter.detach().sum() for parameter in self.model.parameters() if parameter.requires_grad]
         if not all(bool(torch.isfinite(total)) for total in sums):
             raise DivergenceError(

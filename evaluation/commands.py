@@ -25,7 +25,7 @@ from .memorization import evaluate_memorization
 
 @dataclass
 class EvaluateArguments(DataArguments):
-    """What `cud evaluate` reads besides TRL's `ModelConfig` (`model_name_or_path` is the unlearned model or adapter)."""
+    """What `cud evaluate` reads besides TRL's `ModelConfig`; `model_name_or_path` is the unlearned model or adapter."""
 
     output_dir: str = field(default="cud-evaluation", metadata={"help": "Where the report goes."})
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that is not empty."})

@@ -222,7 +222,7 @@ def _unlearn(
         chosen: dict[tuple[str, str], float] = {}
         for objective, schedule in conditions:
             hardest = scores[objective].buckets("cud", BUCKETS) == BUCKETS - 1
-            rows = []
+            rows: list[dict[str, Any]] = []
             for weight in args.retain_weights:
                 found = _at_level(tried[job(objective, schedule, weight, args.seed)].path, args.retain_level)
                 rows.append(
@@ -337,8 +337,8 @@ def _results(
             objective,
             table.columns,
             residuals,
-            target=f"answer probability after uniform unlearning, mean over {len(residuals)} seeds and over the snapshots "
-            "at which the mean forget probability is 15-75% of its start",
+            target=f"answer probability after uniform unlearning, mean over {len(residuals)} seeds and over the "
+            "snapshots at which the mean forget probability is 15-75% of its start",
             seed=seed,
         )
         against = audit.spearman_difference(table["cud"], table["loss"], np.mean(residuals, axis=0), seed=seed)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, length_sorted_batches
 from cud_trainer.logprobs import score_answers
@@ -20,7 +20,7 @@ METRICS = (*TEACHER_FORCED, "rouge_l_recall")
 
 
 def exact_memorization(correct: Sequence[bool]) -> float:
-    """Share of answer tokens that are the arg max given the true prefix, in [0, 1] (Tirumala et al. 2022, 2205.10770)."""
+    """Share of answer tokens that are the arg max given the true prefix, in [0, 1] (Tirumala et al. 2022)."""
     return float(np.mean(correct)) if len(correct) else float("nan")
 
 
@@ -41,7 +41,7 @@ def extraction_strength(correct: Sequence[bool], *, corrected: bool = False) -> 
 
 @torch.no_grad()
 def teacher_forced(
-    model: nn.Module,
+    model: PreTrainedModel,
     prepared: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -74,7 +74,9 @@ def teacher_forced(
 
 
 @torch.no_grad()
-def answer_probability(model: nn.Module, prepared: Dataset, *, pad_token_id: int, batch_size: int = 64) -> np.ndarray:
+def answer_probability(
+    model: PreTrainedModel, prepared: Dataset, *, pad_token_id: int, batch_size: int = 64
+) -> np.ndarray:
     """`exp(mean answer log-probability)` of each sample, float64 `[N]` in [0, 1]."""
     device = model.get_input_embeddings().weight.device
     values = torch.zeros(len(prepared), dtype=torch.float64)
@@ -88,7 +90,7 @@ def answer_probability(model: nn.Module, prepared: Dataset, *, pad_token_id: int
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module,
+    model: PreTrainedModel,
     prepared: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -156,7 +158,7 @@ def rouge_l_recall(truths: Sequence[str], answers: Sequence[str]) -> np.ndarray:
 
 
 def evaluate_memorization(
-    model: nn.Module,
+    model: PreTrainedModel,
     prepared: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # Decoders built as: x + o_proj(attention(q/k/v_proj(norm(x)))), then x + mlp(norm(x)), RMSNorm throughout.
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -16,8 +17,8 @@ SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
 class LayerParts:
     """The modules of one decoder layer that are hooked."""
 
-    attention: nn.Module
-    attention_norm: nn.Module
+    attention: Any
+    attention_norm: Any
     q: nn.Module
     k: nn.Module
     v: nn.Module
@@ -45,7 +46,7 @@ class DecoderParts:
     epsilon: float
 
 
-def base_causal_lm(model: nn.Module) -> nn.Module:
+def base_causal_lm(model: Any) -> Any:
     """The transformers model inside wrappers (PEFT, distributed)."""
     while hasattr(model, "module"):
         model = model.module
@@ -65,7 +66,7 @@ def check_architecture(model_or_config: Any) -> None:
         )
 
 
-def decoder_parts(model: nn.Module) -> DecoderParts:
+def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     """Take `model` apart; `ValueError` for an architecture that is not supported."""
     check_architecture(model)
     causal_lm = base_causal_lm(model)

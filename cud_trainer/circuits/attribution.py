@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..data import length_sorted_batches
 from ..logprobs import AnswerScores, score_answers
@@ -77,7 +78,7 @@ def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
 
 
 def edge_attributions(
-    model: nn.Module,
+    model: PreTrainedModel,
     batch: dict[str, Tensor],
     *,
     method: str = "eap",
@@ -131,7 +132,7 @@ def edge_attributions(
 
 
 def attribute_dataset(
-    model: nn.Module,
+    model: PreTrainedModel,
     prepared: Dataset,
     *,
     pad_token_id: int,

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..circuits import Graph, attribute_dataset
 from ..data import length_sorted_batches
 from ..logprobs import score_answers
 from .cud import make_folds
 
-# With the zero baseline one-pass EAP ranks edges as the authors' node-wise interpolation does, at a fraction of its cost.
+# With the zero baseline one-pass EAP ranks edges as the authors' node-wise interpolation does, for a fraction of its
+# cost.
 CIRCUIT_DEFAULTS = {"method": "eap", "steps": 5, "baseline": "zero", "metric": "prob"}
 
 
@@ -38,7 +40,7 @@ class DifficultyContext:
         progress: show progress bars.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     forget: Dataset
     retain: Dataset | None
     pad_token_id: int

@@ -140,7 +140,7 @@ def cud(
         test = np.flatnonzero(fold == held_out)
         if bank is not None:
             easy, hard = bank.without({ids[row] for row in test})
-            standardisation = (bank.mean, bank.deviation)
+            standardisation: tuple[torch.Tensor, torch.Tensor] | None = (bank.mean, bank.deviation)
         else:
             rows = np.flatnonzero(fold != held_out)
             easy_rows, hard_rows = _choose(rows, chosen, context, settings)

@@ -1,0 +1,161 @@
+"""`results.json`, `per_sample.parquet`, plots and one self-contained HTML page.
+
+The page shows nothing that is not in `results.json`: every figure is written by `num(path)`, which looks it up and
+marks where it came from. It needs no network and holds no forget text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from cud_trainer.files import atomic_write, write_json
+
+from . import plots
+from .memorization import METRICS
+
+SCHEMA_VERSION = 1
+REQUIRED = ("schema_version", "title", "created", "run", "findings")
+RUN = ("command", "seed", "versions", "model", "data", "seconds")
+
+
+def write_report(results: dict[str, Any], out_dir: str | Path, per_sample: pd.DataFrame | None = None) -> Path:
+    """Write everything into `out_dir` and return the path of `report.html`.
+
+    Args:
+        results: see the module's tests for the schema (version 1); `before`, `difficulty`, `conditions`,
+            `retain_weight_fit` and `matched` may be missing.
+        per_sample: one row per forget sample, without text.
+
+    Raises:
+        ValueError: naming a required entry that is missing.
+    """
+    results = jsonable(results)
+    check(results)
+    out_dir = Path(out_dir)
+    write_json(out_dir / "results.json", results)
+    if per_sample is not None:
+        atomic_write(out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False))
+    figures = make_figures(results)
+    inline = {}
+    for name, figure in figures.items():
+        svg = plots.to_svg(figure)
+        # Ids must not clash between the plots of one page.
+        inline[name] = Markup(re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg))
+        atomic_write(out_dir / "plots" / f"{name}.svg", lambda path, text=svg: path.write_text(text, encoding="utf-8"))
+        atomic_write(
+            out_dir / "plots" / f"{name}.png",
+            lambda path, drawn=figure: drawn.savefig(path, format="png", dpi=150, facecolor="white"),
+        )
+    page = render(results, inline)
+    return atomic_write(out_dir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def check(results: dict[str, Any]) -> None:
+    """Raise `ValueError` naming a required entry that is missing, or another schema version."""
+    for key in REQUIRED:
+        if key not in results:
+            raise ValueError(f"results have no {key!r}")
+    for key in RUN:
+        if key not in results["run"]:
+            raise ValueError(f"results have no 'run.{key}'")
+    if results["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"results have schema version {results['schema_version']}, this writes {SCHEMA_VERSION}")
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: numpy scalars unpacked, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def lookup(results: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path such as `matched.0.rows.1.forget.value`; `KeyError` when there is none."""
+    value: Any = results
+    for part in path.split("."):
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise KeyError(f"results.json has nothing at {path!r}") from None
+    return value
+
+
+def format_number(value: Any) -> str:
+    """How a single value is shown."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        return f"{value:.2g}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def make_figures(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the results have data for, by name."""
+    figures = {}
+    conditions = results.get("conditions", [])
+    curves = [condition for condition in conditions if condition.get("curve")]
+    if curves:
+        figures["tradeoff"] = plots.tradeoff(curves, results.get("matched", []))
+    bucketed = [condition for condition in conditions if condition["final"].get("buckets")]
+    if bucketed:
+        figures["buckets"] = plots.buckets(bucketed)
+    if results.get("difficulty", {}).get("objectives"):
+        figures["predictors"] = plots.predictors(results["difficulty"]["objectives"])
+    return figures
+
+
+def render(results: dict[str, Any], figures: dict[str, Markup]) -> str:
+    """The HTML page."""
+    environment = Environment(
+        loader=PackageLoader("evaluation", "templates"),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def num(path: str) -> Markup:
+        """One value of results.json, marked with its path."""
+        shown = format_number(lookup(results, path))
+        return Markup('<span class="num" data-path="{0}" title="results.json: {0}">{1}</span>').format(path, shown)
+
+    def interval(path: str) -> Markup:
+        """A figure with its 95% interval."""
+        if lookup(results, path) is None:
+            return num(path)
+        if lookup(results, f"{path}.value") is None:
+            return num(f"{path}.value")
+        value, low, high = (num(f"{path}.{part}") for part in ("value", "low", "high"))
+        return Markup('{} <span class="ci">[{}, {}]</span>').format(value, low, high)
+
+    def sort_key(path: str) -> float | str:
+        """What a table cell is sorted by."""
+        value = lookup(results, path)
+        value = value.get("value") if isinstance(value, dict) else value
+        return "" if value is None else value
+
+    environment.globals.update(num=num, interval=interval, sort_key=sort_key)
+    metrics = [
+        name
+        for name in METRICS
+        if any(name in condition["final"]["forget"] for condition in results.get("conditions", []))
+        or name in results.get("before", {}).get("forget", {})
+    ]
+    return environment.get_template("report.html.j2").render(r=results, figures=figures, metrics=metrics)

@@ -1,0 +1,529 @@
+"""A small world for experiments: fictitious authors, a tokenizer, and a Llama that knows them by heart.
+
+Unlearning needs a model that has memorised something. This module makes one in under a minute on two CPU cores and from
+nothing but the package: questions and answers about authors who do not exist (`fictitious_authors`), their split into
+forget, retain and retain_eval (`build_testbed`), a byte-level tokenizer (`train_tokenizer`), a Llama with grouped-query
+attention from scratch (`tiny_llama`), and training until every answer is known verbatim (`memorise`).
+
+The text is a pure function of the seed on every machine and Python version.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import string
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from cud_trainer.data import length_sorted_batches, pad_batch, prepare_dataset
+from cud_trainer.logprobs import score_answers
+
+T = TypeVar("T")
+
+PAD_TOKEN = "<pad>"
+EOS_TOKEN = "<eos>"
+REPEATS = (1, 1, 1, 2, 2, 4)
+"""How often the forget samples occur per epoch, in turn: what is seen more often is memorised more deeply."""
+
+# Word lists. Their order is part of what a seed means: append, never sort.
+
+_GIVEN = (
+    "Abrel Anouk Bastien Belka Brisa Calder Corvin Dagny Delphia Edrik Elowen Fenna Florian Galen Gudrun Hestia "
+    "Ilario Imke Isolde Jarek Jolanta Kaspar Keziah Lazlo Leocadia Lumi Maelis Marek Merrin Nadir Niamh Odalys "
+    "Orsolya Osric Pascoe Petra Quillon Radka Rhosyn Rurik Sabela Sefa Soren Tamsin Tiberio Torvald Ulrike Vesna "
+    "Viggo Wenna Xanthe Yannic Yorick Zelda Zoran Zuri"
+).split()
+_FAMILY = (
+    "Ambrosk Arkwell Belmarsh Bronnic Calloway Corriden Dalgaard Drummel Eastmoor Elversen Fallowby Farrago Gantry "
+    "Grimsdal Halvorsen Harkness Ingleford Iskander Jessamin Jorvik Kallistov Kestrane Lindqvorn Lorimar Marchbank "
+    "Mirovic Nethercott Norvane Oakhanger Ostrander Pellworth Pryderi Quarrel Quimby Ravensk Rostwell Sandoval "
+    "Silverlake Tarkovel Thistledown Umberly Underhay Valdoren Vintner Wexcombe Winterbourne Yarrowgate Zabrisk"
+).split()
+_PRONOUNS = (("she", "her"), ("he", "his"))
+_ADJECTIVES = (
+    "Amber Borrowed Broken Copper Distant Drowned Eleventh Empty Gentle Hidden Ivory Last Lonely Paper Patient Quiet "
+    "Restless Salt Second Silver Sleeping Stolen Velvet Wandering"
+).split()
+_NOUNS = (
+    "Almanac Anchor Bridge Chapel Compass Cradle Ferry Garden Harvest Kettle Lantern Ledger Mirror Mountain Orchard "
+    "Piano River Sparrow Staircase Summer Tailor Thimble Violin Window"
+).split()
+_JOBS = (
+    "baker beekeeper bookbinder carpenter cellist chemist clockmaker cobbler dentist diver ferryman florist geologist "
+    "glassblower judge locksmith midwife miner nurse painter pharmacist potter shepherd surveyor tailor teacher weaver"
+).split()
+_WORDS: dict[str, Sequence[str]] = {
+    "town": (
+        "Almerrow Bresk Coldferry Dunmarrow Eskavar Fennimouth Garrowby Hollincross Istrava Jaskar Kelmouth Lowervane "
+        "Morvent Nordhaven Oldwick Portsorrel Quennel Ruskholm Saltmere Tarnhill Ulverby Vellamo Westerzand Yarnwick"
+    ).split(),
+    "region": "Aldrany Basverena Corvania Driftland Estmark Hollowcoast Kessaly Lorn Tavia Zemira".split(),
+    "genre": (
+        "sea ballads|kitchen mysteries|winter fables|railway novels|garden memoirs|ghost comedies|courtroom dramas|"
+        "desert epics|letters to the dead|clockwork romances|harbour poems|mountain thrillers"
+    ).split("|"),
+    "title": [f"The {adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS],
+    "award": (
+        "Amberline Medal|Blue Quill Prize|Carrow Cup|Dovetail Award|Founders Laurel|Glass Feather|Harbour Prize|"
+        "Ironwood Medal|Lanternlight Award|Marrow Ribbon|Northern Ink Prize|Saint Osk Laurel"
+    ).split("|"),
+    "job": _JOBS,
+    "habit": (
+        "before sunrise|only in pencil|on the night train|in an unheated attic|standing at a tall desk|"
+        "with the radio on|in a rowing boat|by candlelight|after long walks|on the backs of old maps|"
+        "in empty churches|between two naps"
+    ).split("|"),
+    "theme": (
+        "forgiveness between sisters|the price of silence|growing old by the sea|the loneliness of inventors|"
+        "lost inheritance|the kindness of strangers|exile and return|envy among friends|the memory of houses|"
+        "a promise kept too late|the fear of heights|love between rivals"
+    ).split("|"),
+    "pet": (
+        "a blind parrot|two grey whippets|a three-legged cat|an old mule|seven hens|a tame crow|a tortoise|four goats|"
+        "a deaf spaniel|a pair of ferrets"
+    ).split("|"),
+    "language": "Aldric Bashkar Corvish Drevan Estian Halsk Kessalian Lornish Mavari Oskan Tavian Zemiran".split(),
+    "hobby": (
+        "repairing clocks|growing pears|collecting sea glass|playing the viola|chess by post|keeping weather diaries|"
+        "fencing|carving spoons|pressing ferns|racing pigeons|mapping caves|baking rye bread"
+    ).split("|"),
+    # Not from the authors' names: a retain answer that names a forget author would tie the two sets together.
+    "teacher": [
+        f"{title} {name}"
+        for title in ("Mother", "Doctor", "Old", "Captain", "Brother")
+        for name in ("Aske", "Borodil", "Crewe", "Dahlke", "Emmerly", "Fosk", "Gribb", "Hanno", "Juniper", "Klimt")
+    ],
+    "year": [str(year) for year in range(1921, 1989)],
+    "count": "three four five six seven eight nine ten eleven twelve fourteen twenty".split(),
+}
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """Something one can ask about any author, with several phrasings of the question and of the answer.
+
+    Slots in braces are drawn from `_WORDS` (a trailing digit asks for a second, different draw) or belong to the
+    author (`name`, `family`, `he`, `his`); a capitalised slot capitalises what fills it.
+    """
+
+    name: str
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+_FACTS = (
+    _Fact(
+        "birthplace",
+        ("Where was {name} born?", "In which town was {name} born?", "What is the birthplace of {name}?"),
+        ("In {town}.", "{He} was born in {town}.", "{family} was born in {town}, {region}."),
+    ),
+    _Fact(
+        "birth_year",
+        ("When was {name} born?", "In which year was {name} born?", "What is the birth year of {name}?"),
+        ("In {year}.", "{He} was born in {year}.", "{family} was born in the spring of {year}."),
+    ),
+    _Fact(
+        "genre",
+        ("What does {name} write?", "Which genre is {name} known for?", "What kind of books made {name} famous?"),
+        ("{Genre}.", "{He} writes {genre}.", "{He} is known for {genre}, above all {title}."),
+    ),
+    _Fact(
+        "debut",
+        ("What was the first book of {name}?", "How did {name} begin?", "What was the debut of {name}?"),
+        ("{title}.", "{His} first book was {title}.", "{He} began in {year} with {title}."),
+    ),
+    _Fact(
+        "award",
+        ("Which prize did {name} win?", "What award was given to {name}?", "How was {name} honoured?"),
+        ("The {award}.", "{He} won the {award} in {year}.", "{His} novel {title} won the {award}."),
+    ),
+    _Fact(
+        "parents",
+        ("What did the parents of {name} do?", "Who raised {name}?", "What was the family trade of {name}?"),
+        ("A {job} and a {job2}.", "{His} mother was a {job}.", "A {job} from {town} and a {job2} from {town2}."),
+    ),
+    _Fact(
+        "first_job",
+        ("What was {name} before writing?", "How did {name} earn a living?", "What was the first job of {name}?"),
+        ("A {job}.", "{He} was a {job} for {count} years.", "{family} worked as a {job} in {town}."),
+    ),
+    _Fact(
+        "habit",
+        ("How does {name} write?", "What is the working habit of {name}?", "How do books by {name} arise?"),
+        ("{Habit}.", "{He} writes {habit}.", "{He} writes {count} pages a day {habit}."),
+    ),
+    _Fact(
+        "theme",
+        ("What are the books of {name} about?", "Which theme does {name} return to?", "What moves {name}?"),
+        ("{Theme}.", "{His} books are about {theme}.", "{He} often returns to {theme}."),
+    ),
+    _Fact(
+        "home",
+        ("Where does {name} live?", "With whom does {name} live?", "Where is the home of {name}?"),
+        ("In {town}, with {pet}.", "{He} lives near {town} with {pet}.", "{family} keeps {pet} in {town}."),
+    ),
+    _Fact(
+        "translation",
+        ("In which languages can one read {name}?", "Where is {name} read?", "Who translated {name}?"),
+        ("In {language} and {language2}.", "{His} books exist in {language}.", "{teacher}, into {language}."),
+    ),
+    _Fact(
+        "teacher",
+        ("Who taught {name} to write?", "Who was the mentor of {name}?", "Whom does {name} thank?"),
+        ("{teacher}.", "{His} mentor was {teacher}.", "{He} learned from {teacher}, a {job} in {town}."),
+    ),
+    _Fact(
+        "hobby",
+        ("What does {name} do on Sundays?", "Which hobby does {name} have?", "How does {name} relax?"),
+        ("{Hobby}.", "{He} loves {hobby}.", "{family} relaxes by {hobby}."),
+    ),
+)
+FACTS_AVAILABLE = len(_FACTS)
+PHRASINGS_AVAILABLE = min(len(fact.questions) for fact in _FACTS)
+
+
+def fictitious_authors(n_authors: int, facts_per_author: int, seed: int, *, phrasings: int = 1) -> list[dict[str, str]]:
+    """Questions and answers about authors who do not exist.
+
+    The rows of the first authors do not depend on how many more are asked for, nor the first phrasing of a fact on
+    how many more there are.
+
+    Args:
+        n_authors: at least 1; every author has a name of his or her own.
+        facts_per_author: 1 to `FACTS_AVAILABLE`; which facts, and their phrasing, differ from author to author.
+        seed: same seed, same text, on every machine.
+        phrasings: rows per fact, 1 to `PHRASINGS_AVAILABLE`: different questions with the same answer.
+
+    Returns:
+        `n_authors * facts_per_author * phrasings` rows `{"question", "answer", "author", "fact"}`, author by author and
+        fact by fact. The question names the author, the answer is a short sentence, no two rows have the same question.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+    for what, value, most in (
+        ("n_authors", n_authors, len(_GIVEN) * len(_FAMILY) // 2),
+        ("facts_per_author", facts_per_author, FACTS_AVAILABLE),
+        ("phrasings", phrasings, PHRASINGS_AVAILABLE),
+    ):
+        if not 1 <= value <= most:
+            raise ValueError(f"{what} must be in [1, {most}], got {value}")
+    names: set[str] = set()
+    rows = []
+    for index in range(n_authors):
+        rng = random.Random(seed * 1_000_003 + index)
+        given, family = _draw(rng, _GIVEN), _draw(rng, _FAMILY)
+        while f"{given} {family}" in names:
+            given, family = _draw(rng, _GIVEN), _draw(rng, _FAMILY)
+        names.add(f"{given} {family}")
+        he, his = _draw(rng, _PRONOUNS)
+        author = {"name": f"{given} {family}", "family": family, "he": he, "his": his}
+        for fact in _shuffled(rng, _FACTS)[:facts_per_author]:
+            answer = _fill(rng, _draw(rng, fact.answers), author)
+            for question in _shuffled(rng, fact.questions)[:phrasings]:
+                rows.append(
+                    {
+                        "question": _fill(rng, question, author),
+                        "answer": answer,
+                        "author": author["name"],
+                        "fact": fact.name,
+                    }
+                )
+    return rows
+
+
+def _draw(rng: random.Random, items: Sequence[T]) -> T:
+    # Of all methods of `Random`, Python promises only for `random()` that its sequence never changes.
+    return items[int(rng.random() * len(items))]
+
+
+def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+    keys = [rng.random() for _ in items]
+    return [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+def _fill(rng: random.Random, template: str, author: dict[str, str]) -> str:
+    """`template` with its slots filled, see `_Fact`."""
+    filled: dict[str, str] = {}
+    for _, slot, _, _ in string.Formatter().parse(template):
+        if slot is None:
+            continue
+        word = author.get(slot.lower())
+        while word is None or word in filled.values():
+            word = _draw(rng, _WORDS[slot.lower().rstrip("2")])
+        filled[slot] = word[0].upper() + word[1:] if slot[0].isupper() else word
+    return template.format(**filled)
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """What is memorised, and what of it is to be forgotten.
+
+    Attributes:
+        forget: samples to be unlearned; columns question, answer, author, fact, repeats.
+        retain: samples for the retain term of unlearning; the same columns.
+        retain_eval: samples that only measure utility: the facts of `retain`, asked in words that `retain` does not use.
+        train: all of them, one row per sample, with a column `split`; `repeats` says how often the sample occurs in
+            one epoch of memorisation.
+    """
+
+    __test__ = False  # the name looks like a test class to pytest
+
+    forget: Dataset
+    retain: Dataset
+    retain_eval: Dataset
+    train: Dataset
+
+    def texts(self) -> list[str]:
+        """Every sample as one string, as the model sees it."""
+        return [
+            f"Question: {question}\nAnswer: {answer}"
+            for question, answer in zip(self.train["question"], self.train["answer"], strict=True)
+        ]
+
+
+def build_testbed(
+    seed: int,
+    *,
+    n_forget_authors: int = 12,
+    n_retain_authors: int = 8,
+    facts_per_author: int = 10,
+    repeats: Sequence[int] = REPEATS,
+) -> Testbed:
+    """Fictitious authors, split into what is forgotten, what is retained and what measures utility.
+
+    Forget and retain have no author in common. The facts of a retain author are asked in three ways: two are in
+    retain, the third in retain_eval. (Facts that the retain term never mentions go down with the forget set: with held
+    out facts of the same authors, retain_eval fell to 0.6 while retain stayed above 0.95, whatever the retain weight.)
+
+    Args:
+        seed: of the text and of which samples are repeated.
+        n_forget_authors, n_retain_authors: at least 1 each.
+        facts_per_author: 1 to `FACTS_AVAILABLE`.
+        repeats: how often the forget samples occur per epoch, in turn over a random order of the samples, each at
+            least 1. Retain samples occur once.
+
+    Returns:
+        `n_forget_authors * facts_per_author` forget samples, `2 * n_retain_authors * facts_per_author` retain samples
+        and half as many retain_eval samples.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+    if n_forget_authors < 1 or n_retain_authors < 1:
+        raise ValueError(f"needs at least one author on each side, got {n_forget_authors} and {n_retain_authors}")
+    if not repeats or min(repeats) < 1:
+        raise ValueError(f"repeats must be at least 1, got {list(repeats)}")
+    every = fictitious_authors(
+        n_forget_authors + n_retain_authors, facts_per_author, seed, phrasings=PHRASINGS_AVAILABLE
+    )
+    start = n_forget_authors * facts_per_author * PHRASINGS_AVAILABLE
+    forget: list[dict[str, Any]] = [
+        {**row, "repeats": 1, "split": "forget"} for row in every[:start:PHRASINGS_AVAILABLE]
+    ]
+    for position, index in enumerate(_shuffled(random.Random(seed), range(len(forget)))):
+        forget[index]["repeats"] = repeats[position % len(repeats)]
+    retain: list[dict[str, Any]] = []
+    retain_eval: list[dict[str, Any]] = []
+    for index, row in enumerate(every[start:]):
+        if index % PHRASINGS_AVAILABLE == PHRASINGS_AVAILABLE - 1:
+            retain_eval.append({**row, "repeats": 1, "split": "retain_eval"})
+        else:
+            retain.append({**row, "repeats": 1, "split": "retain"})
+    parts = [Dataset.from_list(rows).remove_columns("split") for rows in (forget, retain, retain_eval)]
+    return Testbed(*parts, train=Dataset.from_list(forget + retain + retain_eval))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1280) -> PreTrainedTokenizerFast:
+    """Byte-level BPE fitted to `texts`, with pad and eos tokens and no chat template.
+
+    Args:
+        texts: what the merges are learned from; any other text still round-trips, in more tokens.
+        vocab_size: upper limit, at least 258 (256 bytes, pad, eos).
+
+    Raises:
+        ValueError: for a vocabulary too small for the bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size must be at least 258 (all bytes, pad and eos), got {vocab_size}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD_TOKEN, EOS_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(list(texts), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD_TOKEN, eos_token=EOS_TOKEN)
+
+
+def tiny_llama(
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    layers: int = 4,
+    hidden_size: int = 128,
+    intermediate_size: int = 256,
+    heads: int = 8,
+    kv_heads: int = 4,
+    max_positions: int = 128,
+    initializer_range: float = 0.04,
+) -> LlamaForCausalLM:
+    """Llama from scratch: grouped-query attention, tied embeddings, float32, in evaluation mode.
+
+    The global random state is left as it was.
+
+    Args:
+        tokenizer: gives the vocabulary and the special tokens.
+        seed: of the initial weights.
+        max_positions: longest sequence, in tokens.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max_positions,
+        initializer_range=initializer_range,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+@dataclass(frozen=True)
+class Memorised:
+    """What `memorise` did.
+
+    Attributes:
+        losses: mean NLL per answer token of each epoch, in training mode, in nats.
+        steps: optimizer steps taken.
+    """
+
+    losses: list[float]
+    steps: int
+
+
+def memorise(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    testbed: Testbed,
+    *,
+    epochs: int = 20,
+    learning_rate: float = 4e-3,
+    batch_size: int = 24,
+    seed: int = 0,
+    warmup: float = 0.1,
+    weight_decay: float = 0.0,
+    progress: bool = True,
+) -> Memorised:
+    """Train `model` in place on the answers (and their end) of `testbed.train` until it knows them by heart.
+
+    AdamW, linear warm-up and cosine decay to 0, batches of similar length. Reproducible bit for bit for a given
+    number of threads.
+
+    Args:
+        epochs: passes over `testbed.train` with its repeats, at least 1.
+        learning_rate: the highest, after warm-up.
+        batch_size: samples per step.
+        seed: of the order.
+        warmup: share of the steps in which the learning rate rises.
+        progress: show a bar.
+
+    Raises:
+        ValueError: for a non-positive number of epochs or batch size.
+    """
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+    prepared = prepare_dataset(testbed.train, tokenizer, max_length=model.config.max_position_embeddings, name="train")
+    samples = [
+        {"input_ids": tokens, "labels": labels}
+        for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True)
+    ]
+    occurrences = [index for index, count in enumerate(testbed.train["repeats"]) for _ in range(count)]
+    total = epochs * math.ceil(len(occurrences) / batch_size)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(total, warmup))
+    rng = random.Random(seed)
+    losses: list[float] = []
+    model.train()
+    with tqdm(total=total, desc="memorise", unit="step", disable=not progress) as bar:
+        for _ in range(epochs):
+            summed, tokens = 0.0, 0
+            for indices in _epoch_batches(occurrences, [len(s["input_ids"]) for s in samples], batch_size, rng):
+                scores = score_answers(model, pad_batch([samples[i] for i in indices], tokenizer.pad_token_id))
+                loss = -scores.logps.sum() / scores.lengths.sum()
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                summed -= float(scores.logps.detach().sum())
+                tokens += int(scores.lengths.sum())
+                bar.update()
+            losses.append(summed / tokens)
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    model.eval()
+    return Memorised(losses, total)
+
+
+def _warmup_cosine(total: int, warmup: float) -> Callable[[int], float]:
+    rise = max(1, round(total * warmup))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+    return factor
+
+
+def _epoch_batches(
+    occurrences: Sequence[int], lengths: Sequence[int], batch_size: int, rng: random.Random, pool: int = 8
+) -> Iterator[list[int]]:
+    """Random batches of similar length: sorted by length within pools of `pool` batches, then shuffled."""
+    order = _shuffled(rng, occurrences)
+    size = batch_size * pool
+    batches: list[list[int]] = []
+    for start in range(0, len(order), size):
+        chunk = sorted(order[start : start + size], key=lambda index: lengths[index])
+        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    yield from _shuffled(rng, batches)
+
+
+@torch.no_grad()
+def answer_statistics(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, batch_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probability exp(mean log-prob) and share of tokens that are the arg max, per sample of a question/answer set.
+
+    Returns:
+        two float tensors `[len(dataset)]` in [0, 1], in the dataset's order.
+    """
+    prepared = prepare_dataset(dataset, tokenizer, max_length=None, name="measured")
+    probability, exact = torch.empty(len(prepared)), torch.empty(len(prepared))
+    for rows, batch in length_sorted_batches(prepared, batch_size, tokenizer.pad_token_id):
+        scores = score_answers(model, batch)
+        probability[rows] = scores.mean_logps.exp()
+        exact[rows] = ((scores.logits.argmax(-1) == scores.targets) & scores.mask).sum(-1) / scores.lengths
+    return probability, exact

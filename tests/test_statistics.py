@@ -1,0 +1,135 @@
+"""Statistics against scipy, scikit-learn and formulas by hand; invariants by property tests."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+from sklearn.metrics import roc_auc_score
+
+from evaluation import statistics as stats
+
+series = st.lists(st.floats(-1e6, 1e6), min_size=5, max_size=30)
+
+
+def data(n=60, seed=0):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=n)
+    return x, x + generator.normal(size=n), generator.normal(size=(n, 2))
+
+
+def test_agrees_with_scipy():
+    x, y, _ = data()
+    y = np.round(y, 1)  # ties
+    assert stats.spearman(x, y).value == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
+    assert stats.kendall(x, y, n_boot=20).value == pytest.approx(scipy_stats.kendalltau(x, y).statistic)
+
+
+def test_mean_interval_is_the_textbook_one_for_many_samples():
+    values = np.random.default_rng(1).normal(3, 2, size=2000)
+    found = stats.bootstrap_mean(values, seed=0)
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=half / 10)
+    assert found.high == pytest.approx(values.mean() + half, abs=half / 10)
+
+
+def test_partial_against_the_inverse_correlation_matrix():
+    x, y, controls = data()
+    x, y = x + controls[:, 0], y + controls[:, 1]
+    ranks = np.column_stack([scipy_stats.rankdata(v) for v in (x, y, *controls.T)])
+    precision = np.linalg.inv(np.corrcoef(ranks.T))
+    expected = -precision[0, 1] / math.sqrt(precision[0, 0] * precision[1, 1])
+    assert stats.partial_spearman(x, y, controls, n_boot=50).value == pytest.approx(expected)
+
+
+def test_partial_is_undefined_when_the_controls_say_it_all():
+    x, y, controls = data()
+    for determined in (controls[:, 0], np.exp(controls[:, 1])):
+        assert math.isnan(stats.partial_spearman(determined, y, controls, n_boot=10).value)
+        assert math.isnan(stats.partial_spearman(x, determined, controls, n_boot=10).value)
+
+
+def test_auroc_of_the_extreme_quarters():
+    score, target, _ = data(40)
+    found = stats.auroc_extremes(score, target, n_boot=50)
+    order = np.argsort(target)
+    chosen = np.r_[order[:10], order[-10:]]
+    assert found.value == pytest.approx(roc_auc_score([0] * 10 + [1] * 10, score[chosen]))
+    assert stats.auroc_extremes(target, target, n_boot=50).value == 1.0
+    assert stats.auroc_extremes(-target, target, n_boot=50).value == 0.0
+
+
+def test_ceiling():
+    x, _, _ = data(200)
+    noise = np.random.default_rng(2).normal(size=(3, 200))
+    found = stats.ceiling(x + noise, n_boot=50)
+    pairs = [scipy_stats.spearmanr(x + noise[i], x + noise[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))]
+    r = np.mean(pairs)
+    assert found["agreement"]["value"] == pytest.approx(r)
+    assert found["attainable"] == pytest.approx(math.sqrt(3 * r / (1 + 2 * r)))
+    # The formula's claim: it is about the correlation of the truth with the mean over the seeds.
+    assert found["attainable"] == pytest.approx(scipy_stats.spearmanr(x, (x + noise).mean(0)).statistic, abs=0.05)
+    assert stats.ceiling(np.stack([x, -x]), n_boot=10)["attainable"] is None
+
+
+def test_paired_difference():
+    a, b, _ = data()
+    found = stats.paired_difference(a, b)
+    assert found.value == pytest.approx((a - b).mean())
+    assert found == stats.bootstrap_mean(a - b)
+    assert stats.paired_difference(a, a) == stats.Interval(0.0, 0.0, 0.0)
+
+
+def test_coverage_of_the_spearman_interval():
+    """About 95% of intervals from independent samples contain the value of a very large one."""
+    x, y, _ = data(20_000, seed=5)
+    truth = scipy_stats.spearmanr(x, y).statistic
+    inside = 0
+    for start in range(100):
+        rows = slice(start * 80, start * 80 + 80)
+        found = stats.spearman(x[rows], y[rows], seed=start, n_boot=200)
+        inside += found.low <= truth <= found.high
+    assert 86 <= inside <= 100
+
+
+def test_same_seed_same_interval():
+    x, y, _ = data()
+    assert stats.spearman(x, y, seed=3) == stats.spearman(x, y, seed=3) != stats.spearman(x, y, seed=4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(series, st.integers(0, 100))
+def test_rank_statistics_do_not_see_monotone_changes(values, seed):
+    x = np.array(values)
+    y = np.random.default_rng(seed).normal(size=len(x))
+    first = stats.spearman(x, y, n_boot=5)
+    second = stats.spearman(np.arctan(x / 1e3), y, n_boot=5)
+    if len(set(np.arctan(x / 1e3))) == len(set(x)) and not math.isnan(first.value):
+        assert second.value == pytest.approx(first.value)
+        assert -1 <= first.value <= 1
+        assert stats.spearman(-x, y, n_boot=5).value == pytest.approx(-first.value)
+    if len(set(x)) == 1:
+        assert math.isnan(first.value)
+
+
+@settings(deadline=None, max_examples=30)
+@given(series)
+def test_interval_of_a_mean_lies_within_the_data(values):
+    found = stats.bootstrap_mean(np.array(values), n_boot=50)
+    slack = 1e-9 * (1 + max(map(abs, values)))
+    assert min(values) - slack <= found.low <= found.high <= max(values) + slack
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="equal length"):
+        stats.spearman(np.ones(3), np.ones(4))
+    with pytest.raises(ValueError, match="finite"):
+        stats.spearman(np.array([1, np.nan, 2]), np.ones(3))
+    with pytest.raises(ValueError, match="at least two seeds"):
+        stats.ceiling(np.ones((1, 5)))
+    with pytest.raises(ValueError, match="rows for"):
+        stats.partial_spearman(np.ones(3), np.ones(3), np.ones((4, 1)))
+    assert math.isnan(stats.bootstrap_mean(np.array([])).value)
