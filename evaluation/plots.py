@@ -116,7 +116,10 @@ def predictors(objectives: list[dict[str, Any]]) -> Figure:
             )
             if ceiling["attainable"] is not None:
                 ax.axvline(ceiling["attainable"], color=COLOURS[2], linestyle=":", linewidth=1.2, label="attainable")
-            ax.legend(fontsize=8, frameon=False, loc="lower left")
+            if column == 0:
+                figure.legend(
+                    *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+                )
         ax.set_xlim(-1, 1)
         ax.set_xlabel("Spearman with residual memorisation")
         ax.set_title(section["objective"])
