@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from cud_trainer.files import atomic_write, write_json
 
@@ -48,13 +50,18 @@ def write_report(results: dict[str, Any], out_dir: str | Path, per_sample: pd.Da
         svg = plots.to_svg(figure)
         # Ids must not clash between the plots of one page.
         inline[name] = Markup(re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg))
-        atomic_write(out_dir / "plots" / f"{name}.svg", lambda path, text=svg: path.write_text(text, encoding="utf-8"))
-        atomic_write(
-            out_dir / "plots" / f"{name}.png",
-            lambda path, drawn=figure: drawn.savefig(path, format="png", dpi=150, facecolor="white"),
-        )
+        atomic_write(out_dir / "plots" / f"{name}.svg", partial(_write_text, svg))
+        atomic_write(out_dir / "plots" / f"{name}.png", partial(_write_png, figure))
     page = render(results, inline)
-    return atomic_write(out_dir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return atomic_write(out_dir / "report.html", partial(_write_text, page))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png", dpi=150, facecolor="white")
 
 
 def check(results: dict[str, Any]) -> None:

@@ -269,7 +269,7 @@ class Testbed:
     Attributes:
         forget: samples to be unlearned; columns question, answer, author, fact, repeats.
         retain: samples for the retain term of unlearning; the same columns.
-        retain_eval: samples that only measure utility: the facts of `retain`, asked in words that `retain` does not use.
+        retain_eval: samples that only measure utility: the facts of `retain` in words that `retain` does not use.
         train: all of them, one row per sample, with a column `split`; `repeats` says how often the sample occurs in
             one epoch of memorisation.
     """
@@ -337,8 +337,9 @@ def build_testbed(
             retain_eval.append({**row, "repeats": 1, "split": "retain_eval"})
         else:
             retain.append({**row, "repeats": 1, "split": "retain"})
+    everything = Dataset.from_list(forget + retain + retain_eval)
     parts = [Dataset.from_list(rows).remove_columns("split") for rows in (forget, retain, retain_eval)]
-    return Testbed(*parts, train=Dataset.from_list(forget + retain + retain_eval))
+    return Testbed(*parts, everything)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1280) -> PreTrainedTokenizerFast:

@@ -36,8 +36,8 @@ def example() -> dict:
             final = {"seed": 1, "forget": metrics(), "retain": metrics(),
                      "buckets": [{"bucket": i + 1, "n": 30, **metrics()} for i in range(4)]}  # fmt: skip
             conditions.append(
-                {"name": f"{objective} / {schedule}", "objective": objective, "schedule": schedule, "retain_weight": 4.0,
-                 "learning_rate": 1e-3, "passes": 10, "seeds": [1, 2], "curve": curve, "final": final}
+                {"name": f"{objective} / {schedule}", "objective": objective, "schedule": schedule,
+                 "retain_weight": 4.0, "learning_rate": 1e-3, "passes": 10, "seeds": [1, 2], "curve": curve, "final": final}
             )  # fmt: skip
     rows = [
         {"metric": name, "label": name, "kind": kind, "spearman": interval(value), "partial": partial,
@@ -53,8 +53,8 @@ def example() -> dict:
     ]  # fmt: skip
     matched = [
         {"objective": objective, "retain_level": 0.9, "rows": [
-            {"schedule": schedule, "retain_weight": 4.0, "forget": interval(0.2), "hardest_bucket": value, "steps": 11.5,
-             "reason": reason}
+            {"schedule": schedule, "retain_weight": 4.0, "forget": interval(0.2), "hardest_bucket": value,
+             "steps": 11.5, "reason": reason}
             for schedule, value, reason in (("uniform", interval(0.4), None), ("inverse_mass", None, "never got there"))
         ], "difference": {"schedule": "inverse_mass", "against": "uniform", "forget": interval(-0.1),
                           "hardest_bucket": None}}
