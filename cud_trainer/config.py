@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from .calibration import CalibrationSettings
@@ -29,7 +30,8 @@ class CUDConfig(SFTConfig):
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` 1e-5,
     > `num_train_epochs` 1 (use `passes`), `train_sampling_strategy` `"sequential"` (the order is in the data),
-    > `logging_nan_inf_filter` `False` (a diverged loss must show), `remove_unused_columns` `False`.
+    > `logging_nan_inf_filter` `False` (a diverged loss must show), `remove_unused_columns` `False`, `bf16` only where
+    > an accelerator supports it.
 
     Raises:
         ValueError: for an unknown or contradictory option, with the valid values.
@@ -44,6 +46,9 @@ class CUDConfig(SFTConfig):
     ]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16. If not set: where an accelerator supports it."}
+    )
     num_train_epochs: float = field(
         default=1.0, metadata={"help": "Must stay 1: the run is one pass over the schedule. Use `passes`."}
     )
@@ -114,6 +119,8 @@ class CUDConfig(SFTConfig):
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = is_torch_bf16_gpu_available()  # TRL's default, True, is an error on a machine without
         super().__post_init__()
         for name in ("objective_args", "difficulty_args", "circuit_args", "schedule_args"):
             value = getattr(self, name)

@@ -339,7 +339,7 @@ def build_testbed(
             retain.append({**row, "repeats": 1, "split": "retain"})
     everything = Dataset.from_list(forget + retain + retain_eval)
     parts = [Dataset.from_list(rows).remove_columns("split") for rows in (forget, retain, retain_eval)]
-    return Testbed(*parts, everything)
+    return Testbed(forget=parts[0], retain=parts[1], retain_eval=parts[2], train=everything)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1280) -> PreTrainedTokenizerFast:

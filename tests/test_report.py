@@ -37,7 +37,8 @@ def example() -> dict:
                      "buckets": [{"bucket": i + 1, "n": 30, **metrics()} for i in range(4)]}  # fmt: skip
             conditions.append(
                 {"name": f"{objective} / {schedule}", "objective": objective, "schedule": schedule,
-                 "retain_weight": 4.0, "learning_rate": 1e-3, "passes": 10, "seeds": [1, 2], "curve": curve, "final": final}
+                 "retain_weight": 4.0, "learning_rate": 1e-3, "passes": 10, "seeds": [1, 2],
+                 "curve": curve, "final": final}
             )  # fmt: skip
     rows = [
         {"metric": name, "label": name, "kind": kind, "spearman": interval(value), "partial": partial,
