@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 VECTORS = ("signed", "binary", "log")
-# Edge scores below this share of the sample's largest count as this share: the logarithm of an exact zero is -inf.
-LOG_FLOOR = 1e-12
+# Edge scores below this share of the sample's largest count as this share. Float32 scores are good to about 1e-6 of the
+# largest, so that the logarithm of smaller ones would depend on the batch they were computed in.
+LOG_FLOOR = 1e-4
 
 
 def top_k_mask(edges: Tensor, k: int | None) -> Tensor:
