@@ -20,6 +20,12 @@ LABELS = {
 TRIVIAL = ("loss", "length")
 
 
+def shown(interval: dict[str, Any]) -> str:
+    """A figure with its interval as text, `0.712 [0.601, 0.803]`; `n/a` where it is undefined."""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    return "n/a" if value is None or not np.isfinite(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def means(values: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
     """Mean over samples of every metric, with its bootstrap interval."""
     return {name: stats.bootstrap_mean(column, seed=seed).as_dict() for name, column in values.items()}

@@ -143,13 +143,13 @@ def audit_results(
     final: dict[str, Any] = {part: audit.means(values, seed) for part, values in after.items()}
     findings = []
     left = final["forget"]["probability"]
-    line = f"mean forget probability {_interval(left)}"
+    line = f"mean forget probability {audit.shown(left)}"
     if before is not None:
         started = audit.means(before["forget"], seed)["probability"]["value"]
         line += f" (before unlearning {started:.3f})"
     findings.append(line)
     if "retain" in final:
-        line = f"mean retain probability {_interval(final['retain']['probability'])}"
+        line = f"mean retain probability {audit.shown(final['retain']['probability'])}"
         if before is not None and "retain" in before:
             line += f" (before unlearning {audit.means(before['retain'], seed)['probability']['value']:.3f})"
         findings.append(line)
@@ -168,7 +168,7 @@ def audit_results(
     if scores is not None:
         final["buckets"] = audit.by_bucket(after["forget"], scores.buckets(metric, n_buckets), seed)
         easy, hard = final["buckets"][0]["probability"], final["buckets"][-1]["probability"]
-        findings.append(f"easiest bucket {_interval(easy)}, hardest bucket {_interval(hard)} (answer probability)")
+        findings.append(f"easiest bucket {audit.shown(easy)}, hardest bucket {audit.shown(hard)} (answer probability)")
         if all(column in scores.columns for column in audit.TRIVIAL):
             section = audit.difficulty_section(
                 name, scores.columns, [after["forget"]["probability"]], target="answer probability now", seed=seed
@@ -179,9 +179,5 @@ def audit_results(
             }
             rows = {row["metric"]: row for row in section["rows"]}
             for key in [metric or scores.metrics[0], "loss"]:
-                findings.append(f"Spearman of {rows[key]['label']} with it: {_interval(rows[key]['spearman'])}")
+                findings.append(f"Spearman of {rows[key]['label']} with it: {audit.shown(rows[key]['spearman'])}")
     return results
-
-
-def _interval(value: dict[str, Any]) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

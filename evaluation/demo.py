@@ -437,12 +437,10 @@ def _condition(
     }
 
 
-def _interval(value: dict[str, Any]) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-
-
 def _verdict(interval: dict[str, Any], lower: str, higher: str) -> str:
     """Stated rule: the 95% interval must exclude 0."""
+    if not np.isfinite(interval["value"]):
+        return "not to be compared (undefined)"
     if interval["high"] < 0:
         return lower
     return higher if interval["low"] > 0 else "no different within the noise"
@@ -453,10 +451,10 @@ def _difficulty_finding(objective: str, section: dict[str, Any], against: stats.
     partial = next(row["partial"] for row in section["rows"] if row["metric"] == "cud")
     verdict = _verdict(against.as_dict(), "worse than the loss", "better than the loss")
     return (
-        f"{objective}: Spearman with residual memorisation: CUD {_interval(found['cud'])}, as published "
-        f"{_interval(found['cud_paper'])}, circuit mass {_interval(found['circuit_mass'])}, initial loss "
-        f"{_interval(found['loss'])}; between seeds {section['ceiling']['agreement']['value']:.2f}. CUD is {verdict} "
-        f"(difference {_interval(against.as_dict())}); given loss and length {_interval(partial)}."
+        f"{objective}: Spearman with residual memorisation: CUD {audit.shown(found['cud'])}, as published "
+        f"{audit.shown(found['cud_paper'])}, circuit mass {audit.shown(found['circuit_mass'])}, initial loss "
+        f"{audit.shown(found['loss'])}; between seeds {section['ceiling']['agreement']['value']:.2f}. CUD is {verdict} "
+        f"(difference {audit.shown(against.as_dict())}); given loss and length {audit.shown(partial)}."
     )
 
 
@@ -466,10 +464,10 @@ def _schedule_finding(objective: str, matched: dict[str, Any]) -> str:
     verdict = _verdict(difference, "less is left than with uniform", "more is left than with uniform")
     return (
         f"{objective} at retain probability {matched['retain_level']:.3f}: hardest quarter left "
-        f"{_interval(uniform['hardest_bucket'])} with uniform (retain weight {uniform['retain_weight']:g}), "
-        f"{_interval(aware['hardest_bucket'])} with {aware['schedule']} (retain weight {aware['retain_weight']:g}); "
-        f"difference {_interval(difference)}: {verdict}. All samples: difference "
-        f"{_interval(matched['difference']['forget'])}."
+        f"{audit.shown(uniform['hardest_bucket'])} with uniform (retain weight {uniform['retain_weight']:g}), "
+        f"{audit.shown(aware['hardest_bucket'])} with {aware['schedule']} (retain weight {aware['retain_weight']:g}); "
+        f"difference {audit.shown(difference)}: {verdict}. All samples: difference "
+        f"{audit.shown(matched['difference']['forget'])}."
     )
 
 

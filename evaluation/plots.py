@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -13,13 +14,28 @@ STYLES = ("-", "--", "-.", ":")
 WIDTH = 4.6
 
 
-def _figure(columns: int, rows: int = 1, height: float = 3.3) -> tuple[Figure, Any]:
+def _figure(columns: int, rows: int = 1, height: float = 3.3, **shared: Any) -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, **shared)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
     return figure, axes
+
+
+def _plain(text: Any) -> str:
+    """`text` as it stands: matplotlib reads what is between two dollar signs as a formula, and fails on prices."""
+    return str(text).replace("$", r"\$")
+
+
+def _shown(value: float | None) -> float:
+    """What cannot be drawn as NaN, which matplotlib leaves out."""
+    return float("nan") if value is None else value
+
+
+def _name(condition: dict[str, Any]) -> str:
+    schedule, weight = condition["schedule"] or condition["name"], condition["retain_weight"]
+    return _plain(schedule if weight is None else f"{schedule} (retain weight {weight:g})")
 
 
 def _objectives(conditions: list[dict[str, Any]]) -> list[str]:
@@ -29,7 +45,7 @@ def _objectives(conditions: list[dict[str, Any]]) -> list[str]:
 def tradeoff(conditions: list[dict[str, Any]], matched: list[dict[str, Any]]) -> Figure:
     """Retain utility against what is left: hardest bucket (top), all forget samples (bottom); a column an objective."""
     objectives = _objectives(conditions)
-    figure, axes = _figure(len(objectives), 2)
+    figure, axes = _figure(len(objectives), 2, sharex="col", sharey=True)
     levels = {row["objective"]: row["retain_level"] for row in matched}
     for column, objective in enumerate(objectives):
         mine = [condition for condition in conditions if condition["objective"] == objective]
@@ -47,26 +63,26 @@ def tradeoff(conditions: list[dict[str, Any]], matched: list[dict[str, Any]]) ->
                         markersize=4,
                         linewidth=1.4,
                         color=COLOURS[number % len(COLOURS)],
-                        label=f"{condition['schedule']} (retain weight {condition['retain_weight']:g})"
-                        if seed == condition["seeds"][0]
-                        else None,
+                        label=_name(condition) if seed == condition["seeds"][0] else None,
                     )
             if objective in levels:
                 ax.axvline(levels[objective], color=GREY, linewidth=1, linestyle=":")
             ax.set_ylim(-0.02, 1.02)
-            ax.set_ylabel(f"left of {what}\n(answer probability)")
+            if column == 0:
+                ax.set_ylabel(f"left of {what}\n(answer probability)")
             if row == 0:
-                ax.set_title(objective)
-                ax.legend(fontsize=8, frameon=False, loc="upper left")
+                ax.set_title(_plain(objective or mine[0]["name"]))
             else:
                 ax.set_xlabel("kept: retain answer probability")
+                # Below the axes: inside, it would cover the upper left, where slow runs pass.
+                ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return figure
 
 
 def buckets(conditions: list[dict[str, Any]], metric: str = "probability") -> Figure:
     """What is left by difficulty bucket at the end of each run, with 95% intervals."""
     objectives = _objectives(conditions)
-    figure, axes = _figure(len(objectives))
+    figure, axes = _figure(len(objectives), sharey=True)
     for column, objective in enumerate(objectives):
         ax = axes[0][column]
         mine = [condition for condition in conditions if condition["objective"] == objective]
@@ -75,64 +91,69 @@ def buckets(conditions: list[dict[str, Any]], metric: str = "probability") -> Fi
         for number, condition in enumerate(mine):
             rows = condition["final"]["buckets"]
             count = len(rows)
-            values = [row[metric]["value"] for row in rows]
+            values, lows, highs = ([_shown(row[metric][key]) for row in rows] for key in ("value", "low", "high"))
+            # The value first: max(0, NaN) is 0, max(NaN, 0) is NaN.
             errors = [
-                [max(0.0, row[metric]["value"] - row[metric]["low"]) for row in rows],
-                [max(0.0, row[metric]["high"] - row[metric]["value"]) for row in rows],
+                [max(value - low, 0.0) for value, low in zip(values, lows, strict=True)],
+                [max(high - value, 0.0) for value, high in zip(values, highs, strict=True)],
             ]
             positions = [index + (number - (len(mine) - 1) / 2) * width for index in range(len(rows))]
             ax.bar(
                 positions, values, width, yerr=errors, capsize=3, color=COLOURS[number % len(COLOURS)],
-                label=condition["schedule"] or condition["name"], error_kw={"elinewidth": 1},
+                label=_plain(condition["schedule"] or condition["name"]), error_kw={"elinewidth": 1},
             )  # fmt: skip
         ax.set_xticks(range(count), ["easiest", *[str(i + 2) for i in range(count - 2)], "hardest"][:count])
         ax.set_xlabel("difficulty bucket, predicted before unlearning")
-        ax.set_ylabel(f"left: {metric.replace('_', ' ')}")
-        ax.set_title(objective or mine[0]["name"])
+        if column == 0:
+            ax.set_ylabel(f"left: {metric.replace('_', ' ')}")
+        ax.set_title(_plain(objective or mine[0]["name"]))
         ax.legend(fontsize=8, frameon=False)
     return figure
 
 
 def predictors(objectives: list[dict[str, Any]]) -> Figure:
     """Spearman of each metric with what is left, trivial predictors in grey, the seed-to-seed ceiling as a line."""
-    rows = max(len(section["rows"]) for section in objectives)
-    figure, axes = _figure(len(objectives), height=1.3 + 0.32 * rows)
+    # One order for all panels, that of the first: they are there to be compared.
+    first = sorted(
+        objectives[0]["rows"], key=lambda row: -2 if row["spearman"]["value"] is None else row["spearman"]["value"]
+    )
+    rows = first + [row for section in objectives[1:] for row in section["rows"]]
+    labels = {row["metric"]: _plain(row["label"]) for row in rows}
+    position = {metric: number for number, metric in enumerate(labels)}
+    figure, axes = _figure(len(objectives), height=1.3 + 0.32 * len(labels), sharey=True)
     for column, section in enumerate(objectives):
         ax = axes[0][column]
-        order = sorted(section["rows"], key=lambda row: _or(row["spearman"]["value"], -2))
-        for position, row in enumerate(order):
-            value = row["spearman"]
-            if value["value"] is None or value["value"] != value["value"]:
-                continue
+        for row in section["rows"]:
+            value, low, high = (_shown(row["spearman"][key]) for key in ("value", "low", "high"))
+            at = position[row["metric"]]
             colour = GREY if row["kind"] == "trivial" else COLOURS[0]
-            ax.plot([value["low"], value["high"]], [position, position], color=colour, linewidth=2)
-            ax.plot(value["value"], position, "o", color=colour, markersize=6)
-        ax.set_yticks(range(len(order)), [row["label"] for row in order])
+            ax.plot([low, high], [at, at], color=colour, linewidth=2)
+            ax.plot(value, at, "o", color=colour, markersize=6)
+        ax.set_yticks(range(len(labels)), list(labels.values()))
+        ax.set_ylim(-0.6, len(labels) - 0.4)
         ax.axvline(0, color="black", linewidth=0.8)
         ceiling = section.get("ceiling")
-        if ceiling:
+        if ceiling and ceiling["agreement"]["value"] is not None:
             ax.axvline(
                 ceiling["agreement"]["value"], color=COLOURS[1], linestyle="--", linewidth=1.2, label="another seed"
             )
             if ceiling["attainable"] is not None:
                 ax.axvline(ceiling["attainable"], color=COLOURS[2], linestyle=":", linewidth=1.2, label="attainable")
-            if column == 0:
+            if not figure.legends:
                 figure.legend(
                     *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
                 )
         ax.set_xlim(-1, 1)
         ax.set_xlabel("Spearman with residual memorisation")
-        ax.set_title(section["objective"])
+        ax.set_title(_plain(section["objective"]))
     return figure
 
 
-def _or(value: float | None, other: float) -> float:
-    return other if value is None or value != value else value
-
-
 def to_svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element, without a date, so that equal results give equal files."""
+    """The figure as an `<svg>` element, without date, addresses or random ids: equal results give equal files."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    with matplotlib.rc_context({"svg.hashsalt": "cud-trainer"}):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=metadata, facecolor="white")
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -25,6 +25,21 @@ from .memorization import METRICS
 SCHEMA_VERSION = 1
 REQUIRED = ("schema_version", "title", "created", "run", "findings")
 RUN = ("command", "seed", "versions", "model", "data", "seconds")
+# What the entries of optional sections must have for the page and the plots; `*` stands for every entry of a list.
+ENTRIES = {
+    "difficulty": ("note", "objectives"),
+    "difficulty.objectives.*": ("objective", "n", "target", "rows"),
+    "difficulty.objectives.*.ceiling": ("agreement", "attainable", "n_seeds"),
+    "difficulty.objectives.*.rows.*": ("metric", "label", "kind", "spearman", "partial", "auroc"),
+    "conditions.*": ("name", "objective", "schedule", "retain_weight", "seeds", "final"),
+    "conditions.*.curve.*": ("seed", "retain", "forget", "buckets"),
+    "conditions.*.final": ("forget",),
+    "conditions.*.final.buckets.*": ("bucket", "n", "probability"),
+    "retain_weight_fit.*": ("objective", "schedule", "retain_weight", "forget", "hardest_bucket", "chosen"),
+    "matched.*": ("objective", "retain_level", "rows", "difference"),
+    "matched.*.rows.*": ("schedule", "retain_weight", "forget", "hardest_bucket", "steps", "reason"),
+    "matched.*.difference": ("schedule", "against", "forget", "hardest_bucket"),
+}
 
 
 def write_report(results: dict[str, Any], out_dir: str | Path, per_sample: pd.DataFrame | None = None) -> Path:
@@ -72,18 +87,36 @@ def check(results: dict[str, Any]) -> None:
     for key in RUN:
         if key not in results["run"]:
             raise ValueError(f"results have no 'run.{key}'")
+    for pattern, keys in ENTRIES.items():
+        for path, entry in _entries(results, pattern):
+            for key in keys:
+                if key not in entry:
+                    raise ValueError(f"results have no '{path}.{key}'")
     if results["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"results have schema version {results['schema_version']}, this writes {SCHEMA_VERSION}")
 
 
+def _entries(results: dict[str, Any], pattern: str) -> list[tuple[str, Any]]:
+    """The entries that are there at `pattern`, with their paths."""
+    found: list[tuple[str, Any]] = [("", results)]
+    for part in pattern.split("."):
+        inner = [
+            (f"{path}.{key}".lstrip("."), entry[key])
+            for path, entry in found
+            for key in (range(len(entry)) if part == "*" else [part] if part in entry else [])
+        ]
+        found = [(path, entry) for path, entry in inner if entry is not None]
+    return found
+
+
 def jsonable(value: Any) -> Any:
-    """Plain JSON values: numpy scalars unpacked, NaN and infinity as null."""
+    """Plain JSON values: numpy and torch values unpacked, NaN and infinity as null."""
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -158,7 +191,7 @@ def render(results: dict[str, Any], figures: dict[str, Markup]) -> str:
         value = value.get("value") if isinstance(value, dict) else value
         return "" if value is None else value
 
-    environment.globals.update(num=num, interval=interval, sort_key=sort_key)
+    environment.globals.update(num=num, interval=interval, sort_key=sort_key, lookup=partial(lookup, results))
     metrics = [
         name
         for name in METRICS

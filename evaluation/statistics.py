@@ -66,9 +66,7 @@ def bootstrap_mean(values: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> 
     values = np.asarray(values, dtype=float)
     if values.size == 0 or not np.isfinite(values).all():
         return UNDEFINED
-    rows = np.random.default_rng(seed).integers(0, values.size, (n_boot, values.size))
-    low, high = np.percentile(values[rows].mean(1), LEVELS)
-    return Interval(float(values.mean()), float(low), float(high))
+    return _bootstrap(values.size, lambda rows: float(values[rows].mean()), seed, n_boot)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> Interval:
@@ -124,13 +122,16 @@ def auroc_extremes(
 ) -> Interval:
     """AUROC of `score` telling the `share` of samples with the highest target from that with the lowest, in [0, 1].
 
-    Which samples are extreme is fixed by the whole sample; the bootstrap draws among them.
+    Which samples are extreme is fixed by the whole sample; the bootstrap draws among them. NaN when so many targets tie
+    (all forgotten, all kept) that the two groups share a value: which sample is in which would be its position only.
     """
     score, target = _pair(score, target)
     count = max(1, round(share * len(target)))
     if len(target) < 2 * count:
         raise ValueError(f"two groups of {count} samples cannot be made of {len(target)}")
     order = np.argsort(target, kind="stable")
+    if target[order[count - 1]] == target[order[-count]]:
+        return UNDEFINED
     chosen = np.concatenate([order[:count], order[-count:]])
     label, values = np.repeat([0, 1], count), score[chosen]
 

@@ -159,13 +159,37 @@ def test_sections_may_be_missing(tmp_path):
     assert page.tags.count("figure") == 1
 
 
-@pytest.mark.parametrize("path", ["title", "findings", "run.seed", "run.versions"])
+def test_undefined_figures_and_dollar_signs_do_not_stop_the_report(tmp_path):
+    undefined = dict.fromkeys(("value", "low", "high"), float("nan"))
+    results = example()
+    results["conditions"][0]["final"]["buckets"][0]["probability"] = undefined
+    results["conditions"][0].update(retain_weight=None, schedule="$\\frac$")
+    results["conditions"][1]["curve"][2].update(retain=float("nan"), buckets=[0.1, 0.2, 0.3, float("nan")])
+    section = results["difficulty"]["objectives"][0]
+    section["ceiling"].update(agreement=undefined, attainable=None)
+    section["rows"][0].update(label="from $5 to $\\frac$", spearman=undefined)
+    page = dict(Page(write_report(results, tmp_path).read_text()).figures)
+    assert page["conditions.0.final.buckets.0.probability.value"] == "n/a"
+    assert page["difficulty.objectives.0.rows.0.label"] == "from $5 to $\\frac$"
+
+
+def test_equal_results_give_equal_files(written, tmp_path):
+    write_report(example(), tmp_path)
+    for name in ("report.html", "plots/tradeoff.svg", "plots/buckets.svg", "plots/predictors.svg"):
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["title", "findings", "run.seed", "run.versions", "conditions.1.final", "conditions.0.curve.3.buckets",
+     "matched.0.retain_level", "matched.1.difference.forget", "difficulty.objectives.0.rows.2.partial"],
+)  # fmt: skip
 def test_missing_entry_is_named(tmp_path, path):
     results = copy.deepcopy(example())
     *parents, last = path.split(".")
     inner = results
     for part in parents:
-        inner = inner[part]
+        inner = inner[int(part)] if isinstance(inner, list) else inner[part]
     del inner[last]
     with pytest.raises(ValueError, match=f"results have no '{path}'"):
         write_report(results, tmp_path)
@@ -175,3 +199,4 @@ def test_missing_entry_is_named(tmp_path, path):
 def test_jsonable():
     value = {"a": np.float32(0.5), "b": [np.int64(3), float("inf"), np.bool_(True)], 1: (None, "x")}
     assert jsonable(value) == {"a": 0.5, "b": [3, None, True], "1": [None, "x"]}
+    assert jsonable(np.array([[1.0, np.nan]])) == [[1.0, None]]

@@ -62,6 +62,13 @@ def test_auroc_of_the_extreme_quarters():
     assert stats.auroc_extremes(-target, target, n_boot=50).value == 0.0
 
 
+def test_auroc_is_undefined_when_the_extremes_share_a_value():
+    """Otherwise a score that follows the order of the rows looks perfect on a target that is constant."""
+    score = np.arange(40.0)
+    assert math.isnan(stats.auroc_extremes(score, np.ones(40), n_boot=10).value)
+    assert stats.auroc_extremes(score, (score >= 30).astype(float), n_boot=10).value == 1.0
+
+
 def test_ceiling():
     x, _, _ = data(200)
     noise = np.random.default_rng(2).normal(size=(3, 200))
