@@ -137,6 +137,7 @@ class CUDTrainer(SFTTrainer):
             )
         if isinstance(model, str):
             model = _load_model(model, args)
+            args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
         metrics = _needed_metrics(args)
         if difficulty_scores is None:
             check_metrics(metrics or ["loss"], {}, model)
