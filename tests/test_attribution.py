@@ -5,9 +5,20 @@ import pytest
 import torch
 from conftest import make_model
 from torch.nn.functional import silu
+from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
-from cud_trainer.circuits import edge_attributions
+from cud_trainer.circuits import SUPPORTED_MODEL_TYPES, Graph, edge_attributions
+
+ARCHITECTURES = {
+    "llama": (modeling_llama, "Llama"),
+    "mistral": (modeling_mistral, "Mistral"),
+    "qwen2": (modeling_qwen2, "Qwen2"),
+    "qwen3": (modeling_qwen3, "Qwen3"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +33,19 @@ def double_precision_parts(monkeypatch):
         angles = torch.cat([angles, angles], -1)
         return angles.cos(), angles.sin()
 
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
+    for module, name in ARCHITECTURES.values():
+        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", norm)
+        monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", rotary)
 
 
 def inverse_frequencies(config, dtype):
     theta = config.rope_parameters["rope_theta"]
-    return theta ** (-torch.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim)
+    width = head_width(config)
+    return theta ** (-torch.arange(0, width, 2, dtype=dtype) / width)
+
+
+def head_width(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def random_samples(seed, lengths=(9, 14, 6), vocabulary=258):
@@ -59,9 +76,9 @@ def to_batch(samples, side="right"):
 
 
 class Oracle:
-    """A Llama forward pass from the model's weights in which edge (u, v) is a tensor of its own."""
+    """A forward pass of the Llama family from the model's weights in which edge (u, v) is a tensor of its own."""
 
-    def __init__(self, model, biases=False):
+    def __init__(self, model):
         self.model, self.config = model, model.config
 
     def norm(self, module, x):
@@ -76,7 +93,7 @@ class Oracle:
     def run(self, embeddings):
         """`(source outputs by name, {(u, v): copy of u's output read by v}, logits)`, `embeddings [T, d]`."""
         config, decoder = self.config, self.model.model
-        width, groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+        width, groups = head_width(config), config.num_attention_heads // config.num_key_value_heads
         outputs, edges = {"input": embeddings}, {}
 
         def read(destination):
@@ -87,9 +104,10 @@ class Oracle:
                 total = total + edges[name, destination]
             return total
 
-        def project(linear, rows, x):
-            bias = 0 if linear.bias is None else linear.bias[rows]
-            return x @ linear.weight[rows].T + bias
+        def project(attention, name, rows, x):
+            linear, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm", None)
+            out = x @ linear.weight[rows].T + (0 if linear.bias is None else linear.bias[rows])
+            return out if norm is None else self.norm(norm, out)
 
         for index, layer in enumerate(decoder.layers):
             attention, new = layer.self_attn, {}
@@ -98,12 +116,12 @@ class Oracle:
                 rows = slice(group * width, (group + 1) * width)
                 k_in = self.norm(layer.input_layernorm, read(f"a{index}.h{group}.k"))
                 v_in = self.norm(layer.input_layernorm, read(f"a{index}.h{group}.v"))
-                keys.append(self.rotate(project(attention.k_proj, rows, k_in)))
-                values.append(project(attention.v_proj, rows, v_in))
+                keys.append(self.rotate(project(attention, "k", rows, k_in)))
+                values.append(project(attention, "v", rows, v_in))
             for head in range(config.num_attention_heads):
                 rows = slice(head * width, (head + 1) * width)
                 q_in = self.norm(layer.input_layernorm, read(f"a{index}.h{head}.q"))
-                query = self.rotate(project(attention.q_proj, rows, q_in))
+                query = self.rotate(project(attention, "q", rows, q_in))
                 scores = query @ keys[head // groups].T / width**0.5
                 future = torch.ones_like(scores, dtype=torch.bool).triu(1)
                 pattern = scores.masked_fill(future, float("-inf")).softmax(-1)
@@ -173,6 +191,54 @@ def test_matches_oracle_on_variants(settings):
         torch.testing.assert_close(result.scores[row], expected, rtol=1e-9, atol=1e-12 * expected.abs().max())
 
 
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("ungroup_kv", [False, True])
+def test_matches_oracle_on_every_architecture(architecture, ungroup_kv):
+    module, name = ARCHITECTURES[architecture]
+    config = AutoConfig.for_model(
+        architecture, vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=False,
+        **({} if architecture == "qwen2" else {"head_dim": 12}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(module, f"{name}ForCausalLM")(config).double().eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+        if "norm" in key:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        parameter.requires_grad_(False)
+    samples = random_samples(3, lengths=(7, 11))
+    result = edge_attributions(model, to_batch(samples, "left"), method="eap-ig", steps=2, ungroup_kv=ungroup_kv)
+    grouped = Graph(2, 4, 2)
+    for row, (tokens, prompt) in enumerate(samples):
+        expected = Oracle(model).scores(tokens, prompt, grouped, [0.5, 1.0], "prob")
+        found = result.scores[row]
+        if ungroup_kv:
+            found = torch.stack(
+                [
+                    found[:, [i for i, d in enumerate(result.graph.destinations) if ungrouped_name(d, 2) == name]].sum(
+                        1
+                    )
+                    for name in grouped.destinations
+                ],
+                dim=1,
+            )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+
+
+def ungrouped_name(destination, group_size):
+    """The grouped destination that an ungrouped one belongs to."""
+    if destination[-2:] not in (".k", ".v"):
+        return destination
+    layer, head, part = destination.split(".")
+    return f"{layer}.h{int(head[1:]) // group_size}.{part}"
+
+
+def test_the_supported_list_is_what_is_tested():
+    assert sorted(SUPPORTED_MODEL_TYPES) == sorted(ARCHITECTURES)
+
+
 def test_invalid_edges_are_exactly_zero_and_all_valid_edges_score():
     result = edge_attributions(make_model(0).double(), to_batch(random_samples(2)))
     assert (result.scores[:, ~result.graph.mask] == 0).all()
@@ -181,8 +247,6 @@ def test_invalid_edges_are_exactly_zero_and_all_valid_edges_score():
 
 
 def test_graph_of_smollm2_has_the_published_size():
-    from cud_trainer.circuits import Graph
-
     graph = Graph(n_layers=30, n_heads=9, n_kv_heads=3)
     assert (len(graph.sources), len(graph.destinations)) == (301, 481)
     assert graph.sources[:3] == ["input", "a0.h0", "a0.h1"] and graph.sources[-1] == "m29"

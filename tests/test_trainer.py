@@ -242,6 +242,15 @@ class TestLoss:
         ]
         assert len({round(value, 8) for value in sums}) == 3
 
+    def test_reference_is_scored_in_the_precision_of_the_run(self, tmp_path):
+        first = {}
+        for bf16 in (False, True):
+            trainer = make_trainer(tmp_path / str(bf16), model=make_model(0), bf16=bf16, save_strategy="no")
+            trainer.train()
+            first[bf16] = trainer.state.log_history[0]
+            assert first[bf16]["forget_loss"] == pytest.approx(20 * math.log(2), abs=1e-5)  # the log-ratio is 0
+        assert abs(first[True]["retain_loss"] - first[False]["retain_loss"]) > 1e-6  # bfloat16 was really used
+
     def test_kl_of_the_unchanged_model_is_zero(self, tmp_path):
         trainer = make_trainer(tmp_path / "out", retain_loss="kl", kl_top_k=5, save_strategy="no")
         trainer.train()
