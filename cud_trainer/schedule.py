@@ -7,7 +7,6 @@ exact under gradient accumulation, several processes, dataloader workers and res
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .files import atomic_write, check_new_file
+from .options import check_known, check_numbers, keyword_options
 
 METADATA_KEY = b"cud_trainer"
 
@@ -133,20 +133,14 @@ class ScheduleSpec:
 
     def check_options(self, given: dict[str, Any]) -> None:
         """Raise `ValueError` for an option this schedule does not have, or a value that is no number."""
-        parameters = inspect.signature(self.plan).parameters.values()
-        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        for option, value in given.items():
-            if option not in known:
-                raise ValueError(f"schedule {self.name!r} has no option {option!r}; it has {sorted(known) or 'none'}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"option {option!r} of schedule {self.name!r} must be a number, got {value!r}")
-        if "low" in known:
-            defaults = {p.name: p.default for p in parameters}
-            low, high = given.get("low", defaults["low"]), given.get("high", defaults["high"])
-            if not 0 <= low <= 1 <= high:
-                raise ValueError(f"schedule {self.name!r} needs 0 <= low <= 1 <= high, got {low!r} and {high!r}")
-        if "strength" in known and not 0 <= given.get("strength", 0) <= 1:
-            raise ValueError(f"schedule {self.name!r} needs strength in [0, 1], got {given['strength']!r}")
+        owner = f"schedule {self.name!r}"
+        check_known(owner, self.plan, given)
+        check_numbers(owner, given)
+        options = {**keyword_options(self.plan), **given}
+        if "low" in options and not 0 <= options["low"] <= 1 <= options["high"]:
+            raise ValueError(f"{owner} needs 0 <= low <= 1 <= high, got {options['low']!r} and {options['high']!r}")
+        if not 0 <= options.get("strength", 0) <= 1:
+            raise ValueError(f"{owner} needs strength in [0, 1], got {options['strength']!r}")
 
 
 SCHEDULES: dict[str, ScheduleSpec] = {}

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = [
-    "files", "data", "logprobs", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
+    "files", "options", "data", "logprobs", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
     "scoring", "config", "trainer", "commands", "cli",
 ]  # fmt: skip
 # Pure losses need nothing of circuits, difficulty or schedules.

@@ -14,6 +14,7 @@ from cud_trainer.data import PairedCollator, pad_batch, prepare_dataset
 from cud_trainer.logprobs import score_answers
 from cud_trainer.objectives import OBJECTIVES, Reference, UnlearningLoss, register_objective
 from cud_trainer.objectives.retain import retain_kl, retain_nll
+from cud_trainer.options import keyword_options
 
 L = torch.tensor([-1.5, -8.0, -0.1], dtype=torch.float64)
 R = torch.tensor([-2.0, -3.0, -0.2], dtype=torch.float64)
@@ -158,7 +159,7 @@ def test_registering():
         def mine(logps, lengths, reference_logps, *, power: float = 2.0):
             return logps**power
 
-        assert OBJECTIVES["mine"].options() == {"power": 2.0}
+        assert keyword_options(OBJECTIVES["mine"].loss) == {"power": 2.0}
         assert UnlearningLoss("mine", {"power": 3.0}).retain_loss == "nll"
         with pytest.raises(ValueError, match="no option 'q'; it has \\['power'\\]"):
             UnlearningLoss("mine", {"q": 1})

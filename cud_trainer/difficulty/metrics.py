@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from ..files import check_new_file
+from ..options import check_known
 from .anchors import AnchorBank
 from .context import DifficultyContext
 from .cud import CUDSettings, cud_scores, extremes, log_standardisation
@@ -32,13 +32,7 @@ class Metric:
 
     def check_options(self, given: dict[str, Any]) -> None:
         """Raise `ValueError` for an option this metric does not have, or a value it cannot have."""
-        parameters = inspect.signature(self.compute).parameters.values()
-        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        for option in given:
-            if option not in known:
-                raise ValueError(
-                    f"difficulty metric {self.name!r} has no option {option!r}; it has {sorted(known) or 'none'}"
-                )
+        check_known(f"difficulty metric {self.name!r}", self.compute, given)
         if self.compute is cud:
             cud_settings(**given)
 

@@ -6,13 +6,14 @@ subscript r marks the frozen model before unlearning. Minimising any of them low
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from ..options import check_known, check_numbers
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,13 @@ class Objective:
     retain_loss: str = "nll"
     requires_retain: bool = False
 
-    def options(self) -> dict[str, Any]:
-        """The loss's own options and their defaults."""
-        parameters = inspect.signature(self.loss).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
     def check_options(self, given: dict[str, Any]) -> None:
-        """Raise `ValueError` naming an option that this objective does not have or a value that is no number."""
-        known = self.options()
-        for key, value in given.items():
-            if key not in known:
-                raise ValueError(f"objective {self.name!r} has no option {key!r}; it has {sorted(known) or 'none'}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"option {key!r} of objective {self.name!r} must be a number, got {value!r}")
+        """Raise `ValueError` naming an option that this objective does not have or a value it cannot have."""
+        owner = f"objective {self.name!r}"
+        check_known(owner, self.loss, given)
+        check_numbers(owner, given)
         if "beta" in given and not given["beta"] > 0:
-            raise ValueError(f"option 'beta' of objective {self.name!r} must be positive, got {given['beta']!r}")
+            raise ValueError(f"option 'beta' of {owner} must be positive, got {given['beta']!r}")
 
 
 OBJECTIVES: dict[str, Objective] = {}
