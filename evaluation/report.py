@@ -139,6 +139,8 @@ def format_number(value: Any) -> str:
         return "n/a"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 2:  # weights and steps, not probabilities
+        value = int(value)
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
