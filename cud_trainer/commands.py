@@ -163,6 +163,7 @@ def train(argv: list[str]) -> int:
         )
         print(f"unlearned {len(trainer.forget_ids)} samples in {trainer.state.global_step} steps{ends}")
         print(f"model and difficulty scores: {args.output_dir}")
+    trainer.end()
     return 0
 
 

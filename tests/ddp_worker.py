@@ -37,6 +37,7 @@ def main() -> None:
         served = trainer.served_ids
         planned = trainer.schedule.order.tolist()
         Path(result).write_text(json.dumps({"served": served, "planned": planned, "checksum": checksum(trainer.model)}))
+    trainer.end()  # closes the process group: a thread of it that outlives the interpreter aborts the process
 
 
 if __name__ == "__main__":
