@@ -4,6 +4,7 @@ Usage: ddp_worker.py OUTPUT_DIR RESULT.json PER_DEVICE ACCUMULATION [CHECKPOINT]
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -37,7 +38,12 @@ def main() -> None:
         served = trainer.served_ids
         planned = trainer.schedule.order.tolist()
         Path(result).write_text(json.dumps({"served": served, "planned": planned, "checksum": checksum(trainer.model)}))
-    trainer.end()  # closes the process group: a thread of it that outlives the interpreter aborts the process
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    sys.stdout.flush()
+    # What is tested is the run. Now and then a background thread of the CPU back end outlives the interpreter and
+    # aborts the process after all work is done.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,11 @@ def torchrun(*arguments) -> None:
         str(TESTS / "ddp_worker.py"),
         *map(str, arguments),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    for attempt in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        # An abort without an exception comes from a thread of the library, not from the run: see ddp_worker.
+        if attempt or "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stdout + done.stderr
 
 
