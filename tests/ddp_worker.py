@@ -22,7 +22,7 @@ def main() -> None:
         gradient_accumulation_steps=int(accumulation),
         use_cpu=True,
         ddp_find_unused_parameters=False,
-        overwrite=bool(checkpoint),
+        overwrite=True,
     )
     assert args.world_size == 2
     trainer = CUDTrainer(
