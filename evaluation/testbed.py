@@ -300,8 +300,10 @@ def build_testbed(
     """Fictitious authors, split into what is forgotten, what is retained and what measures utility.
 
     Forget and retain have no author in common. The facts of a retain author are asked in three ways: two are in
-    retain, the third in retain_eval. (Facts that the retain term never mentions go down with the forget set: with held
-    out facts of the same authors, retain_eval fell to 0.6 while retain stayed above 0.95, whatever the retain weight.)
+    retain, the third in retain_eval, with the same answer. So retain_eval measures whether retained answers survive a
+    change of wording, not knowledge that the retain term never mentions. That goes down with the forget set: held-out
+    facts of the retain authors fell to a probability of 0.4-0.65 by the time forget was below 0.15 (GradDiff and NPO,
+    retain weights 4 to 64, one model), even where retain itself was kept at 0.99.
 
     Args:
         seed: of the text and of which samples are repeated.

@@ -48,6 +48,27 @@ def test_tokenizer_gives_the_text_back(world):
     prepare_dataset(world.train, tokenizer, max_length=64, name="train")
 
 
+def test_only_the_answer_and_its_end_are_learned(world):
+    tokenizer = train_tokenizer(world.texts())
+    prepared = prepare_dataset(world.forget, tokenizer, max_length=64, name="forget")
+    for row, tokens, labels in zip(world.forget, prepared["input_ids"], prepared["labels"], strict=True):
+        prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
+        answer = [*tokenizer(f" {row['answer']}")["input_ids"], tokenizer.eos_token_id]
+        assert tokens == prompt + answer
+        assert labels == [-100] * len(prompt) + answer
+
+
+def test_names_are_unique_and_first_authors_do_not_depend_on_how_many_follow():
+    rows = fictitious_authors(300, 1, 0)
+    assert len({row["author"] for row in rows}) == 300
+    assert fictitious_authors(20, 1, 0) == rows[:20]
+    three = fictitious_authors(20, 1, 0, phrasings=3)
+    assert len({row["question"] for row in three}) == 60
+    assert all(len({row["answer"] for row in three[i : i + 3]}) == 1 for i in range(0, 60, 3))
+    with pytest.raises(ValueError, match="facts_per_author must be in"):
+        fictitious_authors(1, 99, 0)
+
+
 def test_memorising_is_repeatable_and_lowers_the_loss():
     small = build_testbed(1, n_forget_authors=1, n_retain_authors=1, facts_per_author=3)
     tokenizer = train_tokenizer(small.texts(), vocab_size=300)
