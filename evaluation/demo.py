@@ -4,7 +4,8 @@ Authors who do not exist -> a Llama that knows them by heart -> difficulty score
 difficulty-aware, with the retain weight fitted for each -> comparison at matched retain utility -> report.
 
 Honest by construction: no sample helps to score itself (cross-fitting), retain utility is measured on questions that
-the retain loss never sees (their answers it does: it is robustness to rewording, not wider knowledge), and the seed that chooses the retain weights is not among the seeds that are reported.
+the retain loss never sees (their answers it does: it is robustness to rewording, not wider knowledge), and the seed that
+chooses the retain weights is not among the seeds that are reported.
 """
 
 from __future__ import annotations
@@ -378,8 +379,8 @@ def _results(
         )
         findings.append(_schedule_finding(objective, matched[-1]))
     findings.append(
-        "Retain utility is measured on retained facts asked in other words than the retain loss uses; knowledge that it "
-        "never mentions is not measured. The ceiling is that of few seeds, and noisy."
+        "Retain utility is measured on retained facts asked in other words than the retain loss uses; knowledge that "
+        "it never mentions is not measured. The ceiling is that of few seeds, and noisy."
     )
     return {
         "schema_version": 1,
