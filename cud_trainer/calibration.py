@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ logger = logging.get_logger(__name__)
 # Residual memorisation separates samples best while the forget set is partly gone (share of its starting probability).
 WINDOW = (0.15, 0.75)
 STILL_UNTOUCHED = 0.9
+# LoRA initialisations that leave the model's own weights alone; others (PiSSA, OLoRA, ...) take something out of them.
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass
@@ -95,6 +97,8 @@ def calibrate(
     Raises:
         ValueError: when the run diverges.
     """
+    if retain is None and settings.loss.uses_retain:
+        settings = replace(settings, loss=settings.loss.without_retain())
     with _throw_away(model, settings.peft_config) as trained:
         return _run(trained, forget, retain, settings, pad_token_id, progress)
 
@@ -129,6 +133,8 @@ def _run(
                 _step(model, optimizer, collate, order[half], partners[half], settings, reference, device)
                 pairs += len(half)
                 history.append(_probabilities(model, forget, pad_token_id, settings, device))
+                if not np.isfinite(history[-1]).all():
+                    raise ValueError("the calibration run diverged (non-finite probability); lower the learning rate")
                 if history[-1].mean() < WINDOW[0] * start.mean():
                     break
             left = history[-1].mean() / start.mean()
@@ -209,29 +215,35 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast
 def _throw_away(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
     """The model to train, put back as it was on leaving.
 
-    Dropout stays off (evaluation mode): it would blur which sample goes first. Weights trained in full are kept aside
-    on the CPU; an adapter is simply taken off again.
+    Dropout stays off (evaluation mode): it would blur which sample goes first. Weights that are trained in place, or
+    changed by an adapter's initialisation, are kept aside on the CPU; an adapter is taken off again.
     """
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # Taking an adapter off leaves trained copies of `modules_to_save` and hooks behind; some cannot be taken off.
+    tables: list[Any] = [table for module in modes for table in (module._modules, module._forward_hooks)]
+    parts = [dict(table) for table in tables]
     model.eval()
     trained: Any = model
-    saved: list[tuple[nn.Parameter, torch.Tensor]] = []
+    saved: dict[nn.Parameter, torch.Tensor] = {}
     try:
         if peft_config is not None:
             from peft import get_peft_model
 
+            if getattr(peft_config, "init_lora_weights", None) not in PLAIN_INITIALISATIONS:
+                saved = {p: p.detach().cpu().clone() for p in flags}
             trained = get_peft_model(model, peft_config).eval()
-        else:
-            saved = [(p, p.detach().cpu().clone()) for p in model.parameters() if p.requires_grad]
+        saved |= {p: p.detach().cpu().clone() for p in flags if p.requires_grad and p not in saved}  # also biases
         yield trained
     finally:
-        if trained is not model:
+        if trained is not model and hasattr(trained, "unload"):
             trained.unload()
+        for table, entries in zip(tables, parts, strict=True):
+            table.clear()
+            table.update(entries)
         with torch.no_grad():
-            for parameter, values in saved:
+            for parameter, values in saved.items():
                 parameter.copy_(values)
-                parameter.grad = None
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None

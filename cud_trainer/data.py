@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+PREPARED = ("sample_id", "input_ids", "labels")
 FORMATS = {
     "tokenised": ("input_ids", "labels"),
     "prompt-completion": ("prompt", "completion"),
@@ -89,6 +90,10 @@ def prepare_dataset(
     missing = [column for column in keep_columns if column not in dataset.column_names]
     if missing:
         raise ValueError(f"{name} dataset has no column {missing[0]!r}; it has {sorted(dataset.column_names)}")
+    taken = [column for column in keep_columns if column in PREPARED]
+    if taken:
+        raise ValueError(f"{name} dataset: column {taken[0]!r} cannot be kept beside the prepared one of that name")
+    dataset = dataset.with_format(None)  # rows of plain Python values, whatever the user looks at them as
     kind = detect_format(dataset.column_names, name)
     id_column = next((column for column in ("sample_id", "id") if column in dataset.column_names), None)
 
@@ -108,7 +113,7 @@ def prepare_dataset(
         rows.append({"sample_id": sample_id, "input_ids": tokens, "labels": labels})
     _check_unique(ids, name)
 
-    columns: dict[str, list] = {key: [row[key] for row in rows] for key in ("sample_id", "input_ids", "labels")}
+    columns: dict[str, list] = {key: [row[key] for row in rows] for key in PREPARED}
     for column in keep_columns:
         columns[column] = list(dataset[column])
     return Dataset.from_dict(columns)
@@ -211,21 +216,33 @@ class PairedCollator:
 
 def _tokenise(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, list[int]]:
     """`(number of prompt tokens, all tokens)` of one row."""
+    prompt: Any
+    completion: Any
     if kind == "tokenised":
-        labels = list(row["labels"])
-        if len(labels) != len(row["input_ids"]):
+        tokens, labels = row["input_ids"], row["labels"]
+        if tokens is None or labels is None:
+            raise ValueError(f"{where}: its {'labels' if labels is None else 'input_ids'} are missing")
+        if len(labels) != len(tokens):
             raise ValueError(f"{where}: labels and input_ids differ in length")
-        first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-        return first, list(row["input_ids"])
+        answers = [position for position, label in enumerate(labels) if label != IGNORE_INDEX]
+        wrong = next((position for position in answers if labels[position] != tokens[position]), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{where}: label {labels[wrong]} at position {wrong} is neither {IGNORE_INDEX} nor the token there, "
+                f"{tokens[wrong]} (labels are not shifted)"
+            )
+        return answers[0] if answers else len(labels), list(tokens)
     if kind == "text":
         return 0, _with_eos(tokenizer(_filled(row["text"], "text", where))["input_ids"], tokenizer)
     if kind == "conversational":
-        messages = row["messages"]
-        if not messages or messages[-1]["role"] != "assistant":
-            raise ValueError(f"{where}: the last message must be the assistant's, it is what will be forgotten")
+        messages = row["messages"] or []
+        if not isinstance(messages, list):
+            raise ValueError(f"{where}: its messages are no list")
         prompt, completion = messages[:-1], messages[-1:]
     elif kind == "question-answer":
         question, answer = row["question"], _filled(row["answer"], "answer", where)
+        if not isinstance(question, str):
+            raise ValueError(f"{where}: its question is missing")
         if tokenizer.chat_template:
             prompt = [{"role": "user", "content": question}]
             completion = [{"role": "assistant", "content": answer}]
@@ -233,15 +250,24 @@ def _tokenise(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
             prompt, completion = f"Question: {question}\nAnswer:", f" {answer}"
     else:
         prompt, completion = row["prompt"], row["completion"]
+        if not isinstance(prompt, (str, list)):
+            raise ValueError(f"{where}: its prompt is missing")
+        if completion and isinstance(prompt, str) != isinstance(completion, str):
+            raise ValueError(f"{where}: prompt and completion must both be strings or both be lists of messages")
 
     if isinstance(prompt, str):
         _filled(completion, "completion", where)
         start = tokenizer(prompt)["input_ids"]
         full = _with_eos(tokenizer(prompt + completion)["input_ids"], tokenizer)
     else:
+        for message in [*prompt, *(completion or [])]:
+            if not isinstance(message, dict) or not message.get("role"):
+                raise ValueError(f"{where}: a message must have a role and a content, got {_keys(message)}")
+        if not completion or completion[-1]["role"] != "assistant":
+            raise ValueError(f"{where}: the last message must be the assistant's, it is what will be forgotten")
+        _filled(completion[-1].get("content"), "assistant message", where)
         if not tokenizer.chat_template:
             raise ValueError(f"{where}: the data is conversational but the tokenizer has no chat template")
-        _filled(completion[-1]["content"] if completion else None, "assistant message", where)
         # An opening with no user turn has no generation prompt to share with the full chat.
         start = _chat(tokenizer, prompt, add_generation_prompt=True) if prompt else []
         full = _chat(tokenizer, [*prompt, *completion], add_generation_prompt=False)
@@ -252,6 +278,11 @@ def _filled(value: Any, what: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: its {what} is empty")
     return value
+
+
+def _keys(message: Any) -> str:
+    """What a malformed message looks like, without its text."""
+    return f"the keys {sorted(message)}" if isinstance(message, dict) else f"a {type(message).__name__}"
 
 
 def _with_eos(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -6,6 +6,8 @@ report is the same number the loss was made of.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,18 @@ def answer_positions(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(-1)
 
 
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is back in its own, also where they differ."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inputs: Any) -> AnswerScores:
     """Teacher-forced scores of the answers in `batch`.
 
@@ -69,8 +83,12 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
         model: causal LM (bare, PEFT or wrapped by accelerate).
         batch: `input_ids`, `attention_mask`, `labels` (-100 outside the answer), each `[B, T]`, any padding side.
         model_inputs: passed to the model (for example `inputs_embeds`, which replaces `input_ids`).
+
+    Raises:
+        ValueError: for an adapter that puts virtual tokens before the input.
     """
-    labels = batch["labels"]
+    _check_adapter(model)
+    labels = _predictable(batch["labels"], batch["attention_mask"])
     kept = answer_positions(labels)
     if "inputs_embeds" not in model_inputs:
         model_inputs["input_ids"] = batch["input_ids"]
@@ -90,3 +108,21 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     negative = torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
     token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
     return AnswerScores(token_logps, mask, targets, logits)
+
+
+def _predictable(labels: Tensor, attention_mask: Tensor) -> Tensor:
+    """`labels` without the first token of a sequence: left of it there is nothing, or padding, to predict it from."""
+    behind_padding = attention_mask[:, :-1].to(labels.device) == 0
+    return torch.cat([labels[:, :1], labels[:, 1:].masked_fill(behind_padding, IGNORE_INDEX)], dim=1)
+
+
+def _check_adapter(model: torch.nn.Module) -> None:
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    config = getattr(inner, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+        raise ValueError(
+            f"adapters of type {config.peft_type} are not supported: their virtual tokens shift the answer; "
+            "use LoRA or another adapter that leaves the input as it is"
+        )

@@ -190,6 +190,10 @@ def make_schedule(
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise ValueError(f"passes must be a positive integer, got {passes!r}")
     size = len(forget_ids)
+    if size == 0 or len(set(forget_ids)) != size:
+        raise ValueError("a schedule needs forget samples with distinct ids" if size else "there is no forget sample")
+    if retain_ids is not None and len(retain_ids) == 0:
+        raise ValueError("there is no retain sample to pair with")
     if spec.metric is not None:
         if difficulty is None:
             raise ValueError(f"schedule {name!r} needs difficulty scores")
@@ -233,6 +237,7 @@ def scaled_to_mean_one(values: np.ndarray, low: float, high: float) -> np.ndarra
         low, high: with `low <= 1 <= high`.
     """
     log_values = np.log(values)
+    high = min(high, len(values))  # no weight can be larger while the mean is 1; `high` may be infinite
     # The mean grows with c, from `low` where the largest value is cut to `high` where the smallest is.
     small = np.log(max(low, 1e-12)) - log_values.max()
     large = np.log(high) - log_values.min()
@@ -246,10 +251,12 @@ def scaled_to_mean_one(values: np.ndarray, low: float, high: float) -> np.ndarra
 
 
 def _rank(difficulty: np.ndarray) -> np.ndarray:
-    """Rank in [0, 1], ties share their mean rank."""
+    """Rank in [0, 1], mean 0.5; ties share their mean rank."""
     from scipy.stats import rankdata
 
-    return (rankdata(difficulty) - 1) / max(1, len(difficulty) - 1)
+    if len(difficulty) == 1:
+        return np.array([0.5])
+    return (rankdata(difficulty) - 1) / (len(difficulty) - 1)
 
 
 @register_schedule("uniform", metric=None)

@@ -18,11 +18,12 @@ from .difficulty import METRICS, DifficultyContext, DifficultyScores
 from .difficulty.context import CIRCUIT_DEFAULTS
 from .difficulty.cud import make_folds
 from .fingerprint import model_fingerprint, versions
-from .objectives import UnlearningLoss
 
 
 def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], model_or_config: Any = None) -> None:
     """Raise `ValueError` for an unknown metric or option, or circuits on an architecture without them."""
+    if isinstance(metrics, str):
+        raise ValueError(f"metrics must be a list of names, got {metrics!r}")
     if not metrics:
         raise ValueError(f"no difficulty metric given; choose from {sorted(METRICS)}")
     for name in [*metrics, *options]:
@@ -79,6 +80,8 @@ def score_difficulty(
     check_tokenizer(processing_class)
     metric_args, circuit_args = metric_args or {}, circuit_args or {}
     check_metrics(metrics, metric_args, model)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     unknown = [option for option in circuit_args if option not in (*CIRCUIT_DEFAULTS, "ungroup_kv")]
     if unknown:
         raise ValueError(f"unknown circuit option {unknown[0]!r}; choose from {sorted(CIRCUIT_DEFAULTS)}")
@@ -92,8 +95,7 @@ def score_difficulty(
         check_disjoint(forget, retain)
     settings = calibration or CalibrationSettings(batch_size=batch_size, seed=seed)
     if retain is None and settings.loss.retain_loss != "none":
-        alone = "ga" if settings.loss.spec.requires_retain else settings.loss.objective
-        settings = replace(settings, loss=UnlearningLoss(alone, settings.loss.objective_args, "none"))
+        settings = replace(settings, loss=settings.loss.without_retain())
     group_values = list(forget[group_column]) if group_column else None
     cross_fitted = any(METRICS[name].needs_circuits and name.startswith("cud") for name in metrics)
     if cross_fitted:

@@ -75,6 +75,46 @@ class TestFormulas:
         top, ids = current.log_softmax(-1).topk(3, -1)
         torch.testing.assert_close(retain_kl(current, mask, top, ids), torch.zeros(2, dtype=torch.float64))
 
+    @pytest.mark.parametrize("k", [1, 2, 5])
+    @pytest.mark.parametrize("height", [5.0, 20.0, 60.0, 1000.0])
+    def test_kl_pulls_back_a_model_that_has_collapsed(self, k, height):
+        """Float32 and a tail whose probability rounds to 0 under the model: still a bound, and its gradient is there."""
+        reference = torch.tensor([[[2.0, 0.0, 0.0, 0.0, 0.0, 0.0]]])
+        current = (reference + torch.tensor([height, 0, 0, 0, 0, 0])).requires_grad_()
+        top, ids = reference.log_softmax(-1).topk(k, -1)
+        found = retain_kl(current, torch.ones(1, 1, dtype=torch.bool), top, ids).sum()
+        wide = current.detach().double().requires_grad_()
+        before = reference.double().log_softmax(-1)
+        exact = torch.nn.functional.kl_div(wide.log_softmax(-1), before, log_target=True, reduction="sum")
+        # the tail is uniform under both, so that nothing is lost by merging it
+        assert found.item() == pytest.approx(exact.item(), rel=1e-4)
+        (gradient,), (expected,) = torch.autograd.grad(found, current), torch.autograd.grad(exact, wide)
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-5)
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.integers(0, 10_000), st.floats(0.1, 60), st.floats(0.1, 60))
+    def test_kl_is_a_bound_at_any_temperature(self, seed, sharp_reference, sharp_current):
+        generator = torch.Generator().manual_seed(seed)
+        reference, current = torch.randn(2, 3, 1, 9, generator=generator)
+        reference, current = reference * sharp_reference, current * sharp_current
+        wide = [Categorical(logits=x.double()) for x in (reference, current)]
+        exact = kl_divergence(*wide).squeeze(1)
+        for k in range(1, 10):
+            top, ids = reference.log_softmax(-1).topk(k, -1)
+            found = retain_kl(current, torch.ones(3, 1, dtype=torch.bool), top, ids).double()
+            # what may be missing or left over: reference mass below 1e-6, and the rounding of its logarithm
+            assert (found <= exact + 1e-3 + 1e-5 * exact).all() and (found >= -1e-3).all()
+
+    def test_simnpo_does_not_see_the_reference_and_npo_not_the_length(self):
+        moved, longer = R - 5, N * 3
+        assert torch.equal(OBJECTIVES["simnpo"].loss(L, N, moved), OBJECTIVES["simnpo"].loss(L, N, None))
+        assert torch.equal(OBJECTIVES["npo"].loss(L, longer, R), OBJECTIVES["npo"].loss(L, N, R))
+
+    def test_npo_weighs_gradient_ascent(self):
+        """Zhang et al., eq. 5: its gradient is that of ascent times 2 p^beta / (p^beta + p_r^beta)."""
+        p, reference = L.exp() ** 0.4, R.exp() ** 0.4
+        torch.testing.assert_close(gradient("npo", beta=0.4), 2 * p / (p + reference))
+
     def test_retain_nll(self):
         torch.testing.assert_close(retain_nll(L, N), torch.tensor([0.5, 2.0, 0.1], dtype=torch.float64))
 
@@ -143,6 +183,89 @@ class TestStep:
         terms = self.terms(step, model.eval(), reference, forget, retain, [(0, 0), (1, 2)])
         torch.testing.assert_close(terms.forget, torch.full((2,), 20 * math.log(2), dtype=torch.float64))
         torch.testing.assert_close(terms.retain, torch.zeros(2, dtype=torch.float64), atol=1e-6, rtol=0)
+
+    def test_reference_is_each_sample_scored_alone(self):
+        """In dataset order, whatever the batches; the tail of the distribution is what was left out."""
+        step, forget, retain = self.make(objective="npo", retain_loss="kl", kl_top_k=5)
+        model = make_model(0).double()
+        reference = step.reference(model, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        for row, sample in enumerate(forget):
+            alone = score_answers(model, pad_batch([sample], 0)).logps
+            torch.testing.assert_close(reference.forget_logps[row], alone[0].detach())
+        for row, sample in enumerate(retain):
+            scores = score_answers(model, pad_batch([sample], 0))
+            top = scores.logits[0].log_softmax(-1).sort(descending=True, stable=True)
+            torch.testing.assert_close(reference.retain_top_logps[row].double(), top.values[:, :5].detach())
+            assert torch.equal(reference.retain_top_ids[row], top.indices[:, :5])
+
+    @pytest.mark.parametrize("name", ["npo", "ga"])
+    def test_reference_puts_every_mode_back(self, name):
+        step, forget, retain = self.make(objective=name, retain_loss="kl")
+        model = make_model(0).train()
+        model.model.layers[1].eval()
+        before = [module.training for module in model.modules()]
+        step.reference(model, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        assert [module.training for module in model.modules()] == before
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_retain_kl_against_both_models(self):
+        step, forget, retain = self.make(objective="ga", retain_loss="kl", kl_top_k=258)
+        original, model = make_model(0).double(), make_model(1).double()
+        reference = step.reference(original, forget, retain, pad_token_id=0, batch_size=3, device="cpu")
+        terms = self.terms(step, model, reference, forget, retain, [(0, 1), (1, 3)])
+        for position, row in enumerate((1, 3)):
+            batch = pad_batch([retain[row]], 0)
+            before, now = (Categorical(logits=score_answers(m, batch).logits[0]) for m in (original, model))
+            expected = kl_divergence(before, now).mean()
+            assert terms.retain[position].item() == pytest.approx(expected.item(), rel=1e-4)
+
+    @pytest.mark.parametrize("multiple", [None, 64])
+    @pytest.mark.parametrize("name", sorted(OBJECTIVES))
+    def test_padding_changes_nothing(self, name, multiple):
+        step, forget, retain = self.make(objective=name, retain_loss="kl")
+        original, model = make_model(0), make_model(1)
+        reference = step.reference(original, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        rows = [{"row": 0, "forget_index": 1, "retain_index": 2, "weight": 1.0, "retain_scale": 1.0}]
+        plain = step(model, PairedCollator(forget, retain, 0)(rows), reference)
+        padded = step(model, PairedCollator(forget, retain, 7, multiple)(rows), reference)
+        torch.testing.assert_close(padded.forget, plain.forget, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(padded.retain, plain.retain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(padded.mean_logps, plain.mean_logps, rtol=1e-4, atol=1e-5)
+        assert not padded.mean_logps.requires_grad and padded.forget.requires_grad and padded.retain.requires_grad
+
+    @pytest.mark.parametrize(
+        ("name", "alone"), [("graddiff", ("ga", {})), ("npo", ("npo", {"beta": 0.3})), ("ga", ("ga", {}))]
+    )
+    def test_an_objective_alone(self, name, alone):
+        step = UnlearningLoss(name, alone[1], "nll", kl_top_k=7).without_retain()
+        assert (step.objective, step.objective_args, step.retain_loss) == (*alone, "none") and not step.uses_retain
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"objective": "magic"}, "unknown objective 'magic'; choose one of \\['ga', 'graddiff', 'npo', 'simnpo'\\]"),
+            ({"objective_args": {"gamma": 1}}, "objective 'npo' has no option 'gamma'; it has \\['beta'\\]"),
+            ({"objective": "ga", "objective_args": {"beta": 1}}, "it has none"),
+            ({"objective_args": {"beta": 0}}, "'beta' of objective 'npo' must be positive, got 0"),
+            ({"objective_args": {"beta": float("nan")}}, "must be positive"),
+            ({"objective_args": {"beta": "0.1"}}, "must be a number, got '0.1'"),
+            ({"objective_args": {"beta": True}}, "must be a number, got True"),
+            ({"objective": "simnpo", "objective_args": {"gamma": None}}, "must be a number, got None"),
+            ({"retain_loss": "mse"}, "unknown retain_loss 'mse'; choose one of \\['none', 'nll', 'kl'\\]"),
+            ({"objective": "graddiff", "retain_loss": "none"}, "needs a retain loss; use 'ga'"),
+        ],
+    )  # fmt: skip
+    def test_refusals(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            UnlearningLoss(**options)
+
+    def test_own_retain_losses(self):
+        assert {name: UnlearningLoss(name).retain_loss for name in sorted(OBJECTIVES)} == {
+            "ga": "none",
+            "graddiff": "nll",
+            "npo": "nll",
+            "simnpo": "nll",
+        }
 
     def test_without_retain(self):
         step, forget, retain = self.make(objective="ga")

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 
+def length(a: Tensor) -> Tensor:
+    """Euclidean length along the last axis, which is kept; squares of tiny edge scores do not underflow."""
+    return torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=torch.float64).to(a.dtype)
+
+
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """`1 - cos(a, b)`, in [0, 2]; NaN when either vector is zero (an empty circuit has no direction)."""
-    norms = a.norm(dim=-1) * b.norm(dim=-1)
-    return 1 - (a * b).sum(-1) / norms.where(norms > 0, torch.full_like(norms, torch.nan))
+    return (1 - (a / length(a) * (b / length(b))).sum(-1)).clamp(0, 2)
 
 
 def jaccard_distance(a: Tensor, b: Tensor) -> Tensor:

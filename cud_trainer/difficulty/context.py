@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..circuits import Graph, attribute_dataset
+from ..circuits.architectures import decoder_parts
 from ..data import length_sorted_batches
-from ..logprobs import score_answers
+from ..logprobs import evaluation_mode, score_answers
 from .cud import make_folds
 
 # With the zero baseline one-pass EAP ranks edges as the authors' node-wise interpolation does, for a fraction of its
@@ -76,9 +77,12 @@ class DifficultyContext:
         """Edge scores of every forget sample, float32 `[N, n_edges]`."""
         return self._circuits[0]
 
-    @property
+    @cached_property
     def graph(self) -> Graph:
-        return self._circuits[3]
+        """Of the model, known before any circuit is."""
+        parts = decoder_parts(self.model)
+        ungrouped = self.circuit_settings.get("ungroup_kv", False)
+        return Graph(len(parts.layers), parts.n_heads, parts.n_heads if ungrouped else parts.n_kv_heads)
 
     @cached_property
     def answers(self) -> tuple[np.ndarray, np.ndarray]:
@@ -89,9 +93,7 @@ class DifficultyContext:
             mean_logps = torch.zeros(len(self.forget))
             lengths = torch.zeros(len(self.forget), dtype=torch.long)
             device = self.model.get_input_embeddings().weight.device
-            was_training = self.model.training
-            self.model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), evaluation_mode(self.model):
                 for rows, batch in length_sorted_batches(
                     self.forget,
                     self.batch_size,
@@ -102,7 +104,6 @@ class DifficultyContext:
                     scores = score_answers(self.model, batch)
                     mean_logps[rows] = scores.mean_logps.float().cpu()
                     lengths[rows] = scores.lengths.cpu()
-            self.model.train(was_training)
         return mean_logps.double().numpy(), lengths.double().numpy()
 
     @cached_property

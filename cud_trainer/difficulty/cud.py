@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..circuits.similarity import DISTANCES, distance
+from ..circuits.similarity import DISTANCES, distance, length
 from ..circuits.vectors import VECTORS, circuit_vectors
+from ..options import check_numbers
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # As published: the k strongest edges with their weights, cosine.
@@ -47,7 +48,7 @@ class CUDSettings:
     anchor_share: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
+        if self.variant not in list(VARIANTS):  # a list: an unhashable value is refused like any other
             raise ValueError(f"unknown CUD variant {self.variant!r}; choose one of {sorted(VARIANTS)}")
         preset = dict(VARIANTS[self.variant])
         if self.vector is not None and self.vector != preset["vector"]:
@@ -57,7 +58,7 @@ class CUDSettings:
                 object.__setattr__(self, name, value)
         if self.vector not in VECTORS:
             raise ValueError(f"unknown circuit vector {self.vector!r}; choose one of {list(VECTORS)}")
-        if self.distance not in DISTANCES:
+        if self.distance not in list(DISTANCES):
             raise ValueError(f"unknown circuit distance {self.distance!r}; choose one of {sorted(DISTANCES)}")
         if self.vector == "log":
             if self.k not in (None, "all"):
@@ -66,6 +67,7 @@ class CUDSettings:
                 raise ValueError("log-magnitude circuit vectors are compared by cosine")
         elif self.k != "all" and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"k must be a positive number of edges or 'all', got {self.k!r}")
+        check_numbers("CUD", {"anchor_share": self.anchor_share})
         if not 0 < self.anchor_share <= 0.5:
             raise ValueError(f"anchor_share must be in (0, 0.5], got {self.anchor_share!r}")
 
@@ -83,14 +85,14 @@ def make_folds(n: int, folds: int, seed: int, groups: Sequence[Any] | None = Non
     Raises:
         ValueError: for fewer than 2 folds or fewer samples (groups) than folds.
     """
+    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+        raise ValueError(f"cross-fitting needs at least 2 folds, got {folds!r}")
     if groups is not None:
         names = sorted(set(map(str, groups)))
         if len(names) < folds:
             raise ValueError(f"cannot split {len(names)} groups into {folds} folds")
         fold_of = dict(zip(names, make_folds(len(names), folds, seed), strict=True))
         return np.array([fold_of[str(group)] for group in groups])
-    if folds < 2:
-        raise ValueError(f"cross-fitting needs at least 2 folds, got {folds}")
     if n < folds:
         raise ValueError(f"cannot split {n} samples into {folds} folds")
     fold = np.arange(n) % folds
@@ -114,7 +116,8 @@ def extremes(residual: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray
 
 def anchor_circuit(edges: Tensor) -> Tensor:
     """Mean of the samples' edge scores after scaling each to unit length, `[E]` from `[n, E]`."""
-    return torch.nn.functional.normalize(edges, dim=1).mean(0)
+    norms = length(edges)
+    return (edges / norms.where(norms > 0, torch.ones_like(norms))).mean(0)
 
 
 def log_standardisation(edges: Tensor) -> tuple[Tensor, Tensor]:

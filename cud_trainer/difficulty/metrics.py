@@ -32,6 +32,8 @@ class Metric:
 
     def check_options(self, given: dict[str, Any]) -> None:
         """Raise `ValueError` for an option this metric does not have, or a value it cannot have."""
+        if not isinstance(given, dict):
+            raise ValueError(f"options of difficulty metric {self.name!r} must be a dictionary, got {given!r}")
         check_known(f"difficulty metric {self.name!r}", self.compute, given)
         if self.compute is cud:
             cud_settings(**given)
@@ -122,21 +124,29 @@ def cud(
     chosen = _anchor_rows(anchors, ids) if isinstance(anchors, dict) else None
     bank = AnchorBank.load(anchors) if isinstance(anchors, str) and anchors != "calibration" else None
     if save_anchors is not None:
+        if bank is not None:
+            raise ValueError(f"save_anchors has nothing new to save: the anchors are those of {anchors}")
         check_new_file(save_anchors, overwrite=False)
     if not isinstance(anchors, (str, dict)):
         raise ValueError(f"anchors must be 'calibration', a dict of easy and hard ids or a path, got {anchors!r}")
-    fold, edges = context.fold, context.edges
+    fold = context.fold
+    tests = [np.flatnonzero(fold == held_out) for held_out in np.unique(fold)]
     if bank is not None:
         bank.check(context.graph.fingerprint, context.circuit_settings)
+        for test in tests:
+            bank.without({ids[row] for row in test})
+    elif chosen is not None:
+        for test in tests:
+            _choose(np.setdiff1d(np.arange(len(ids)), test), chosen, context, settings)
 
+    edges = context.edges
     scores = np.full(len(ids), np.nan)
-    for held_out in np.unique(fold):
-        test = np.flatnonzero(fold == held_out)
+    for test in tests:
         if bank is not None:
             easy, hard = bank.without({ids[row] for row in test})
             standardisation: tuple[torch.Tensor, torch.Tensor] | None = (bank.mean, bank.deviation)
         else:
-            rows = np.flatnonzero(fold != held_out)
+            rows = np.setdiff1d(np.arange(len(ids)), test)
             easy_rows, hard_rows = _choose(rows, chosen, context, settings)
             easy, hard = edges[easy_rows], edges[hard_rows]
             standardisation = log_standardisation(edges[rows]) if settings.vector == "log" else None

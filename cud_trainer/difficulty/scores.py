@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ..files import atomic_write, check_new_file
 
 METADATA_KEY = b"cud_trainer"
+RESERVED = ("sample_id", "fold", "bucket")
 FORMAT_VERSION = 1
 
 
@@ -45,7 +46,10 @@ class DifficultyScores:
             raise ValueError(f"difficulty scores have the id {repeated!r} more than once")
         if not self.columns:
             raise ValueError("difficulty scores need at least one metric")
+        self.columns = dict(self.columns)
         for name, values in self.columns.items():
+            if name in RESERVED:
+                raise ValueError(f"a difficulty metric cannot be called {name!r}: the table has a column of that name")
             values = np.asarray(values, dtype=np.float64)
             if values.shape != (len(self.ids),):
                 raise ValueError(f"metric {name!r} has {values.size} values for {len(self.ids)} samples")
@@ -56,6 +60,10 @@ class DifficultyScores:
                     f"the first is {self.ids[broken[0]]!r}"
                 )
             self.columns[name] = values
+        if self.fold is not None:
+            self.fold = np.asarray(self.fold)
+            if self.fold.shape != (len(self.ids),):
+                raise ValueError(f"there are {self.fold.size} folds for {len(self.ids)} samples")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -30,10 +30,11 @@ def retain_kl(logits: Tensor, mask: Tensor, reference_logps: Tensor, reference_i
     reference = reference_logps.to(top.dtype)
     divergence = (reference.exp() * (reference - top)).sum(-1)
     if reference_ids.shape[-1] < logits.shape[-1]:
-        tiny = torch.finfo(top.dtype).tiny
-        reference_rest = (1 - reference.exp().sum(-1)).clamp(min=tiny)
-        rest = (1 - top.exp().sum(-1)).clamp(min=tiny)
+        reference_rest = (1 - reference.exp().sum(-1)).clamp(min=torch.finfo(top.dtype).tiny)
+        # Summed over the tail itself: 1 - sum(top) rounds to 0 where the model has collapsed onto the top tokens, just
+        # where the tail must pull it back.
+        log_rest = current.scatter(-1, reference_ids, -torch.inf).logsumexp(-1)
         # Where float rounding leaves no reference mass in the tail there is nothing to keep.
-        tail = reference_rest * (reference_rest.log() - rest.log())
+        tail = reference_rest * (reference_rest.log() - log_rest)
         divergence = divergence + torch.where(reference_rest > 1e-6, tail, torch.zeros_like(tail))
     return (divergence * mask).sum(-1) / mask.sum(-1).clamp(min=1)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data import length_sorted_batches
-from ..logprobs import AnswerScores, score_answers
+from ..logprobs import AnswerScores, evaluation_mode, score_answers
 from .losses import OBJECTIVES, Objective
 from .retain import RETAIN_LOSSES, retain_kl, retain_nll
 
@@ -86,6 +86,11 @@ class UnlearningLoss:
         """Whether a retain dataset is needed."""
         return self.retain_loss != "none"
 
+    def without_retain(self) -> UnlearningLoss:
+        """The same objective alone; gradient ascent for one that is undefined alone."""
+        name, options = ("ga", {}) if self.spec.requires_retain else (self.objective, self.objective_args)
+        return UnlearningLoss(name, options, "none", self.kl_top_k)
+
     @torch.no_grad()
     def reference(
         self,
@@ -99,9 +104,7 @@ class UnlearningLoss:
     ) -> Reference:
         """Score the datasets once with `model` as it is now (in eval mode, restored afterwards)."""
         result = Reference()
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluation_mode(model):
             if self.spec.needs_reference:
                 for rows, batch in length_sorted_batches(forget, batch_size, pad_token_id, device=device):
                     logps = score_answers(model, batch).logps
@@ -121,8 +124,6 @@ class UnlearningLoss:
                         # Kept off the accelerator: it grows with the retain set, a batch of it does not.
                         result.retain_top_logps[row] = top[position, answer].cpu()
                         result.retain_top_ids[row] = ids[position, answer].cpu()
-        finally:
-            model.train(was_training)
         return result
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
