@@ -3,9 +3,9 @@
 Authors who do not exist -> a Llama that knows them by heart -> difficulty scores -> GradDiff and NPO, each uniform and
 difficulty-aware, with the retain weight fitted for each -> comparison at matched retain utility -> report.
 
-Honest by construction: no sample helps to score itself (cross-fitting). Retain utility is measured on questions that the
-retain loss never sees (their answers it does: it is robustness to rewording, not wider knowledge). The seed that chooses
-the retain weights is not among the seeds that are reported.
+Honest by construction: no sample helps to score itself (cross-fitting). Retain utility is measured on questions that
+the retain loss never sees (their answers it does: it is robustness to rewording, not wider knowledge). The seed that
+chooses the retain weights is not among the seeds that are reported.
 """
 
 from __future__ import annotations
