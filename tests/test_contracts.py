@@ -3,13 +3,16 @@
 import inspect
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 import transformers
 import trl
-from conftest import make_model
+from conftest import make_model, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 
@@ -23,13 +26,59 @@ def test_trl_averages_the_lists_in_metrics_on_log(monkeypatch):
     assert logged == {"loss": 1.0, "forget_prob": pytest.approx(0.3)} and not trainer._metrics["train"]
 
 
-def test_a_loss_may_say_that_it_is_not_scaled_for_accumulation():
+@pytest.fixture
+def sft(tmp_path):
+    """Builds an `SFTTrainer` on rows that are no text, as `CUDTrainer` does."""
+
+    def build(cls=SFTTrainer, **options):
+        settings = dict(bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
+        settings |= dict(dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False)
+        return cls(
+            make_model(0),
+            SFTConfig(str(tmp_path), **{**settings, "train_sampling_strategy": "sequential", **options}),
+            data_collator=lambda rows: {"row": torch.tensor([row["row"] for row in rows])},
+            train_dataset=Dataset.from_dict({"row": list(range(10)), "weight": [0.5] * 10}),
+            processing_class=make_tokenizer(),
+        )
+
+    return build
+
+
+def test_prepared_rows_are_taken_as_they_are(sft):
+    assert sft().train_dataset.to_dict() == {"row": list(range(10)), "weight": [0.5] * 10}
+    assert "dataset_kwargs" in SFTConfig._VALID_DICT_FIELDS
+
+
+def test_rows_are_served_in_order(sft):
+    trainer = sft(per_device_train_batch_size=3)
+    assert [batch["row"].tolist() for batch in trainer.get_train_dataloader()] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    assert isinstance(trainer._get_train_sampler(), torch.utils.data.SequentialSampler)
+
+
+def test_metrics_are_lists_by_mode(sft):
+    metrics = sft()._metrics
+    assert set(metrics) >= {"train", "eval"} and all(metrics[mode]["new"] == [] for mode in ("train", "eval"))
+
+
+def test_a_loss_may_say_that_it_is_not_scaled_for_accumulation(sft):
+    """Then the Trainer divides by the accumulation steps: the gradient is the mean over the global batch."""
     assert Trainer.loss_is_scaled_for_ga is None
 
+    class Rows(SFTTrainer):
+        loss_is_scaled_for_ga = False
+        seen = []
 
-def test_prepared_rows_are_taken_as_they_are():
-    assert "skip_prepare_dataset" in inspect.getsource(SFTTrainer.__init__)
-    assert "dataset_kwargs" in SFTConfig._VALID_DICT_FIELDS
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model.lm_head.weight[0, 0] * inputs["row"].float().mean()
+
+        def _clip_grad_norm(self, model):
+            self.seen.append(model.lm_head.weight.grad[0, 0].item())
+            return super()._clip_grad_norm(model)
+
+    assert hasattr(Trainer, "_clip_grad_norm")
+    trainer = sft(Rows, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    assert Rows.seen == pytest.approx([np.mean([0, 1, 2, 3]), np.mean([4, 5, 6, 7])])
 
 
 def test_sequential_is_a_sampling_strategy():
@@ -51,8 +100,21 @@ def test_dropout_can_be_disabled():
     assert module[0].p == 0
 
 
-def test_checkpoint_folders():
+def test_checkpoint_folders(tmp_path):
     assert PREFIX_CHECKPOINT_DIR == "checkpoint"
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+def test_taking_an_adapter_off_needs_what_calibration_puts_back():
+    """The tables of a module that calibration restores, and the name of PEFT's way of taking an adapter off."""
+    model = make_model(0)
+    assert isinstance(model._modules, dict) and isinstance(model._forward_hooks, dict)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert wrapped.unload() is model and not hasattr(model, "peft_config")
+    assert LoraConfig().init_lora_weights is True and not LoraConfig().is_prompt_learning
+    assert wrapped.active_peft_config.peft_type == "LORA"
 
 
 def test_attention_reads_its_number_of_groups_when_it_runs():

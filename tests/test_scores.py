@@ -109,7 +109,9 @@ class TestTable:
         assert found["cud"].tolist() == [0.9, 0.4] and found["loss"].tolist() == [2, 0]
         assert found.fold.tolist() == [0, 0] and found.provenance == {"model": "m"} and found.ids == ["c", "a"]
         assert DifficultyScores(["a", "b"], {"m": [1, 2]}, [3, 4]).aligned(["b"]).fold.tolist() == [4]
-        with pytest.raises(ValueError, match="no difficulty metric 'mass' in these scores; they have \\['cud', 'loss'\\]"):
+        with pytest.raises(
+            ValueError, match="no difficulty metric 'mass' in these scores; they have \\['cud', 'loss'\\]"
+        ):
             found["mass"]
         with pytest.raises(ValueError, match="lack 1 of 2 forget samples, the first is 'z'"):
             make().aligned(["a", "z"])
