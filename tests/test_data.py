@@ -309,16 +309,16 @@ class TestBatches:
         def prepared(*samples):
             return Dataset.from_list([{"sample_id": str(s), "input_ids": s, "labels": [-100, *s[1:]]} for s in samples])
 
-        collate = PairedCollator(prepared([2, 3], [4, 5, 6]), prepared([7, 8, 9, 10], [11, 12]), 0, 2)
+        collate = PairedCollator(prepared([2, 3], [4, 5, 6]), prepared([7, 8, 9, 10], [11, 12]), 0, 5)
         rows = [
             {"row": 0, "forget_index": 1, "retain_index": 1, "weight": 0.25, "retain_scale": 1.0},
             {"row": -1, "forget_index": 0, "retain_index": 0, "weight": 0.0, "retain_scale": 0.0},
         ]
         batch = collate(rows)
         expected = {
-            "input_ids": [[4, 5, 6, 0], [2, 3, 0, 0], [11, 12, 0, 0], [7, 8, 9, 10]],
-            "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
-            "labels": [[-100, 5, 6, -100], [-100, 3, -100, -100], [-100, 12, -100, -100], [-100, 8, 9, 10]],
+            "input_ids": [[4, 5, 6, 0, 0], [2, 3, 0, 0, 0], [11, 12, 0, 0, 0], [7, 8, 9, 10, 0]],
+            "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]],
+            "labels": [[-100, *row, *[-100] * (4 - len(row))] for row in ([5, 6], [3], [12], [8, 9, 10])],
             "row": [0, -1],
             "forget_index": [1, 0],
             "retain_index": [1, 0],
@@ -327,6 +327,7 @@ class TestBatches:
         }
         assert {key: value.tolist() for key, value in batch.items()} == expected
         assert all(batch[key].dtype == torch.int64 for key in list(expected)[:6])
+        assert PairedCollator(collate.forget, collate.retain, 0, 4)(rows)["input_ids"].shape == (4, 4)  # none needed
         plain = collate([{"input_ids": [5, 6], "labels": [-100, 6]}])  # an evaluation batch
         assert {key: value.tolist() for key, value in plain.items()} == {
             "input_ids": [[5, 6]],

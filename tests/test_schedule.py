@@ -233,6 +233,13 @@ def test_registering():
         register_schedule("uniform")(lambda difficulty, shuffled: (shuffled, shuffled))
 
 
+def test_partners_do_not_follow_the_order():
+    """As many retain as forget samples: each pass pairs them anew, not number by number."""
+    schedule = make("uniform", passes=20, retain_ids=[f"r{i}" for i in range(7)])
+    pairs = {(f[1:], r[1:]) for f, r in zip(schedule.order.tolist(), schedule.retain_id.tolist(), strict=True)}
+    assert len(pairs) > 40  # of 49
+
+
 def test_saved_and_hashed(tmp_path):
     schedule = make("inverse_mass", retain_ids=["r0", "r1"])
     path = schedule.save(tmp_path / "schedule.parquet")
