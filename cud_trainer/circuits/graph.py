@@ -12,22 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes and edges of a pre-norm decoder with sequential blocks.
+    """Nodes and edges of a decoder.
 
     Sources, in depth order: `input` (token embedding), then per layer the attention heads `a{l}.h{i}` (after W_O,
     without its bias) and the MLP `m{l}`. Destinations: per layer the inputs of the query heads `a{l}.h{i}.q`, key heads
     `a{l}.h{i}.k` and value heads `a{l}.h{i}.v`, then `m{l}`; last `logits`. An edge runs from each source to each later
-    destination; the heads of a layer reach the MLP of that layer.
+    destination; the heads of a layer reach the MLP of that layer, unless the two run in parallel on the same input.
 
     Attributes:
         n_layers, n_heads: of the decoder.
         n_kv_heads: number of key (and value) destinations per layer: the model's key/value heads, or `n_heads` when
             grouped heads are scored per query head.
+        parallel: attention and MLP of a layer read the same residual stream (GPT-NeoX, Phi).
     """
 
     n_layers: int
     n_heads: int
     n_kv_heads: int
+    parallel: bool = False
 
     @property
     def sources_per_layer(self) -> int:
@@ -59,7 +61,7 @@ class Graph:
 
     def sources_before_mlp(self, layer: int) -> int:
         """How many sources (a prefix of `sources`) can reach the MLP of `layer`."""
-        return self.sources_before_attention(layer) + self.n_heads
+        return self.sources_before_attention(layer) + (0 if self.parallel else self.n_heads)
 
     @cached_property
     def mask(self) -> Tensor:

@@ -1,0 +1,62 @@
+"""Edge scores of a whole dataset, kept on disk: what reports and later forget requests read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import atomic_write, check_new_file
+from .graph import Graph
+
+
+@dataclass
+class CircuitTable:
+    """Edge scores by sample. Holds ids, no text.
+
+    Attributes:
+        ids: sample ids, `N`.
+        edges: scores of the existing edges, float32 `[N, n_edges]`, in row-major order of `graph.mask`.
+        graph: of the model.
+        settings: how the edges were scored (method, steps, baseline, metric).
+    """
+
+    ids: list[str]
+    edges: Tensor
+    graph: Graph
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.edges.shape != (len(self.ids), self.graph.n_edges):
+            raise ValueError(
+                f"edge scores of shape {list(self.edges.shape)} do not fit {len(self.ids)} samples and "
+                f"{self.graph.n_edges} edges"
+            )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a safetensors file, atomically; `ValueError` if it exists."""
+        check_new_file(path, overwrite)
+        header = {
+            "ids": json.dumps(self.ids),
+            "graph": json.dumps(asdict(self.graph)),
+            "settings": json.dumps(self.settings, sort_keys=True),
+        }
+        tensors = {"edges": self.edges.float().contiguous()}
+        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+    @classmethod
+    def load(cls, path: str | Path) -> CircuitTable:
+        """Read what `save` wrote; `ValueError` for a missing or foreign file."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                edges = file.get_tensor("edges")
+            graph = Graph(**json.loads(header["graph"]))
+            return cls(json.loads(header["ids"]), edges, graph, json.loads(header["settings"]))
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"cannot read circuits from {path}: {error}") from None
