@@ -31,12 +31,14 @@ class AnswerScores:
         mask: True on answer tokens, `[B, K]`.
         targets: the token ids, `[B, K]`, 0 outside the answer.
         logits: `[B, K, vocabulary]`, in the model's dtype.
+        positions: the positions, `[K]`; each predicts the token behind it.
     """
 
     token_logps: Tensor
     mask: Tensor
     targets: Tensor
     logits: Tensor
+    positions: Tensor
 
     @property
     def logps(self) -> Tensor:
@@ -54,7 +56,9 @@ class AnswerScores:
         return self.logps / self.lengths
 
     def __getitem__(self, rows: slice) -> AnswerScores:
-        return AnswerScores(self.token_logps[rows], self.mask[rows], self.targets[rows], self.logits[rows])
+        return AnswerScores(
+            self.token_logps[rows], self.mask[rows], self.targets[rows], self.logits[rows], self.positions
+        )
 
 
 def answer_positions(labels: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     wide = logits if logits.dtype == torch.float64 else logits.float()
     negative = torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
     token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
-    return AnswerScores(token_logps, mask, targets, logits)
+    return AnswerScores(token_logps, mask, targets, logits, kept)
 
 
 def _predictable(labels: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """Circuits of single samples: the edge graph of a decoder, edge attribution, circuit vectors and their similarity."""
 
-from .architectures import SUPPORTED_MODEL_TYPES, check_architecture
-from .attribution import EdgeAttributions, attribute_dataset, edge_attributions
+from .architectures import ARCHITECTURES, Architecture, check_architecture, model_graph, register_architecture
+from .attribution import EdgeAttributions, attribute_dataset, edge_attributions, mean_outputs
 from .graph import Graph
 from .similarity import DISTANCES, distance
 from .table import CircuitTable
 from .vectors import VECTORS, circuit_vectors, top_k_mask
 
 __all__ = [
+    "ARCHITECTURES",
     "DISTANCES",
-    "SUPPORTED_MODEL_TYPES",
     "VECTORS",
+    "Architecture",
     "CircuitTable",
     "EdgeAttributions",
     "Graph",
@@ -19,5 +20,8 @@ __all__ = [
     "circuit_vectors",
     "distance",
     "edge_attributions",
+    "mean_outputs",
+    "model_graph",
+    "register_architecture",
     "top_k_mask",
 ]

@@ -4,39 +4,41 @@ For a metric M of a sample and an edge u -> v (Syed et al. 2023, arXiv 2310.1034
 
     score(u -> v) = sum over positions p of (corrupt_u[p] - clean_u[p]) . dM/d(input_v)[p]
 
-where `input_v` is v's own copy of the residual stream *before* its norm. EAP takes the gradient at the clean input,
-EAP-IG (Hanna et al. 2024, arXiv 2403.17806) its mean over m points between the baseline and the clean embedding.
+where `u` is what a component adds to the residual stream and `input_v` is v's own copy of that stream *before* its norm.
+EAP takes the gradient at the clean input; EAP-IG (Hanna et al. 2024, arXiv 2403.17806) its mean over m points between
+the baseline and the clean embedding; node-wise interpolation (`ig-activations`, what the CUD authors ran) its mean over
+m points for every component in turn (`interpolation.py`).
 
 How it is computed (the scores are exact, nothing is approximated): one backward pass per point of a whole batch gives
 the gradients of the *outputs* of the q, k and v projections. Pulling a gradient back through projection and norm is
 linear up to a rank-one term, so gradients are summed over the points in head space, pulled back once, and contracted
-with the source outputs by one batched matrix product per layer, in chunks of positions that bound the memory.
+with the source outputs by one batched matrix product per layer, in chunks of positions that bound the memory
+(`contraction.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import length_sorted_batches
-from ..logprobs import AnswerScores, score_answers
-from .architectures import DecoderParts, LayerParts, decoder_parts, linear_map
+from ..logprobs import AnswerScores, evaluation_mode, position_ids, score_answers
+from .architectures import decoder_parts, place
+from .contraction import GradientSums, contract
 from .graph import Graph
+from .interpolation import interpolate_nodes
+from .recording import Recorder, SourceOutputs, frozen, wide
 
-METHODS = ("eap", "eap-ig")
-BASELINES = ("zero",)
-METRICS = {
-    "prob": lambda scores: scores.mean_logps.exp(),
-    "logprob": lambda scores: scores.mean_logps,
-}
-# Source outputs of this many bytes are held at a time while contracting.
-CHUNK_BYTES = 256 * 2**20
+METHODS = ("eap", "eap-ig", "ig-activations")
+BASELINES = ("zero", "mean", "counterfactual")
+METRICS = ("prob", "logprob", "logit_diff")
+COUNTERFACTUAL = "counterfactual_input_ids"
 
 
 @dataclass
@@ -77,6 +79,59 @@ def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
         raise ValueError(f"edge attribution needs steps >= 1, got {steps!r}")
 
 
+def needs_counterfactual(baseline: str, metric: str) -> bool:
+    """Whether batches must hold `counterfactual_input_ids`."""
+    return baseline == "counterfactual" or metric == "logit_diff"
+
+
+@dataclass
+class Point:
+    """A metric at one point, ready to be differentiated.
+
+    Attributes:
+        objective: `[B]`, whose gradient times `factor` is the metric's; scaled so that half precision neither overflows
+            nor underflows in the backward pass.
+        factor: `[B]`.
+        value: the metric, `[B]`.
+        scores: of the answers.
+    """
+
+    objective: Tensor
+    factor: Tensor
+    value: Tensor
+    scores: AnswerScores
+
+
+def metric_point(metric: str, scores: AnswerScores, counterfactual: Tensor | None) -> Point:
+    """The metric of a batch's answers.
+
+    `prob` is exp(mean answer log-probability), `logprob` that mean, `logit_diff` the mean over answer tokens of the
+    token's logit minus that of the counterfactual's token at the same place.
+    """
+    if metric == "logit_diff":
+        assert counterfactual is not None
+        logits = wide(scores.logits)
+        rivals = counterfactual[:, scores.positions.to(counterfactual.device) + 1].to(logits.device)
+        chosen = torch.stack([scores.targets, rivals], -1)
+        pair = logits.gather(-1, chosen)
+        value = ((pair[..., 0] - pair[..., 1]) * scores.mask).sum(-1) / scores.lengths
+        sensitivity = 1.0 / scores.lengths
+        return _scaled(value, torch.ones_like(value.detach()), sensitivity, value, scores)
+    mean = scores.mean_logps
+    # The largest derivative with respect to a logit: tiny for an answer that is known by heart.
+    sensitivity = (-torch.expm1(scores.token_logps.detach()) * scores.mask).amax(-1) / scores.lengths
+    if metric == "prob":
+        # d prob = prob * d logprob: the small factor stays out of the backward pass
+        return _scaled(mean, mean.detach().exp(), sensitivity, mean.exp(), scores)
+    return _scaled(mean, torch.ones_like(mean.detach()), sensitivity, mean, scores)
+
+
+def _scaled(objective: Tensor, factor: Tensor, sensitivity: Tensor, value: Tensor, scores: AnswerScores) -> Point:
+    tiny = torch.finfo(torch.float32).eps
+    scale = torch.exp2(-sensitivity.clamp(min=tiny).log2().round()).to(objective.dtype)  # a power of 2 rounds nothing
+    return Point(objective * scale, factor / scale, value.detach(), scores)
+
+
 def edge_attributions(
     model: PreTrainedModel,
     batch: dict[str, Tensor],
@@ -86,49 +141,160 @@ def edge_attributions(
     baseline: str = "zero",
     metric: str = "prob",
     ungroup_kv: bool = False,
+    means: SourceOutputs | None = None,
+    reference_quirk: bool = False,
 ) -> EdgeAttributions:
     """Score every edge of the model's graph for every sample of `batch`.
 
     Args:
-        model: a causal LM of a supported architecture; weights, mode, flags and hooks are left as they were.
-        batch: `input_ids`, `attention_mask`, `labels` (-100 outside the answer), each `[B, T]`; any padding side.
-        method: `"eap"` (gradient at the clean input) or `"eap-ig"` (mean gradient over `steps` points).
-        steps: points of EAP-IG, `(k/steps) * embedding` for k = 1..steps. The baseline itself (k = 0) is left out: the
-            Jacobian of an RMS norm at zero is 1/sqrt(eps) per layer and overflows. Ignored by `"eap"`.
-        baseline: `"zero"`: corrupt outputs are 0.
-        metric: `"prob"`, exp(mean answer log-prob), or `"logprob"`, the mean answer log-prob.
+        model: a causal LM of an architecture in `ARCHITECTURES`; weights, mode, flags and hooks are left as they were.
+        batch: `input_ids`, `attention_mask`, `labels` (-100 outside the answer), each `[B, T]`; any padding side. For
+            `baseline="counterfactual"` and `metric="logit_diff"` also `counterfactual_input_ids` `[B, T]`, token by
+            token beside `input_ids`.
+        method: `"eap"` (gradient at the clean input), `"eap-ig"` (mean gradient over `steps` points) or
+            `"ig-activations"` (mean over `steps` points for each component in turn: costly, the CUD authors' choice).
+        steps: points `baseline + (k/steps) * (clean - baseline)` for k = 1..steps. The baseline itself (k = 0) is left
+            out: the Jacobian of an RMS norm at zero is 1/sqrt(eps) per layer and overflows. Ignored by `"eap"`.
+        baseline: what sources write in `corrupt_u`: `"zero"`, nothing; `"mean"`, their mean over a dataset (`means`);
+            `"counterfactual"`, what they write on the counterfactual tokens.
+        metric: `"prob"`, `"logprob"` or `"logit_diff"`, see `metric_point`.
         ungroup_kv: score grouped key/value heads once per query head; they sum to the grouped scores.
+        means: from `mean_outputs`, for `baseline="mean"`.
+        reference_quirk: only for `"ig-activations"`: as in hannamw/EAP-IG, passes that interpolate the embedding give no
+            gradient to what reads nothing but the embedding.
 
     Returns:
         `EdgeAttributions`. A sample's scores do not depend on the other samples, the padding side or the attention
         implementation (up to rounding).
 
     Raises:
-        ValueError: for an unknown option, an unsupported architecture or a sample without an answer token.
+        ValueError: for an unknown option, an unsupported architecture, a sample without an answer token, or when
+            `means` or the counterfactual tokens are missing or do not fit.
     """
     check_options(method, steps, baseline, metric)
+    if (baseline == "mean") != (means is not None):
+        raise ValueError("baseline='mean' and means=mean_outputs(...) go together: one of the two was given alone")
     parts = decoder_parts(model)
+    _check_batch(batch, baseline, metric)
+    graph = parts.graph(ungroup_kv)
+    embed = model.get_input_embeddings()
+    device = _embedding_device(model)
+    batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+    counterfactual = batch.get(COUNTERFACTUAL)
+    with _quiet(model), Recorder(parts, ungroup_kv) as recorder:
+        with torch.no_grad():
+            embeddings = embed(batch["input_ids"])
+        corrupt = means
+        if baseline == "counterfactual":
+            assert counterfactual is not None
+            corrupt = _forward_outputs(model, recorder, batch, embed(counterfactual))
+        start = torch.zeros_like(embeddings[:1, :1]) if corrupt is None else corrupt.embedding.to(embeddings)
+
+        def evaluate(inputs: Tensor) -> Point:
+            return metric_point(metric, score_answers(model, batch, inputs_embeds=inputs), counterfactual)
+
+        sums = GradientSums(recorder)
+        with torch.enable_grad():
+            if method == "ig-activations":
+                point, record = interpolate_nodes(
+                    recorder, sums, evaluate, embeddings, corrupt, steps=steps, reference_quirk=reference_quirk
+                )
+            else:
+                steps = 1 if method == "eap" else steps
+                for k in range(1, steps + 1):  # ends at the clean input, whose outputs are the clean ones
+                    inputs = embeddings if k == steps else start + (k / steps) * (embeddings - start)
+                    inputs = inputs.detach().requires_grad_()
+                    record = recorder.start()
+                    point = evaluate(inputs)
+                    torch.autograd.grad(point.objective.sum(), inputs)
+                    sums.add(record, point.factor / steps)
+        clean = recorder.outputs(record, embeddings)
+    with torch.autocast(device.type, enabled=False):
+        result = contract(sums, graph, clean, corrupt, batch["attention_mask"])
+    return EdgeAttributions(
+        result.cpu(),
+        graph,
+        point.value.cpu(),
+        point.scores.mean_logps.detach().cpu(),
+        point.scores.lengths.cpu(),
+    )
+
+
+@torch.no_grad()
+def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, ungroup_kv: bool = False) -> SourceOutputs:
+    """Mean output of every source over all samples and positions: the `means` of `baseline="mean"`.
+
+    Args:
+        batches: as for `edge_attributions`; `labels` need not be there.
+        ungroup_kv: has no effect on the means; accepted so that the same options fit both functions.
+
+    Raises:
+        ValueError: for an unsupported architecture or no batch at all.
+    """
+    parts = decoder_parts(model)
+    device = _embedding_device(model)
+    totals: list[Tensor] | None = None
+    positions = 0
+    with _quiet(model), Recorder(parts) as recorder:
+        for batch in batches:
+            batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            embeddings = model.get_input_embeddings()(batch["input_ids"])
+            outputs = _forward_outputs(model, recorder, batch, embeddings)
+            mask = batch["attention_mask"].unsqueeze(-1).bool()
+            sums = [
+                tensor.double().masked_fill(~mask.to(tensor.device), 0.0).sum((0, 1), keepdim=True)
+                for tensor in outputs.tensors()
+            ]
+            totals = sums if totals is None else [total + new for total, new in zip(totals, sums, strict=True)]
+            positions += int(mask.sum())
+    if totals is None or not positions:
+        raise ValueError("mean_outputs needs at least one sample")
+    dtype = wide(embeddings).dtype
+    means = [(total / positions).to(dtype) for total in totals]
+    n_layers = len(parts.layers)
+    return SourceOutputs(means[0], means[1 : 1 + n_layers], means[1 + n_layers :])
+
+
+def _forward_outputs(
+    model: PreTrainedModel, recorder: Recorder, batch: dict[str, Tensor], embeddings: Tensor
+) -> SourceOutputs:
+    """What sources write when the model reads `embeddings` in place of the batch's tokens."""
+    with torch.no_grad():
+        record = recorder.start()
+        mask = batch["attention_mask"]
+        model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+    return recorder.outputs(record, embeddings.detach())
+
+
+@contextmanager
+def _quiet(model: PreTrainedModel):
+    """Evaluation mode, no parameter gradients."""
+    with evaluation_mode(model), frozen(model):
+        yield
+
+
+def _embedding_device(model: PreTrainedModel) -> torch.device:
+    return place(model.get_input_embeddings())[0]
+
+
+def _check_batch(batch: dict[str, Tensor], baseline: str, metric: str) -> None:
     empty = (batch["labels"][:, 1:] == -100).all(1).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"sample {empty[0]} of the batch has no answer token")
-    graph = Graph(len(parts.layers), parts.n_heads, parts.n_heads if ungroup_kv else parts.n_kv_heads)
-
-    embed = model.get_input_embeddings()
-    batch = {key: value.to(embed.weight.device) for key, value in batch.items() if isinstance(value, Tensor)}
-    with _frozen(model), _Recorder(parts, ungroup_kv) as recorder, torch.enable_grad():
-        with torch.no_grad():
-            embeddings = embed(batch["input_ids"])
-        points = [1.0] if method == "eap" else [k / steps for k in range(1, steps + 1)]
-        for alpha in points:  # ends at the clean input, whose activations are the clean ones
-            inputs = (alpha * embeddings).requires_grad_()
-            scores = score_answers(model, batch, inputs_embeds=inputs)
-            value = METRICS[metric](scores)
-            torch.autograd.grad(value.sum(), inputs)
-            recorder.accumulate(1.0 / len(points))
-    answer = _detached(scores)
-    attention_mask = batch["attention_mask"].bool()
-    result = _contract(recorder, graph, embeddings, attention_mask)
-    return EdgeAttributions(result.cpu(), graph, value.detach().cpu(), answer.mean_logps.cpu(), answer.lengths.cpu())
+    if needs_counterfactual(baseline, metric):
+        reason = "baseline='counterfactual'" if baseline == "counterfactual" else "metric='logit_diff'"
+        if COUNTERFACTUAL not in batch:
+            raise ValueError(f"{reason} needs {COUNTERFACTUAL} in the batch, token by token beside input_ids")
+        if batch[COUNTERFACTUAL].shape != batch["input_ids"].shape:
+            raise ValueError(
+                f"{COUNTERFACTUAL} has shape {list(batch[COUNTERFACTUAL].shape)}, input_ids {list(batch['input_ids'].shape)}"
+            )
 
 
 def attribute_dataset(
@@ -164,258 +330,3 @@ def attribute_dataset(
     if broken:
         raise ValueError(f"edge scores of sample {prepared['sample_id'][broken[0]]!r} are not finite")
     return edges, mean_logps, lengths, graph
-
-
-@dataclass
-class _LayerRecord:
-    """What one layer contributes, per point and summed over points."""
-
-    # of the current point
-    norm_input: Tensor | None = None
-    heads_out: Tensor | None = None
-    mlp_out: Tensor | None = None
-    projections: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    mlp_gradient: Tensor | None = None
-    # summed over the points: gradients in head space, `[B, T, heads, head_dim]`, and at the MLP's residual input
-    head_gradient: Tensor | None = None
-    mlp_total: Tensor | None = None
-    # the rank-one part of the norm's Jacobian, one pair per point: direction `[B, T, d]`, per head `[B, T, heads]`
-    rank_one: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-
-class _Recorder:
-    """Hooks on the decoder's parts while in its context; turns each backward pass into sums."""
-
-    def __init__(self, parts: DecoderParts, ungroup_kv: bool) -> None:
-        self.parts = parts
-        self.ungroup_kv = ungroup_kv
-        self.layers = [_LayerRecord() for _ in parts.layers]
-        self.final_gradient: Tensor | None = None
-        self.final_total: Tensor | None = None
-        hidden = parts.layers[0].attention_norm.weight.shape[0]
-        n_heads, head_dim = parts.n_heads, parts.head_dim
-        self.biases: list[dict[str, Tensor | None]] = []
-        self.readers: list[Tensor] = []  # q, k, v heads onto the residual stream, `[heads, head_dim, d]`
-        self.writers: list[Tensor] = []  # W_O by head, `[heads, head_dim, d]`
-        for layer in parts.layers:
-            weights, biases = [], {}
-            for name in "qkv":
-                weight, bias = linear_map(getattr(layer, name), hidden)
-                weights.append(self._per_head(_wide(weight), name))
-                biases[name] = None if bias is None else self._per_head(_wide(bias), name).flatten()
-            gain = _wide(layer.attention_norm.weight.detach())
-            self.readers.append(torch.cat(weights) * gain)
-            self.biases.append(biases)
-            weight, _ = linear_map(layer.o, n_heads * head_dim)
-            self.writers.append(_wide(weight).T.reshape(n_heads, head_dim, hidden))
-
-    def _per_head(self, rows: Tensor, name: str) -> Tensor:
-        """Split the output rows of a projection by head; repeat key/value heads when they are ungrouped."""
-        rows = rows.detach().reshape(-1, self.parts.head_dim, *rows.shape[1:])
-        if self.ungroup_kv and name != "q":
-            rows = rows.repeat_interleave(self.parts.n_heads // self.parts.n_kv_heads, dim=0)
-        return rows
-
-    # -- hooks ---------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> _Recorder:
-        self._stack = ExitStack()
-        for record, layer in zip(self.layers, self.parts.layers, strict=True):
-            self._hook_layer(record, layer)
-        self._hook(self.parts.final_norm.register_forward_pre_hook(self._tap(self._set_final)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
-        self._stack.callback(handle.remove)
-
-    def _set_final(self, gradient: Tensor) -> None:
-        self.final_gradient = gradient
-
-    @staticmethod
-    def _tap(store):
-        """A pre-hook that gives a norm its own view of the residual stream and stores the gradient of that view.
-
-        The skip connection keeps the original tensor, so the gradient is that of the branch alone.
-        """
-
-        def pre_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            view = args[0].view_as(args[0])
-            view.register_hook(lambda gradient: store(gradient.detach()))
-            return (view, *args[1:])
-
-        return pre_hook
-
-    def _hook_layer(self, record: _LayerRecord, layer: LayerParts) -> None:
-        def keep_norm_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            record.norm_input = args[0].detach()
-
-        def keep_heads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            record.heads_out = args[0].detach()
-
-        def keep_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            record.mlp_out = output.detach()
-
-        def store_mlp_gradient(gradient: Tensor) -> None:
-            record.mlp_gradient = gradient
-
-        def keep_projection(name: str):
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                if self.ungroup_kv and name != "q":
-                    heads = output.unflatten(-1, (self.parts.n_kv_heads, self.parts.head_dim))
-                    repeats = self.parts.n_heads // self.parts.n_kv_heads
-                    output = heads.repeat_interleave(repeats, dim=-2).flatten(-2)
-                record.projections[name] = output.detach()
-                output.register_hook(lambda gradient: record.gradients.update({name: gradient.detach()}))
-                return output
-
-            return hook
-
-        self._hook(layer.attention_norm.register_forward_pre_hook(keep_norm_input))
-        self._hook(layer.o.register_forward_pre_hook(keep_heads))
-        self._hook(layer.mlp.register_forward_hook(keep_mlp))
-        self._hook(layer.mlp_norm.register_forward_pre_hook(self._tap(store_mlp_gradient)))
-        for name in "qkv":
-            self._hook(getattr(layer, name).register_forward_hook(keep_projection(name)))
-        if self.ungroup_kv:
-            # The projections already return one key/value head per query head.
-            groups = layer.attention.num_key_value_groups
-            layer.attention.num_key_value_groups = 1
-            self._stack.callback(setattr, layer.attention, "num_key_value_groups", groups)
-
-    # -- sums over the points ------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def accumulate(self, share: float) -> None:
-        """Add the point whose backward pass has just run, with weight `share`.
-
-        With y = gain * x * r, r = 1/rms(x), the gradient g of a projection output pulls back to the norm's input as
-        `r (gain * W^T g) - (x r) r <g, W y> / d`: linear in `r g`, plus one direction per point.
-        """
-        for record, biases in zip(self.layers, self.biases, strict=True):
-            assert record.norm_input is not None
-            x = _wide(record.norm_input)
-            inverse_rms = (x.square().mean(-1, keepdim=True) + self.parts.epsilon).rsqrt()
-            gradients, products = [], []
-            for name in "qkv":
-                gradient, output = _wide(record.gradients[name]), _wide(record.projections[name])
-                bias = biases[name]
-                without_bias = output if bias is None else output - bias.to(output.device)
-                shape = (*gradient.shape[:-1], -1, self.parts.head_dim)
-                gradients.append(gradient.view(shape))
-                products.append((gradient * without_bias).view(shape).sum(-1))
-            scale = inverse_rms * share
-            total = torch.cat(gradients, -2) * scale.unsqueeze(-1)
-            record.rank_one.append((x * inverse_rms, torch.cat(products, -1) * scale / x.shape[-1]))
-            record.head_gradient = total if record.head_gradient is None else record.head_gradient.add_(total)
-            assert record.mlp_gradient is not None
-            mlp = _wide(record.mlp_gradient) * share
-            record.mlp_total = mlp if record.mlp_total is None else record.mlp_total.add_(mlp)
-            record.norm_input = record.mlp_gradient = None
-            record.projections.clear()
-            record.gradients.clear()
-        assert self.final_gradient is not None
-        final = _wide(self.final_gradient) * share
-        self.final_total = final if self.final_total is None else self.final_total.add_(final)
-        self.final_gradient = None
-
-
-@torch.no_grad()
-def _contract(recorder: _Recorder, graph: Graph, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-    """Edge scores `[B, n_sources, n_destinations]` from the recorded outputs and gradients."""
-    device = embeddings.device
-    size, length, hidden = embeddings.shape
-    n_sources = len(graph.sources)
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    result = torch.zeros(size, n_sources, len(graph.destinations), dtype=dtype, device=device)
-    per_position = size * n_sources * hidden * torch.finfo(dtype).bits // 8
-    step = max(1, CHUNK_BYTES // per_position)
-    for start in range(0, length, step):
-        window = slice(start, start + step)
-        deltas = _source_deltas(recorder, graph, embeddings, attention_mask, window, dtype)
-        for first, sources, gradients in _destination_gradients(recorder, graph, window, dtype, device):
-            columns = slice(first, first + gradients.shape[1])
-            result[:, :sources, columns] += deltas[:, :sources].flatten(2) @ gradients.flatten(2).mT
-    return result * graph.mask.to(device)
-
-
-def _source_deltas(
-    recorder: _Recorder,
-    graph: Graph,
-    embeddings: Tensor,
-    attention_mask: Tensor,
-    window: slice,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`corrupt - clean` output of every source, `[B, n_sources, positions, d]`; zero at padding."""
-    device = embeddings.device
-    mask = attention_mask[:, window]
-    size, positions = mask.shape
-    deltas = torch.empty(size, len(graph.sources), positions, embeddings.shape[-1], dtype=dtype, device=device)
-    deltas[:, 0] = -embeddings[:, window].to(dtype)
-    for layer, record in enumerate(recorder.layers):
-        assert record.heads_out is not None and record.mlp_out is not None
-        writer = recorder.writers[layer]
-        heads = record.heads_out[:, window].to(writer.dtype)
-        heads = heads.unflatten(-1, (graph.n_heads, -1)).permute(2, 0, 1, 3)  # [heads, B, positions, head_dim]
-        first = graph.sources_before_attention(layer)
-        written = heads.flatten(1, 2) @ writer
-        deltas[:, first : first + graph.n_heads] = (
-            -written.view(graph.n_heads, size, positions, -1).transpose(0, 1).to(device)
-        )
-        deltas[:, first + graph.n_heads] = -record.mlp_out[:, window].to(device, dtype)
-    return deltas.masked_fill_(~mask[:, None, :, None], 0.0)
-
-
-def _destination_gradients(
-    recorder: _Recorder, graph: Graph, window: slice, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield `(first destination, number of sources, gradients [B, destinations, positions, d])` by depth.
-
-    The MLP of a layer goes with q, k and v of the next one: they differ in one source, which the mask removes.
-    """
-    pending: list[Tensor] = []
-    for layer, record in enumerate(recorder.layers):
-        assert record.head_gradient is not None and record.mlp_total is not None
-        reader = recorder.readers[layer]
-        heads = record.head_gradient[:, window].permute(2, 0, 1, 3)  # [heads, B, positions, head_dim]
-        n_heads, size, positions, _ = heads.shape
-        pulled = (heads.flatten(1, 2) @ reader).view(n_heads, size, positions, -1).transpose(0, 1)
-        for direction, product in record.rank_one:
-            pulled = pulled - product[:, window].permute(0, 2, 1).unsqueeze(-1) * direction[:, None, window]
-        blocks = [*pending, pulled.to(device, dtype)]
-        first = layer * graph.destinations_per_layer - len(pending)
-        yield first, graph.sources_before_attention(layer), torch.cat(blocks, 1)
-        pending = [record.mlp_total[:, None, window].to(device, dtype)]
-    assert recorder.final_total is not None
-    blocks = [*pending, recorder.final_total[:, None, window].to(device, dtype)]
-    yield len(graph.destinations) - 2, len(graph.sources), torch.cat(blocks, 1)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients; both restored afterwards."""
-    training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32: sums over positions and layers lose too much in half precision."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _detached(scores: AnswerScores) -> AnswerScores:
-    return AnswerScores(scores.token_logps.detach(), scores.mask, scores.targets, scores.logits.detach())

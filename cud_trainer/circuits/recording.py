@@ -1,0 +1,308 @@
+"""Hooks that record what one pass of a decoder says about its edges: source outputs forward, gradients backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import DecoderParts, LayerParts, NormMap, linear_map, norm_map
+
+
+@dataclass
+class LayerPass:
+    """One layer in one pass. Tensors are in the model's dtype; `B` samples of `T` positions.
+
+    Attributes:
+        norm_input: input of the attention's norm, `[B, T, d]`.
+        projections, gradients: outputs of the q/k/v projections and the metric's gradients there,
+            `[B, T, heads * head_dim]` each.
+        heads: concatenated head outputs before W_O, `[B, T, n_heads * head_dim]`.
+        heads_scale: what a norm behind W_O multiplies them with, `[B, T, 1]`, or `None`.
+        mlp_output: what the MLP adds to the residual stream, `[B, T, d]`.
+        mlp_gradient: gradient at the MLP's own copy of the residual stream; where the MLP shares the attention's norm,
+            at that norm's output.
+        residual, attention_live, mlp_live: the layer's input and the two contributions with their autograd history,
+            kept only when asked for.
+    """
+
+    norm_input: Tensor | None = None
+    projections: list[Tensor | None] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
+    heads: Tensor | None = None
+    heads_scale: Tensor | None = None
+    mlp_output: Tensor | None = None
+    mlp_gradient: Tensor | None = None
+    residual: Tensor | None = None
+    attention_live: Tensor | None = None
+    mlp_live: Tensor | None = None
+
+
+@dataclass
+class Pass:
+    """One forward (and backward) pass: its layers, and the gradient at the final norm's input `[B, T, d]`."""
+
+    layers: list[LayerPass]
+    live: bool = False
+    final_gradient: Tensor | None = None
+    final_residual: Tensor | None = None
+
+
+@dataclass
+class SourceOutputs:
+    """What every source adds to the residual stream; heads before W_O, behind the scale of a norm that follows it.
+
+    Attributes:
+        embedding: `[B, T, d]`.
+        heads: per layer `[B, T, n_heads * head_dim]`.
+        mlps: per layer `[B, T, d]`.
+    All may have size 1 in the first two axes, for outputs that are the same everywhere (mean baseline).
+    """
+
+    embedding: Tensor
+    heads: list[Tensor]
+    mlps: list[Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.embedding, *self.heads, *self.mlps]
+
+
+class LayerMaps:
+    """The linear parts of one layer: how its heads read from and write to the residual stream.
+
+    Attributes:
+        norm: of the attention, or `None`.
+        output_norm: between W_O and the residual stream, or `None`.
+        constants: per projection the part of its output that does not depend on the normed input, or `None`.
+    """
+
+    def __init__(self, parts: DecoderParts, layer: LayerParts, ungroup_kv: bool) -> None:
+        self.parts, self.layer, self.ungroup_kv = parts, layer, ungroup_kv
+        hidden = parts.hidden_size
+        self.norm: NormMap | None = None if layer.attention_norm is None else norm_map(layer.attention_norm, hidden)
+        self.output_norm: NormMap | None = (
+            None if layer.attention_output_norm is None else norm_map(layer.attention_output_norm, hidden)
+        )
+        groups = parts.n_heads // parts.n_kv_heads
+        kv = torch.arange(parts.n_kv_heads)
+        repeated = kv.repeat_interleave(groups) if ungroup_kv else kv
+        query = torch.arange(parts.n_heads)
+        # Which of its own heads each projection contributes, in the order of its output.
+        if len(layer.qkv) == 3:
+            self.expansion = [query, repeated, repeated]
+        else:
+            offset = parts.n_heads
+            self.expansion = [torch.cat([query, offset + repeated, offset + parts.n_kv_heads + repeated])]
+            if parts.description.qkv_layout == "interleaved":
+                self.expansion = [torch.arange(3 * parts.n_heads)]
+        self.expands = ungroup_kv and groups > 1
+        self.n_destinations = sum(len(heads) for heads in self.expansion)
+        # Where the destinations q, k, v (all heads of each) lie among the projections' heads.
+        order = torch.arange(self.n_destinations)
+        if parts.description.qkv_layout == "interleaved":
+            order = order.view(-1, 3).T.flatten()
+        self.order = order
+        self.constants: list[Tensor | None] = []
+        for module, heads in zip(layer.qkv, self.expansion, strict=True):
+            weight, bias = linear_map(module, hidden)
+            constant = None if bias is None else wide(bias.detach())
+            if self.norm is not None and bool(self.norm.bias.any()):
+                moved = wide(weight.detach()) @ self.norm.bias.to(weight.device)
+                constant = moved if constant is None else constant + moved
+            self.constants.append(None if constant is None else self._expand(constant, heads).flatten())
+
+    def _expand(self, rows: Tensor, heads: Tensor) -> Tensor:
+        """Rows of a projection by head, `[heads, head_dim, ...]`."""
+        rows = rows.reshape(-1, self.parts.head_dim, *rows.shape[1:])
+        return rows[heads.to(rows.device)] if self.expands else rows
+
+    @torch.no_grad()
+    def readers(self) -> Tensor:
+        """How q, k and v heads read the normed residual stream, `[heads, head_dim, d]`: gain and centring included."""
+        rows = []
+        for module, heads in zip(self.layer.qkv, self.expansion, strict=True):
+            weight, _ = linear_map(module, self.parts.hidden_size)
+            rows.append(self._expand(wide(weight), heads))
+        readers = torch.cat(rows)
+        if self.norm is None:
+            return readers
+        return self.norm.centre(readers * self.norm.gain.to(readers))
+
+    @torch.no_grad()
+    def writers(self) -> Tensor:
+        """How heads write to the residual stream, `[n_heads, head_dim, d]`: W_O, and the gain of a norm behind it."""
+        weight, _ = linear_map(self.layer.o, self.parts.n_heads * self.parts.head_dim)
+        writers = wide(weight).T.reshape(self.parts.n_heads, self.parts.head_dim, -1)
+        if self.output_norm is None:
+            return writers
+        return self.output_norm.centre(writers) * self.output_norm.gain.to(writers)
+
+
+class Recorder:
+    """Hooks on the decoder's parts while in its context. `start` begins a pass; later passes leave its record alone.
+
+    Attributes:
+        parts: the decoder.
+        maps: per layer.
+    """
+
+    def __init__(self, parts: DecoderParts, ungroup_kv: bool = False) -> None:
+        if ungroup_kv and parts.n_kv_heads != parts.n_heads and not parts.description.separate_key_heads:
+            raise ValueError(
+                "ungroup_kv is not defined for this architecture: a norm mixes the key heads of a layer before they "
+                "are repeated"
+            )
+        self.parts = parts
+        self.ungroup_kv = ungroup_kv
+        self.maps = [LayerMaps(parts, layer, ungroup_kv) for layer in parts.layers]
+        self.current = self._empty(False)
+
+    def _empty(self, live: bool) -> Pass:
+        projections = len(self.parts.layers[0].qkv)
+        layers = [
+            LayerPass(projections=[None] * projections, gradients=[None] * projections) for _ in self.parts.layers
+        ]
+        return Pass(layers, live)
+
+    def start(self, live: bool = False) -> Pass:
+        """A new record that the hooks write to from now on; `live` keeps tensors with their autograd history."""
+        self.current = self._empty(live)
+        return self.current
+
+    def outputs(self, record: Pass, embeddings: Tensor) -> SourceOutputs:
+        """Source outputs of a finished pass."""
+        heads, mlps = [], []
+        for layer in record.layers:
+            assert layer.heads is not None and layer.mlp_output is not None
+            heads.append(layer.heads if layer.heads_scale is None else wide(layer.heads) * layer.heads_scale)
+            mlps.append(layer.mlp_output)
+        return SourceOutputs(embeddings, heads, mlps)
+
+    def __enter__(self) -> Recorder:
+        self._stack = ExitStack()
+        for index in range(len(self.parts.layers)):
+            self._hook_layer(index)
+        self._hook(self.parts.final_norm.register_forward_pre_hook(self._tap_final))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._stack.callback(handle.remove)
+
+    def _tap_final(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        record = self.current
+        if record.live:
+            record.final_residual = args[0]
+
+        def store(gradient: Tensor) -> None:
+            record.final_gradient = gradient.detach()
+
+        return own_copy(args, store)
+
+    def _hook_layer(self, index: int) -> None:
+        layer, maps = self.parts.layers[index], self.maps[index]
+
+        def keep_residual(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict) -> None:
+            if self.current.live:
+                self.current.layers[index].residual = args[0] if args else kwargs["hidden_states"]
+
+        def keep_norm_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.current.layers[index].norm_input = args[0].detach()
+
+        def keep_heads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.current.layers[index].heads = args[0].detach()
+
+        def keep_scale(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert maps.output_norm is not None
+            x = maps.output_norm.centre(wide(args[0].detach()))
+            self.current.layers[index].heads_scale = maps.output_norm.inverse_scale(x)
+
+        def keep_attention(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.current.live:
+                self.current.layers[index].attention_live = output
+
+        def keep_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.current.layers[index].mlp_output = output.detach()
+            if self.current.live:
+                self.current.layers[index].mlp_live = output
+
+        def tap_mlp(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            record = self.current.layers[index]
+
+            def store(gradient: Tensor) -> None:
+                record.mlp_gradient = gradient.detach()
+
+            return own_copy(args, store)
+
+        self._hook(layer.module.register_forward_pre_hook(keep_residual, with_kwargs=True))
+        if layer.attention_norm is not None:
+            self._hook(layer.attention_norm.register_forward_pre_hook(keep_norm_input))
+        self._hook(layer.o.register_forward_pre_hook(keep_heads))
+        if layer.attention_output_norm is not None:
+            self._hook(layer.attention_output_norm.register_forward_pre_hook(keep_scale))
+        self._hook(layer.attention_output.register_forward_hook(keep_attention))
+        self._hook(layer.mlp_output.register_forward_hook(keep_mlp))
+        reads = layer.mlp if layer.mlp_norm is None or layer.shared_norm else layer.mlp_norm
+        self._hook(reads.register_forward_pre_hook(tap_mlp))
+        for number, module in enumerate(layer.qkv):
+            self._hook(module.register_forward_hook(self._keep_projection(index, number)))
+        if maps.expands:
+            # The projections already return one key/value head per query head.
+            for name in ("num_key_value_groups", "num_key_value_heads"):
+                if hasattr(layer.attention, name):
+                    self._stack.callback(setattr, layer.attention, name, getattr(layer.attention, name))
+                    setattr(layer.attention, name, 1 if name == "num_key_value_groups" else self.parts.n_heads)
+
+    def _keep_projection(self, index: int, number: int) -> Callable:
+        maps = self.maps[index]
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            record = self.current.layers[index]
+            if maps.expands:
+                heads = output.unflatten(-1, (-1, self.parts.head_dim))
+                output = heads[..., maps.expansion[number].to(output.device), :].flatten(-2)
+            record.projections[number] = output.detach()
+
+            def store(gradient: Tensor) -> None:
+                record.gradients[number] = gradient.detach()
+
+            if output.requires_grad:
+                output.register_hook(store)
+            return output
+
+        return hook
+
+
+def own_copy(args: tuple[Tensor, ...], store: Callable[[Tensor], None]) -> tuple[Tensor, ...]:
+    """Arguments in which the first tensor is a view of its own, whose gradient goes to `store`.
+
+    The skip connection keeps the original tensor, so the gradient is that of the branch alone.
+    """
+    if not args[0].requires_grad:
+        return args
+    view = args[0].view_as(args[0])
+    view.register_hook(store)
+    return (view, *args[1:])
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters without gradients inside; their flags restored afterwards."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: sums over positions and layers lose too much in half precision."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
