@@ -2,10 +2,12 @@
 
 from .architectures import ARCHITECTURES, Architecture, check_architecture, model_graph, register_architecture
 from .attribution import EdgeAttributions, attribute_dataset, edge_attributions, mean_outputs
+from .faithfulness import Faithfulness, circuit_metric, faithfulness
 from .graph import Graph
 from .similarity import DISTANCES, distance
 from .table import CircuitTable
 from .vectors import VECTORS, circuit_vectors, top_k_mask
+from .verification import verify_architecture
 
 __all__ = [
     "ARCHITECTURES",
@@ -14,14 +16,18 @@ __all__ = [
     "Architecture",
     "CircuitTable",
     "EdgeAttributions",
+    "Faithfulness",
     "Graph",
     "attribute_dataset",
     "check_architecture",
+    "circuit_metric",
     "circuit_vectors",
     "distance",
     "edge_attributions",
+    "faithfulness",
     "mean_outputs",
     "model_graph",
     "register_architecture",
     "top_k_mask",
+    "verify_architecture",
 ]

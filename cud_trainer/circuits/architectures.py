@@ -1,7 +1,7 @@
 """Where a decoder keeps the parts that edge attribution needs to see: one small description per architecture.
 
 A description only names modules. What they compute (the gain and bias of a norm, the effective weight of a projection
-under an adapter) is read off the modules themselves, so that a wrapped or adapted model needs no description of its own.
+under an adapter) is read off the modules themselves: a wrapped or adapted model needs no description of its own.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Architecture:
             raise ValueError(f"unknown qkv_layout {self.qkv_layout!r}; choose one of {list(LAYOUTS)}")
         if isinstance(self.qkv, str) or len(self.qkv) not in (1, 3):
             raise ValueError(f"qkv must be a tuple of one path (fused) or three (q, k, v), got {self.qkv!r}")
+        if self.mlp_norm is not None and self.mlp_norm == self.attention_norm and not self.parallel:
+            raise ValueError("an MLP that shares the attention's norm reads the same stream: parallel must be True")
 
 
 Description = Architecture | Callable[[Any], Architecture]
@@ -108,9 +110,7 @@ register_architecture(
 register_architecture("phi3", Architecture(qkv=("self_attn.qkv_proj",)))
 register_architecture(
     "phi",
-    Architecture(
-        final_norm="model.final_layernorm", o="self_attn.dense", mlp_norm="input_layernorm", parallel=True
-    ),
+    Architecture(final_norm="model.final_layernorm", o="self_attn.dense", mlp_norm="input_layernorm", parallel=True),
 )
 register_architecture(
     "gpt2",
@@ -187,6 +187,12 @@ class DecoderParts:
     description: Architecture
 
     def graph(self, ungroup_kv: bool = False) -> Graph:
+        """The edge graph; `ValueError` when its key/value heads cannot be scored per query head."""
+        if ungroup_kv and self.n_kv_heads != self.n_heads and not self.description.separate_key_heads:
+            raise ValueError(
+                "ungroup_kv is not defined for this architecture: a norm mixes the key heads of a layer before they "
+                "are repeated"
+            )
         n_kv_heads = self.n_heads if ungroup_kv else self.n_kv_heads
         return Graph(len(self.layers), self.n_heads, n_kv_heads, self.description.parallel)
 
@@ -240,9 +246,8 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
         description = description(config)
     missing = _missing(causal_lm, description)
     if missing:
-        raise ValueError(
-            f"the description of architecture {causal_lm.config.model_type!r} does not fit the model: {'; '.join(missing)}"
-        )
+        model_type = causal_lm.config.model_type
+        raise ValueError(f"the description of architecture {model_type!r} does not fit: no {'; no '.join(missing)}")
     layers = [_layer_parts(layer, description) for layer in _find(causal_lm, description.layers)]
     return DecoderParts(
         layers=layers,
@@ -282,7 +287,9 @@ def _find(root: Any, path: str) -> Any:
 def _missing(causal_lm: Any, description: Architecture) -> list[str]:
     """The parts that `description` names and the model does not have, as `part (path)`."""
     top = ("layers", "final_norm")
-    missing = [f"{name} ({getattr(description, name)})" for name in top if _find(causal_lm, getattr(description, name)) is None]
+    missing = [
+        f"{name} ({getattr(description, name)})" for name in top if _find(causal_lm, getattr(description, name)) is None
+    ]
     layers = _find(causal_lm, description.layers)
     if layers is None or not len(layers):
         return [*missing, "everything inside a layer"]
@@ -326,9 +333,13 @@ def norm_map(module: nn.Module, width: int) -> NormMap:
     Raises:
         ValueError: when it is neither an RMSNorm nor a LayerNorm.
     """
-    epsilons = [getattr(part, name) for part in module.modules() for name in ("variance_epsilon", "eps") if hasattr(part, name)]
+    epsilons = [
+        getattr(part, name) for part in module.modules() for name in ("variance_epsilon", "eps") if hasattr(part, name)
+    ]
     if not epsilons:
-        raise ValueError(f"{type(module).__name__} has no epsilon that could be found: circuits need RMSNorm or LayerNorm")
+        raise ValueError(
+            f"{type(module).__name__} has no epsilon that could be found: circuits need RMSNorm or LayerNorm"
+        )
     epsilon = float(epsilons[0] or 0.0)
     device, dtype = place(module)
     wide = torch.promote_types(dtype, torch.float32)
@@ -337,7 +348,9 @@ def norm_map(module: nn.Module, width: int) -> NormMap:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(width, generator=generator, dtype=torch.float64).to(signs) + 1.0
     # A LayerNorm takes inputs of its own dtype only; others give the full precision of their gain to wide inputs.
-    answer = module(torch.stack([signs, -signs, probe]).to(dtype if isinstance(module, nn.LayerNorm) else wide)).to(wide)
+    answer = module(torch.stack([signs, -signs, probe]).to(dtype if isinstance(module, nn.LayerNorm) else wide)).to(
+        wide
+    )
     gain = (answer[0] - answer[1]) / 2 * signs * (1 + epsilon) ** 0.5
     bias = (answer[0] + answer[1]) / 2
     if isinstance(module, nn.LayerNorm):  # exactly, not rounded to its dtype
@@ -349,7 +362,9 @@ def norm_map(module: nn.Module, width: int) -> NormMap:
         error = (found.gain * x * found.inverse_scale(x) + found.bias - answer[2]).abs().max()
         if error <= 0.02 * answer[2].abs().max():
             return found
-    raise ValueError(f"{type(module).__name__} is neither an RMSNorm nor a LayerNorm: circuits are not available through it")
+    raise ValueError(
+        f"{type(module).__name__} is neither an RMSNorm nor a LayerNorm: circuits are not available through it"
+    )
 
 
 @torch.no_grad()

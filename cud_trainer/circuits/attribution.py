@@ -4,7 +4,7 @@ For a metric M of a sample and an edge u -> v (Syed et al. 2023, arXiv 2310.1034
 
     score(u -> v) = sum over positions p of (corrupt_u[p] - clean_u[p]) . dM/d(input_v)[p]
 
-where `u` is what a component adds to the residual stream and `input_v` is v's own copy of that stream *before* its norm.
+where `u` is what a component adds to the residual stream and `input_v` v's own copy of that stream *before* its norm.
 EAP takes the gradient at the clean input; EAP-IG (Hanna et al. 2024, arXiv 2403.17806) its mean over m points between
 the baseline and the clean embedding; node-wise interpolation (`ig-activations`, what the CUD authors ran) its mean over
 m points for every component in turn (`interpolation.py`).
@@ -18,9 +18,10 @@ with the source outputs by one batched matrix product per layer, in chunks of po
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -33,7 +34,7 @@ from .architectures import decoder_parts, place
 from .contraction import GradientSums, contract
 from .graph import Graph
 from .interpolation import interpolate_nodes
-from .recording import Recorder, SourceOutputs, frozen, wide
+from .recording import Recorder, SourceOutputs, frozen, lifted, wide
 
 METHODS = ("eap", "eap-ig", "ig-activations")
 BASELINES = ("zero", "mean", "counterfactual")
@@ -160,7 +161,7 @@ def edge_attributions(
         metric: `"prob"`, `"logprob"` or `"logit_diff"`, see `metric_point`.
         ungroup_kv: score grouped key/value heads once per query head; they sum to the grouped scores.
         means: from `mean_outputs`, for `baseline="mean"`.
-        reference_quirk: only for `"ig-activations"`: as in hannamw/EAP-IG, passes that interpolate the embedding give no
+        reference_quirk: only for `"ig-activations"`: as in hannamw/EAP-IG, runs that interpolate the embedding give no
             gradient to what reads nothing but the embedding.
 
     Returns:
@@ -175,23 +176,22 @@ def edge_attributions(
     if (baseline == "mean") != (means is not None):
         raise ValueError("baseline='mean' and means=mean_outputs(...) go together: one of the two was given alone")
     parts = decoder_parts(model)
-    _check_batch(batch, baseline, metric)
+    check_batch(batch, baseline, metric)
     graph = parts.graph(ungroup_kv)
-    embed = model.get_input_embeddings()
-    device = _embedding_device(model)
+    device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     counterfactual = batch.get(COUNTERFACTUAL)
-    with _quiet(model), Recorder(parts, ungroup_kv) as recorder:
-        with torch.no_grad():
-            embeddings = embed(batch["input_ids"])
+    with quiet(model), Recorder(parts, ungroup_kv) as recorder:
+        embeddings, precision = embedded(model, batch["input_ids"])
         corrupt = means
         if baseline == "counterfactual":
             assert counterfactual is not None
-            corrupt = _forward_outputs(model, recorder, batch, embed(counterfactual))
+            corrupt = forward_outputs(model, recorder, batch, counterfactual)
         start = torch.zeros_like(embeddings[:1, :1]) if corrupt is None else corrupt.embedding.to(embeddings)
 
         def evaluate(inputs: Tensor) -> Point:
-            return metric_point(metric, score_answers(model, batch, inputs_embeds=inputs), counterfactual)
+            with precision():
+                return metric_point(metric, score_answers(model, batch, inputs_embeds=inputs), counterfactual)
 
         sums = GradientSums(recorder)
         with torch.enable_grad():
@@ -202,12 +202,14 @@ def edge_attributions(
             else:
                 steps = 1 if method == "eap" else steps
                 for k in range(1, steps + 1):  # ends at the clean input, whose outputs are the clean ones
+                    point = record = None  # frees the last point's tensors before the next one's are made
                     inputs = embeddings if k == steps else start + (k / steps) * (embeddings - start)
                     inputs = inputs.detach().requires_grad_()
                     record = recorder.start()
                     point = evaluate(inputs)
                     torch.autograd.grad(point.objective.sum(), inputs)
                     sums.add(record, point.factor / steps)
+        assert point is not None and record is not None
         clean = recorder.outputs(record, embeddings)
     with torch.autocast(device.type, enabled=False):
         result = contract(sums, graph, clean, corrupt, batch["attention_mask"])
@@ -221,7 +223,9 @@ def edge_attributions(
 
 
 @torch.no_grad()
-def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, ungroup_kv: bool = False) -> SourceOutputs:
+def mean_outputs(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, ungroup_kv: bool = False
+) -> SourceOutputs:
     """Mean output of every source over all samples and positions: the `means` of `baseline="mean"`.
 
     Args:
@@ -232,14 +236,13 @@ def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *
         ValueError: for an unsupported architecture or no batch at all.
     """
     parts = decoder_parts(model)
-    device = _embedding_device(model)
+    device = embedding_device(model)
     totals: list[Tensor] | None = None
     positions = 0
-    with _quiet(model), Recorder(parts) as recorder:
+    with quiet(model), Recorder(parts) as recorder:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-            embeddings = model.get_input_embeddings()(batch["input_ids"])
-            outputs = _forward_outputs(model, recorder, batch, embeddings)
+            outputs = forward_outputs(model, recorder, batch, batch["input_ids"])
             mask = batch["attention_mask"].unsqueeze(-1).bool()
             sums = [
                 tensor.double().masked_fill(~mask.to(tensor.device), 0.0).sum((0, 1), keepdim=True)
@@ -249,19 +252,20 @@ def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *
             positions += int(mask.sum())
     if totals is None or not positions:
         raise ValueError("mean_outputs needs at least one sample")
-    dtype = wide(embeddings).dtype
+    dtype = wide(outputs.embedding).dtype
     means = [(total / positions).to(dtype) for total in totals]
     n_layers = len(parts.layers)
     return SourceOutputs(means[0], means[1 : 1 + n_layers], means[1 + n_layers :])
 
 
-def _forward_outputs(
-    model: PreTrainedModel, recorder: Recorder, batch: dict[str, Tensor], embeddings: Tensor
+def forward_outputs(
+    model: PreTrainedModel, recorder: Recorder, batch: dict[str, Tensor], tokens: Tensor
 ) -> SourceOutputs:
-    """What sources write when the model reads `embeddings` in place of the batch's tokens."""
-    with torch.no_grad():
-        record = recorder.start()
-        mask = batch["attention_mask"]
+    """What sources write when the model reads `tokens` in place of the batch's."""
+    embeddings, precision = embedded(model, tokens)
+    record = recorder.start()
+    mask = batch["attention_mask"]
+    with torch.no_grad(), precision():
         model(
             inputs_embeds=embeddings,
             attention_mask=mask,
@@ -269,21 +273,30 @@ def _forward_outputs(
             use_cache=False,
             logits_to_keep=1,
         )
-    return recorder.outputs(record, embeddings.detach())
+    return recorder.outputs(record, embeddings)
+
+
+@torch.no_grad()
+def embedded(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Callable[[], AbstractContextManager]]:
+    """Embeddings of `tokens`, at least float32, and the context in which the model reads them."""
+    embeddings = model.get_input_embeddings()(tokens)
+    if embeddings.dtype in (torch.bfloat16, torch.float16):
+        return embeddings.float(), partial(lifted, model, embeddings.dtype)
+    return embeddings, nullcontext
 
 
 @contextmanager
-def _quiet(model: PreTrainedModel):
+def quiet(model: PreTrainedModel):
     """Evaluation mode, no parameter gradients."""
     with evaluation_mode(model), frozen(model):
         yield
 
 
-def _embedding_device(model: PreTrainedModel) -> torch.device:
+def embedding_device(model: PreTrainedModel) -> torch.device:
     return place(model.get_input_embeddings())[0]
 
 
-def _check_batch(batch: dict[str, Tensor], baseline: str, metric: str) -> None:
+def check_batch(batch: dict[str, Tensor], baseline: str, metric: str) -> None:
     empty = (batch["labels"][:, 1:] == -100).all(1).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"sample {empty[0]} of the batch has no answer token")
@@ -292,9 +305,8 @@ def _check_batch(batch: dict[str, Tensor], baseline: str, metric: str) -> None:
         if COUNTERFACTUAL not in batch:
             raise ValueError(f"{reason} needs {COUNTERFACTUAL} in the batch, token by token beside input_ids")
         if batch[COUNTERFACTUAL].shape != batch["input_ids"].shape:
-            raise ValueError(
-                f"{COUNTERFACTUAL} has shape {list(batch[COUNTERFACTUAL].shape)}, input_ids {list(batch['input_ids'].shape)}"
-            )
+            shapes = [list(batch[key].shape) for key in (COUNTERFACTUAL, "input_ids")]
+            raise ValueError(f"{COUNTERFACTUAL} has shape {shapes[0]}, input_ids {shapes[1]}")
 
 
 def attribute_dataset(

@@ -179,7 +179,7 @@ def contract(
         _write_deltas(recorder, graph, clean, corrupt, padding, window, deltas)
         by_sample = deltas.flatten(2).transpose(0, 1)
         for index in range(graph.n_layers + 1):
-            # The MLP of a layer goes with q, k and v of the next one: they differ in one source, which the mask removes.
+            # The MLP of a layer goes with q, k, v of the next one: they differ in one source, which the mask removes.
             count = 1 + (n_heads[index] if index < graph.n_layers else 0)
             gradients = pulled[: count * size * shape[1] * hidden].view(count, *shape)
             mlp = sums.layers[index - 1].mlp if index else None

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .contraction import GradientSums
-from .recording import Pass, Recorder, SourceOutputs, wide
+from .recording import Pass, Recorder, SourceOutputs, answering, wide
 
 Evaluate = Callable[[Tensor], Any]
 
@@ -83,7 +84,10 @@ def interpolate_nodes(
                     got = _run(recorder, sums, evaluate, embeddings, leaf, runs)
             else:
                 leaf = (attention[index].detach() + away).requires_grad_()
-                with _skipping(layers, index, residual[index].detach()), _replaced(layers[index].attention_output, leaf):
+                with (
+                    _skipping(layers, index, residual[index].detach()),
+                    _replaced(layers[index].attention_output, leaf),
+                ):
                     got = _run(recorder, sums, evaluate, embeddings, leaf, runs)
             at_attention[index] += got
             leaf = (residual[index + 1].detach() + (share * moves[2][index]).to(embeddings.dtype)).requires_grad_()
@@ -101,7 +105,9 @@ def interpolate_nodes(
             targets.append(target)
             cotangents.append(cotangent)
     largest = torch.stack([cotangent.abs().amax((1, 2)).to(embeddings.device) for cotangent in cotangents]).amax(0)
-    unit = torch.exp2(largest.clamp(min=torch.finfo(largest.dtype).tiny).log2().round())  # keeps half precision in range
+    unit = torch.exp2(
+        largest.clamp(min=torch.finfo(largest.dtype).tiny).log2().round()
+    )  # keeps half precision in range
     scaled = [
         (cotangent / unit.to(cotangent.device).view(-1, 1, 1)).to(target.dtype)
         for target, cotangent in zip(targets, cotangents, strict=True)
@@ -142,9 +148,7 @@ def _moves(
     for index, maps in enumerate(recorder.maps):
         heads = move(outputs.heads[index], None if corrupt is None else corrupt.heads[index])
         attention.append(heads @ maps.writers().flatten(0, 1))
-    mlps = [
-        move(own, None if corrupt is None else corrupt.mlps[index]) for index, own in enumerate(outputs.mlps)
-    ]
+    mlps = [move(own, None if corrupt is None else corrupt.mlps[index]) for index, own in enumerate(outputs.mlps)]
     return move(outputs.embedding, None if corrupt is None else corrupt.embedding), attention, mlps
 
 
@@ -162,18 +166,13 @@ def _skipping(layers: list, count: int, output: Tensor) -> Iterator[None]:
     """The first `count` layers are not run; the last of them returns `output`."""
     with ExitStack() as stack:
         for index in range(count):
-            module = layers[index].module
-            own = module.__dict__.get("forward")
-            answer = output if index == count - 1 else None
-            # An instance attribute hides the class's method; with offloading there is one already.
-            module.forward = lambda hidden_states, *args, _answer=answer, **kwargs: (
-                hidden_states if _answer is None else _answer
-            )
-            if own is None:
-                stack.callback(module.__dict__.pop, "forward")
-            else:
-                stack.callback(setattr, module, "forward", own)
+            forward = partial(_answer, output if index == count - 1 else None)
+            stack.enter_context(answering(layers[index].module, forward))
         yield
+
+
+def _answer(output: Tensor | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states if output is None else output
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,11 +127,18 @@ class LayerMaps:
         rows = []
         for module, heads in zip(self.layer.qkv, self.expansion, strict=True):
             weight, _ = linear_map(module, self.parts.hidden_size)
-            rows.append(self._expand(wide(weight), heads))
+            rows.append(wide(self._expand(weight, heads)))
         readers = torch.cat(rows)
         if self.norm is None:
             return readers
         return self.norm.centre(readers * self.norm.gain.to(readers))
+
+    @torch.no_grad()
+    def projection(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """One of the projections by head: weight `[heads, head_dim, d]` and bias `[heads, head_dim]` or `None`."""
+        weight, bias = linear_map(self.layer.qkv[number], self.parts.hidden_size)
+        heads = self.expansion[number]
+        return self._expand(weight, heads), None if bias is None else self._expand(bias, heads)
 
     @torch.no_grad()
     def writers(self) -> Tensor:
@@ -150,11 +159,6 @@ class Recorder:
     """
 
     def __init__(self, parts: DecoderParts, ungroup_kv: bool = False) -> None:
-        if ungroup_kv and parts.n_kv_heads != parts.n_heads and not parts.description.separate_key_heads:
-            raise ValueError(
-                "ungroup_kv is not defined for this architecture: a norm mixes the key heads of a layer before they "
-                "are repeated"
-            )
         self.parts = parts
         self.ungroup_kv = ungroup_kv
         self.maps = [LayerMaps(parts, layer, ungroup_kv) for layer in parts.layers]
@@ -252,11 +256,7 @@ class Recorder:
         for number, module in enumerate(layer.qkv):
             self._hook(module.register_forward_hook(self._keep_projection(index, number)))
         if maps.expands:
-            # The projections already return one key/value head per query head.
-            for name in ("num_key_value_groups", "num_key_value_heads"):
-                if hasattr(layer.attention, name):
-                    self._stack.callback(setattr, layer.attention, name, getattr(layer.attention, name))
-                    setattr(layer.attention, name, 1 if name == "num_key_value_groups" else self.parts.n_heads)
+            self._stack.enter_context(ungrouped(layer.attention, self.parts.n_heads))
 
     def _keep_projection(self, index: int, number: int) -> Callable:
         maps = self.maps[index]
@@ -276,6 +276,20 @@ class Recorder:
             return output
 
         return hook
+
+
+@contextmanager
+def ungrouped(attention: Any, n_heads: int) -> Iterator[None]:
+    """The attention takes one key/value head per query head from its projections, inside."""
+    values = {"num_key_value_groups": 1, "num_key_value_heads": n_heads}
+    before = {name: getattr(attention, name) for name in values if hasattr(attention, name)}
+    try:
+        for name in before:
+            setattr(attention, name, values[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(attention, name, value)
 
 
 def own_copy(args: tuple[Tensor, ...], store: Callable[[Tensor], None]) -> tuple[Tensor, ...]:
@@ -301,6 +315,42 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def answering(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`module` runs `forward` in place of its own, inside. Offloading has put an instance attribute there before us."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """A model with weights of `dtype` that reads float32 embeddings keeps its residual stream in float32, inside.
+
+    Autocast leaves its matrix products in half precision. The edges of long answers then rank more nearly as they do in
+    float32, at little cost: Spearman 0.995 instead of 0.990 on SmolLM2-135M in bfloat16.
+    """
+    device = next(model.parameters()).device.type
+    with ExitStack() as stack:
+        for module in model.modules():
+            # Autocast does this on GPUs; on CPUs a LayerNorm refuses inputs that are wider than its weights.
+            if isinstance(module, nn.LayerNorm) and module.weight is not None and module.weight.dtype == dtype:
+                stack.enter_context(answering(module, partial(_wide_layer_norm, module)))
+        stack.enter_context(torch.autocast("cpu" if device == "meta" else device, dtype))
+        yield
+
+
+def _wide_layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias.float()
+    return nn.functional.layer_norm(x.float(), module.normalized_shape, module.weight.float(), bias, module.eps)
 
 
 def wide(tensor: Tensor) -> Tensor:

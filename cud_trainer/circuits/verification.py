@@ -1,0 +1,164 @@
+"""Does a description fit its model? Checked on random tokens, for descriptions that users register."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architectures import base_causal_lm, decoder_parts, linear_map
+from .attribution import embedded, embedding_device, quiet
+from .recording import Recorder, wide
+
+
+@torch.no_grad()
+def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: float | None = None) -> None:
+    """Check that the registered description of `model` says how its residual stream is read and written.
+
+    One forward pass of two random sequences. It checks that q, k and v read the layer's input through the norm that is
+    named, that heads and their projection add up to what attention contributes, that the MLP reads the stream with or
+    without attention's contribution (`parallel`), and that all contributions add up to the final residual stream.
+
+    Args:
+        tolerance: largest error, relative to the largest value; by default 1e-3, and 0.05 in half precision.
+
+    Raises:
+        ValueError: naming every part that does not fit, or as `edge_attributions` for one that is missing.
+    """
+    parts = decoder_parts(model)
+    device = embedding_device(model)
+    vocabulary = base_causal_lm(model).config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(seed)).to(device)
+    embeddings, precision = embedded(model, tokens)
+    if tolerance is None:
+        half = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()).itemsize < 4
+        tolerance = 0.05 if half else 1e-3
+    mlp_reads: dict[int, Tensor] = {}
+    problems: list[str] = []
+
+    def keep(index: int):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            mlp_reads[index] = args[0]
+
+        return hook
+
+    def check(what: str, found: Tensor, expected: Tensor) -> None:
+        error = (wide(found) - wide(expected)).abs().max() / wide(expected).abs().max().clamp(min=1e-30)
+        if not float(error) <= tolerance:
+            problems.append(f"{what} (off by {float(error):.2g} of the largest value)")
+
+    handles = []
+    with quiet(model), Recorder(parts) as recorder:
+        record = recorder.start(live=True)
+        try:
+            for index, layer in enumerate(parts.layers):
+                reads = layer.mlp_norm if layer.mlp_norm is not None and not layer.shared_norm else layer.mlp
+                handles.append(reads.register_forward_pre_hook(keep(index)))
+            with precision():
+                model(inputs_embeds=embeddings, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+    silent = [
+        f"layer {index} never ran its {name}"
+        for index, layer in enumerate(record.layers)
+        for name in ("residual", "heads", "attention_live", "mlp_live")
+        if getattr(layer, name) is None
+    ]
+    if silent or record.final_residual is None:
+        raise ValueError(f"the description does not fit the model: {'; '.join(silent) or 'the final norm never ran'}")
+    outputs = recorder.outputs(record, embeddings)
+    total = None
+    for index, seen in enumerate(record.layers):
+        maps, modules = recorder.maps[index], parts.layers[index]
+        stream, attention, mlp = wide(seen.residual), wide(seen.attention_live), wide(seen.mlp_live)  # type: ignore[arg-type]
+        normed = stream
+        if maps.norm is not None:
+            x = maps.norm.centre(stream)
+            normed = maps.norm.gain * x * maps.norm.inverse_scale(x) + maps.norm.bias
+        for number, found in enumerate(seen.projections):
+            weight, bias = linear_map(modules.qkv[number], parts.hidden_size)
+            expected = normed @ wide(weight).T + (0 if bias is None else wide(bias))
+            assert found is not None
+            check(
+                f"layer {index}: projection {number} of qkv does not read attention_norm of the layer's input",
+                found,
+                expected,
+            )
+        _, bias = linear_map(modules.o, parts.n_heads * parts.head_dim)
+        written = wide(outputs.heads[index]) @ maps.writers().flatten(0, 1)
+        if bias is not None:
+            moved = (
+                wide(bias) if maps.output_norm is None else maps.output_norm.centre(wide(bias)) * maps.output_norm.gain
+            )
+            written = written + moved * (1 if seen.heads_scale is None else seen.heads_scale)
+        if maps.output_norm is not None:
+            written = written + maps.output_norm.bias
+        check(
+            f"layer {index}: heads, o and attention_output_norm do not add up to what attention contributes",
+            written,
+            attention,
+        )
+        expected = stream if parts.description.parallel else stream + attention
+        if modules.shared_norm:
+            expected = normed
+        relation = "without" if parts.description.parallel else "with"
+        check(
+            f"layer {index}: the MLP does not read the stream {relation} attention's contribution",
+            mlp_reads[index],
+            expected,
+        )
+        total = attention + mlp if total is None else total + attention + mlp
+    assert total is not None
+    change = wide(record.final_residual) - wide(record.layers[0].residual)  # type: ignore[arg-type]
+    check("the contributions of attention and MLPs do not add up to the residual stream", total, change)
+    problems += _misplaced_heads(model, recorder, embeddings, precision)
+    if problems:
+        raise ValueError(f"the description does not fit the model: {'; '.join(problems)}")
+
+
+def _misplaced_heads(
+    model: PreTrainedModel, recorder: Recorder, embeddings: Tensor, precision: Callable[[], AbstractContextManager]
+) -> list[str]:
+    """Whether changing one q, k or v head of the first layer changes the heads that it belongs to, and no other."""
+    parts, maps = recorder.parts, recorder.maps[0]
+    if not parts.description.separate_key_heads:  # a joint norm carries every change to all heads
+        return []
+    groups = parts.n_heads // parts.n_kv_heads
+    problems = []
+    with quiet(model), recorder:
+
+        def heads(module: nn.Module | None = None, change: Callable | None = None) -> Tensor:
+            handle = module.register_forward_hook(change) if module is not None and change is not None else None
+            record = recorder.start()
+            try:
+                with precision():
+                    model(inputs_embeds=embeddings, use_cache=False)
+            finally:
+                if handle is not None:
+                    handle.remove()
+            assert record.layers[0].heads is not None
+            return wide(record.layers[0].heads).unflatten(-1, (parts.n_heads, -1))
+
+        before = heads()
+        order, first = maps.order.tolist(), 0
+        for name, count in (("query", parts.n_heads), ("key", parts.n_kv_heads), ("value", parts.n_kv_heads)):
+            raw, number = order[first + count - 1], 0  # the last head of its kind
+            while raw >= len(maps.expansion[number]):
+                raw, number = raw - len(maps.expansion[number]), number + 1
+
+            def change(module: nn.Module, args: tuple, output: Tensor, raw: int = raw) -> Tensor:
+                output = output.clone()
+                output[..., raw * parts.head_dim : (raw + 1) * parts.head_dim] *= -3.0
+                return output
+
+            moved = (heads(parts.layers[0].qkv[number], change) != before).any(-1).any(0).any(0)
+            expected = torch.zeros_like(moved)
+            expected[-1 if name == "query" else -groups :] = True
+            if not torch.equal(moved, expected):
+                problems.append(f"qkv_layout: the last {name} head is not where it should be")
+            first += count
+    return problems
