@@ -61,6 +61,8 @@ class Architecture:
             raise ValueError(f"unknown qkv_layout {self.qkv_layout!r}; choose one of {list(LAYOUTS)}")
         if isinstance(self.qkv, str) or len(self.qkv) not in (1, 3):
             raise ValueError(f"qkv must be a tuple of one path (fused) or three (q, k, v), got {self.qkv!r}")
+        if self.qkv_layout == "interleaved" and len(self.qkv) != 1:
+            raise ValueError("qkv_layout 'interleaved' is that of one fused projection; qkv names three")
         if self.mlp_norm is not None and self.mlp_norm == self.attention_norm and not self.parallel:
             raise ValueError("an MLP that shares the attention's norm reads the same stream: parallel must be True")
 
@@ -248,13 +250,17 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     if missing:
         model_type = causal_lm.config.model_type
         raise ValueError(f"the description of architecture {model_type!r} does not fit: no {'; no '.join(missing)}")
+    n_heads = config.num_attention_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    if description.qkv_layout == "interleaved" and n_kv_heads != n_heads:
+        raise ValueError("qkv_layout 'interleaved' is not available for grouped key/value heads")
     layers = [_layer_parts(layer, description) for layer in _find(causal_lm, description.layers)]
     return DecoderParts(
         layers=layers,
         final_norm=_find(causal_lm, description.final_norm),
-        n_heads=config.num_attention_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
         hidden_size=config.hidden_size,
         description=description,
     )
