@@ -354,12 +354,12 @@ def norm_map(module: nn.Module, width: int) -> NormMap:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(width, generator=generator, dtype=torch.float64).to(signs) + 1.0
     # A LayerNorm takes inputs of its own dtype only; others give the full precision of their gain to wide inputs.
-    answer = module(torch.stack([signs, -signs, probe]).to(dtype if isinstance(module, nn.LayerNorm) else wide)).to(
-        wide
-    )
+    answer = module.forward(
+        torch.stack([signs, -signs, probe]).to(dtype if isinstance(module, nn.LayerNorm) else wide)
+    ).to(wide)
     gain = (answer[0] - answer[1]) / 2 * signs * (1 + epsilon) ** 0.5
     bias = (answer[0] + answer[1]) / 2
-    if isinstance(module, nn.LayerNorm):  # exactly, not rounded to its dtype
+    if isinstance(module, nn.LayerNorm) and not any(p.is_meta for p in module.parameters()):  # not rounded
         gain = gain if module.weight is None else module.weight.to(gain)
         bias = bias if module.bias is None else module.bias.to(bias)
     for centred in (False, True):
@@ -385,8 +385,9 @@ def linear_map(module: nn.Module, n_inputs: int) -> tuple[Tensor, Tensor | None]
         return (weight.T if type(module) is Conv1D else weight), module.bias  # type: ignore[return-value]
     device, dtype = place(module)
     eye = torch.eye(n_inputs, device=device, dtype=dtype)
-    bias = module(torch.zeros_like(eye[:1]))[0]
-    return (module(eye) - bias).T, bias if bool(bias.abs().max() > 0) else None
+    # `forward`, not the module: whoever has hooked it wants to see the model's passes, not ours
+    bias = module.forward(torch.zeros_like(eye[:1]))[0]
+    return (module.forward(eye) - bias).T, bias if bool(bias.abs().max() > 0) else None
 
 
 def place(module: nn.Module) -> tuple[torch.device, torch.dtype]:

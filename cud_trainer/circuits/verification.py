@@ -123,10 +123,12 @@ def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: flo
 def _misplaced_heads(
     model: PreTrainedModel, recorder: Recorder, embeddings: Tensor, precision: Callable[[], AbstractContextManager]
 ) -> list[str]:
-    """Whether changing one q, k or v head of the first layer changes the heads that it belongs to, and no other."""
+    """Whether the last q, k and v head of the first layer are what the description takes them for.
+
+    Each is changed at the first position, and at all: only the heads that it belongs to may move. What the first
+    position mixes is its own value alone, whatever its query and key; its query has no say elsewhere.
+    """
     parts, maps = recorder.parts, recorder.maps[0]
-    if not parts.description.separate_key_heads:  # a joint norm carries every change to all heads
-        return []
     groups = parts.n_heads // parts.n_kv_heads
     problems = []
     with quiet(model), recorder:
@@ -146,19 +148,29 @@ def _misplaced_heads(
         before = heads()
         order, first = maps.order.tolist(), 0
         for name, count in (("query", parts.n_heads), ("key", parts.n_kv_heads), ("value", parts.n_kv_heads)):
-            raw, number = order[first + count - 1], 0  # the last head of its kind
+            raw, number = order[first + count - 1], 0
             while raw >= len(maps.expansion[number]):
                 raw, number = raw - len(maps.expansion[number]), number + 1
+            columns = slice(raw * parts.head_dim, (raw + 1) * parts.head_dim)
 
-            def change(module: nn.Module, args: tuple, output: Tensor, raw: int = raw) -> Tensor:
-                output = output.clone()
-                output[..., raw * parts.head_dim : (raw + 1) * parts.head_dim] *= -3.0
-                return output
+            def moved(positions: slice, columns: slice = columns, number: int = number) -> Tensor:
+                def change(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+                    output = output.clone()
+                    output[:, positions, columns] *= -3.0
+                    return output
 
-            moved = (heads(parts.layers[0].qkv[number], change) != before).any(-1).any(0).any(0)
-            expected = torch.zeros_like(moved)
+                after = heads(parts.layers[0].qkv[number], change)
+                return ((after - before).abs() > 1e-3 * before.abs().max()).any(-1).any(0)  # [T, heads]
+
+            at_first = moved(slice(0, 1))
+            early, late = bool(at_first[0].any()), bool(at_first[1:].any())
+            right = {"query": not early and not late, "key": not early and late, "value": early}[name]
+            touched = moved(slice(None)).any(0)
+            expected = torch.zeros_like(touched)
             expected[-1 if name == "query" else -groups :] = True
-            if not torch.equal(moved, expected):
-                problems.append(f"qkv_layout: the last {name} head is not where it should be")
+            if parts.description.separate_key_heads:  # else a joint norm carries every change to all heads
+                right = right and torch.equal(touched, expected)
+            if not right or not touched.any():
+                problems.append(f"qkv: the last {name} head is not where the description puts it")
             first += count
     return problems
