@@ -4,6 +4,8 @@ from .architectures import ARCHITECTURES, Architecture, check_architecture, mode
 from .attribution import EdgeAttributions, attribute_dataset, edge_attributions, mean_outputs
 from .faithfulness import Faithfulness, circuit_metric, faithfulness
 from .graph import Graph
+from .selection import SELECTIONS, prune_circuits, select_circuits
+from .signature import SIGNATURE, circuit_signature
 from .similarity import DISTANCES, distance
 from .table import CircuitTable
 from .vectors import VECTORS, circuit_vectors, top_k_mask
@@ -12,6 +14,8 @@ from .verification import verify_architecture
 __all__ = [
     "ARCHITECTURES",
     "DISTANCES",
+    "SELECTIONS",
+    "SIGNATURE",
     "VECTORS",
     "Architecture",
     "CircuitTable",
@@ -21,13 +25,16 @@ __all__ = [
     "attribute_dataset",
     "check_architecture",
     "circuit_metric",
+    "circuit_signature",
     "circuit_vectors",
     "distance",
     "edge_attributions",
     "faithfulness",
     "mean_outputs",
     "model_graph",
+    "prune_circuits",
     "register_architecture",
+    "select_circuits",
     "top_k_mask",
     "verify_architecture",
 ]

@@ -75,6 +75,44 @@ class Graph:
         mask[:, -1] = True
         return mask
 
+    @cached_property
+    def owned(self) -> Tensor:
+        """True where a destination belongs to a source's node, bool `[n_sources, n_destinations]`.
+
+        A query head's node has its own q and the k and v of its group; an MLP its input.
+        """
+        owned = torch.zeros(len(self.sources), len(self.destinations), dtype=torch.bool)
+        group = self.n_heads // self.n_kv_heads
+        for layer in range(self.n_layers):
+            start, source = layer * self.destinations_per_layer, self.sources_before_attention(layer)
+            for head in range(self.n_heads):
+                owned[source + head, start + head] = True
+                owned[source + head, start + self.n_heads + head // group] = True
+                owned[source + head, start + self.n_heads + self.n_kv_heads + head // group] = True
+            owned[source + self.n_heads, start + self.destinations_per_layer - 1] = True
+        return owned
+
+    @cached_property
+    def steps(self) -> list[tuple[slice, slice]]:
+        """Sources and destinations of each block in depth order: attention, MLP, attention, ..."""
+        steps = []
+        for layer in range(self.n_layers):
+            start, source = layer * self.destinations_per_layer, self.sources_before_attention(layer)
+            end, mlp = start + self.destinations_per_layer, source + self.n_heads
+            steps += [(slice(source, mlp), slice(start, end - 1)), (slice(mlp, mlp + 1), slice(end - 1, end))]
+        return steps
+
+    @cached_property
+    def source_layers(self) -> Tensor:
+        """Layer of each source, int `[n_sources]`; the embedding is layer -1."""
+        return torch.tensor([-1, *(layer for layer in range(self.n_layers) for _ in range(self.sources_per_layer))])
+
+    @cached_property
+    def destination_layers(self) -> Tensor:
+        """Layer of each destination, int `[n_destinations]`; the logits are layer `n_layers`."""
+        layers = [layer for layer in range(self.n_layers) for _ in range(self.destinations_per_layer)]
+        return torch.tensor([*layers, self.n_layers])
+
     @property
     def n_edges(self) -> int:
         return int(self.mask.sum())
