@@ -188,3 +188,39 @@ def test_an_empty_circuit_has_no_signature():
     found = circuit_signature(torch.zeros(2, graph.n_edges), graph)
     assert found["mean_edge_length"].isnan().all() and found["mlp_share"].isnan().all()
     assert found["n_edges"].tolist() == found["longest_path"].tolist() == [0, 0]
+
+
+def test_cud_on_greedy_circuits():
+    from cud_trainer.difficulty import CUDSettings, cud_scores
+
+    graph = GRAPHS[0]
+    edges = random_edges(graph, 12).float()
+    settings = CUDSettings("paper", k=30, selection="greedy", prune=True)
+    found = cud_scores(edges[:4], edges[4:8], edges[8:], settings, graph=graph)
+    chosen = select_circuits(edges[:4], graph, selection="greedy", k=30, prune=True)
+    assert chosen.any(1).all()
+    anchors = []
+    for side in (edges[4:8], edges[8:]):
+        mean = (side / side.norm(dim=1, keepdim=True)).mean(0, keepdim=True)
+        anchors.append(mean * select_circuits(mean, graph, selection="greedy", k=30, prune=True))
+    near = [1 - torch.cosine_similarity(edges[:4] * chosen, anchor) for anchor in anchors]
+    assert found == pytest.approx((near[0] / (near[0] + near[1])).numpy(), abs=1e-5)
+    with pytest.raises(ValueError, match="need the graph"):
+        cud_scores(edges[:4], edges[4:8], edges[8:], settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "greedy"}, "do not apply to log"),
+        ({"prune": True}, "do not apply to log"),
+        ({"variant": "paper", "selection": "threshold"}, "unknown circuit selection 'threshold'"),
+        ({"variant": "paper", "selection": "greedy", "k": "all"}, "needs a number of edges"),
+        ({"variant": "paper", "prune": "yes"}, "prune must be"),
+    ],
+)
+def test_settings_of_cud(options, message):
+    from cud_trainer.difficulty import CUDSettings
+
+    with pytest.raises(ValueError, match=message):
+        CUDSettings(**options)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..circuits.graph import Graph
+from ..circuits.selection import select_circuits
 from ..circuits.similarity import DISTANCES, distance, length
 from ..circuits.vectors import VECTORS, circuit_vectors
 from ..options import check_numbers
@@ -36,7 +38,9 @@ class CUDSettings:
     Attributes:
         variant: a preset of the three below, `"log"` or `"paper"`; `None` fields take its value.
         vector: `"signed"`, `"binary"` or `"log"` (see `cud_trainer.circuits.circuit_vectors`).
-        k: edges of a top-k circuit; `"all"` for all edges. Not for `"log"`.
+        k: edges of a circuit; `"all"` for all edges. Not for `"log"`.
+        selection: how `k` edges are chosen, `"top_k"` or `"greedy"` (see `cud_trainer.circuits.select_circuits`).
+        prune: leave out edges on no path from the embedding to the logits. Not for `"log"`.
         distance: `"cosine"`, `"jaccard"` or `"hamming"`.
         anchor_share: share of the calibration samples that make each anchor, in (0, 0.5].
     """
@@ -46,6 +50,8 @@ class CUDSettings:
     k: int | str | None = None
     distance: str | None = None
     anchor_share: float = 0.25
+    selection: str = "top_k"
+    prune: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in list(VARIANTS):  # a list: an unhashable value is refused like any other
@@ -65,8 +71,18 @@ class CUDSettings:
                 raise ValueError("k does not apply to log-magnitude circuit vectors, they use all edges")
             if self.distance != "cosine":
                 raise ValueError("log-magnitude circuit vectors are compared by cosine")
+            if self.selection != "top_k" or self.prune:
+                raise ValueError(
+                    "selection and prune do not apply to log-magnitude circuit vectors, they use all edges"
+                )
         elif self.k != "all" and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"k must be a positive number of edges or 'all', got {self.k!r}")
+        if self.selection not in ("top_k", "greedy"):
+            raise ValueError(f"unknown circuit selection {self.selection!r} for CUD; choose 'top_k' or 'greedy'")
+        if self.selection == "greedy" and self.k == "all":
+            raise ValueError("circuit selection 'greedy' needs a number of edges k, got 'all'")
+        if not isinstance(self.prune, bool):
+            raise ValueError(f"prune must be true or false, got {self.prune!r}")
         check_numbers("CUD", {"anchor_share": self.anchor_share})
         if not 0 < self.anchor_share <= 0.5:
             raise ValueError(f"anchor_share must be in (0, 0.5], got {self.anchor_share!r}")
@@ -127,12 +143,31 @@ def log_standardisation(edges: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.mean(0), deviation.where(deviation > 1e-6, torch.full_like(deviation, torch.inf))
 
 
+def circuits_of(edges: Tensor, settings: CUDSettings, graph: Graph | None = None) -> Tensor:
+    """Circuit vectors `[N, E]` as `settings` ask for; a row of zeros is an empty circuit.
+
+    Raises:
+        ValueError: for greedy selection or pruning without a graph.
+    """
+    kind = settings.vector or "signed"
+    if kind == "log" or (settings.selection == "top_k" and not settings.prune):
+        return circuit_vectors(edges, kind=kind, k=settings.edges_kept)
+    if graph is None:
+        raise ValueError("greedy selection and pruning need the graph of the edges")
+    k = settings.edges_kept
+    mask = select_circuits(
+        edges, graph, selection="all" if k is None else settings.selection, k=k, prune=settings.prune
+    )
+    return circuit_vectors(edges * mask, kind=kind)
+
+
 def cud_scores(
     edges: Tensor,
     easy: Tensor,
     hard: Tensor,
     settings: CUDSettings,
     standardisation: tuple[Tensor, Tensor] | None = None,
+    graph: Graph | None = None,
 ) -> np.ndarray:
     """CUD of each sample, float64 `[N]` in [0, 1]; NaN where it is undefined (an empty circuit, or equal to both).
 
@@ -140,6 +175,7 @@ def cud_scores(
         edges: edge scores of the samples, `[N, E]`.
         easy, hard: edge scores of the anchor samples, `[n, E]`; they must not contain the samples scored.
         standardisation: for log-magnitude vectors, mean and deviation `[E]` (default: those of the anchor samples).
+        graph: of the edges; needed for greedy selection and pruning.
     """
     if settings.vector == "log":
         mean, deviation = standardisation or log_standardisation(torch.cat([easy, hard]))
@@ -152,7 +188,7 @@ def cud_scores(
     else:
 
         def vectors(x: Tensor) -> Tensor:
-            return circuit_vectors(x, kind=settings.vector or "signed", k=settings.edges_kept)
+            return circuits_of(x, settings, graph)
 
         circuits = vectors(edges)
         assert settings.distance is not None

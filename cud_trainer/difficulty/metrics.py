@@ -13,7 +13,7 @@ from ..files import check_new_file
 from ..options import check_known
 from .anchors import AnchorBank
 from .context import DifficultyContext
-from .cud import CUDSettings, cud_scores, extremes, log_standardisation
+from .cud import CUDSettings, circuits_of, cud_scores, extremes, log_standardisation
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,12 @@ def cud_settings(
     k: int | str | None = None,
     distance: str | None = None,
     anchor_share: float = 0.25,
+    selection: str = "top_k",
+    prune: bool = False,
     **_: Any,
 ) -> CUDSettings:
     """The part of the `cud` metric's options that says how circuits are compared."""
-    return CUDSettings(variant, vector, k, distance, anchor_share)
+    return CUDSettings(variant, vector, k, distance, anchor_share, selection, prune)
 
 
 @register_metric("cud", needs_circuits=True)
@@ -101,6 +103,8 @@ def cud(
     k: int | str | None = None,
     distance: str | None = None,
     anchor_share: float = 0.25,
+    selection: str = "top_k",
+    prune: bool = False,
     anchors: Any = "calibration",
     save_anchors: str | None = None,
 ) -> np.ndarray:
@@ -109,7 +113,7 @@ def cud(
     Cross-fitted: the anchors that score a sample are made without it and without the rest of its fold.
 
     Args:
-        variant, vector, k, distance, anchor_share: see `CUDSettings`.
+        variant, vector, k, distance, anchor_share, selection, prune: see `CUDSettings`.
         anchors: `"calibration"` (the samples a short unlearning run leaves least and most memorised), a dict
             `{"easy": [ids], "hard": [ids]}` of forget samples, or the path of a saved anchor bank.
         save_anchors: write the anchor bank of the whole forget set to this path (not with a bank as `anchors`).
@@ -118,7 +122,7 @@ def cud(
         ValueError: for unknown options or ids, a bank of another graph, or an undefined score (an empty circuit),
             naming the sample.
     """
-    settings = cud_settings(variant, vector, k, distance, anchor_share)
+    settings = cud_settings(variant, vector, k, distance, anchor_share, selection, prune)
     ids = list(context.forget["sample_id"])
     # Cheap checks of the user's input come before the circuits.
     chosen = _anchor_rows(anchors, ids) if isinstance(anchors, dict) else None
@@ -150,13 +154,20 @@ def cud(
             easy_rows, hard_rows = _choose(rows, chosen, context, settings)
             easy, hard = edges[easy_rows], edges[hard_rows]
             standardisation = log_standardisation(edges[rows]) if settings.vector == "log" else None
-        scores[test] = cud_scores(edges[test], easy, hard, settings, standardisation)
+        scores[test] = cud_scores(edges[test], easy, hard, settings, standardisation, context.graph)
 
+    if settings.vector != "log":
+        empty = (circuits_of(edges, settings, context.graph) == 0).all(1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(ids)} samples have an empty circuit, the first is {ids[empty[0]]!r}: CUD is "
+                "undefined for them; use more edges (k), no pruning or the 'log' variant"
+            )
     undefined = np.flatnonzero(~np.isfinite(scores))
     if undefined.size:
         raise ValueError(
-            f"CUD is undefined for {undefined.size} of {len(ids)} samples (an empty circuit, or one equal to both "
-            f"anchors), the first is {ids[undefined[0]]!r}; use more edges (k) or the 'log' variant"
+            f"CUD is undefined for {undefined.size} of {len(ids)} samples, the first is {ids[undefined[0]]!r} (its "
+            "circuit equals both anchors, or an anchor circuit is empty); use more edges (k) or the 'log' variant"
         )
     if save_anchors is not None:
         _make_bank(context, chosen, settings, ids).save(save_anchors)
@@ -164,9 +175,16 @@ def cud(
 
 
 @register_metric("cud_paper", needs_circuits=True)
-def cud_paper(context: DifficultyContext, *, k: int | str | None = None, anchors: Any = "calibration") -> np.ndarray:
+def cud_paper(
+    context: DifficultyContext,
+    *,
+    k: int | str | None = None,
+    selection: str = "top_k",
+    prune: bool = False,
+    anchors: Any = "calibration",
+) -> np.ndarray:
     """CUD with the published comparison of circuits: weighted top-k edges, cosine. To be reported beside `cud`."""
-    return cud(context, variant="paper", k=k, anchors=anchors)
+    return cud(context, variant="paper", k=k, selection=selection, prune=prune, anchors=anchors)
 
 
 def _anchor_rows(anchors: dict[str, Any], ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
