@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 PREPARED = ("sample_id", "input_ids", "labels")
+# Beside `input_ids` token by token: the same sample with another answer, for counterfactual circuits.
+COUNTERFACTUAL = "counterfactual_input_ids"
 FORMATS = {
     "tokenised": ("input_ids", "labels"),
     "prompt-completion": ("prompt", "completion"),
@@ -55,6 +57,7 @@ def prepare_dataset(
     max_length: int | None = 1024,
     name: str = "forget",
     keep_columns: Sequence[str] = (),
+    counterfactual_column: str | None = None,
 ) -> Dataset:
     """Tokenise `dataset` and mark the answer tokens.
 
@@ -69,6 +72,9 @@ def prepare_dataset(
         max_length: the longest sequence in tokens, `None` for no limit.
         name: what to call the dataset in errors.
         keep_columns: further columns to carry along (for example an author or topic column).
+        counterfactual_column: another answer (a string, or a list of which the one nearest in length is taken; TOFU:
+            `"perturbed_answer"`). It becomes `counterfactual_input_ids`, as long as `input_ids`: what is longer is cut,
+            what is shorter ends with the answer's own last tokens. Tokenised data may bring that column along.
 
     Returns:
         `Dataset` with `sample_id` (column `sample_id` or `id` if present, else a hash of the content), `input_ids`,
@@ -87,7 +93,8 @@ def prepare_dataset(
     if len(dataset) == 0:
         raise ValueError(f"{name} dataset is empty")
     check_tokenizer(tokenizer)
-    missing = [column for column in keep_columns if column not in dataset.column_names]
+    wanted = [*keep_columns, *([counterfactual_column] if counterfactual_column else [])]
+    missing = [column for column in wanted if column not in dataset.column_names]
     if missing:
         raise ValueError(f"{name} dataset has no column {missing[0]!r}; it has {sorted(dataset.column_names)}")
     taken = [column for column in keep_columns if column in PREPARED]
@@ -111,9 +118,20 @@ def prepare_dataset(
         ids.append(sample_id)
         labels = list(row["labels"]) if kind == "tokenised" else [IGNORE_INDEX] * prompt + tokens[prompt:]
         rows.append({"sample_id": sample_id, "input_ids": tokens, "labels": labels})
+        if counterfactual_column is not None:
+            rival = _counterfactual(row, kind, counterfactual_column, tokenizer, prompt, tokens, where)
+            rows[-1][COUNTERFACTUAL] = rival
+        elif kind == "tokenised" and row.get(COUNTERFACTUAL) is not None:
+            if len(row[COUNTERFACTUAL]) != len(tokens):
+                raise ValueError(f"{where}: {COUNTERFACTUAL} and input_ids differ in length")
+            rows[-1][COUNTERFACTUAL] = list(row[COUNTERFACTUAL])
     _check_unique(ids, name)
+    if any(COUNTERFACTUAL in row for row in rows):
+        without = next((ids[index] for index, row in enumerate(rows) if COUNTERFACTUAL not in row), None)
+        if without is not None:
+            raise ValueError(f"{name} sample {without!r} has no {COUNTERFACTUAL}, others have")
 
-    columns: dict[str, list] = {key: [row[key] for row in rows] for key in PREPARED}
+    columns: dict[str, list] = {key: [row[key] for row in rows] for key in rows[0]}
     for column in keep_columns:
         columns[column] = list(dataset[column])
     return Dataset.from_dict(columns)
@@ -140,19 +158,33 @@ def dataset_fingerprint(prepared: Dataset) -> str:
 
 
 def pad_batch(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Right-pad prepared samples into `input_ids`, `attention_mask`, `labels`, each int64 `[batch, length]`."""
+    """Right-pad prepared samples into `input_ids`, `attention_mask`, `labels`, each int64 `[batch, length]`.
+
+    Counterfactual tokens are padded along where the samples have them.
+    """
     length = max(len(sample["input_ids"]) for sample in samples)
     batch = {
         "input_ids": torch.full((len(samples), length), pad_token_id),
         "attention_mask": torch.zeros(len(samples), length, dtype=torch.long),
         "labels": torch.full((len(samples), length), IGNORE_INDEX),
     }
+    if COUNTERFACTUAL in samples[0]:
+        batch[COUNTERFACTUAL] = torch.full((len(samples), length), pad_token_id)
     for row, sample in enumerate(samples):
         size = len(sample["input_ids"])
         batch["input_ids"][row, :size] = torch.as_tensor(sample["input_ids"])
+        if COUNTERFACTUAL in batch:
+            batch[COUNTERFACTUAL][row, :size] = torch.as_tensor(sample[COUNTERFACTUAL])
         batch["attention_mask"][row, :size] = 1
         batch["labels"][row, :size] = torch.as_tensor(sample["labels"])
     return batch
+
+
+def pad_samples(prepared: Dataset, rows: Sequence[int], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The padded batch of some rows of a prepared dataset."""
+    columns = [name for name in ("input_ids", "labels", COUNTERFACTUAL) if name in prepared.column_names]
+    part = prepared.select_columns(columns)
+    return pad_batch([part[row] for row in rows], pad_token_id)
 
 
 def length_sorted_batches(
@@ -168,15 +200,12 @@ def length_sorted_batches(
     Args:
         desc: label of a progress bar; `None` shows none.
     """
-    samples = [
-        {"input_ids": tokens, "labels": labels}
-        for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True)
-    ]
-    order = sorted(range(len(samples)), key=lambda index: (-len(samples[index]["input_ids"]), index))
+    lengths = [len(tokens) for tokens in prepared["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with tqdm(total=len(samples), desc=desc, disable=desc is None, unit="sample", leave=False) as bar:
+    with tqdm(total=len(lengths), desc=desc, disable=desc is None, unit="sample", leave=False) as bar:
         for chunk in chunks:
-            batch = pad_batch([samples[index] for index in chunk], pad_token_id)
+            batch = pad_samples(prepared, chunk, pad_token_id)
             yield chunk, {key: value.to(device) for key, value in batch.items()}
             bar.update(len(chunk))
 
@@ -278,6 +307,37 @@ def _filled(value: Any, what: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: its {what} is empty")
     return value
+
+
+ANSWERS = {"prompt-completion": "completion", "question-answer": "answer"}
+
+
+def _counterfactual(
+    row: dict[str, Any],
+    kind: str,
+    column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: int,
+    tokens: list[int],
+    where: str,
+) -> list[int]:
+    """The sample's tokens with another answer in place of its own, aligned token by token."""
+    if kind not in ANSWERS or (kind == "prompt-completion" and not isinstance(row["completion"], str)):
+        raise ValueError(
+            f"{where}: counterfactual answers need question + answer or prompt + completion as text "
+            f"(or a column {COUNTERFACTUAL} beside input_ids)"
+        )
+    given = row[column] if isinstance(row[column], list) else [row[column]]
+    if not given:
+        raise ValueError(f"{where}: its {column} is empty")
+    rivals = []
+    for text in given:
+        other = {**row, ANSWERS[kind]: _filled(text, column, where)}
+        rivals.append(_tokenise(other, kind, tokenizer, where)[1])
+    nearest = min(rivals, key=lambda rival: abs(len(rival) - len(tokens)))
+    # the sample's own end of sequence stays in its place
+    body = nearest[prompt : len(tokens) - 1] if len(nearest) >= len(tokens) else nearest[prompt:-1]
+    return [*tokens[:prompt], *body, *tokens[prompt + len(body) :]]
 
 
 def _keys(message: Any) -> str:

@@ -12,7 +12,7 @@ import cud_trainer
 
 ROOT = Path(__file__).parent.parent
 STAGES = [
-    "files", "options", "data", "logprobs", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
+    "files", "options", "data", "logprobs", "passes", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
     "scoring", "config", "trainer", "commands", "cli",
 ]  # fmt: skip
 # Pure losses need nothing of circuits, difficulty or schedules.

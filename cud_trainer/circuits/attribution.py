@@ -28,9 +28,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import length_sorted_batches
+from ..data import COUNTERFACTUAL, pad_samples
 from ..logprobs import AnswerScores, evaluation_mode, position_ids, score_answers
-from .architectures import decoder_parts, place
+from ..passes import BATCH_BYTES, WorkDir, plan_batches, run_batches
+from .architectures import base_causal_lm, decoder_parts, place
 from .contraction import GradientSums, contract
 from .graph import Graph
 from .interpolation import interpolate_nodes
@@ -39,7 +40,6 @@ from .recording import Recorder, SourceOutputs, frozen, lifted, wide
 METHODS = ("eap", "eap-ig", "ig-activations")
 BASELINES = ("zero", "mean", "counterfactual")
 METRICS = ("prob", "logprob", "logit_diff")
-COUNTERFACTUAL = "counterfactual_input_ids"
 
 
 @dataclass
@@ -309,16 +309,32 @@ def check_batch(batch: dict[str, Tensor], baseline: str, metric: str) -> None:
             raise ValueError(f"{COUNTERFACTUAL} has shape {shapes[0]}, input_ids {shapes[1]}")
 
 
+def bytes_per_token(model: PreTrainedModel) -> float:
+    """Memory that attribution takes per token of a batch, an estimate (`docs/cost.md`): activations and logits."""
+    config = base_causal_lm(model).config.get_text_config()
+    wide_stream, heads = config.hidden_size, decoder_parts(model)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_layer = 16 * wide_stream + 4 * inner + 6 * heads.n_heads * heads.head_dim
+    return 4.0 * (len(heads.layers) * per_layer + 4 * config.vocab_size)
+
+
 def attribute_dataset(
     model: PreTrainedModel,
     prepared: Dataset,
     *,
     pad_token_id: int,
-    batch_size: int = 8,
-    desc: str | None = "circuits",
+    batch_size: int | None = None,
+    batch_bytes: int = BATCH_BYTES,
+    work: WorkDir | None = None,
+    progress: bool = True,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor, Graph]:
-    """Edge scores of every sample of a prepared dataset.
+    """Edge scores of every sample of a prepared dataset, computed by all processes together.
+
+    Args:
+        batch_size, batch_bytes: bounds of a batch, see `cud_trainer.passes.plan_batches`.
+        work: keeps finished batches.
+        options: of `edge_attributions`; `baseline="mean"` takes the means over `prepared`.
 
     Returns:
         `(edges [N, n_edges] float32, mean answer log-probs [N], answer lengths [N], graph)`, rows in dataset order.
@@ -326,19 +342,26 @@ def attribute_dataset(
     Raises:
         ValueError: as `edge_attributions`, and when a sample's scores are not finite (named by id).
     """
-    device = model.get_input_embeddings().weight.device
-    edges: Tensor | None = None
-    mean_logps, lengths = torch.zeros(len(prepared)), torch.zeros(len(prepared), dtype=torch.long)
-    graph: Graph | None = None
-    for rows, batch in length_sorted_batches(prepared, batch_size, pad_token_id, device=device, desc=desc):
+    graph = decoder_parts(model).graph(options.get("ungroup_kv", False))
+    lengths = [len(tokens) for tokens in prepared["input_ids"]]
+    plan = plan_batches(lengths, bytes_per_token=bytes_per_token(model), batch_size=batch_size, batch_bytes=batch_bytes)
+    device = embedding_device(model)
+    if options.get("baseline") == "mean" and "means" not in options:
+        # every process by itself: a sum over processes would depend on their number
+        options["means"] = mean_outputs(model, (pad_samples(prepared, rows, pad_token_id) for rows in plan))
+
+    def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         result = edge_attributions(model, batch, **options)
-        graph = result.graph
-        if edges is None:
-            edges = torch.empty(len(prepared), graph.n_edges)
-        edges[rows] = result.edges.float()
-        mean_logps[rows], lengths[rows] = result.mean_logps.float(), result.lengths
-    assert edges is not None and graph is not None
-    broken = (~edges.isfinite().all(1)).nonzero().flatten().tolist()
+        return {
+            "edges": result.edges.float(),
+            "mean_logps": result.mean_logps.float(),
+            "lengths": result.lengths,
+        }
+
+    found = run_batches(
+        "circuits", prepared, compute, plan, pad_token_id=pad_token_id, device=device, work=work, progress=progress
+    )
+    broken = (~found["edges"].isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
         raise ValueError(f"edge scores of sample {prepared['sample_id'][broken[0]]!r} are not finite")
-    return edges, mean_logps, lengths, graph
+    return found["edges"], found["mean_logps"], found["lengths"], graph

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..data import COUNTERFACTUAL
 from ..logprobs import score_answers
 from .architectures import DecoderParts, decoder_parts
 from .attribution import (
-    COUNTERFACTUAL,
     check_batch,
     check_options,
     embedded,

@@ -13,10 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..circuits import Graph, attribute_dataset
-from ..circuits.architectures import decoder_parts
-from ..data import length_sorted_batches
+from ..circuits import Graph, attribute_dataset, model_graph
 from ..logprobs import evaluation_mode, score_answers
+from ..passes import BATCH_BYTES, WorkDir, plan_batches, run_batches
 from .cud import make_folds
 
 # With the zero baseline one-pass EAP ranks edges as the authors' node-wise interpolation does, for a fraction of its
@@ -32,12 +31,13 @@ class DifficultyContext:
         model: the original model, in evaluation mode.
         forget: prepared forget set, `N` samples.
         retain: prepared retain set, or `None`.
-        pad_token_id, batch_size: for batching.
+        pad_token_id, batch_size, batch_bytes: for batching, see `cud_trainer.passes.plan_batches`.
         seed: of the folds.
         folds: number of cross-fitting folds.
         groups: group of each forget sample (for example its author), never split over folds; or `None`.
         circuit_options: of `cud_trainer.circuits.edge_attributions`.
         calibrate: runs a short unlearning of the forget set and returns its residual memorisation `[N]`.
+        work: keeps what is done, for a run that is killed.
         progress: show progress bars.
     """
 
@@ -45,12 +45,14 @@ class DifficultyContext:
     forget: Dataset
     retain: Dataset | None
     pad_token_id: int
-    batch_size: int = 8
+    batch_size: int | None = None
+    batch_bytes: int = BATCH_BYTES
     seed: int = 0
     folds: int = 5
     groups: list[Any] | None = None
     circuit_options: dict[str, Any] = field(default_factory=dict)
     calibrate: Callable[[], np.ndarray] | None = None
+    work: WorkDir | None = None
     progress: bool = True
 
     @cached_property
@@ -68,7 +70,9 @@ class DifficultyContext:
             self.forget,
             pad_token_id=self.pad_token_id,
             batch_size=self.batch_size,
-            desc="circuits" if self.progress else None,
+            batch_bytes=self.batch_bytes,
+            work=self.work,
+            progress=self.progress,
             **self.circuit_settings,
         )
 
@@ -80,9 +84,7 @@ class DifficultyContext:
     @cached_property
     def graph(self) -> Graph:
         """Of the model, known before any circuit is."""
-        parts = decoder_parts(self.model)
-        ungrouped = self.circuit_settings.get("ungroup_kv", False)
-        return Graph(len(parts.layers), parts.n_heads, parts.n_heads if ungrouped else parts.n_kv_heads)
+        return model_graph(self.model, ungroup_kv=self.circuit_settings.get("ungroup_kv", False))
 
     @cached_property
     def answers(self) -> tuple[np.ndarray, np.ndarray]:
@@ -90,21 +92,33 @@ class DifficultyContext:
         if "_circuits" in self.__dict__:  # the attribution pass has scored the answers too
             _, mean_logps, lengths, _ = self._circuits
         else:
-            mean_logps = torch.zeros(len(self.forget))
-            lengths = torch.zeros(len(self.forget), dtype=torch.long)
-            device = self.model.get_input_embeddings().weight.device
-            with torch.no_grad(), evaluation_mode(self.model):
-                for rows, batch in length_sorted_batches(
-                    self.forget,
-                    self.batch_size,
-                    self.pad_token_id,
-                    device=device,
-                    desc="answers" if self.progress else None,
-                ):
-                    scores = score_answers(self.model, batch)
-                    mean_logps[rows] = scores.mean_logps.float().cpu()
-                    lengths[rows] = scores.lengths.cpu()
+            mean_logps, lengths = self._score_answers()
         return mean_logps.double().numpy(), lengths.double().numpy()
+
+    def _score_answers(self) -> tuple[Tensor, Tensor]:
+        def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            with torch.no_grad(), evaluation_mode(self.model):
+                scores = score_answers(self.model, batch)
+            return {"mean_logps": scores.mean_logps.float().cpu(), "lengths": scores.lengths.cpu()}
+
+        lengths = [len(tokens) for tokens in self.forget["input_ids"]]
+        config = self.model.config.get_text_config()
+        per_token = 8.0 * (config.vocab_size + 8 * config.hidden_size)  # logits, and one layer's activations
+        plan = plan_batches(
+            lengths, bytes_per_token=per_token, batch_size=self.batch_size, batch_bytes=self.batch_bytes
+        )
+        device = self.model.get_input_embeddings().weight.device
+        found = run_batches(
+            "answers",
+            self.forget,
+            compute,
+            plan,
+            pad_token_id=self.pad_token_id,
+            device=device,
+            work=self.work,
+            progress=self.progress,
+        )
+        return found["mean_logps"], found["lengths"]
 
     @cached_property
     def residual(self) -> np.ndarray:

@@ -1,0 +1,217 @@
+"""One pass of a model over a dataset: batches by bytes, shared among processes, kept on disk as they are done.
+
+What a batch holds depends on the dataset and the settings alone, never on the number of processes or on free memory, so
+that one process and eight compute the very same numbers.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .data import pad_samples
+from .files import atomic_write, write_json
+
+logger = logging.get_logger(__name__)
+
+# Memory that a batch may take while it is scored, by the caller's estimate.
+BATCH_BYTES = 2 * 2**30
+
+Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    *,
+    bytes_per_token: float = 0.0,
+    batch_size: int | None = None,
+    batch_bytes: int = BATCH_BYTES,
+) -> list[list[int]]:
+    """Rows of each batch, longest samples first, similar lengths together.
+
+    Args:
+        lengths: tokens of each sample, `N`.
+        bytes_per_token: memory that one (padded) token takes; 0 for no bound.
+        batch_size: samples per batch at most, `None` for no bound.
+        batch_bytes: bytes per batch at most; a single sample may exceed it.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        current = batches[-1] if batches else []
+        size = len(current) + 1
+        fits = current and size * lengths[current[0]] * bytes_per_token <= batch_bytes
+        if fits and (batch_size is None or size <= batch_size):
+            current.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+class WorkDir:
+    """A directory that keeps what is done of a piece of work, so that a killed run goes on where it stopped.
+
+    Args:
+        path: made if it is not there.
+        identity: what the results depend on (model, dataset, settings, versions), plain JSON values.
+
+    Raises:
+        ValueError: when it holds another piece of work, saying what differs, or something else.
+    """
+
+    def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
+        self.path = Path(path)
+        identity = json.loads(json.dumps(identity))
+        state, problem = PartialState(), None
+        if state.is_main_process:
+            problem = self._claim(identity)
+        problem = next((text for text in gather_object([problem]) if text), None)
+        if problem:
+            raise ValueError(problem)
+
+    def _claim(self, identity: dict[str, Any]) -> str | None:
+        record = self.path / "run.json"
+        if record.exists():
+            try:
+                found = json.loads(record.read_text(encoding="utf-8"))
+            except (OSError, json.JSONDecodeError) as error:
+                return f"cannot read {record}: {error}"
+            differs = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+            if differs:
+                shown = "; ".join(
+                    f"{key}: there {found.get(key)!r}, here {identity.get(key)!r}" for key in sorted(differs)
+                )
+                return f"work directory {self.path} belongs to another run ({shown}); remove it or choose another one"
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            return f"work directory {self.path} holds something else; choose another one"
+        else:
+            write_json(record, identity)
+        return None
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors saved under `name`; `None` when they are not there or not whole."""
+        try:
+            with safe_open(str(self.path / f"{name}.safetensors"), framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors under `name`, completely or not at all."""
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        atomic_write(self.path / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary))
+
+    def remove(self) -> None:
+        """Delete what this class writes, and the directory if nothing else is in it."""
+        for file in [*self.path.glob("*.safetensors"), self.path / "run.json"]:
+            file.unlink(missing_ok=True)
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def run_batches(
+    name: str,
+    prepared: Dataset,
+    compute: Compute,
+    plan: list[list[int]],
+    *,
+    pad_token_id: int,
+    device: torch.device | str = "cpu",
+    work: WorkDir | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Call `compute` on every batch of `plan` and put the rows of its results in dataset order.
+
+    Under `torchrun` or `accelerate launch` every process computes its share of the batches and all return everything.
+
+    Args:
+        name: of the pass, for the progress bar and the files.
+        compute: from a padded batch to tensors on the CPU whose first axis is the batch's.
+        work: keeps each finished batch; batches found there are not computed again.
+
+    Raises:
+        ValueError: on every process when one of them failed, naming the error; for a sample that does not fit into
+            memory by itself.
+    """
+    state = PartialState()
+    key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:8]
+    mine = range(state.process_index, len(plan), state.num_processes)
+    shards: dict[int, dict[str, Tensor]] = {}
+    failure: Exception | None = None
+    with tqdm(
+        total=sum(len(plan[index]) for index in mine),
+        desc=name,
+        unit="sample",
+        leave=False,
+        disable=not progress or not state.is_main_process,
+    ) as bar:
+        try:
+            for index in mine:
+                shard = work.load(f"{name}-{key}-{index:05d}") if work is not None else None
+                if shard is None or any(len(tensor) != len(plan[index]) for tensor in shard.values()):
+                    batch = pad_samples(prepared, plan[index], pad_token_id)
+                    batch = {column: values.to(device) for column, values in batch.items()}
+                    ids = [prepared["sample_id"][row] for row in plan[index]]
+                    shard = _halving(compute, batch, ids)
+                    if work is not None:
+                        work.save(f"{name}-{key}-{index:05d}", shard)
+                shards[index] = shard
+                bar.update(len(plan[index]))
+        except Exception as error:  # the others must hear of it, else they wait for this process
+            failure = error
+    if state.num_processes > 1:
+        messages = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
+        broken = [f"process {rank}: {text}" for rank, text in enumerate(messages) if text]
+        if broken and failure is None:
+            raise ValueError(f"{name} failed on another process; {broken[0]}")
+    if failure is not None:
+        raise failure
+    if state.num_processes > 1:
+        for part in gather_object([shards]):
+            shards.update(part)
+    result: dict[str, Tensor] = {}
+    for index, rows in enumerate(plan):
+        for column, values in shards[index].items():
+            if column not in result:
+                result[column] = values.new_zeros(len(prepared), *values.shape[1:])
+            result[column][rows] = values
+    return result
+
+
+def _halving(compute: Compute, batch: dict[str, Tensor], ids: list[str]) -> dict[str, Tensor]:
+    """`compute(batch)`, in halves when it does not fit into memory. Rows keep their padded length."""
+    try:
+        return compute(batch)
+    except Exception as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise
+        if len(ids) == 1:
+            length = int(batch["attention_mask"].sum())
+            raise ValueError(
+                f"sample {ids[0]!r} ({length} tokens) does not fit into memory by itself: {error}"
+            ) from None
+    # outside the handler, which keeps the failed pass's tensors alive
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(ids) // 2
+    logger.warning_once("out of memory: batches are halved; a smaller batch_bytes saves the failed attempts")
+    parts = [
+        _halving(compute, {column: values[rows] for column, values in batch.items()}, ids[rows])
+        for rows in (slice(0, half), slice(half, None))
+    ]
+    return {column: torch.cat([part[column] for part in parts]) for column in parts[0]}
