@@ -60,6 +60,27 @@ class CalibrationSettings:
     peft_config: Any = None
     autocast: torch.dtype | None = None
 
+    def for_data(self, retain: Dataset | None) -> CalibrationSettings:
+        """These settings, without the retain term when there is no retain set."""
+        if retain is None and self.loss.uses_retain:
+            return replace(self, loss=self.loss.without_retain())
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What the run's outcome depends on, as plain JSON values."""
+        return {
+            "objective": self.loss.objective,
+            "objective_args": self.loss.objective_args,
+            "retain_loss": self.loss.retain_loss,
+            "retain_weight": self.retain_weight,
+            "learning_rate": self.learning_rate,
+            "max_passes": self.max_passes,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "adapter": None if self.peft_config is None else str(sorted(map(str, self.peft_config.to_dict().items()))),
+            "autocast": str(self.autocast),
+        }
+
 
 @dataclass
 class Calibration:
@@ -77,6 +98,21 @@ class Calibration:
     snapshots: list[float]
     used: list[int]
     pairs: int
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """For a file; `from_tensors` reads them back."""
+        return {
+            "residual": torch.from_numpy(self.residual),
+            "snapshots": torch.tensor(self.snapshots, dtype=torch.float64),
+            "used": torch.tensor(self.used),
+            "pairs": torch.tensor(self.pairs),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Calibration:
+        return cls(
+            tensors["residual"].numpy(), tensors["snapshots"].tolist(), tensors["used"].tolist(), int(tensors["pairs"])
+        )
 
 
 def calibrate(
@@ -97,8 +133,7 @@ def calibrate(
     Raises:
         ValueError: when the run diverges.
     """
-    if retain is None and settings.loss.uses_retain:
-        settings = replace(settings, loss=settings.loss.without_retain())
+    settings = settings.for_data(retain)
     with _throw_away(model, settings.peft_config) as trained:
         return _run(trained, forget, retain, settings, pad_token_id, progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .data import check_tokenizer
 from .difficulty import METRICS, DifficultyScores
 from .files import check_new_file, check_output_dir
 from .scoring import check_metrics, score_difficulty
-from .trainer import CUDTrainer
+from .trainer import SCORES_FILE, WORK_DIR, CUDTrainer
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -75,6 +76,16 @@ class ScoreArguments(DataArguments):
         metadata={"help": "Difficulty metrics to compute, the first is the primary one."},
     )
     output: str = field(default="difficulty.parquet", metadata={"help": "Parquet file to write."})
+    save_circuits: str | None = field(
+        default=None, metadata={"help": "Write the edge scores of all samples to this safetensors file."}
+    )
+    work_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory for finished parts: the same command goes on there after it was killed. By default "
+            "OUTPUT.work; removed at the end."
+        },
+    )
 
 
 def load_samples(source: str, name: str | None, split: str, limit: int | None, what: str) -> Dataset:
@@ -138,7 +149,8 @@ def train(argv: list[str]) -> int:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if args.process_index == 0:
-        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume))
+        begun = (SCORES_FILE, WORK_DIR)  # of a start that was killed before training; the trainer checks them
+        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=begun)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     forget, retain = data_args.load()
     tokenizer = load_tokenizer(model_args)
@@ -171,10 +183,9 @@ def score(argv: list[str]) -> int:
     """`cud score`."""
     data_args, args, model_args = _parse(ScoreArguments, argv, "cud score")
     check_new_file(data_args.output, args.overwrite)
-    metric_args: dict[str, dict[str, Any]] = {}
-    if args.difficulty is not None and args.difficulty_args:
-        metric_args[args.difficulty] = args.difficulty_args  # type: ignore[assignment]
-    check_metrics(data_args.metrics, metric_args)
+    work_dir = data_args.work_dir or f"{data_args.output}.work"
+    options = args.scoring_options(get_peft_config(model_args))
+    check_metrics(data_args.metrics, options["metric_args"])
     forget, retain = data_args.load()
     tokenizer = load_tokenizer(model_args)
     trust = bool(getattr(model_args, "trust_remote_code", False))
@@ -189,17 +200,14 @@ def score(argv: list[str]) -> int:
         tokenizer,
         metrics=data_args.metrics,
         retain_dataset=retain,
-        metric_args=metric_args,
-        circuit_args=args.circuit_args,  # type: ignore[arg-type]
-        calibration=args.calibration_settings(get_peft_config(model_args)),
-        folds=args.folds,
-        group_column=args.group_column,
-        batch_size=args.per_device_train_batch_size,
-        max_length=args.max_length,
-        seed=args.seed,
-        progress=not args.disable_tqdm,
+        work_dir=work_dir,
+        save_circuits=data_args.save_circuits,
+        **options,
     )
+    if args.process_index != 0:
+        return 0
     scores.save(data_args.output, overwrite=args.overwrite)
+    shutil.rmtree(work_dir, ignore_errors=True)
     print(f"difficulty of {len(scores)} samples: {data_args.output}")
     print(
         scores.to_pandas()[scores.metrics].describe().loc[["mean", "std", "min", "max"]].to_string(float_format="%.4g")

@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from .calibration import CalibrationSettings
 from .objectives import UnlearningLoss
+from .passes import BATCH_BYTES
 from .schedule import SCHEDULES, get_schedule
 from .scoring import check_metrics
 
@@ -25,7 +26,8 @@ class CUDConfig(SFTConfig):
 
     > Parameters that control difficulty and schedule
 
-    difficulty, difficulty_args, circuit_args, folds, group_column, schedule, schedule_args, passes, n_buckets
+    difficulty, difficulty_args, circuit_args, counterfactual_column, scoring_batch_bytes, folds, group_column,
+    schedule, schedule_args, passes, n_buckets
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` 1e-5,
@@ -99,6 +101,19 @@ class CUDConfig(SFTConfig):
         default_factory=dict,
         metadata={"help": "Options of edge attribution: method, steps, baseline, metric."},
     )
+    counterfactual_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the forget dataset with another answer, for circuits with the counterfactual baseline "
+            "(TOFU: 'perturbed_answer')."
+        },
+    )
+    scoring_batch_bytes: int = field(
+        default=BATCH_BYTES,
+        metadata={
+            "help": "Estimated memory of a batch while difficulty is scored, in bytes. What does not fit is halved."
+        },
+    )
     folds: int = field(default=5, metadata={"help": "Cross-fitting folds: no sample helps to score itself."})
     group_column: str | None = field(
         default=None,
@@ -137,7 +152,13 @@ class CUDConfig(SFTConfig):
             check_metrics([self.difficulty], {self.difficulty: self.difficulty_args})  # type: ignore[dict-item]
         elif self.schedule_metric is not None:
             raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")
-        for name, smallest in (("passes", 1), ("n_buckets", 1), ("folds", 2), ("kl_top_k", 1)):
+        for name, smallest in (
+            ("passes", 1),
+            ("n_buckets", 1),
+            ("folds", 2),
+            ("kl_top_k", 1),
+            ("scoring_batch_bytes", 1),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
@@ -178,6 +199,23 @@ class CUDConfig(SFTConfig):
     @property
     def unlearning_loss(self) -> UnlearningLoss:
         return UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.kl_top_k)  # type: ignore[arg-type]
+
+    def scoring_options(self, peft_config: Any = None) -> dict[str, Any]:
+        """Keyword arguments of `score_difficulty` that this configuration stands for."""
+        own = {self.difficulty: self.difficulty_args} if self.difficulty and self.difficulty_args else {}
+        return {
+            "metric_args": own,
+            "circuit_args": self.circuit_args,
+            "calibration": self.calibration_settings(peft_config),
+            "folds": self.folds,
+            "group_column": self.group_column,
+            "counterfactual_column": self.counterfactual_column,
+            "batch_size": self.per_device_train_batch_size,
+            "batch_bytes": self.scoring_batch_bytes,
+            "max_length": self.max_length,
+            "seed": self.seed,
+            "progress": not self.disable_tqdm,
+        }
 
     def calibration_settings(self, peft_config: Any = None) -> CalibrationSettings:
         """The calibration run of this configuration: same objective, learning rate and trained part, but shorter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,16 @@ def check_new_file(path: str | Path, overwrite: bool) -> None:
         raise ValueError(f"{path} exists; pass overwrite to replace it")
 
 
-def check_output_dir(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Raise `ValueError` when `path` holds something and neither `overwrite` nor `resume` was asked for."""
+def check_output_dir(
+    path: str | Path, *, overwrite: bool = False, resume: bool = False, known: Collection[str] = ()
+) -> None:
+    """Raise `ValueError` when `path` holds something and neither `overwrite` nor `resume` was asked for.
+
+    Args:
+        known: names of entries that do not count.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output directory {path} is a file")
-    if not overwrite and not resume and path.is_dir() and any(path.iterdir()):
+    if not overwrite and not resume and path.is_dir() and any(entry.name not in known for entry in path.iterdir()):
         raise ValueError(f"output directory {path} is not empty; pass --overwrite, resume, or choose another one")

@@ -32,6 +32,13 @@ logger = logging.get_logger(__name__)
 # Memory that a batch may take while it is scored, by the caller's estimate.
 BATCH_BYTES = 2 * 2**30
 
+
+def process_state() -> PartialState:
+    """The processes that work together: those of `torchrun` or `accelerate launch`, else this one alone."""
+    # Without an accelerator it has to be told, or it starts every process as if it were the only one.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -76,7 +83,7 @@ class WorkDir:
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
         self.path = Path(path)
         identity = json.loads(json.dumps(identity))
-        state, problem = PartialState(), None
+        state, problem = process_state(), None
         if state.is_main_process:
             problem = self._claim(identity)
         problem = next((text for text in gather_object([problem]) if text), None)
@@ -147,7 +154,7 @@ def run_batches(
         ValueError: on every process when one of them failed, naming the error; for a sample that does not fit into
             memory by itself.
     """
-    state = PartialState()
+    state = process_state()
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:8]
     mine = range(state.process_index, len(plan), state.num_processes)
     shards: dict[int, dict[str, Tensor]] = {}

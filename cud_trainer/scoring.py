@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration import CalibrationSettings, calibrate
-from .circuits import check_architecture
-from .circuits.attribution import check_options
-from .data import check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
+from .calibration import Calibration, CalibrationSettings, calibrate
+from .circuits import CircuitTable, check_architecture
+from .circuits.attribution import check_options, needs_counterfactual
+from .data import COUNTERFACTUAL, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
 from .difficulty import METRICS, DifficultyContext, DifficultyScores
-from .difficulty.context import CIRCUIT_DEFAULTS
+from .difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
 from .difficulty.cud import make_folds
+from .files import check_new_file
 from .fingerprint import model_fingerprint, versions
+from .passes import BATCH_BYTES, WorkDir, process_state
 
 
 def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], model_or_config: Any = None) -> None:
@@ -47,14 +51,19 @@ def score_difficulty(
     calibration: CalibrationSettings | None = None,
     folds: int = 5,
     group_column: str | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    batch_bytes: int = BATCH_BYTES,
     max_length: int | None = 1024,
+    counterfactual_column: str | None = None,
     seed: int = 0,
+    work_dir: str | Path | None = None,
+    save_circuits: str | Path | None = None,
     progress: bool = True,
 ) -> DifficultyScores:
     """Predict for every sample of a forget set how hard it will be to unlearn, higher = harder.
 
-    Everything is computed on `model` as it is, which is left unchanged.
+    Everything is computed on `model` as it is, which is left unchanged. Under `torchrun` or `accelerate launch` the
+    processes share the batches; each returns the same table, bit for bit that of one process.
 
     Args:
         model: the original (memorising) causal LM.
@@ -67,7 +76,12 @@ def score_difficulty(
         calibration: how anchors are calibrated; by default NPO, AdamW from 1e-5 upwards.
         folds: cross-fitting folds.
         group_column: column of `dataset` whose groups are never split over folds.
-        batch_size: samples per forward pass.
+        batch_size: samples per forward pass at most; by default only `batch_bytes` bounds a batch.
+        batch_bytes: estimated memory of a batch at most. A batch that does not fit after all is halved.
+        counterfactual_column: another answer for circuits with the counterfactual baseline, see `prepare_dataset`.
+        work_dir: directory that keeps finished batches and the calibration run: the same call goes on there after it
+            was killed. Holds edge scores and ids, no text; remove it when it is no longer needed.
+        save_circuits: write the edge scores of all samples to this file (`cud_trainer.circuits.CircuitTable`).
 
     Returns:
         `DifficultyScores` in dataset order.
@@ -80,45 +94,82 @@ def score_difficulty(
     check_tokenizer(processing_class)
     metric_args, circuit_args = metric_args or {}, circuit_args or {}
     check_metrics(metrics, metric_args, model)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
-    unknown = [option for option in circuit_args if option not in (*CIRCUIT_DEFAULTS, "ungroup_kv")]
+    for name, value in (("batch_size", 1 if batch_size is None else batch_size), ("batch_bytes", batch_bytes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if save_circuits is not None:
+        check_new_file(save_circuits, overwrite=False)
+        if not any(METRICS[name].needs_circuits for name in metrics):
+            raise ValueError(f"save_circuits has nothing to save: none of the metrics {list(metrics)} needs circuits")
+    unknown = [option for option in circuit_args if option not in (*CIRCUIT_DEFAULTS, "ungroup_kv", "reference_quirk")]
     if unknown:
         raise ValueError(f"unknown circuit option {unknown[0]!r}; choose from {sorted(CIRCUIT_DEFAULTS)}")
     options = {**CIRCUIT_DEFAULTS, **circuit_args}
     check_options(options["method"], options["steps"], options["baseline"], options["metric"])
     groups = [group_column] if group_column else []
-    forget = prepare_dataset(dataset, processing_class, max_length=max_length, name="forget", keep_columns=groups)
+    forget = prepare_dataset(
+        dataset,
+        processing_class,
+        max_length=max_length,
+        name="forget",
+        keep_columns=groups,
+        counterfactual_column=counterfactual_column,
+    )
+    if needs_counterfactual(options["baseline"], options["metric"]) and COUNTERFACTUAL not in forget.column_names:
+        raise ValueError(
+            "circuits with the counterfactual baseline or logit_diff need another answer for each sample: "
+            "give counterfactual_column"
+        )
     retain = None
     if retain_dataset is not None:
         retain = prepare_dataset(retain_dataset, processing_class, max_length=max_length, name="retain")
         check_disjoint(forget, retain)
-    settings = calibration or CalibrationSettings(batch_size=batch_size, seed=seed)
-    if retain is None and settings.loss.retain_loss != "none":
-        settings = replace(settings, loss=settings.loss.without_retain())
+    settings = calibration or CalibrationSettings(batch_size=batch_size or 8, seed=seed)
+    settings = settings.for_data(retain)
     group_values = list(forget[group_column]) if group_column else None
-    cross_fitted = any(METRICS[name].needs_circuits and name.startswith("cud") for name in metrics)
+    cross_fitted = any(METRICS[name].cross_fitted for name in metrics)
     if cross_fitted:
         make_folds(len(forget), folds, seed, group_values)  # refuses before any compute
 
-    runs: list[Any] = []
+    pad_token_id = int(processing_class.pad_token_id)  # type: ignore[arg-type]
+    identity = {"model": model_fingerprint(model), "dataset": dataset_fingerprint(forget), "versions": versions()}
+    circuits = circuit_settings(circuit_args)
+    work = None
+    if work_dir is not None:
+        bounds = {"batch_size": batch_size, "batch_bytes": batch_bytes}
+        run = {"retain": None if retain is None else dataset_fingerprint(retain), "calibration": settings.identity()}
+        work = WorkDir(work_dir, {**identity, "circuits": circuits, "batches": bounds, **run})
+    runs: list[Calibration] = []
 
-    def run_calibration():
-        runs.append(calibrate(model, forget, retain, settings, pad_token_id=pad_token_id, progress=progress))
+    def run_calibration() -> np.ndarray:
+        # Every process runs it: none has to wait for longer than a collective call may take.
+        kept = work.load("calibration") if work is not None else None
+        found = (
+            Calibration.from_tensors(kept)
+            if kept is not None
+            else calibrate(model, forget, retain, settings, pad_token_id=pad_token_id, progress=progress)
+        )
+        shared = [found]
+        if process_state().num_processes > 1:  # rounding may differ between devices
+            broadcast_object_list(shared)
+        runs.append(shared[0])
+        if work is not None and kept is None and process_state().is_main_process:
+            work.save("calibration", runs[-1].tensors())
         return runs[-1].residual
 
-    pad_token_id = int(processing_class.pad_token_id)  # type: ignore[arg-type]
     context = DifficultyContext(
         model=model,
         forget=forget,
         retain=retain,
         pad_token_id=pad_token_id,
         batch_size=batch_size,
+        batch_bytes=batch_bytes,
         seed=seed,
         folds=folds,
         groups=group_values,
         circuit_options=circuit_args,
         calibrate=run_calibration,
+        work=work,
         progress=progress,
     )
     # Metrics that share the attribution pass go first, so that its by-products are there for the others.
@@ -126,14 +177,9 @@ def score_difficulty(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the initial adapter of a calibration run
         computed = {name: METRICS[name].compute(context, **metric_args.get(name, {})) for name in by_cost}
-    provenance = {
-        "model": model_fingerprint(model),
-        "dataset": dataset_fingerprint(forget),
-        "metric_args": metric_args,
-        "circuits": context.circuit_settings,
-        "seed": seed,
-        "versions": versions(),
-    }
+    if save_circuits is not None and process_state().is_main_process:
+        CircuitTable(list(forget["sample_id"]), context.edges, context.graph, circuits).save(save_circuits)
+    provenance = {**identity, "metric_args": metric_args, "circuits": circuits, "seed": seed}
     if runs:
         provenance["calibration"] = {
             "objective": settings.loss.objective,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from .difficulty.scores import merge_metrics
 from .files import check_output_dir, write_json
 from .fingerprint import model_fingerprint
 from .objectives import LossTerms
+from .passes import process_state
 from .schedule import Schedule, make_schedule
 from .scoring import check_metrics, score_difficulty
 
@@ -42,6 +44,7 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "cud_state.json"
 SCORES_FILE = "difficulty.parquet"
 SCHEDULE_FILE = "schedule.parquet"
+WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
 
 
 class DivergenceError(RuntimeError):
@@ -117,7 +120,12 @@ class CUDTrainer(SFTTrainer):
             )
         groups = [args.group_column] if args.group_column else []
         self.forget = prepare_dataset(
-            forget_dataset, processing_class, max_length=args.max_length, name="forget", keep_columns=groups
+            forget_dataset,
+            processing_class,
+            max_length=args.max_length,
+            name="forget",
+            keep_columns=groups,
+            counterfactual_column=args.counterfactual_column,
         )
         self.retain: Dataset | None = None
         if retain_dataset is not None:
@@ -143,9 +151,8 @@ class CUDTrainer(SFTTrainer):
             check_metrics(metrics or ["loss"], {}, model)
         elif args.difficulty is not None:
             difficulty_scores = difficulty_scores.aligned(self.forget_ids)
-            needed = [name for name in (args.schedule_metric,) if name is not None]
-            for name in needed:
-                difficulty_scores[name]
+            if args.schedule_metric is not None:
+                difficulty_scores[args.schedule_metric]  # raises when it is not there
         if (args.fsdp or args.deepspeed) and (loss.spec.needs_reference or loss.retain_loss == "kl"):
             raise ValueError(
                 f"objective {args.objective!r} with retain_loss {loss.retain_loss!r} scores the original model before "
@@ -261,21 +268,18 @@ class CUDTrainer(SFTTrainer):
                 raise ValueError(f"{path} is from another run ({error}); pass overwrite to replace it") from None
         if not hasattr(model, "hf_device_map") and not (args.fsdp or args.deepspeed):
             model.to(args.device)
+        work_dir = Path(args.output_dir) / WORK_DIR
+        if args.overwrite and args.process_index == 0:
+            shutil.rmtree(work_dir, ignore_errors=True)
+        process_state().wait_for_everyone()
         scores = score_difficulty(
             model,
             self.forget,
             processing_class,
             metrics=metrics,
             retain_dataset=self.retain,
-            metric_args={args.difficulty: args.difficulty_args},  # type: ignore[dict-item]
-            circuit_args=args.circuit_args,  # type: ignore[arg-type]
-            calibration=args.calibration_settings(peft_config),
-            folds=args.folds,
-            group_column=args.group_column,
-            batch_size=args.per_device_train_batch_size,
-            max_length=args.max_length,
-            seed=args.seed,
-            progress=not args.disable_tqdm,
+            work_dir=work_dir,
+            **{**args.scoring_options(peft_config), "counterfactual_column": None},  # it is in the prepared samples
         )
         scores.provenance["request"] = request
         if args.world_size > 1:  # rounding may differ between devices, the plan must not
@@ -284,6 +288,7 @@ class CUDTrainer(SFTTrainer):
             scores = shared[0]
         if args.process_index == 0:
             scores.save(path, overwrite=True)
+            shutil.rmtree(work_dir)
         return scores
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -309,7 +314,7 @@ class CUDTrainer(SFTTrainer):
         else:
             self._served = []
             if self.is_world_process_zero() and not self._started and not self.args.overwrite:
-                made = {SCORES_FILE}
+                made = {SCORES_FILE, WORK_DIR}
                 others = [p.name for p in output.iterdir() if p.name not in made] if output.is_dir() else []
                 if others:
                     check_output_dir(output)
@@ -469,7 +474,8 @@ def _check_may_start(args: CUDConfig) -> None:
     anew is only known in `train`."""
     output = Path(args.output_dir)
     known = output.is_dir() and ((output / SCORES_FILE).exists() or any(output.glob("checkpoint-*")))
-    check_output_dir(output, overwrite=args.overwrite, resume=bool(args.resume_from_checkpoint) or known)
+    resume = bool(args.resume_from_checkpoint) or known
+    check_output_dir(output, overwrite=args.overwrite, resume=resume, known=(WORK_DIR,))
 
 
 def _needed_metrics(args: CUDConfig) -> list[str]:

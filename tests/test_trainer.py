@@ -427,5 +427,5 @@ class TestRefusals:
         tiny = OPTConfig(
             vocab_size=258, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, word_embed_proj_dim=8
         )
-        with pytest.raises(ValueError, match="'opt'.*supported: llama"):
+        with pytest.raises(ValueError, match="'opt'.*available: gemma2"):
             make_trainer(tmp_path / "out", model=OPTForCausalLM(tiny), difficulty="cud")

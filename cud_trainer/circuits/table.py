@@ -41,22 +41,19 @@ class CircuitTable:
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a safetensors file, atomically; `ValueError` if it exists."""
         check_new_file(path, overwrite)
-        header = {
-            "ids": json.dumps(self.ids),
-            "graph": json.dumps(asdict(self.graph)),
-            "settings": json.dumps(self.settings, sort_keys=True),
-        }
+        header = {"ids": self.ids, "graph": asdict(self.graph), "settings": self.settings}
+        # One entry: of several the library writes them in an order of its own, different every time.
+        metadata = {"circuits": json.dumps(header, sort_keys=True)}
         tensors = {"edges": self.edges.float().contiguous()}
-        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> CircuitTable:
         """Read what `save` wrote; `ValueError` for a missing or foreign file."""
         try:
             with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
+                header = json.loads((file.metadata() or {})["circuits"])
                 edges = file.get_tensor("edges")
-            graph = Graph(**json.loads(header["graph"]))
-            return cls(json.loads(header["ids"]), edges, graph, json.loads(header["settings"]))
+            return cls(header["ids"], edges, Graph(**header["graph"]), header["settings"])
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot read circuits from {path}: {error}") from None

@@ -23,6 +23,14 @@ from .cud import make_folds
 CIRCUIT_DEFAULTS = {"method": "eap", "steps": 5, "baseline": "zero", "metric": "prob"}
 
 
+def circuit_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """All options of the attribution, defaults filled in; `steps` only where it matters."""
+    settings = {**CIRCUIT_DEFAULTS, **options}
+    if settings["method"] == "eap":
+        settings["steps"] = 1
+    return settings
+
+
 @dataclass
 class DifficultyContext:
     """Inputs of the metrics. Properties are computed on first use and kept.
@@ -58,10 +66,7 @@ class DifficultyContext:
     @cached_property
     def circuit_settings(self) -> dict[str, Any]:
         """All options of the attribution, defaults filled in; `steps` only where it matters."""
-        settings = {**CIRCUIT_DEFAULTS, **self.circuit_options}
-        if settings["method"] == "eap":
-            settings["steps"] = 1
-        return settings
+        return circuit_settings(self.circuit_options)
 
     @cached_property
     def _circuits(self) -> tuple[Tensor, Tensor, Tensor, Graph]:

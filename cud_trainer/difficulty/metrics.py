@@ -24,11 +24,13 @@ class Metric:
         name: the name used in configs.
         compute: `(context, **options) -> float [N]`.
         needs_circuits: whether it reads edge scores (and so needs a supported architecture).
+        cross_fitted: whether a sample's score depends on folds of the others.
     """
 
     name: str
     compute: Callable[..., np.ndarray]
     needs_circuits: bool = False
+    cross_fitted: bool = False
 
     def check_options(self, given: dict[str, Any]) -> None:
         """Raise `ValueError` for an option this metric does not have, or a value it cannot have."""
@@ -94,7 +96,7 @@ def cud_settings(
     return CUDSettings(variant, vector, k, distance, anchor_share, selection, prune)
 
 
-@register_metric("cud", needs_circuits=True)
+@register_metric("cud", needs_circuits=True, cross_fitted=True)
 def cud(
     context: DifficultyContext,
     *,
@@ -174,7 +176,7 @@ def cud(
     return scores
 
 
-@register_metric("cud_paper", needs_circuits=True)
+@register_metric("cud_paper", needs_circuits=True, cross_fitted=True)
 def cud_paper(
     context: DifficultyContext,
     *,
