@@ -1,24 +1,42 @@
 """Cost of edge attribution as a multiple of the model's own forward and backward passes, alternated in one run.
 
-    python benchmarks/attribution.py --layers 12 --hidden_size 576 --output benchmarks/results/attribution.json
+    python benchmarks/attribution.py --output benchmarks/results/attribution.json
+    python benchmarks/attribution.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2.json
 
-The floor is as many forward-plus-backward passes as the method has points (1 for EAP, m for EAP-IG) on the same batch:
-parameters frozen (only activations need gradients), vocabulary projection on answer positions only.
+The floor is a forward-plus-backward pass of the same batch, parameters frozen (only activations need gradients),
+vocabulary projection on answer positions only. `ratio_m` divides by as many of them as the method has points (1 for
+EAP, m for EAP-IG), `ratio_m_plus_1` by one more, the clean pass that the usual implementations need.
+Memory is the process's peak above the loaded model, each in a process of its own, beside one AdamW training step.
 """
 
 import argparse
+import gc
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cud_trainer.circuits import edge_attributions
 from cud_trainer.fingerprint import versions
 from cud_trainer.logprobs import score_answers
+
+
+def load(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    if not args.model:
+        return make(args)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (args.batch, args.tokens))
+    labels = tokens.clone()
+    labels[:, : args.tokens // 2] = -100
+    return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
 def make(args: argparse.Namespace) -> tuple[LlamaForCausalLM, dict[str, torch.Tensor]]:
@@ -37,12 +55,19 @@ def make(args: argparse.Namespace) -> tuple[LlamaForCausalLM, dict[str, torch.Te
     return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
-def bare(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], points: int) -> None:
+def bare(model: torch.nn.Module, batch: dict[str, torch.Tensor], points: int) -> None:
     """The passes that no attribution can do without."""
     embeddings = model.get_input_embeddings()(batch["input_ids"])
     for _ in range(points):
         inputs = embeddings.detach().requires_grad_()
         torch.autograd.grad(score_answers(model, batch, inputs_embeds=inputs).mean_logps.exp().sum(), inputs)
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return "unknown processor"
 
 
 def timed(function, *arguments, **options) -> float:
@@ -51,8 +76,43 @@ def timed(function, *arguments, **options) -> float:
     return time.process_time() - start
 
 
+def training_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(**batch).loss.backward()
+    optimizer.step()
+
+
+def peak_bytes(args: argparse.Namespace, what: str) -> int:
+    """Peak memory of `what` above the loaded model, in a process of its own."""
+    child = [sys.executable, __file__, "--peak_of", what]
+    for name in ("model", "layers", "hidden_size", "vocabulary", "batch", "tokens"):
+        if getattr(args, name) is not None:
+            child += [f"--{name}", str(getattr(args, name))]
+    return int(subprocess.run(child, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak(args: argparse.Namespace) -> None:
+    model, batch = load(args)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    if args.peak_of == "training":
+        training_step(model, batch)
+    else:
+        edge_attributions(model, batch, method=args.peak_of)
+    print(_status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a pretrained model; by default a random Llama of the size below")
+    parser.add_argument("--peak_of", help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden_size", type=int, default=576)
     parser.add_argument("--vocabulary", type=int, default=49152)
@@ -62,7 +122,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)  # CPU seconds of one thread: other work on the machine disturbs them least
-    model, batch = make(args)
+    if args.peak_of:
+        print_peak(args)
+        return
+    model, batch = load(args)
     rows = []
     for method, points in (("eap", 1), ("eap-ig", 5)):
         edge_attributions(model, batch, method=method, steps=points)
@@ -77,15 +140,26 @@ def main() -> None:
                 "points": points,
                 "seconds_per_sample": statistics.median(ours for ours, _ in pairs) / args.batch,
                 "floor_seconds_per_sample": statistics.median(floor for _, floor in pairs) / args.batch,
-                "ratio": {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]},
+                "ratio_m": {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]},
+                "ratio_m_plus_1": {
+                    key: value * points / (points + 1)
+                    for key, value in (("median", statistics.median(ratios)), ("min", ratios[0]), ("max", ratios[-1]))
+                },
             }
         )
-        print(json.dumps(rows[-1]))
+        print(json.dumps(rows[-1]), flush=True)
+    training = peak_bytes(args, "training")
+    memory = {"training_step": training}
+    for method in ("eap", "eap-ig"):
+        memory[method] = peak_bytes(args, method)
+    print(json.dumps(memory))
     if args.output:
-        settings = {key: value for key, value in vars(args).items() if key != "output"}
+        settings = {key: value for key, value in vars(args).items() if key not in ("output", "peak_of")}
+        settings["model"] = None if args.model is None else Path(args.model).name
         result = {
             "settings": settings,
-            "machine": platform.machine(),
+            "peak_bytes_above_model": memory,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
             "threads": 1,
             "versions": versions(),
             "rows": rows,

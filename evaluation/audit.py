@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+
+from cud_trainer.circuits import SIGNATURE, CircuitTable, circuit_signature, select_circuits
 
 from . import statistics as stats
 
@@ -127,3 +130,66 @@ def at_position(values: np.ndarray, position: float) -> np.ndarray:
     before = int(position)
     after = min(before + 1, len(values) - 1)
     return values[before] + (position - before) * (values[after] - values[before])
+
+
+def circuit_section(
+    table: CircuitTable,
+    bucket: np.ndarray,
+    residual: np.ndarray | None,
+    *,
+    seed: int,
+    k: int = 200,
+    shown_edges: int = 150,
+) -> dict[str, Any]:
+    """Where the circuits of easy and hard samples lie: their signature by bucket, and the edges that tell them apart.
+
+    Args:
+        table: edge scores of the forget samples, `N`.
+        bucket: difficulty bucket of each sample, 0 = easiest, `[N]`.
+        residual: what is left of each sample, `[N]`, if it is known.
+        k: edges of a circuit (top-k by |score|).
+        shown_edges: how many edges the pictures show.
+    """
+    k = min(k, table.graph.n_edges)
+    circuits = select_circuits(table.edges, table.graph, selection="top_k", k=k)
+    empty = ~circuits.any(1)
+    signature = {name: values.numpy() for name, values in circuit_signature(table.edges, table.graph, circuits).items()}
+    full = ~empty.numpy()
+    edges = table.edges.double()
+    unit = edges / torch.linalg.vector_norm(edges, dim=1, keepdim=True).clamp(min=torch.finfo(edges.dtype).tiny)
+    easy, hard = (torch.from_numpy((bucket == side) & full) for side in (0, int(bucket.max())))
+    difference = unit[hard].abs().mean(0) - unit[easy].abs().mean(0)
+    section: dict[str, Any] = {
+        "n": len(table.ids),
+        "n_empty": int(empty.sum()),
+        "k": k,
+        "settings": table.settings,
+        "layers": table.graph.n_layers,
+        "heads": table.graph.n_heads,
+        "kv_heads": table.graph.n_kv_heads,
+        "signature": list(SIGNATURE),
+        "buckets": by_bucket({name: values[full] for name, values in signature.items()}, bucket[full], seed),
+        "mean_circuit": _strongest(unit[full].mean(0), table, shown_edges),
+        "difference": _strongest(difference, table, shown_edges),
+    }
+    if residual is not None:
+        section["spearman"] = [
+            {"name": name, "spearman": stats.spearman(signature[name][full], residual[full], seed=seed).as_dict()}
+            for name in SIGNATURE
+        ]
+    return section
+
+
+def _strongest(values: torch.Tensor, table: CircuitTable, count: int) -> list[dict[str, Any]]:
+    """The edges with the largest absolute values, strongest first."""
+    places = table.graph.mask.nonzero()
+    order = values.abs().argsort(descending=True, stable=True)[:count].tolist()
+    return [
+        {
+            "source": table.graph.sources[int(places[edge, 0])],
+            "destination": table.graph.destinations[int(places[edge, 1])],
+            "value": float(values[edge]),
+        }
+        for edge in order
+        if float(values[edge]) != 0
+    ]

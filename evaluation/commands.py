@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
+from cud_trainer.circuits import CircuitTable
 from cud_trainer.commands import DataArguments, load_tokenizer, model_options
 from cud_trainer.data import check_disjoint, prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
@@ -34,6 +35,10 @@ class EvaluateArguments(DataArguments):
     )
     scores: str | None = field(
         default=None, metadata={"help": "Difficulty scores (parquet); without them there are no buckets."}
+    )
+    circuits: str | None = field(
+        default=None,
+        metadata={"help": "Edge scores of the forget set (`cud score --save_circuits`), for pictures of the circuits."},
     )
     metric: str | None = field(default=None, metadata={"help": "Metric that makes the buckets (default: the primary)."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
@@ -80,6 +85,11 @@ def evaluate(argv: list[str]) -> int:
     if args.scores:
         scores = DifficultyScores.load(args.scores).aligned(list(forget["sample_id"]))
         scores.buckets(args.metric, args.n_buckets)  # refuses before any compute
+    table = None
+    if args.circuits:
+        if scores is None:
+            raise ValueError("circuits are shown by difficulty bucket: give --scores, too")
+        table = CircuitTable.load(args.circuits).aligned(list(forget["sample_id"]))
     options = model_options(model_args)
 
     def measure(path: str, what: str) -> tuple[dict[str, dict[str, np.ndarray]], str]:
@@ -104,6 +114,9 @@ def evaluate(argv: list[str]) -> int:
         after, before=before, scores=scores, metric=args.metric, n_buckets=args.n_buckets, seed=args.seed,
         name=Path(model_args.model_name_or_path).name,
     )  # fmt: skip
+    if table is not None and scores is not None:
+        bucket = scores.buckets(args.metric, args.n_buckets)
+        results["circuits"] = audit.circuit_section(table, bucket, after["forget"]["probability"], seed=args.seed)
     results["run"] = {
         "command": "cud evaluate " + " ".join(argv),
         "seed": args.seed,

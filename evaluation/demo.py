@@ -30,6 +30,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cud_trainer.calibration import CalibrationSettings
+from cud_trainer.circuits import CircuitTable
 from cud_trainer.data import prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
@@ -40,6 +41,7 @@ from . import audit
 from . import statistics as stats
 from .tradeoff import Path as RunPath
 
+CIRCUITS_FILE = "circuits.safetensors"
 METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
 BUCKETS = 4
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
@@ -137,7 +139,8 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
     with clock("unlearn"):
         outcomes, fit = _unlearn(args, output, scores)
     with clock("report"):
-        results = _results(args, command, before, sizes, scores, outcomes, fit)
+        circuits = CircuitTable.load(output / CIRCUITS_FILE)
+        results = _results(args, command, before, sizes, scores, circuits, outcomes, fit)
         results["run"]["seconds"] = clock.seconds
         per_sample = _per_sample(scores, outcomes)
     write_report(results, output, per_sample)
@@ -182,7 +185,9 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
     from .testbed import build_testbed
 
     testbed, (model, tokenizer) = build_testbed(args.seed), _load(output)
-    scores = {}
+    scores: dict[str, DifficultyScores] = {}
+    circuits = output / CIRCUITS_FILE
+    circuits.unlink(missing_ok=True)
     for objective, options in OBJECTIVES.items():
         scores[objective] = score_difficulty(
             model,
@@ -201,6 +206,7 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
             group_column="author",
             batch_size=40,
             seed=args.seed,
+            save_circuits=None if circuits.exists() else circuits,  # of the model alone: the same for all objectives
         )
         scores[objective].save(output / f"difficulty-{objective}.parquet", overwrite=args.overwrite)
     return scores
@@ -321,6 +327,7 @@ def _results(
     before: dict[str, Any],
     sizes: dict[str, Any],
     scores: dict[str, DifficultyScores],
+    circuits: CircuitTable,
     outcomes: list[Outcome],
     fit: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -345,6 +352,8 @@ def _results(
         )
         against = audit.spearman_difference(table["cud"], table["loss"], np.mean(residuals, axis=0), seed=seed)
         section["cud_minus_loss"] = against.as_dict()
+        if objective == next(iter(OBJECTIVES)):
+            pictures = audit.circuit_section(circuits.aligned(table.ids), bucket, np.mean(residuals, axis=0), seed=seed)
         difficulty.append(section)
         findings.append(_difficulty_finding(objective, section, against))
 
@@ -401,6 +410,7 @@ def _results(
             "intervals are over its samples, not over models.",
             "objectives": difficulty,
         },
+        "circuits": pictures,
         "conditions": conditions,
         "retain_weight_fit": fit,
         "matched": matched,

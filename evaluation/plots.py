@@ -149,6 +149,55 @@ def predictors(objectives: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def circuit(section: dict[str, Any], edges: str, positive: str, negative: str) -> Figure:
+    """Edges of a circuit, layers as columns: heads from below, each layer's MLP above them.
+
+    Args:
+        section: `circuits` of the results.
+        edges: its entry with the edges, `"mean_circuit"` or `"difference"`.
+        positive, negative: what edges of either sign mean; width is by absolute value.
+    """
+    layers, heads, kv_heads = section["layers"], section["heads"], section["kv_heads"]
+    figure = Figure(figsize=(min(4 + 0.5 * (layers + 2), 14), 3.8), layout="constrained")
+    ax = figure.subplots()
+
+    def place(name: str) -> tuple[float, float]:
+        if name == "input":
+            return -1.0, (heads - 1) / 2
+        if name == "logits":
+            return float(layers), (heads - 1) / 2
+        layer, _, rest = name[1:].partition(".")
+        if name[0] == "m":
+            return int(layer) + 0.45, heads + 0.6
+        head, _, part = rest.partition(".")
+        number = int(head[1:])
+        if part in ("k", "v"):  # between the query heads that share it
+            number = (number + 0.5) * heads / kv_heads - 0.5
+        return float(layer), float(number)
+
+    shown = section[edges]
+    largest = max((abs(edge["value"]) for edge in shown), default=1.0)
+    for edge in reversed(shown):  # the strongest on top
+        (x0, y0), (x1, y1) = place(edge["source"]), place(edge["destination"])
+        strength = abs(edge["value"]) / largest
+        ax.plot(
+            [x0, x1], [y0, y1], color=COLOURS[0] if edge["value"] > 0 else COLOURS[1], linewidth=0.4 + 3 * strength,
+            alpha=0.25 + 0.65 * strength, solid_capstyle="round",
+        )  # fmt: skip
+    nodes = {place(name) for edge in shown for name in (edge["source"], edge["destination"])}
+    ax.scatter([x for x, _ in nodes], [y for _, y in nodes], s=14, color="black", zorder=3)
+    for colour, label in ((COLOURS[0], positive), (COLOURS[1], negative)):
+        ax.plot([], [], color=colour, linewidth=2, label=label)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    step = max(1, layers // 12)
+    ticks = list(range(0, layers, step))
+    ax.set_xticks([-1, *ticks, layers], ["input", *map(str, ticks), "logits"], fontsize=8)
+    ax.set_yticks([(heads - 1) / 2, heads + 0.6], ["heads", "MLP"], fontsize=8)
+    ax.set_ylim(-0.8, heads + 1.4)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
 def to_svg(figure: Figure) -> str:
     """The figure as an `<svg>` element, without date, addresses or random ids: equal results give equal files."""
     buffer = io.StringIO()

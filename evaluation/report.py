@@ -31,6 +31,21 @@ ENTRIES = {
     "difficulty.objectives.*": ("objective", "n", "target", "rows"),
     "difficulty.objectives.*.ceiling": ("agreement", "attainable", "n_seeds"),
     "difficulty.objectives.*.rows.*": ("metric", "label", "kind", "spearman", "partial", "auroc"),
+    "circuits": (
+        "n",
+        "n_empty",
+        "k",
+        "settings",
+        "layers",
+        "heads",
+        "kv_heads",
+        "signature",
+        "buckets",
+        "mean_circuit",
+        "difference",
+    ),
+    "circuits.buckets.*": ("bucket", "n"),
+    "circuits.spearman.*": ("name", "spearman"),
     "conditions.*": ("name", "objective", "schedule", "retain_weight", "seeds", "final"),
     "conditions.*.curve.*": ("seed", "retain", "forget", "buckets"),
     "conditions.*.final": ("forget",),
@@ -160,6 +175,12 @@ def make_figures(results: dict[str, Any]) -> dict[str, Any]:
         figures["buckets"] = plots.buckets(bucketed)
     if results.get("difficulty", {}).get("objectives"):
         figures["predictors"] = plots.predictors(results["difficulty"]["objectives"])
+    if results.get("circuits"):
+        section = results["circuits"]
+        figures["circuit"] = plots.circuit(section, "mean_circuit", "works against the answer", "helps the answer")
+        figures["circuit_difference"] = plots.circuit(
+            section, "difference", "stronger in the hardest bucket", "stronger in the easiest bucket"
+        )
     return figures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,18 @@ class CircuitTable:
                 f"edge scores of shape {list(self.edges.shape)} do not fit {len(self.ids)} samples and "
                 f"{self.graph.n_edges} edges"
             )
+
+    def aligned(self, ids: Sequence[str]) -> CircuitTable:
+        """The rows for `ids`, in that order; `ValueError` naming an id that has no circuit."""
+        position = {sample_id: row for row, sample_id in enumerate(self.ids)}
+        missing = [sample_id for sample_id in ids if sample_id not in position]
+        if missing:
+            raise ValueError(
+                f"circuits lack {len(missing)} of {len(ids)} samples, the first is {missing[0]!r}: they were made for "
+                "another dataset"
+            )
+        rows = [position[sample_id] for sample_id in ids]
+        return CircuitTable(list(ids), self.edges[rows], self.graph, self.settings)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a safetensors file, atomically; `ValueError` if it exists."""
