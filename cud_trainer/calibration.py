@@ -6,6 +6,7 @@ from a brief one on the user's own model, objective and parameterisation, and pu
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,15 @@ WINDOW = (0.15, 0.75)
 STILL_UNTOUCHED = 0.9
 # LoRA initialisations that leave the model's own weights alone; others (PiSSA, OLoRA, ...) take something out of them.
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def adapter_identity(peft_config: Any) -> str | None:
+    """All settings of an adapter as text, the same in every process: sets have an order of their own in each."""
+    if peft_config is None:
+        return None
+    return json.dumps(
+        peft_config.to_dict(), sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)
+    )
 
 
 @dataclass
@@ -77,7 +87,7 @@ class CalibrationSettings:
             "max_passes": self.max_passes,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "adapter": None if self.peft_config is None else str(sorted(map(str, self.peft_config.to_dict().items()))),
+            "adapter": adapter_identity(self.peft_config),
             "autocast": str(self.autocast),
         }
 

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer import disable_dropout_in_model
 
+from .calibration import adapter_identity
 from .config import CUDConfig
 from .data import PairedCollator, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
 from .difficulty import DifficultyScores
@@ -255,7 +256,7 @@ class CUDTrainer(SFTTrainer):
             "learning_rate": args.learning_rate,
             "passes": args.passes,
             "retain": None if self.retain is None else dataset_fingerprint(self.retain),
-            "adapter": None if peft_config is None else str(sorted(map(str, peft_config.to_dict().items()))),
+            "adapter": adapter_identity(peft_config),
         }
         request = json.loads(json.dumps(request))
         path = Path(args.output_dir) / SCORES_FILE

@@ -268,3 +268,25 @@ def test_says_so_when_nothing_moved(memorised, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("cud_trainer.calibration"), "propagate", True)
     run(memorised, learning_rate=1e-12, max_passes=2)
     assert "the anchors rank noise" in caplog.text
+
+
+def test_an_adapters_identity_is_that_of_every_process():
+    import os
+    import subprocess
+    import sys
+
+    code = (
+        "from peft import LoraConfig; from cud_trainer.calibration import adapter_identity as identity;"
+        "print(identity(LoraConfig(target_modules=['q_proj', 'v_proj', 'o_proj', 'up_proj'])))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1 and "up_proj" in found.pop()
