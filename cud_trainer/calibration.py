@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .data import PairedCollator, length_sorted_batches
-from .logprobs import score_answers
+from .data import PairedCollator
+from .logprobs import answer_probability
 from .objectives import Reference, UnlearningLoss
 
 logger = logging.get_logger(__name__)
@@ -167,7 +167,12 @@ def _run(
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
     generator = np.random.default_rng(settings.seed)
     size = len(forget)
-    start = _probabilities(model, forget, pad_token_id, settings, device)
+
+    def probabilities() -> np.ndarray:
+        with _autocast(device, settings.autocast):
+            return answer_probability(model, forget, pad_token_id=pad_token_id, batch_size=settings.batch_size)
+
+    start = probabilities()
     history: list[np.ndarray] = []
     pairs = 0
     with tqdm(total=settings.max_passes, desc="calibration", disable=not progress, unit="pass", leave=False) as bar:
@@ -177,7 +182,7 @@ def _run(
             for half in np.array_split(np.arange(size), 2 if size > 1 else 1):
                 _step(model, optimizer, collate, order[half], partners[half], settings, reference, device)
                 pairs += len(half)
-                history.append(_probabilities(model, forget, pad_token_id, settings, device))
+                history.append(probabilities())
                 if not np.isfinite(history[-1]).all():
                     raise ValueError("the calibration run diverged (non-finite probability); lower the learning rate")
                 if history[-1].mean() < WINDOW[0] * start.mean():
@@ -239,17 +244,6 @@ def _step(
         (total / len(rows)).backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
-
-
-@torch.no_grad()
-def _probabilities(
-    model: PreTrainedModel, forget: Dataset, pad_token_id: int, settings: CalibrationSettings, device: torch.device
-) -> np.ndarray:
-    values = torch.zeros(len(forget), dtype=torch.float64)
-    for rows, batch in length_sorted_batches(forget, settings.batch_size, pad_token_id, device=device):
-        with _autocast(device, settings.autocast):
-            values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
-    return values.numpy()
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from .config import CUDConfig
 from .data import check_tokenizer
 from .difficulty import METRICS, DifficultyScores
 from .files import check_new_file, check_output_dir
+from .passes import remove_work
 from .scoring import check_metrics, score_difficulty
 from .trainer import SCORES_FILE, WORK_DIR, CUDTrainer
 
@@ -207,7 +207,7 @@ def score(argv: list[str]) -> int:
     if args.process_index != 0:
         return 0
     scores.save(data_args.output, overwrite=args.overwrite)
-    shutil.rmtree(work_dir, ignore_errors=True)
+    remove_work(work_dir)
     print(f"difficulty of {len(scores)} samples: {data_args.output}")
     print(
         scores.to_pandas()[scores.metrics].describe().loc[["mean", "std", "min", "max"]].to_string(float_format="%.4g")

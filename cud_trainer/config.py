@@ -10,8 +10,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from .calibration import CalibrationSettings
+from .data import BATCH_BYTES
 from .objectives import UnlearningLoss
-from .passes import BATCH_BYTES
 from .schedule import SCHEDULES, get_schedule
 from .scoring import check_metrics
 

@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+# Memory that a batch may take while it is scored, by the caller's estimate.
+BATCH_BYTES = 2 * 2**30
 PREPARED = ("sample_id", "input_ids", "labels")
 # Beside `input_ids` token by token: the same sample with another answer, for counterfactual circuits.
 COUNTERFACTUAL = "counterfactual_input_ids"
@@ -183,8 +185,37 @@ def pad_batch(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str,
 def pad_samples(prepared: Dataset, rows: Sequence[int], pad_token_id: int) -> dict[str, torch.Tensor]:
     """The padded batch of some rows of a prepared dataset."""
     columns = [name for name in ("input_ids", "labels", COUNTERFACTUAL) if name in prepared.column_names]
-    part = prepared.select_columns(columns)
-    return pad_batch([part[row] for row in rows], pad_token_id)
+    part = prepared.select_columns(columns)[list(rows)]
+    return pad_batch(
+        [dict(zip(part, values, strict=True)) for values in zip(*part.values(), strict=True)], pad_token_id
+    )
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    *,
+    bytes_per_token: float = 0.0,
+    batch_size: int | None = None,
+    batch_bytes: int = BATCH_BYTES,
+) -> list[list[int]]:
+    """Rows of each batch, longest samples first, similar lengths together.
+
+    Args:
+        lengths: tokens of each sample, `N`.
+        bytes_per_token: memory that one (padded) token takes; 0 for no bound.
+        batch_size: samples per batch at most, `None` for no bound.
+        batch_bytes: bytes per batch at most; a single sample may exceed it.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        current = batches[-1] if batches else []
+        size = len(current) + 1
+        fits = current and size * lengths[current[0]] * bytes_per_token <= batch_bytes
+        if fits and (batch_size is None or size <= batch_size):
+            current.append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 def length_sorted_batches(
@@ -201,13 +232,27 @@ def length_sorted_batches(
         desc: label of a progress bar; `None` shows none.
     """
     lengths = [len(tokens) for tokens in prepared["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with tqdm(total=len(lengths), desc=desc, disable=desc is None, unit="sample", leave=False) as bar:
-        for chunk in chunks:
-            batch = pad_samples(prepared, chunk, pad_token_id)
-            yield chunk, {key: value.to(device) for key, value in batch.items()}
-            bar.update(len(chunk))
+        for rows in plan_batches(lengths, batch_size=batch_size):
+            batch = pad_samples(prepared, rows, pad_token_id)
+            yield rows, {key: value.to(device) for key, value in batch.items()}
+            bar.update(len(rows))
+
+
+def rows_by_id(have: Sequence[str], wanted: Sequence[str], what: str, whose: str = "samples") -> list[int]:
+    """Where each of the ids `wanted` stands in `have`; `ValueError` naming one that is not there.
+
+    Args:
+        what, whose: what is looked up for whom, for the error.
+    """
+    position = {sample_id: row for row, sample_id in enumerate(have)}
+    missing = [sample_id for sample_id in wanted if sample_id not in position]
+    if missing:
+        raise ValueError(
+            f"{what} lack {len(missing)} of {len(wanted)} {whose}, the first is {missing[0]!r}: "
+            "they were made for another dataset"
+        )
+    return [position[sample_id] for sample_id in wanted]
 
 
 @dataclass

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .data import IGNORE_INDEX
+from .data import IGNORE_INDEX, length_sorted_batches
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -112,6 +115,19 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     negative = torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
     token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
     return AnswerScores(token_logps, mask, targets, logits, kept)
+
+
+@torch.no_grad()
+def answer_probability(
+    model: PreTrainedModel, prepared: Dataset, *, pad_token_id: int, batch_size: int = 64
+) -> np.ndarray:
+    """`exp(mean answer log-probability)` of each sample, float64 `[N]` in [0, 1]."""
+    device = model.get_input_embeddings().weight.device
+    values = torch.zeros(len(prepared), dtype=torch.float64)
+    with evaluation_mode(model):
+        for rows, batch in length_sorted_batches(prepared, batch_size, pad_token_id, device=device):
+            values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
+    return values.numpy()
 
 
 def _predictable(labels: Tensor, attention_mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,44 +29,13 @@ from .files import atomic_write, write_json
 
 logger = logging.get_logger(__name__)
 
-# Memory that a batch may take while it is scored, by the caller's estimate.
-BATCH_BYTES = 2 * 2**30
+Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def process_state() -> PartialState:
     """The processes that work together: those of `torchrun` or `accelerate launch`, else this one alone."""
     # Without an accelerator it has to be told, or it starts every process as if it were the only one.
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-def plan_batches(
-    lengths: Sequence[int],
-    *,
-    bytes_per_token: float = 0.0,
-    batch_size: int | None = None,
-    batch_bytes: int = BATCH_BYTES,
-) -> list[list[int]]:
-    """Rows of each batch, longest samples first, similar lengths together.
-
-    Args:
-        lengths: tokens of each sample, `N`.
-        bytes_per_token: memory that one (padded) token takes; 0 for no bound.
-        batch_size: samples per batch at most, `None` for no bound.
-        batch_bytes: bytes per batch at most; a single sample may exceed it.
-    """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        current = batches[-1] if batches else []
-        size = len(current) + 1
-        fits = current and size * lengths[current[0]] * bytes_per_token <= batch_bytes
-        if fits and (batch_size is None or size <= batch_size):
-            current.append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 class WorkDir:
@@ -123,11 +92,17 @@ class WorkDir:
         atomic_write(self.path / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary))
 
     def remove(self) -> None:
-        """Delete what this class writes, and the directory if nothing else is in it."""
-        for file in [*self.path.glob("*.safetensors"), self.path / "run.json"]:
-            file.unlink(missing_ok=True)
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        """See `remove_work`."""
+        remove_work(self.path)
+
+
+def remove_work(path: str | Path) -> None:
+    """Delete what a `WorkDir` has written to `path`, and the directory if nothing else is in it."""
+    path = Path(path)
+    for file in [*path.glob("*.safetensors"), path / "run.json"]:
+        file.unlink(missing_ok=True)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
 
 
 def run_batches(
@@ -157,6 +132,7 @@ def run_batches(
     state = process_state()
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:8]
     mine = range(state.process_index, len(plan), state.num_processes)
+    sample_ids = list(prepared["sample_id"])
     shards: dict[int, dict[str, Tensor]] = {}
     failure: Exception | None = None
     with tqdm(
@@ -172,7 +148,7 @@ def run_batches(
                 if shard is None or any(len(tensor) != len(plan[index]) for tensor in shard.values()):
                     batch = pad_samples(prepared, plan[index], pad_token_id)
                     batch = {column: values.to(device) for column, values in batch.items()}
-                    ids = [prepared["sample_id"][row] for row in plan[index]]
+                    ids = [sample_ids[row] for row in plan[index]]
                     shard = _halving(compute, batch, ids)
                     if work is not None:
                         work.save(f"{name}-{key}-{index:05d}", shard)

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .calibration import Calibration, CalibrationSettings, calibrate
 from .circuits import CircuitTable, check_architecture
 from .circuits.attribution import check_options, needs_counterfactual
-from .data import COUNTERFACTUAL, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
+from .data import BATCH_BYTES, COUNTERFACTUAL, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
 from .difficulty import METRICS, DifficultyContext, DifficultyScores
 from .difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
 from .difficulty.cud import make_folds
 from .files import check_new_file
 from .fingerprint import model_fingerprint, versions
-from .passes import BATCH_BYTES, WorkDir, process_state
+from .passes import WorkDir, process_state
 
 
 def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], model_or_config: Any = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,7 @@ from .difficulty.scores import merge_metrics
 from .files import check_output_dir, write_json
 from .fingerprint import model_fingerprint
 from .objectives import LossTerms
-from .passes import process_state
+from .passes import process_state, remove_work
 from .schedule import Schedule, make_schedule
 from .scoring import check_metrics, score_difficulty
 
@@ -271,7 +270,7 @@ class CUDTrainer(SFTTrainer):
             model.to(args.device)
         work_dir = Path(args.output_dir) / WORK_DIR
         if args.overwrite and args.process_index == 0:
-            shutil.rmtree(work_dir, ignore_errors=True)
+            remove_work(work_dir)
         process_state().wait_for_everyone()
         scores = score_difficulty(
             model,
@@ -289,7 +288,7 @@ class CUDTrainer(SFTTrainer):
             scores = shared[0]
         if args.process_index == 0:
             scores.save(path, overwrite=True)
-            shutil.rmtree(work_dir)
+            remove_work(work_dir)
         return scores
 
     # -- training --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, length_sorted_batches
-from cud_trainer.logprobs import score_answers
+from cud_trainer.logprobs import evaluation_mode, score_answers
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 METRICS = (*TEACHER_FORCED, "rouge_l_recall")
@@ -54,38 +54,21 @@ def teacher_forced(
     """
     device = model.get_input_embeddings().weight.device
     values = {name: np.zeros(len(prepared)) for name in TEACHER_FORCED}
-    was_training = model.training
-    model.eval()
-    for rows, batch in length_sorted_batches(
-        prepared, batch_size, int(tokenizer.pad_token_id), device=device, desc=desc
-    ):
-        scores = score_answers(model, batch)
-        probability = scores.mean_logps.exp().double().cpu()
-        hits = (scores.logits.argmax(-1) == scores.targets).cpu()
-        content = (scores.mask & ~_from_first(scores.targets == tokenizer.eos_token_id)).cpu()
-        for position, row in enumerate(rows):
-            correct = hits[position][content[position]].tolist()
-            values["probability"][row] = probability[position]
-            values["exact_memorization"][row] = exact_memorization(correct)
-            values["extraction_strength"][row] = extraction_strength(correct)
-            values["extraction_strength_corrected"][row] = extraction_strength(correct, corrected=True)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for rows, batch in length_sorted_batches(
+            prepared, batch_size, int(tokenizer.pad_token_id), device=device, desc=desc
+        ):
+            scores = score_answers(model, batch)
+            probability = scores.mean_logps.exp().double().cpu()
+            hits = (scores.logits.argmax(-1) == scores.targets).cpu()
+            content = (scores.mask & ~_from_first(scores.targets == tokenizer.eos_token_id)).cpu()
+            for position, row in enumerate(rows):
+                correct = hits[position][content[position]].tolist()
+                values["probability"][row] = probability[position]
+                values["exact_memorization"][row] = exact_memorization(correct)
+                values["extraction_strength"][row] = extraction_strength(correct)
+                values["extraction_strength_corrected"][row] = extraction_strength(correct, corrected=True)
     return values
-
-
-@torch.no_grad()
-def answer_probability(
-    model: PreTrainedModel, prepared: Dataset, *, pad_token_id: int, batch_size: int = 64
-) -> np.ndarray:
-    """`exp(mean answer log-probability)` of each sample, float64 `[N]` in [0, 1]."""
-    device = model.get_input_embeddings().weight.device
-    values = torch.zeros(len(prepared), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    for rows, batch in length_sorted_batches(prepared, batch_size, pad_token_id, device=device):
-        values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
-    model.train(was_training)
-    return values.numpy()
 
 
 @torch.no_grad()
@@ -110,9 +93,10 @@ def generate_answers(
         lengths.append(len(tokens) - start)
     order = sorted(range(len(prompts)), key=lambda row: (lengths[row], len(prompts[row]), row))
     answers = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    with tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="sample", leave=False) as bar:
+    with (
+        evaluation_mode(model),
+        tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="sample", leave=False) as bar,
+    ):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             longest = max(len(prompts[row]) for row in rows)
@@ -138,7 +122,6 @@ def generate_answers(
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = text.strip()
             bar.update(len(rows))
-    model.train(was_training)
     return answers
 
 

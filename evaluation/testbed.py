@@ -22,7 +22,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cud_trainer.data import length_sorted_batches, pad_batch, prepare_dataset
+from cud_trainer.data import pad_batch, prepare_dataset
 from cud_trainer.logprobs import score_answers
 
 T = TypeVar("T")
@@ -512,21 +512,3 @@ def _epoch_batches(
         chunk = sorted(order[start : start + size], key=lambda index: lengths[index])
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     yield from _shuffled(rng, batches)
-
-
-@torch.no_grad()
-def answer_statistics(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, batch_size: int = 64
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probability exp(mean log-prob) and share of tokens that are the arg max, per sample of a question/answer set.
-
-    Returns:
-        two float tensors `[len(dataset)]` in [0, 1], in the dataset's order.
-    """
-    prepared = prepare_dataset(dataset, tokenizer, max_length=None, name="measured")
-    probability, exact = torch.empty(len(prepared)), torch.empty(len(prepared))
-    for rows, batch in length_sorted_batches(prepared, batch_size, tokenizer.pad_token_id):
-        scores = score_answers(model, batch)
-        probability[rows] = scores.mean_logps.exp()
-        exact[rows] = ((scores.logits.argmax(-1) == scores.targets) & scores.mask).sum(-1) / scores.lengths
-    return probability, exact

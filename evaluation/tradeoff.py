@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .memorization import answer_probability
+from cud_trainer.logprobs import answer_probability
 
 
 @dataclass

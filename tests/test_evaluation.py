@@ -8,11 +8,11 @@ from scipy.stats import spearmanr
 
 from cud_trainer.data import prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
+from cud_trainer.logprobs import answer_probability
 from evaluation import audit
 from evaluation.commands import audit_results
 from evaluation.memorization import (
     METRICS,
-    answer_probability,
     evaluate_memorization,
     exact_memorization,
     extraction_strength,

@@ -14,10 +14,10 @@ from conftest import make_model, make_tokenizer, qa_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cud_trainer import passes, score_difficulty
+from cud_trainer import score_difficulty
 from cud_trainer.circuits import CircuitTable
-from cud_trainer.data import prepare_dataset
-from cud_trainer.passes import WorkDir, plan_batches, run_batches
+from cud_trainer.data import BATCH_BYTES, plan_batches, prepare_dataset
+from cud_trainer.passes import WorkDir, run_batches
 
 TESTS = Path(__file__).parent
 
@@ -243,4 +243,4 @@ def test_no_run_dependent_value_in_the_table(tmp_path):
     scores = score_difficulty(make_model(0), qa_dataset(5), make_tokenizer(), metrics=["loss"], progress=False)
     text = json.dumps(scores.provenance)
     assert str(tmp_path) not in text and "world" not in text and "time" not in text
-    assert passes.BATCH_BYTES == 2 * 2**30
+    assert BATCH_BYTES == 2 * 2**30

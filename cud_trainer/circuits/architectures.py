@@ -165,6 +165,11 @@ class LayerParts:
         return self.mlp_output_norm or self.mlp
 
     @property
+    def mlp_input(self) -> nn.Module:
+        """The module whose input is the MLP's copy of the residual stream, or of the output of a shared norm."""
+        return self.mlp if self.mlp_norm is None or self.shared_norm else self.mlp_norm
+
+    @property
     def shared_norm(self) -> bool:
         return self.mlp_norm is not None and self.mlp_norm is self.attention_norm
 
@@ -323,6 +328,10 @@ class NormMap:
     epsilon: float
     centred: bool
 
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.centre(x)
+        return self.gain * x * self.inverse_scale(x) + self.bias
+
     def centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
@@ -364,8 +373,7 @@ def norm_map(module: nn.Module, width: int) -> NormMap:
         bias = bias if module.bias is None else module.bias.to(bias)
     for centred in (False, True):
         found = NormMap(gain, bias, epsilon, centred)
-        x = found.centre(probe)
-        error = (found.gain * x * found.inverse_scale(x) + found.bias - answer[2]).abs().max()
+        error = (found(probe) - answer[2]).abs().max()
         if error <= 0.02 * answer[2].abs().max():
             return found
     raise ValueError(

@@ -28,10 +28,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import COUNTERFACTUAL, pad_samples
+from ..data import BATCH_BYTES, COUNTERFACTUAL, pad_samples, plan_batches
 from ..logprobs import AnswerScores, evaluation_mode, position_ids, score_answers
-from ..passes import BATCH_BYTES, WorkDir, plan_batches, run_batches
-from .architectures import base_causal_lm, decoder_parts, place
+from ..passes import WorkDir, run_batches
+from .architectures import DecoderParts, base_causal_lm, decoder_parts, place
 from .contraction import GradientSums, contract
 from .graph import Graph
 from .interpolation import interpolate_nodes
@@ -173,10 +173,8 @@ def edge_attributions(
             `means` or the counterfactual tokens are missing or do not fit.
     """
     check_options(method, steps, baseline, metric)
-    if (baseline == "mean") != (means is not None):
-        raise ValueError("baseline='mean' and means=mean_outputs(...) go together: one of the two was given alone")
     parts = decoder_parts(model)
-    check_batch(batch, baseline, metric)
+    check_batch(batch, baseline, metric, means)
     graph = parts.graph(ungroup_kv)
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
@@ -223,14 +221,11 @@ def edge_attributions(
 
 
 @torch.no_grad()
-def mean_outputs(
-    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, ungroup_kv: bool = False
-) -> SourceOutputs:
+def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> SourceOutputs:
     """Mean output of every source over all samples and positions: the `means` of `baseline="mean"`.
 
     Args:
         batches: as for `edge_attributions`; `labels` need not be there.
-        ungroup_kv: has no effect on the means; accepted so that the same options fit both functions.
 
     Raises:
         ValueError: for an unsupported architecture or no batch at all.
@@ -296,7 +291,10 @@ def embedding_device(model: PreTrainedModel) -> torch.device:
     return place(model.get_input_embeddings())[0]
 
 
-def check_batch(batch: dict[str, Tensor], baseline: str, metric: str) -> None:
+def check_batch(batch: dict[str, Tensor], baseline: str, metric: str, means: SourceOutputs | None) -> None:
+    """Raise `ValueError` for a sample without an answer, or when what the baseline or metric needs is missing."""
+    if (baseline == "mean") != (means is not None):
+        raise ValueError("baseline='mean' and means=mean_outputs(...) go together: one of the two was given alone")
     empty = (batch["labels"][:, 1:] == -100).all(1).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"sample {empty[0]} of the batch has no answer token")
@@ -309,13 +307,12 @@ def check_batch(batch: dict[str, Tensor], baseline: str, metric: str) -> None:
             raise ValueError(f"{COUNTERFACTUAL} has shape {shapes[0]}, input_ids {shapes[1]}")
 
 
-def bytes_per_token(model: PreTrainedModel) -> float:
-    """Memory that attribution takes per token of a batch, an estimate (`docs/cost.md`): activations and logits."""
+def bytes_per_token(model: PreTrainedModel, parts: DecoderParts) -> float:
+    """Memory that attribution takes per token of a batch, an estimate: activations and logits."""
     config = base_causal_lm(model).config.get_text_config()
-    wide_stream, heads = config.hidden_size, decoder_parts(model)
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    per_layer = 16 * wide_stream + 4 * inner + 6 * heads.n_heads * heads.head_dim
-    return 4.0 * (len(heads.layers) * per_layer + 4 * config.vocab_size)
+    inner = getattr(config, "intermediate_size", None) or 4 * parts.hidden_size
+    per_layer = 16 * parts.hidden_size + 4 * inner + 6 * parts.n_heads * parts.head_dim
+    return 4.0 * (len(parts.layers) * per_layer + 4 * config.vocab_size)
 
 
 def attribute_dataset(
@@ -332,7 +329,7 @@ def attribute_dataset(
     """Edge scores of every sample of a prepared dataset, computed by all processes together.
 
     Args:
-        batch_size, batch_bytes: bounds of a batch, see `cud_trainer.passes.plan_batches`.
+        batch_size, batch_bytes: bounds of a batch, see `cud_trainer.data.plan_batches`.
         work: keeps finished batches.
         options: of `edge_attributions`; `baseline="mean"` takes the means over `prepared`.
 
@@ -342,9 +339,12 @@ def attribute_dataset(
     Raises:
         ValueError: as `edge_attributions`, and when a sample's scores are not finite (named by id).
     """
-    graph = decoder_parts(model).graph(options.get("ungroup_kv", False))
+    parts = decoder_parts(model)
+    graph = parts.graph(options.get("ungroup_kv", False))
     lengths = [len(tokens) for tokens in prepared["input_ids"]]
-    plan = plan_batches(lengths, bytes_per_token=bytes_per_token(model), batch_size=batch_size, batch_bytes=batch_bytes)
+    plan = plan_batches(
+        lengths, bytes_per_token=bytes_per_token(model, parts), batch_size=batch_size, batch_bytes=batch_bytes
+    )
     device = embedding_device(model)
     if options.get("baseline") == "mean" and "means" not in options:
         # every process by itself: a sum over processes would depend on their number

@@ -97,8 +97,7 @@ class GradientSums:
             assert layer.norm_input is not None
             total.rank_one.append((torch.cat(products, -1) * coefficient, layer.norm_input))
             if len(total.rank_one) >= maps.n_destinations:  # by now the sum is smaller than the list
-                total.folded = self._fold(index, total, slice(None), total.folded)
-                total.rank_one = []
+                self._fold(index, total)
 
     def _add_mlp(self, index: int, layer: LayerPass, share: Tensor) -> None:
         total = self.layers[index]
@@ -114,15 +113,14 @@ class GradientSums:
             gradient = inverse * (norm.centre(inner) - x * (inner * x).mean(-1, keepdim=True))
         total.mlp = _add_scaled(total.mlp, gradient, share)
 
-    def _fold(self, index: int, total: _LayerSum, window: slice, into: Tensor | None) -> Tensor | None:
-        """Add the rank-one parts of a window of positions to `into` `[heads, B, P, d]`."""
+    def _fold(self, index: int, total: _LayerSum) -> None:
+        """Add up the list of rank-one parts."""
         norm = self.recorder.maps[index].norm
         for coefficient, x in total.rank_one:
             assert norm is not None
-            x = norm.centre(wide(x[:, window]))
-            factor = coefficient[:, window].permute(2, 0, 1).unsqueeze(-1)
-            into = factor * x if into is None else into.addcmul_(factor, x)
-        return into
+            x, factor = norm.centre(wide(x)), coefficient.permute(2, 0, 1).unsqueeze(-1)
+            total.folded = factor * x if total.folded is None else total.folded.addcmul_(factor, x)
+        total.rank_one = []
 
     def pulled_back(self, index: int, window: slice, out: Tensor) -> None:
         """Gradients at the residual stream of a layer's q/k/v destinations into `out` `[heads, B, P, d]`."""

@@ -124,11 +124,9 @@ def circuit_metric(
     Args and errors: see `faithfulness`.
     """
     check_options("eap", 1, baseline, metric)
-    if (baseline == "mean") != (means is not None):
-        raise ValueError("baseline='mean' and means=mean_outputs(...) go together: one of the two was given alone")
     parts = decoder_parts(model)
     graph = parts.graph(ungroup_kv)
-    check_batch(batch, baseline, metric)
+    check_batch(batch, baseline, metric, means)
     check_circuits(circuits, batch, graph)
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
@@ -265,8 +263,7 @@ class _EdgePatching:
         if layer.attention_output_norm is not None:
             self._hook(layer.attention_output_norm.register_forward_pre_hook(keep_scale))
         self._hook(layer.attention_output.register_forward_hook(write_heads))
-        reads = layer.mlp if layer.mlp_norm is None or layer.shared_norm else layer.mlp_norm
-        self._hook(reads.register_forward_pre_hook(read_mlp))
+        self._hook(layer.mlp_input.register_forward_pre_hook(read_mlp))
         self._hook(layer.mlp_output.register_forward_hook(write_mlp))
         if maps.expands:
             self._stack.enter_context(ungrouped(layer.attention, self.parts.n_heads))

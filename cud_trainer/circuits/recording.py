@@ -82,7 +82,7 @@ class LayerMaps:
     """
 
     def __init__(self, parts: DecoderParts, layer: LayerParts, ungroup_kv: bool) -> None:
-        self.parts, self.layer, self.ungroup_kv = parts, layer, ungroup_kv
+        self.parts, self.layer = parts, layer
         hidden = parts.hidden_size
         self.norm: NormMap | None = None if layer.attention_norm is None else norm_map(layer.attention_norm, hidden)
         self.output_norm: NormMap | None = (
@@ -160,7 +160,6 @@ class Recorder:
 
     def __init__(self, parts: DecoderParts, ungroup_kv: bool = False) -> None:
         self.parts = parts
-        self.ungroup_kv = ungroup_kv
         self.maps = [LayerMaps(parts, layer, ungroup_kv) for layer in parts.layers]
         self.current = self._empty(False)
 
@@ -251,8 +250,7 @@ class Recorder:
             self._hook(layer.attention_output_norm.register_forward_pre_hook(keep_scale))
         self._hook(layer.attention_output.register_forward_hook(keep_attention))
         self._hook(layer.mlp_output.register_forward_hook(keep_mlp))
-        reads = layer.mlp if layer.mlp_norm is None or layer.shared_norm else layer.mlp_norm
-        self._hook(reads.register_forward_pre_hook(tap_mlp))
+        self._hook(layer.mlp_input.register_forward_pre_hook(tap_mlp))
         for number, module in enumerate(layer.qkv):
             self._hook(module.register_forward_hook(self._keep_projection(index, number)))
         if maps.expands:

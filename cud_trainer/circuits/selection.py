@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .graph import Graph
+from .vectors import top_k_mask
 
 SELECTIONS = ("all", "top_k", "threshold", "greedy")
 # Samples are taken in groups whose score matrices hold this many bytes.
@@ -50,15 +51,8 @@ def select_circuits(
     """
     check_selection(selection, k, threshold)
     scores = edges.abs()
-    present = scores > 0
-    if selection == "top_k":
-        assert k is not None
-        if k < edges.shape[1]:
-            strongest = torch.zeros_like(present)
-            # stable: of equally strong edges the first ones
-            strongest.scatter_(1, scores.argsort(dim=1, descending=True, stable=True)[:, :k], True)
-            present &= strongest
-    elif selection == "threshold":
+    present = top_k_mask(edges, k if selection == "top_k" else None)
+    if selection == "threshold":
         assert threshold is not None
         present &= scores >= threshold
     elif selection == "greedy":

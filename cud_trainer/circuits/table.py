@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data import rows_by_id
 from ..files import atomic_write, check_new_file
 from .graph import Graph
 
@@ -41,14 +42,7 @@ class CircuitTable:
 
     def aligned(self, ids: Sequence[str]) -> CircuitTable:
         """The rows for `ids`, in that order; `ValueError` naming an id that has no circuit."""
-        position = {sample_id: row for row, sample_id in enumerate(self.ids)}
-        missing = [sample_id for sample_id in ids if sample_id not in position]
-        if missing:
-            raise ValueError(
-                f"circuits lack {len(missing)} of {len(ids)} samples, the first is {missing[0]!r}: they were made for "
-                "another dataset"
-            )
-        rows = [position[sample_id] for sample_id in ids]
+        rows = rows_by_id(self.ids, ids, "circuits")
         return CircuitTable(list(ids), self.edges[rows], self.graph, self.settings)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:

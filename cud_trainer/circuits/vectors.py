@@ -14,13 +14,14 @@ LOG_FLOOR = 1e-4
 def top_k_mask(edges: Tensor, k: int | None) -> Tensor:
     """True on the `k` edges of each sample with the largest |score|, `[N, E]`; all edges for `k=None`.
 
-    Edges that score exactly 0 are never in a circuit, so a circuit can hold fewer than `k` edges, or none.
+    Edges that score exactly 0 are never in a circuit, so a circuit can hold fewer than `k` edges, or none. Of equally
+    strong edges the first ones are taken.
     """
     present = edges != 0
     if k is None or k >= edges.shape[1]:
         return present
     mask = torch.zeros_like(present)
-    mask.scatter_(1, edges.abs().topk(k, dim=1).indices, True)
+    mask.scatter_(1, edges.abs().argsort(dim=1, descending=True, stable=True)[:, :k], True)
     return mask & present
 
 

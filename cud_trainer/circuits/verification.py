@@ -55,8 +55,7 @@ def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: flo
         record = recorder.start(live=True)
         try:
             for index, layer in enumerate(parts.layers):
-                reads = layer.mlp_norm if layer.mlp_norm is not None and not layer.shared_norm else layer.mlp
-                handles.append(reads.register_forward_pre_hook(keep(index)))
+                handles.append(layer.mlp_input.register_forward_pre_hook(keep(index)))
             with precision():
                 model(inputs_embeds=embeddings, use_cache=False)
         finally:
@@ -75,10 +74,7 @@ def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: flo
     for index, seen in enumerate(record.layers):
         maps, modules = recorder.maps[index], parts.layers[index]
         stream, attention, mlp = wide(seen.residual), wide(seen.attention_live), wide(seen.mlp_live)  # type: ignore[arg-type]
-        normed = stream
-        if maps.norm is not None:
-            x = maps.norm.centre(stream)
-            normed = maps.norm.gain * x * maps.norm.inverse_scale(x) + maps.norm.bias
+        normed = stream if maps.norm is None else maps.norm(stream)
         for number, found in enumerate(seen.projections):
             weight, bias = linear_map(modules.qkv[number], parts.hidden_size)
             expected = normed @ wide(weight).T + (0 if bias is None else wide(bias))

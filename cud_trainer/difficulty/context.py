@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..circuits import Graph, attribute_dataset, model_graph
+from ..data import BATCH_BYTES, plan_batches
 from ..logprobs import evaluation_mode, score_answers
-from ..passes import BATCH_BYTES, WorkDir, plan_batches, run_batches
+from ..passes import WorkDir, run_batches
 from .cud import make_folds
 
 # With the zero baseline one-pass EAP ranks edges as the authors' node-wise interpolation does, for a fraction of its
@@ -39,7 +40,7 @@ class DifficultyContext:
         model: the original model, in evaluation mode.
         forget: prepared forget set, `N` samples.
         retain: prepared retain set, or `None`.
-        pad_token_id, batch_size, batch_bytes: for batching, see `cud_trainer.passes.plan_batches`.
+        pad_token_id, batch_size, batch_bytes: for batching, see `cud_trainer.data.plan_batches`.
         seed: of the folds.
         folds: number of cross-fitting folds.
         groups: group of each forget sample (for example its author), never split over folds; or `None`.

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data import rows_by_id
 from ..files import atomic_write, check_new_file
 
 METADATA_KEY = b"cud_trainer"
@@ -79,14 +80,7 @@ class DifficultyScores:
 
     def aligned(self, ids: Sequence[str]) -> DifficultyScores:
         """The rows for `ids`, in that order; `ValueError` naming an id that has no score."""
-        position = {sample_id: row for row, sample_id in enumerate(self.ids)}
-        missing = [sample_id for sample_id in ids if sample_id not in position]
-        if missing:
-            raise ValueError(
-                f"difficulty scores lack {len(missing)} of {len(ids)} forget samples, the first is {missing[0]!r}: "
-                "they were made for another dataset"
-            )
-        rows = [position[sample_id] for sample_id in ids]
+        rows = rows_by_id(self.ids, ids, "difficulty scores", "forget samples")
         fold = None if self.fold is None else self.fold[rows]
         columns = {name: values[rows] for name, values in self.columns.items()}
         return DifficultyScores(list(ids), columns, fold, self.provenance)
