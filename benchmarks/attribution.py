@@ -109,23 +109,9 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a pretrained model; by default a random Llama of the size below")
-    parser.add_argument("--peak_of", help=argparse.SUPPRESS)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden_size", type=int, default=576)
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # CPU seconds of one thread: other work on the machine disturbs them least
-    if args.peak_of:
-        print_peak(args)
-        return
+def measure(args: argparse.Namespace) -> list[dict]:
     model, batch = load(args)
+    training = peak_bytes(args, "training")
     rows = []
     for method, points in (("eap", 1), ("eap-ig", 5)):
         edge_attributions(model, batch, method=method, steps=points)
@@ -134,31 +120,46 @@ def main() -> None:
             for _ in range(args.repeats)
         ]
         ratios = sorted(ours / floor for ours, floor in pairs)
+        ratio = {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
         rows.append(
             {
+                "tokens": args.tokens,
                 "method": method,
                 "points": points,
                 "seconds_per_sample": statistics.median(ours for ours, _ in pairs) / args.batch,
                 "floor_seconds_per_sample": statistics.median(floor for _, floor in pairs) / args.batch,
-                "ratio_m": {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]},
-                "ratio_m_plus_1": {
-                    key: value * points / (points + 1)
-                    for key, value in (("median", statistics.median(ratios)), ("min", ratios[0]), ("max", ratios[-1]))
-                },
+                "ratio_m": ratio,
+                "ratio_m_plus_1": {name: value * points / (points + 1) for name, value in ratio.items()},
+                "peak_over_training_step": peak_bytes(args, method) / training,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    training = peak_bytes(args, "training")
-    memory = {"training_step": training}
-    for method in ("eap", "eap-ig"):
-        memory[method] = peak_bytes(args, method)
-    print(json.dumps(memory))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a pretrained model; by default a random Llama of the size below")
+    parser.add_argument("--peak_of", help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden_size", type=int, default=576)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # CPU seconds of one thread: other work on the machine disturbs them least
+    if args.peak_of:
+        args.tokens = args.tokens[0]
+        print_peak(args)
+        return
+    rows = [row for tokens in args.tokens for row in measure(argparse.Namespace(**{**vars(args), "tokens": tokens}))]
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key not in ("output", "peak_of")}
         settings["model"] = None if args.model is None else Path(args.model).name
         result = {
             "settings": settings,
-            "peak_bytes_above_model": memory,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
             "threads": 1,
             "versions": versions(),

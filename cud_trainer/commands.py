@@ -202,6 +202,7 @@ def score(argv: list[str]) -> int:
         retain_dataset=retain,
         work_dir=work_dir,
         save_circuits=data_args.save_circuits,
+        overwrite=args.overwrite,
         **options,
     )
     if args.process_index != 0:

@@ -59,6 +59,11 @@ class WorkDir:
         if problem:
             raise ValueError(problem)
 
+    @staticmethod
+    def begun(path: str | Path) -> bool:
+        """Whether a piece of work was started at `path`."""
+        return (Path(path) / "run.json").exists()
+
     def _claim(self, identity: dict[str, Any]) -> str | None:
         record = self.path / "run.json"
         if record.exists():

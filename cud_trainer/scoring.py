@@ -58,6 +58,7 @@ def score_difficulty(
     seed: int = 0,
     work_dir: str | Path | None = None,
     save_circuits: str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> DifficultyScores:
     """Predict for every sample of a forget set how hard it will be to unlearn, higher = harder.
@@ -82,6 +83,7 @@ def score_difficulty(
         work_dir: directory that keeps finished batches and the calibration run: the same call goes on there after it
             was killed. Holds edge scores and ids, no text; remove it when it is no longer needed.
         save_circuits: write the edge scores of all samples to this file (`cud_trainer.circuits.CircuitTable`).
+        overwrite: replace `save_circuits` if it is there.
 
     Returns:
         `DifficultyScores` in dataset order.
@@ -97,8 +99,11 @@ def score_difficulty(
     for name, value in (("batch_size", 1 if batch_size is None else batch_size), ("batch_bytes", batch_bytes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    # A call that goes on in its work directory may have written its circuits before it was killed.
+    begun = work_dir is not None and WorkDir.begun(work_dir)
     if save_circuits is not None:
-        check_new_file(save_circuits, overwrite=False)
+        if not begun:
+            check_new_file(save_circuits, overwrite)
         if not any(METRICS[name].needs_circuits for name in metrics):
             raise ValueError(f"save_circuits has nothing to save: none of the metrics {list(metrics)} needs circuits")
     unknown = [option for option in circuit_args if option not in (*CIRCUIT_DEFAULTS, "ungroup_kv", "reference_quirk")]
@@ -178,7 +183,9 @@ def score_difficulty(
         torch.manual_seed(seed)  # the initial adapter of a calibration run
         computed = {name: METRICS[name].compute(context, **metric_args.get(name, {})) for name in by_cost}
     if save_circuits is not None and process_state().is_main_process:
-        CircuitTable(list(forget["sample_id"]), context.edges, context.graph, circuits).save(save_circuits)
+        table = CircuitTable(list(forget["sample_id"]), context.edges, context.graph, circuits)
+        if not (begun and table.saved_at(save_circuits)):
+            table.save(save_circuits, overwrite=overwrite)
     provenance = {**identity, "metric_args": metric_args, "circuits": circuits, "seed": seed}
     if runs:
         provenance["calibration"] = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cud_trainer.circuits import SIGNATURE, CircuitTable, circuit_signature, select_circuits
+from cud_trainer.circuits import CircuitTable, Faithfulness, circuit_signature, select_circuits
 
 from . import statistics as stats
 
@@ -21,6 +21,7 @@ LABELS = {
     "length": ("answer length", "trivial"),
 }
 TRIVIAL = ("loss", "length")
+CIRCUIT_EDGES = 200
 
 
 def shown(interval: dict[str, Any]) -> str:
@@ -132,14 +133,21 @@ def at_position(values: np.ndarray, position: float) -> np.ndarray:
     return values[before] + (position - before) * (values[after] - values[before])
 
 
+def strongest_edges(table: CircuitTable, k: int = CIRCUIT_EDGES) -> torch.Tensor:
+    """The circuits that the report is about: the `k` edges (all, if there are fewer) with the largest |score|."""
+    return select_circuits(table.edges, table.graph, selection="top_k", k=min(k, table.graph.n_edges))
+
+
 def circuit_section(
     table: CircuitTable,
     bucket: np.ndarray,
     residual: np.ndarray | None,
     *,
     seed: int,
-    k: int = 200,
+    note: str,
+    k: int = CIRCUIT_EDGES,
     shown_edges: int = 150,
+    kept: Faithfulness | None = None,
 ) -> dict[str, Any]:
     """Where the circuits of easy and hard samples lie: their signature by bucket, and the edges that tell them apart.
 
@@ -147,13 +155,17 @@ def circuit_section(
         table: edge scores of the forget samples, `N`.
         bucket: difficulty bucket of each sample, 0 = easiest, `[N]`.
         residual: what is left of each sample, `[N]`, if it is known.
+        note: whose buckets and whose residual these are, in words.
         k: edges of a circuit (top-k by |score|).
         shown_edges: how many edges the pictures show.
+        kept: faithfulness of the circuits that `strongest_edges` gives, on the model they were taken from.
     """
-    k = min(k, table.graph.n_edges)
-    circuits = select_circuits(table.edges, table.graph, selection="top_k", k=k)
+    circuits = strongest_edges(table, k)
     empty = ~circuits.any(1)
     signature = {name: values.numpy() for name, values in circuit_signature(table.edges, table.graph, circuits).items()}
+    if kept is not None:
+        signature["faithfulness"] = kept.share.double().numpy()
+        signature["faithfulness_of_random_edges"] = kept.random_share.double().mean(0).numpy()
     full = ~empty.numpy()
     edges = table.edges.double()
     unit = edges / torch.linalg.vector_norm(edges, dim=1, keepdim=True).clamp(min=torch.finfo(edges.dtype).tiny)
@@ -162,12 +174,13 @@ def circuit_section(
     section: dict[str, Any] = {
         "n": len(table.ids),
         "n_empty": int(empty.sum()),
-        "k": k,
+        "k": min(k, table.graph.n_edges),
+        "note": note,
         "settings": table.settings,
         "layers": table.graph.n_layers,
         "heads": table.graph.n_heads,
         "kv_heads": table.graph.n_kv_heads,
-        "signature": list(SIGNATURE),
+        "signature": list(signature),
         "buckets": by_bucket({name: values[full] for name, values in signature.items()}, bucket[full], seed),
         "mean_circuit": _strongest(unit[full].mean(0), table, shown_edges),
         "difference": _strongest(difference, table, shown_edges),
@@ -175,7 +188,7 @@ def circuit_section(
     if residual is not None:
         section["spearman"] = [
             {"name": name, "spearman": stats.spearman(signature[name][full], residual[full], seed=seed).as_dict()}
-            for name in SIGNATURE
+            for name in signature
         ]
     return section
 

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
-from cud_trainer.circuits import CircuitTable
+from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
+from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands import DataArguments, load_tokenizer, model_options
 from cud_trainer.data import check_disjoint, prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
@@ -39,6 +40,13 @@ class EvaluateArguments(DataArguments):
     circuits: str | None = field(
         default=None,
         metadata={"help": "Edge scores of the forget set (`cud score --save_circuits`), for pictures of the circuits."},
+    )
+    faithfulness: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure what share of the answer metric the circuits keep in the original model, beside random "
+            "circuits (needs circuits and original_model; eight passes)."
+        },
     )
     metric: str | None = field(default=None, metadata={"help": "Metric that makes the buckets (default: the primary)."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
@@ -90,10 +98,19 @@ def evaluate(argv: list[str]) -> int:
         if scores is None:
             raise ValueError("circuits are shown by difficulty bucket: give --scores, too")
         table = CircuitTable.load(args.circuits).aligned(list(forget["sample_id"]))
-    options = model_options(model_args)
+    if args.faithfulness and not (args.circuits and args.original_model):
+        raise ValueError("faithfulness is that of circuits in the original model: give --circuits and --original_model")
+    if (
+        args.faithfulness
+        and table is not None
+        and needs_counterfactual(table.settings["baseline"], table.settings["metric"])
+    ):
+        raise ValueError("faithfulness needs circuits of the zero or mean baseline and the metric prob or logprob")
+    kept: list[Faithfulness] = []
+    loading = model_options(model_args)
 
     def measure(path: str, what: str) -> tuple[dict[str, dict[str, np.ndarray]], str]:
-        model = load_model(path, options)
+        model = load_model(path, loading)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path!r}")
         found = {}
@@ -102,6 +119,15 @@ def evaluate(argv: list[str]) -> int:
                 found[name] = evaluate_memorization(
                     model, part, tokenizer, batch_size=args.batch_size, generate=args.generate, desc=f"{what}: {name}"
                 )
+        if args.faithfulness and path == args.original_model and table is not None:
+            options = {name: table.settings[name] for name in ("baseline", "metric")}
+            circuits = audit.strongest_edges(table)
+            kept.append(
+                dataset_faithfulness(
+                    model, forget, circuits, pad_token_id=tokenizer.pad_token_id, batch_size=args.batch_size,
+                    seed=args.seed, ungroup_kv=table.settings.get("ungroup_kv", False), **options,
+                )
+            )  # fmt: skip
         return found, model_fingerprint(model)
 
     before = None
@@ -116,7 +142,10 @@ def evaluate(argv: list[str]) -> int:
     )  # fmt: skip
     if table is not None and scores is not None:
         bucket = scores.buckets(args.metric, args.n_buckets)
-        results["circuits"] = audit.circuit_section(table, bucket, after["forget"]["probability"], seed=args.seed)
+        note = f"Buckets are those of {args.metric or scores.metrics[0]}."
+        results["circuits"] = audit.circuit_section(
+            table, bucket, after["forget"]["probability"], seed=args.seed, note=note, kept=kept[0] if kept else None
+        )
     results["run"] = {
         "command": "cud evaluate " + " ".join(argv),
         "seed": args.seed,

@@ -30,7 +30,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cud_trainer.calibration import CalibrationSettings
-from cud_trainer.circuits import CircuitTable
+from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
 from cud_trainer.data import prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
@@ -139,8 +139,7 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
     with clock("unlearn"):
         outcomes, fit = _unlearn(args, output, scores)
     with clock("report"):
-        circuits = CircuitTable.load(output / CIRCUITS_FILE)
-        results = _results(args, command, before, sizes, scores, circuits, outcomes, fit)
+        results = _results(args, command, before, sizes, scores, *_circuits(args, output), outcomes, fit)
         results["run"]["seconds"] = clock.seconds
         per_sample = _per_sample(scores, outcomes)
     write_report(results, output, per_sample)
@@ -210,6 +209,19 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
         )
         scores[objective].save(output / f"difficulty-{objective}.parquet", overwrite=args.overwrite)
     return scores
+
+
+def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithfulness]:
+    """The edge scores that scoring has kept, and what their strongest edges do in the original model."""
+    from .testbed import build_testbed
+
+    model, tokenizer = _load(output)
+    forget = prepare_dataset(build_testbed(args.seed).forget, tokenizer, name="forget")
+    table = CircuitTable.load(output / CIRCUITS_FILE).aligned(list(forget["sample_id"]))
+    kept = dataset_faithfulness(
+        model, forget, audit.strongest_edges(table), pad_token_id=tokenizer.pad_token_id, batch_size=40, seed=args.seed
+    )
+    return table, kept
 
 
 def _unlearn(
@@ -328,6 +340,7 @@ def _results(
     sizes: dict[str, Any],
     scores: dict[str, DifficultyScores],
     circuits: CircuitTable,
+    kept: Faithfulness,
     outcomes: list[Outcome],
     fit: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -353,7 +366,10 @@ def _results(
         against = audit.spearman_difference(table["cud"], table["loss"], np.mean(residuals, axis=0), seed=seed)
         section["cud_minus_loss"] = against.as_dict()
         if objective == next(iter(OBJECTIVES)):
-            pictures = audit.circuit_section(circuits.aligned(table.ids), bucket, np.mean(residuals, axis=0), seed=seed)
+            note = f"Buckets are those of CUD calibrated for {objective}; what is left is that of {objective}, uniform."
+            pictures = audit.circuit_section(
+                circuits, bucket, np.mean(residuals, axis=0), seed=seed, note=note, kept=kept
+            )
         difficulty.append(section)
         findings.append(_difficulty_finding(objective, section, against))
 

@@ -35,6 +35,7 @@ ENTRIES = {
         "n",
         "n_empty",
         "k",
+        "note",
         "settings",
         "layers",
         "heads",

@@ -21,7 +21,12 @@ def section(**options):
     found = table()
     bucket = np.arange(24) * 4 // 24
     residual = np.random.default_rng(0).random(24)
-    return found, bucket, residual, audit.circuit_section(found, bucket, residual, seed=0, k=30, **options)
+    return (
+        found,
+        bucket,
+        residual,
+        audit.circuit_section(found, bucket, residual, seed=0, note="whose", k=30, **options),
+    )
 
 
 def test_numbers_by_hand():
@@ -53,7 +58,7 @@ def test_numbers_by_hand():
 @pytest.mark.parametrize("graph", [Graph(4, 4, 2), Graph(30, 9, 3), Graph(2, 3, 3, parallel=True)], ids=str)
 def test_pictures_are_drawn(graph):
     found = table(8, graph)
-    result = audit.circuit_section(found, np.arange(8) // 2, None, seed=0)
+    result = audit.circuit_section(found, np.arange(8) // 2, None, seed=0, note="whose")
     for edges in ("mean_circuit", "difference"):
         assert plots.to_svg(plots.circuit(result, edges, "more", "less")).startswith("<svg")
     assert "spearman" not in result

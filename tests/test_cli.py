@@ -42,10 +42,10 @@ def train(world, output, *extra) -> list[str]:
 
 
 def test_score_train_evaluate(world, tmp_path, capsys):
-    scores = tmp_path / "scores.parquet"
+    scores, circuits = tmp_path / "scores.parquet", tmp_path / "circuits.safetensors"
     command = [
         "score", *data(world), "--output", str(scores), "--folds", "3", "--bf16", "false",
-        "--output_dir", str(tmp_path / "unused"), "--use_cpu", "true",
+        "--output_dir", str(tmp_path / "unused"), "--use_cpu", "true", "--save_circuits", str(circuits),
     ]  # fmt: skip
     assert main(command) == 0
     loaded = DifficultyScores.load(scores)
@@ -61,12 +61,13 @@ def test_score_train_evaluate(world, tmp_path, capsys):
 
     command = [
         "evaluate", *data(world), "--scores", str(scores), "--original_model", str(world / "model"),
-        "--output_dir", str(tmp_path / "report"),
+        "--output_dir", str(tmp_path / "report"), "--circuits", str(circuits), "--faithfulness", "true",
     ]  # fmt: skip
     command[command.index("--model_name_or_path") + 1] = str(unlearned)
     assert main(command) == 0
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert len(results["conditions"][0]["final"]["buckets"]) == 4
+    assert {"faithfulness", "faithfulness_of_random_edges"} <= set(results["circuits"]["buckets"][0])
     assert "report:" in capsys.readouterr().out
     html = (tmp_path / "report" / "report.html").read_text()
     assert "Person" not in html and "Who is" not in html  # no forget text
@@ -118,13 +119,15 @@ def bad(world, tmp_path):
         "demo option": (["demo", "--retain_weights", "0"], "retain_weights must be positive"),
         "evaluate": (["evaluate", *data(world), "--scores", "missing.parquet", "--output_dir", str(out)],
                      "cannot read difficulty scores"),
+        "faithfulness": (["evaluate", *data(world), "--faithfulness", "true", "--output_dir", str(out)],
+                         "give --circuits and --original_model"),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "case",
     ["command", "objective", "metric", "output", "missing file", "empty file", "broken file", "columns", "blank answer",
-     "duplicates", "length", "overlap", "model", "scores", "no data", "demo", "demo option", "evaluate"],
+     "duplicates", "length", "overlap", "model", "scores", "no data", "demo", "demo option", "evaluate", "faithfulness"],
 )  # fmt: skip
 def test_bad_input(world, tmp_path, capsys, case):
     import re

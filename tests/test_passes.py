@@ -168,6 +168,22 @@ def test_circuits_file_and_its_refusals(tmp_path):
             )
 
 
+def test_circuits_file_written_just_before_a_kill(tmp_path):
+    path, work = tmp_path / "circuits.safetensors", tmp_path / "work"
+    options = dict(metrics=["circuit_mass"], save_circuits=path, work_dir=work, progress=False)
+    score_difficulty(make_model(0), qa_dataset(5), make_tokenizer(), **options)
+    before = path.read_bytes()
+    score_difficulty(make_model(0), qa_dataset(5), make_tokenizer(), **options)  # its own file is no obstacle
+    assert path.read_bytes() == before
+    other = CircuitTable.load(path)
+    other.edges[0, 0] += 1
+    other.save(path, overwrite=True)
+    with pytest.raises(ValueError, match="exists"):
+        score_difficulty(make_model(0), qa_dataset(5), make_tokenizer(), **options)
+    score_difficulty(make_model(0), qa_dataset(5), make_tokenizer(), overwrite=True, **options)
+    assert path.read_bytes() == before
+
+
 def test_counterfactual_and_mean_baselines_of_a_dataset():
     data = qa_dataset(6)
     data = data.add_column("perturbed_answer", [[f"Nobody of {i} towns", "No"] for i in range(6)])

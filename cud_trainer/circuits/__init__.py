@@ -2,7 +2,7 @@
 
 from .architectures import ARCHITECTURES, Architecture, check_architecture, model_graph, register_architecture
 from .attribution import EdgeAttributions, attribute_dataset, edge_attributions, mean_outputs
-from .faithfulness import Faithfulness, circuit_metric, faithfulness
+from .faithfulness import Faithfulness, circuit_metric, dataset_faithfulness, faithfulness
 from .graph import Graph
 from .selection import SELECTIONS, prune_circuits, select_circuits
 from .signature import SIGNATURE, circuit_signature
@@ -27,6 +27,7 @@ __all__ = [
     "circuit_metric",
     "circuit_signature",
     "circuit_vectors",
+    "dataset_faithfulness",
     "distance",
     "edge_attributions",
     "faithfulness",

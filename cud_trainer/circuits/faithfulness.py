@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import COUNTERFACTUAL
+from ..data import BATCH_BYTES, COUNTERFACTUAL, pad_samples, plan_batches
 from ..logprobs import score_answers
 from .architectures import DecoderParts, decoder_parts
 from .attribution import (
+    bytes_per_token,
     check_batch,
     check_options,
     embedded,
     embedding_device,
     forward_outputs,
+    mean_outputs,
     metric_point,
     quiet,
 )
@@ -85,7 +89,7 @@ def faithfulness(
         ValueError: as `edge_attributions`, and for circuits that do not fit the batch or the graph.
     """
     graph = decoder_parts(model).graph(options.get("ungroup_kv", False))
-    check_circuits(circuits, batch, graph)
+    check_circuits(circuits, batch["input_ids"], graph)
     generator = torch.Generator().manual_seed(seed)
     sizes = circuits.sum(1)
 
@@ -104,6 +108,48 @@ def faithfulness(
         random=torch.stack(random) if random else torch.empty(0, len(circuits)),
         sizes=sizes,
     )
+
+
+def dataset_faithfulness(
+    model: PreTrainedModel,
+    prepared: Dataset,
+    circuits: Tensor,
+    *,
+    pad_token_id: int,
+    batch_size: int | None = None,
+    batch_bytes: int = BATCH_BYTES,
+    seed: int = 0,
+    progress: bool = True,
+    **options,
+) -> Faithfulness:
+    """`faithfulness` of every sample of a prepared dataset, rows in dataset order.
+
+    Args:
+        circuits: bool `[N, n_edges]`.
+        batch_size, batch_bytes: bounds of a batch, see `cud_trainer.data.plan_batches`.
+        options: of `faithfulness`; `baseline="mean"` takes the means over `prepared`.
+
+    Raises:
+        ValueError: as `faithfulness`.
+    """
+    parts = decoder_parts(model)
+    check_circuits(circuits, prepared["input_ids"], parts.graph(options.get("ungroup_kv", False)))
+    lengths = [len(tokens) for tokens in prepared["input_ids"]]
+    # one copy of the residual stream for every destination, beside what a pass takes
+    per_token = bytes_per_token(model, parts) + 12.0 * parts.n_heads * parts.hidden_size
+    plan = plan_batches(lengths, bytes_per_token=per_token, batch_size=batch_size, batch_bytes=batch_bytes)
+    if options.get("baseline") == "mean" and "means" not in options:
+        options["means"] = mean_outputs(model, (pad_samples(prepared, rows, pad_token_id) for rows in plan))
+    found = [
+        faithfulness(model, pad_samples(prepared, rows, pad_token_id), circuits[rows], seed=seed + rows[0], **options)
+        for rows in tqdm(plan, desc="faithfulness", disable=not progress)
+    ]
+    order = torch.tensor([row for rows in plan for row in rows]).argsort()
+
+    def together(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in found], dim=-1)[..., order]
+
+    return Faithfulness(*[together(field.name) for field in fields(Faithfulness)])
 
 
 @torch.no_grad()
@@ -127,7 +173,7 @@ def circuit_metric(
     parts = decoder_parts(model)
     graph = parts.graph(ungroup_kv)
     check_batch(batch, baseline, metric, means)
-    check_circuits(circuits, batch, graph)
+    check_circuits(circuits, batch["input_ids"], graph)
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     corrupt = means
@@ -143,9 +189,9 @@ def circuit_metric(
             return metric_point(metric, scores, batch.get(COUNTERFACTUAL)).value.cpu()
 
 
-def check_circuits(circuits: Tensor, batch: dict[str, Tensor], graph: Graph) -> None:
-    """Raise `ValueError` unless `circuits` is a bool `[B, n_edges]` for this batch and graph."""
-    expected = (len(batch["input_ids"]), graph.n_edges)
+def check_circuits(circuits: Tensor, samples: Sized, graph: Graph) -> None:
+    """Raise `ValueError` unless `circuits` is a bool `[B, n_edges]` for these samples and graph."""
+    expected = (len(samples), graph.n_edges)
     if circuits.dtype != torch.bool or circuits.shape != expected:
         raise ValueError(
             f"circuits must be bool {list(expected)} for this batch and model, got {circuits.dtype} "

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,6 +54,14 @@ class CircuitTable:
         metadata = {"circuits": json.dumps(header, sort_keys=True)}
         tensors = {"edges": self.edges.float().contiguous()}
         return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    def saved_at(self, path: str | Path) -> bool:
+        """Whether the file at `path` holds this very table."""
+        if not Path(path).exists():
+            return False
+        other = CircuitTable.load(path)
+        same = (self.ids, self.graph, self.settings) == (other.ids, other.graph, other.settings)
+        return same and torch.equal(self.edges.float(), other.edges)
 
     @classmethod
     def load(cls, path: str | Path) -> CircuitTable:

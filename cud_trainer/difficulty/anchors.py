@@ -40,29 +40,20 @@ class AnchorBank:
         """Write a safetensors file, atomically; `ValueError` if it exists."""
         check_new_file(path, overwrite)
         tensors = {name: getattr(self, name).float().contiguous() for name in ("easy", "hard", "mean", "deviation")}
-        header = {
-            "graph": self.graph,
-            "easy_ids": json.dumps(self.easy_ids),
-            "hard_ids": json.dumps(self.hard_ids),
-            "settings": json.dumps(self.settings, sort_keys=True),
-        }
-        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+        header = {name: getattr(self, name) for name in ("graph", "easy_ids", "hard_ids", "settings")}
+        # One entry: of several the library writes them in an order of its own, different every time.
+        metadata = {"anchors": json.dumps(header, sort_keys=True)}
+        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> AnchorBank:
         """Read what `save` wrote; `ValueError` for a missing or foreign file."""
         try:
             with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
+                header = json.loads((file.metadata() or {})["anchors"])
                 tensors = {name: file.get_tensor(name) for name in ("easy", "hard", "mean", "deviation")}
-            return cls(
-                **tensors,
-                easy_ids=json.loads(header["easy_ids"]),
-                hard_ids=json.loads(header["hard_ids"]),
-                graph=header["graph"],
-                settings=json.loads(header["settings"]),
-            )
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            return cls(**tensors, **header)
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot read an anchor bank from {path}: {error}") from None
 
     def check(self, graph: str, settings: dict[str, Any]) -> None:
