@@ -26,8 +26,8 @@ class CUDConfig(SFTConfig):
 
     > Parameters that control difficulty and schedule
 
-    difficulty, difficulty_args, circuit_args, counterfactual_column, scoring_batch_bytes, folds, group_column,
-    schedule, schedule_args, passes, n_buckets
+    difficulty, difficulty_args, circuit_args, counterfactual_column, scoring_batch_bytes, calibration_share,
+    folds, group_column, schedule, schedule_args, passes, n_buckets
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` 1e-5,
@@ -114,6 +114,13 @@ class CUDConfig(SFTConfig):
             "help": "Estimated memory of a batch while difficulty is scored, in bytes. What does not fit is halved."
         },
     )
+    calibration_share: float = field(
+        default=0.75,
+        metadata={
+            "help": "Passes of the calibration run at most, as a share of `passes`, in (0, 1]. It ends earlier when "
+            "less than 0.15 of the forget probability is left."
+        },
+    )
     folds: int = field(default=5, metadata={"help": "Cross-fitting folds: no sample helps to score itself."})
     group_column: str | None = field(
         default=None,
@@ -162,6 +169,8 @@ class CUDConfig(SFTConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+        if not 0 < self.calibration_share <= 1:
+            raise ValueError(f"calibration_share must be in (0, 1], got {self.calibration_share!r}")
         if not self.retain_weight >= 0:
             raise ValueError(f"retain_weight must not be negative, got {self.retain_weight!r}")
         self._refuse_what_breaks_the_order()
@@ -223,8 +232,8 @@ class CUDConfig(SFTConfig):
             loss=self.unlearning_loss,
             retain_weight=self.retain_weight,
             learning_rate=self.learning_rate,
-            # Snapshots cost a third of a pass more: the whole run stays below one unlearning run.
-            max_passes=max(1, self.passes * 3 // 4),
+            # Snapshots cost a third of a pass more: with three quarters the run stays below one unlearning run.
+            max_passes=max(1, int(self.passes * self.calibration_share)),
             batch_size=self.per_device_train_batch_size,
             seed=self.seed,
             peft_config=peft_config,

@@ -35,6 +35,7 @@ class AnswerScores:
         targets: the token ids, `[B, K]`, 0 outside the answer.
         logits: `[B, K, vocabulary]`, in the model's dtype.
         positions: the positions, `[K]`; each predicts the token behind it.
+        hidden_states: of every layer at all positions, `[B, T, hidden]` each, the embedding first; only if asked for.
     """
 
     token_logps: Tensor
@@ -42,6 +43,7 @@ class AnswerScores:
     targets: Tensor
     logits: Tensor
     positions: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
 
     @property
     def logps(self) -> Tensor:
@@ -89,7 +91,8 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     Args:
         model: causal LM (bare, PEFT or wrapped by accelerate).
         batch: `input_ids`, `attention_mask`, `labels` (-100 outside the answer), each `[B, T]`, any padding side.
-        model_inputs: passed to the model (for example `inputs_embeds`, which replaces `input_ids`).
+        model_inputs: passed to the model (for example `inputs_embeds`, which replaces `input_ids`, or
+            `output_hidden_states`).
 
     Raises:
         ValueError: for an adapter that puts virtual tokens before the input.
@@ -99,13 +102,14 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     kept = answer_positions(labels)
     if "inputs_embeds" not in model_inputs:
         model_inputs["input_ids"] = batch["input_ids"]
-    logits = model(
+    outputs = model(
         attention_mask=batch["attention_mask"],
         position_ids=position_ids(batch["attention_mask"]),
         logits_to_keep=kept,
         use_cache=False,
         **model_inputs,
-    ).logits
+    )
+    logits = outputs.logits
     if logits.shape[1] != len(kept):  # an architecture that ignores `logits_to_keep`
         logits = logits[:, kept.to(logits.device)]
     labels = labels.to(logits.device)[:, kept.to(logits.device) + 1]
@@ -114,7 +118,7 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     wide = logits if logits.dtype == torch.float64 else logits.float()
     negative = torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
     token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
-    return AnswerScores(token_logps, mask, targets, logits, kept)
+    return AnswerScores(token_logps, mask, targets, logits, kept, getattr(outputs, "hidden_states", None))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .calibration import Calibration, CalibrationSettings, calibrate
 from .circuits import CircuitTable, check_architecture
@@ -21,7 +23,10 @@ from .difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
 from .difficulty.cud import make_folds
 from .files import check_new_file
 from .fingerprint import model_fingerprint, versions
+from .objectives import UnlearningLoss
 from .passes import WorkDir, process_state
+
+logger = logging.get_logger(__name__)
 
 
 def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], model_or_config: Any = None) -> None:
@@ -35,6 +40,10 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
             raise ValueError(f"unknown difficulty metric {name!r}; choose one of {sorted(METRICS)}")
     for name, given in options.items():
         METRICS[name].check_options(given)
+        for objective in given.get("methods", ()):
+            UnlearningLoss(objective)  # refuses an unknown one
+    for name in metrics:
+        METRICS[name].check_options(options.get(name, {}))
     if model_or_config is not None and any(METRICS[name].needs_circuits for name in metrics):
         check_architecture(model_or_config)
 
@@ -144,23 +153,26 @@ def score_difficulty(
         bounds = {"batch_size": batch_size, "batch_bytes": batch_bytes}
         run = {"retain": None if retain is None else dataset_fingerprint(retain), "calibration": settings.identity()}
         work = WorkDir(work_dir, {**identity, "circuits": circuits, "batches": bounds, **run})
-    runs: list[Calibration] = []
+    runs: dict[str, Calibration] = {}
 
-    def run_calibration() -> np.ndarray:
+    def run_calibration(objective: str | None) -> np.ndarray:
+        run, name = settings, "calibration"
+        if objective is not None:
+            run, name = replace(settings, loss=UnlearningLoss(objective)).for_data(retain), f"calibration-{objective}"
         # Every process runs it: none has to wait for longer than a collective call may take.
-        kept = work.load("calibration") if work is not None else None
+        kept = work.load(name) if work is not None else None
         found = (
             Calibration.from_tensors(kept)
             if kept is not None
-            else calibrate(model, forget, retain, settings, pad_token_id=pad_token_id, progress=progress)
+            else calibrate(model, forget, retain, run, pad_token_id=pad_token_id, progress=progress)
         )
         shared = [found]
         if process_state().num_processes > 1:  # rounding may differ between devices
             broadcast_object_list(shared)
-        runs.append(shared[0])
+        runs[run.loss.objective] = shared[0]
         if work is not None and kept is None and process_state().is_main_process:
-            work.save("calibration", runs[-1].tensors())
-        return runs[-1].residual
+            work.save(name, shared[0].tensors())
+        return shared[0].residual
 
     context = DifficultyContext(
         model=model,
@@ -174,9 +186,12 @@ def score_difficulty(
         groups=group_values,
         circuit_options=circuit_args,
         calibrate=run_calibration,
+        metrics=tuple(metrics),
         work=work,
         progress=progress,
     )
+    for name in metrics:
+        METRICS[name].check_data(context)
     # Metrics that share the attribution pass go first, so that its by-products are there for the others.
     by_cost = sorted(metrics, key=lambda name: not METRICS[name].needs_circuits)
     with torch.random.fork_rng(devices=[]):
@@ -194,12 +209,16 @@ def score_difficulty(
             "retain_weight": settings.retain_weight,
             "learning_rate": settings.learning_rate,
             "adapter": settings.peft_config is not None,
-            "pairs": runs[-1].pairs,
-            "forget_probability": runs[-1].snapshots,
+            "runs": {
+                name: {"pairs": run.pairs, "forget_probability": run.snapshots} for name, run in sorted(runs.items())
+            },
         }
-    return DifficultyScores(
+    scores = DifficultyScores(
         list(forget["sample_id"]),
         {name: computed[name] for name in metrics},
         context.fold if cross_fitted else None,
         provenance,
     )
+    for name in scores.constant:
+        logger.warning(f"difficulty metric {name!r} is the same for all {len(scores)} samples: it ranks nothing")
+    return scores

@@ -10,9 +10,17 @@ from scipy.spatial import distance as scipy_distance
 
 from cud_trainer.circuits import circuit_vectors, distance, top_k_mask
 from cud_trainer.data import pad_batch, prepare_dataset
-from cud_trainer.difficulty import AnchorBank, CUDSettings, DifficultyContext, cud_scores, make_folds, register_metric
+from cud_trainer.difficulty import (
+    METRICS,
+    AnchorBank,
+    CUDSettings,
+    DifficultyContext,
+    cud_scores,
+    make_folds,
+    register_metric,
+)
+from cud_trainer.difficulty.circuit_metrics import circuit_mass, cud
 from cud_trainer.difficulty.cud import anchor_circuit, extremes, log_standardisation
-from cud_trainer.difficulty.metrics import METRICS, circuit_mass, cud
 from cud_trainer.logprobs import score_answers
 
 VARIANTS = [
@@ -255,7 +263,7 @@ def make_context(residual=None, **options) -> DifficultyContext:
     forget = prepare_dataset(qa_dataset(12), make_tokenizer())
     residual = np.arange(12.0) if residual is None else residual
     return DifficultyContext(
-        make_model(0), forget, None, 0, folds=4, progress=False, calibrate=lambda: residual, **options
+        make_model(0), forget, None, 0, folds=4, progress=False, calibrate=lambda objective: residual, **options
     )
 
 
@@ -327,8 +335,10 @@ class TestMetric:
         assert np.corrcoef(plain, again)[0, 1] > 0.5  # other anchors per fold, the same direction
         row = ids.index(bank.easy_ids[0])  # an anchor sample is scored by the others
         held_out = {ids[i] for i in np.flatnonzero(context.fold == context.fold[row])}
-        easy, hard = bank.without(held_out)
-        expected = cud_scores(context.edges[[row]], easy, hard, CUDSettings(), (bank.mean, bank.deviation))
+        rows = bank.without(held_out)
+        assert {bank.ids[other] for other in rows} == set(ids) - held_out
+        easy, hard = (bank.edges[rows][bank.side[rows] == side] for side in (-1, 1))
+        expected = cud_scores(context.edges[[row]], easy, hard, CUDSettings(), log_standardisation(bank.edges[rows]))
         assert again[row] == pytest.approx(expected[0])
         with pytest.raises(ValueError, match="another graph"):
             cud(
@@ -348,7 +358,7 @@ class TestMetric:
         context = make_context()
         cud(context, save_anchors=path)
         small = AnchorBank.load(path)
-        small.easy, small.easy_ids = small.easy[:1], small.easy_ids[:1]
+        small.side[small.ids.index(small.easy_ids[0]) + 1 : 6] = 0  # one easy sample is left
         small.save(tmp_path / "small.safetensors")
         monkeypatch.setattr("cud_trainer.difficulty.context.attribute_dataset", lambda *a, **k: pytest.fail("computed"))
         for other, anchors, options, message in (
@@ -372,13 +382,15 @@ class TestMetric:
         """What is saved is what is loaded; a file cut anywhere, or of something else, is refused."""
         from safetensors.torch import save_file
 
-        bank = AnchorBank(
-            EDGES[:1], EDGES[1:], ["a"], ["é|,"], EDGES.mean(0), EDGES.std(0), "g", {"method": "eap", "steps": 1}
-        )
+        side, residual = torch.tensor([-1, 1], dtype=torch.int8), torch.tensor([0.1, float("nan")], dtype=torch.float64)
+        settings, features = {"method": "eap", "steps": 1}, {"hidden": torch.ones(2, 3)}
+        bank = AnchorBank(["a", "é|,"], EDGES[:2], residual, side, "g", settings, features)
         path = bank.save(tmp_path / "bank.safetensors")
         loaded = AnchorBank.load(path)
-        for name in ("easy", "hard", "mean", "deviation"):
-            assert torch.equal(getattr(loaded, name), getattr(bank, name))
+        for name in ("edges", "residual", "side"):
+            torch.testing.assert_close(getattr(loaded, name), getattr(bank, name), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(loaded.features["hidden"], features["hidden"])
+        assert bank.save(tmp_path / "again").read_bytes() == path.read_bytes()
         assert (loaded.easy_ids, loaded.hard_ids, loaded.graph, loaded.settings) == (["a"], ["é|,"], "g", bank.settings)
         loaded.check("g", {"method": "eap", "steps": 1})
         with pytest.raises(ValueError, match="method: bank 'eap', here 'eap-ig'; steps: bank 1, here 5"):
@@ -394,11 +406,9 @@ class TestMetric:
                 AnchorBank.load(foreign)
 
     def test_bank_leaves_out(self):
-        bank = AnchorBank(
-            torch.arange(6.0).view(3, 2), torch.arange(4.0).view(2, 2), list("abc"), list("de"), *EDGES, "g", {}
-        )
-        easy, hard = bank.without({"b", "e", "x"})
-        assert easy.tolist() == [[0, 1], [4, 5]] and hard.tolist() == [[0, 1]]
+        side = torch.tensor([-1, -1, -1, 1, 1, 0])
+        bank = AnchorBank(list("abcdef"), torch.arange(12.0).view(6, 2), torch.zeros(6), side, "g", {})
+        assert bank.without({"b", "e", "x"}).tolist() == [0, 2, 3, 5]
         with pytest.raises(ValueError, match="leaves no anchor sample"):
             bank.without({"d", "e"})
 

@@ -1,12 +1,13 @@
-"""Anchor banks: the easy and hard circuits of one forget request, kept for the next one on the same model."""
+"""Anchor banks: the calibrated circuits of one forget request, kept for the next one on the same model."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,35 +15,50 @@ from torch import Tensor
 
 from ..files import atomic_write, check_new_file
 
+HEADER = ("ids", "graph", "settings")
+
 
 @dataclass
 class AnchorBank:
-    """Edge scores of the anchor samples on the original model. Holds no text.
+    """What a calibration run showed of its samples, and their circuits on the original model. Holds no text.
 
     Attributes:
-        easy, hard: edge scores, float32 `[n, E]`.
-        easy_ids, hard_ids: whose they are.
-        mean, deviation: of log |edge score| over the calibration samples, `[E]`.
+        ids: sample ids, `n`.
+        edges: edge scores, float32 `[n, E]`.
+        residual: residual memorisation that the calibration run left, `[n]` in [0, 1], higher = harder; NaN where
+            anchors were given by hand.
+        side: -1 for samples of the easy anchor, 1 for the hard one, 0 for neither, int8 `[n]`.
         graph: fingerprint of the edge graph.
         settings: how the edges were scored (method, steps, baseline, metric).
+        features: further features of the samples by name, `[n, p]` each, see `cud_trainer.difficulty.cud.FEATURES`.
     """
 
-    easy: Tensor
-    hard: Tensor
-    easy_ids: list[str]
-    hard_ids: list[str]
-    mean: Tensor
-    deviation: Tensor
+    ids: list[str]
+    edges: Tensor
+    residual: Tensor
+    side: Tensor
     graph: str
     settings: dict[str, Any]
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def easy_ids(self) -> list[str]:
+        """Samples of the easy anchor."""
+        return [self.ids[row] for row in (self.side == -1).nonzero().flatten().tolist()]
+
+    @property
+    def hard_ids(self) -> list[str]:
+        """Samples of the hard anchor."""
+        return [self.ids[row] for row in (self.side == 1).nonzero().flatten().tolist()]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a safetensors file, atomically; `ValueError` if it exists."""
         check_new_file(path, overwrite)
-        tensors = {name: getattr(self, name).float().contiguous() for name in ("easy", "hard", "mean", "deviation")}
-        header = {name: getattr(self, name) for name in ("graph", "easy_ids", "hard_ids", "settings")}
+        tensors = {f"features/{name}": values.float().contiguous() for name, values in self.features.items()}
+        tensors |= {"edges": self.edges.float().contiguous(), "residual": self.residual.double().contiguous()}
+        tensors["side"] = self.side.to(torch.int8).contiguous()
         # One entry: of several the library writes them in an order of its own, different every time.
-        metadata = {"anchors": json.dumps(header, sort_keys=True)}
+        metadata = {"anchors": json.dumps({name: getattr(self, name) for name in HEADER}, sort_keys=True)}
         return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
@@ -51,8 +67,9 @@ class AnchorBank:
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["anchors"])
-                tensors = {name: file.get_tensor(name) for name in ("easy", "hard", "mean", "deviation")}
-            return cls(**tensors, **header)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            features = {name.split("/")[1]: tensors.pop(name) for name in list(tensors) if name.startswith("features/")}
+            return cls(**tensors, **header, features=features)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot read an anchor bank from {path}: {error}") from None
 
@@ -68,10 +85,10 @@ class AnchorBank:
         if differs:
             raise ValueError("the anchor bank was made with other settings: " + "; ".join(differs))
 
-    def without(self, ids: set[str]) -> tuple[Tensor, Tensor]:
-        """Easy and hard edge scores of the anchor samples that are not in `ids`: none scores itself."""
-        easy = torch.tensor([sample_id not in ids for sample_id in self.easy_ids], dtype=torch.bool)
-        hard = torch.tensor([sample_id not in ids for sample_id in self.hard_ids], dtype=torch.bool)
-        if not easy.any() or not hard.any():
+    def without(self, ids: set[str]) -> np.ndarray:
+        """Rows of the samples that are not in `ids`: none scores itself. `ValueError` when that leaves no anchor."""
+        rows = np.array([row for row, sample_id in enumerate(self.ids) if sample_id not in ids], dtype=int)
+        sides = set(self.side[torch.from_numpy(rows)].tolist())
+        if not {-1, 1} <= sides:
             raise ValueError("leaving out the samples to be scored leaves no anchor sample; use fewer, larger anchors")
-        return self.easy[easy], self.hard[hard]
+        return rows

@@ -14,10 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..circuits import Graph, attribute_dataset, model_graph
-from ..data import BATCH_BYTES, plan_batches
+from ..data import BATCH_BYTES, pad_samples, plan_batches
 from ..logprobs import evaluation_mode, score_answers
-from ..passes import WorkDir, run_batches
+from ..passes import Compute, WorkDir, run_batches
 from .cud import make_folds
+from .gradients import mean_gradient, sample_gradients
+from .noise import noise_effects
+from .outputs import output_features
+
+RETAIN_GRADIENT_SAMPLES = 256
 
 # With the zero baseline one-pass EAP ranks edges as the authors' node-wise interpolation does, for a fraction of its
 # cost.
@@ -45,7 +50,9 @@ class DifficultyContext:
         folds: number of cross-fitting folds.
         groups: group of each forget sample (for example its author), never split over folds; or `None`.
         circuit_options: of `cud_trainer.circuits.edge_attributions`.
-        calibrate: runs a short unlearning of the forget set and returns its residual memorisation `[N]`.
+        calibrate: runs a short unlearning of the forget set, with the user's objective (`None`) or the one named, and
+            returns its residual memorisation `[N]`.
+        metrics: names of all metrics asked for: passes compute what any of them needs.
         work: keeps what is done, for a run that is killed.
         progress: show progress bars.
     """
@@ -60,9 +67,12 @@ class DifficultyContext:
     folds: int = 5
     groups: list[Any] | None = None
     circuit_options: dict[str, Any] = field(default_factory=dict)
-    calibrate: Callable[[], np.ndarray] | None = None
+    calibrate: Callable[[str | None], np.ndarray] | None = None
+    metrics: tuple[str, ...] = ()
     work: WorkDir | None = None
     progress: bool = True
+    _noise: dict[tuple[float, int], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _residuals: dict[str | None, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def circuit_settings(self) -> dict[str, Any]:
@@ -97,41 +107,115 @@ class DifficultyContext:
         """Mean answer log-probability and number of answer tokens of every forget sample, each `[N]`."""
         if "_circuits" in self.__dict__:  # the attribution pass has scored the answers too
             _, mean_logps, lengths, _ = self._circuits
+        elif "forget_outputs" in self.__dict__:
+            mean_logps, lengths = (self.forget_outputs[name] for name in ("mean_logps", "lengths"))
         else:
-            mean_logps, lengths = self._score_answers()
+            mean_logps, lengths = self.score_answers(self.model, "answers")
         return mean_logps.double().numpy(), lengths.double().numpy()
 
-    def _score_answers(self) -> tuple[Tensor, Tensor]:
-        def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            with torch.no_grad(), evaluation_mode(self.model):
-                scores = score_answers(self.model, batch)
-            return {"mean_logps": scores.mean_logps.float().cpu(), "lengths": scores.lengths.cpu()}
+    def score_answers(self, model: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
+        """Mean answer log-probabilities of the forget set under `model`, and answer lengths, each `[N]`."""
 
-        lengths = [len(tokens) for tokens in self.forget["input_ids"]]
-        config = self.model.config.get_text_config()
-        per_token = 8.0 * (config.vocab_size + 8 * config.hidden_size)  # logits, and one layer's activations
-        plan = plan_batches(
-            lengths, bytes_per_token=per_token, batch_size=self.batch_size, batch_bytes=self.batch_bytes
-        )
-        device = self.model.get_input_embeddings().weight.device
-        found = run_batches(
-            "answers",
-            self.forget,
-            compute,
-            plan,
-            pad_token_id=self.pad_token_id,
-            device=device,
-            work=self.work,
-            progress=self.progress,
-        )
+        def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            with torch.no_grad(), evaluation_mode(model):
+                scores = score_answers(model, batch)
+            return {"mean_logps": scores.mean_logps.float(), "lengths": scores.lengths}
+
+        found = self._pass(name, self.forget, compute, hidden=8, model=model)
         return found["mean_logps"], found["lengths"]
 
     @cached_property
+    def forget_outputs(self) -> dict[str, Tensor]:
+        """See `output_features`, rows of the forget set."""
+        return self._outputs("outputs", self.forget)
+
+    @cached_property
+    def retain_outputs(self) -> dict[str, Tensor]:
+        """See `output_features`, rows of the retain set."""
+        assert self.retain is not None
+        return self._outputs("retain-outputs", self.retain)
+
+    def _outputs(self, name: str, prepared: Dataset) -> dict[str, Tensor]:
+        layers = self.model.config.get_text_config().num_hidden_layers
+        return self._pass(name, prepared, lambda batch: output_features(self.model, batch), hidden=8 + layers)
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """See `sample_gradients`: norms of every forget sample and, where a metric asks for it, products."""
+        direction, norm = None, 0.0
+        if "grad_alignment" in self.metrics:
+            assert self.retain is not None
+            size = min(RETAIN_GRADIENT_SAMPLES, len(self.retain))
+            rows = np.random.default_rng(self.seed).permutation(len(self.retain))[:size]
+            some = self.retain.select(rows)
+            plan = self._plan(some, self._per_token(hidden=self._activations))
+            batches = (pad_samples(some, part, self.pad_token_id) for part in plan)
+            direction = mean_gradient(self.model, ({k: v.to(self._device) for k, v in b.items()} for b in batches))
+            norm = float(torch.stack([part.double().square().sum().cpu() for part in direction]).sum().sqrt())
+        name = "gradients" if direction is None else "gradients-retain"
+        found = self._pass(
+            name, self.forget, lambda batch: sample_gradients(self.model, batch, direction), hidden=self._activations
+        )
+        if direction is not None:
+            found["cosines"] = found["products"].double() / (found["squares"].double().sum(1).sqrt() * norm)
+        return found
+
+    def noise(self, sigma: float, draws: int) -> dict[str, Tensor]:
+        """What noise on the weights does to every forget sample, see `noise_effects`; one pass for all metrics."""
+        if (sigma, draws) not in self._noise:
+            self._noise[sigma, draws] = self._pass(
+                f"noise-{sigma!r}-{draws}",
+                self.forget,
+                lambda batch: noise_effects(self.model, batch, sigma=sigma, draws=draws, seed=self.seed),
+                hidden=8 + self.model.config.get_text_config().num_hidden_layers,
+            )
+        return self._noise[sigma, draws]
+
+    def _pass(
+        self, name: str, prepared: Dataset, compute: Compute, *, hidden: float, model: PreTrainedModel | None = None
+    ) -> dict[str, Tensor]:
+        """One pass over `prepared`; `hidden`: hidden states that a token takes, beside its logits."""
+        return run_batches(
+            name,
+            prepared,
+            lambda batch: {key: value.cpu() for key, value in compute(batch).items()},
+            self._plan(prepared, self._per_token(hidden)),
+            pad_token_id=self.pad_token_id,
+            device=(model or self.model).get_input_embeddings().weight.device,
+            work=self.work,
+            progress=self.progress,
+        )
+
+    def _plan(self, prepared: Dataset, per_token: float) -> list[list[int]]:
+        lengths = [len(tokens) for tokens in prepared["input_ids"]]
+        return plan_batches(
+            lengths, bytes_per_token=per_token, batch_size=self.batch_size, batch_bytes=self.batch_bytes
+        )
+
+    def _per_token(self, hidden: float) -> float:
+        config = self.model.config.get_text_config()
+        return 8.0 * config.vocab_size + 4.0 * hidden * config.hidden_size
+
+    @property
+    def _activations(self) -> float:
+        return 24.0 * self.model.config.get_text_config().num_hidden_layers  # what a backward pass keeps
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
     def residual(self) -> np.ndarray:
         """Residual memorisation of every forget sample after the calibration run, `[N]`, higher = harder."""
+        return self.residual_of(None)
+
+    def residual_of(self, objective: str | None) -> np.ndarray:
+        """The same for a calibration run with another objective than the user's; each is run once."""
         if self.calibrate is None:
             raise ValueError("this metric needs a calibration run, which is not available here")
-        return np.asarray(self.calibrate(), dtype=np.float64)
+        if objective not in self._residuals:
+            self._residuals[objective] = np.asarray(self.calibrate(objective), dtype=np.float64)
+        return self._residuals[objective]
 
     @cached_property
     def fold(self) -> np.ndarray:

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from ..circuits.graph import Graph
@@ -28,7 +31,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The same formula on standardised log |edge score|, which keeps the circuit's mass that the cosine of raw scores
     # throws away.
     "log": {"vector": "log", "k": None, "distance": "cosine"},
+    # No anchors: ridge regression from log |edge score| to the calibration run's residual memorisation.
+    "calibrated": {"vector": "log", "k": None, "distance": "cosine"},
 }
+FEATURES = ("edges", "hidden", "gradients", "outputs")
+CALIBRATED_FEATURES = ("edges",)
+PENALTIES = np.logspace(-3, 4, 15)
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,17 @@ class CUDSettings:
     """How circuits are compared.
 
     Attributes:
-        variant: a preset of the three below, `"log"` or `"paper"`; `None` fields take its value.
+        variant: `"log"` or `"paper"`, presets of the three below (`None` fields take their value), or
+            `"calibrated"`, a fit.
         vector: `"signed"`, `"binary"` or `"log"` (see `cud_trainer.circuits.circuit_vectors`).
         k: edges of a circuit; `"all"` for all edges. Not for `"log"`.
         selection: how `k` edges are chosen, `"top_k"` or `"greedy"` (see `cud_trainer.circuits.select_circuits`).
         prune: leave out edges on no path from the embedding to the logits. Not for `"log"`.
         distance: `"cosine"`, `"jaccard"` or `"hamming"`.
         anchor_share: share of the calibration samples that make each anchor, in (0, 0.5].
+        features: what `"calibrated"` is fitted from: `"edges"` (log |edge score|), `"hidden"` (middle hidden state),
+            `"gradients"` (log gradient norm of every weight matrix), `"outputs"` (log-probability, length, margin,
+            entropy).
     """
 
     variant: str = "log"
@@ -52,6 +64,7 @@ class CUDSettings:
     anchor_share: float = 0.25
     selection: str = "top_k"
     prune: bool = False
+    features: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.variant not in list(VARIANTS):  # a list: an unhashable value is refused like any other
@@ -84,6 +97,13 @@ class CUDSettings:
         if not isinstance(self.prune, bool):
             raise ValueError(f"prune must be true or false, got {self.prune!r}")
         check_numbers("CUD", {"anchor_share": self.anchor_share})
+        if self.variant == "calibrated":
+            features = CALIBRATED_FEATURES if self.features is None else self.features
+            if isinstance(features, str) or not features or any(name not in FEATURES for name in features):
+                raise ValueError(f"features must be a list out of {list(FEATURES)}, got {features!r}")
+            object.__setattr__(self, "features", tuple(features))
+        elif self.features is not None:
+            raise ValueError(f"features belong to the CUD variant 'calibrated', not to {self.variant!r}")
         if not 0 < self.anchor_share <= 0.5:
             raise ValueError(f"anchor_share must be in (0, 0.5], got {self.anchor_share!r}")
 
@@ -196,3 +216,64 @@ def cud_scores(
         to_hard = distance(circuits, vectors(anchor_circuit(hard)[None]), settings.distance)
     total = to_easy + to_hard
     return (to_easy / total.where(total > 0, torch.full_like(total, torch.nan))).double().numpy()
+
+
+def calibrated_scores(
+    train: Sequence[np.ndarray],
+    residual: np.ndarray,
+    test: Sequence[np.ndarray],
+    groups: Sequence[object] | None = None,
+) -> np.ndarray:
+    """Predicted rank of each test sample's residual memorisation, about 0 (easiest) to 1 (hardest), float64 `[N]`.
+
+    Ridge regression from standardised features, each block of them scaled to the same total variance. The penalty is
+    the one with the least squared error in cross-validation inside the training samples (leave-one-out; by group where
+    there are groups).
+
+    Args:
+        train, test: blocks of features, `[n, p]` and `[N, p]` each, in the same order; no sample may be in both.
+        residual: of the training samples, `[n]`, higher = harder. Only its ranks are used.
+        groups: of the training samples.
+
+    Raises:
+        ValueError: for fewer than 3 training samples or a constant residual, which tells nothing apart.
+    """
+    if len(residual) < 3:
+        raise ValueError("a calibrated fit needs at least 3 calibration samples")
+    if np.ptp(residual) == 0:
+        raise ValueError("calibration left every sample with the same residual memorisation: there is nothing to fit")
+    known, new = [], []
+    for values, others in zip(train, test, strict=True):
+        mean, deviation = values.mean(0), values.std(0)
+        scale = np.where(deviation > 1e-6, deviation, np.inf) * np.sqrt(max(1, int((deviation > 1e-6).sum())))
+        known.append((values - mean) / scale)
+        new.append((others - mean) / scale)
+    design = np.concatenate(known, axis=1)
+    # A rotation onto the samples' own span leaves a ridge fit as it is, and makes it cheap.
+    _, _, axes = np.linalg.svd(design, full_matrices=False)
+    target = (rankdata(residual) - 0.5) / len(residual)
+    folds = None
+    if groups is not None and len(set(map(str, groups))) >= 3:
+        names = list(map(str, groups))
+        folds = list(GroupKFold(min(5, len(set(names)))).split(design, groups=names))
+    fit = RidgeCV(alphas=PENALTIES, cv=folds).fit(design @ axes.T, target)
+    return fit.predict(np.concatenate(new, axis=1) @ axes.T)
+
+
+def agreement(residuals: Sequence[np.ndarray], share: float, at_least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that `at_least` of several unlearning methods count among the easiest, or hardest, `share` (paper: 3 of 5).
+
+    Raises:
+        ValueError: when they agree on no easy or no hard sample.
+    """
+    counts = np.zeros((2, len(residuals[0])), dtype=int)
+    for residual in residuals:
+        for side, rows in zip(counts, extremes(residual, share), strict=True):
+            side[rows] += 1
+    easy, hard = (np.flatnonzero(side >= at_least) for side in counts)
+    if not easy.size or not hard.size:
+        raise ValueError(
+            f"{at_least} of {len(residuals)} methods agree on {easy.size} easy and {hard.size} hard samples; anchors "
+            "need both: lower agreement or raise anchor_share"
+        )
+    return easy, hard

@@ -1,59 +1,17 @@
-"""The difficulty metrics and their registry. Each returns one value per forget sample; higher = harder."""
+"""Difficulty metrics that need no circuits. Each returns one value per forget sample; higher = harder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import re
 
 import numpy as np
-import torch
+from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors
+from transformers import AutoModelForCausalLM
 
-from ..files import check_new_file
-from ..options import check_known
-from .anchors import AnchorBank
+from ..options import check_numbers
 from .context import DifficultyContext
-from .cud import CUDSettings, circuits_of, cud_scores, extremes, log_standardisation
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A registered difficulty metric.
-
-    Attributes:
-        name: the name used in configs.
-        compute: `(context, **options) -> float [N]`.
-        needs_circuits: whether it reads edge scores (and so needs a supported architecture).
-        cross_fitted: whether a sample's score depends on folds of the others.
-    """
-
-    name: str
-    compute: Callable[..., np.ndarray]
-    needs_circuits: bool = False
-    cross_fitted: bool = False
-
-    def check_options(self, given: dict[str, Any]) -> None:
-        """Raise `ValueError` for an option this metric does not have, or a value it cannot have."""
-        if not isinstance(given, dict):
-            raise ValueError(f"options of difficulty metric {self.name!r} must be a dictionary, got {given!r}")
-        check_known(f"difficulty metric {self.name!r}", self.compute, given)
-        if self.compute is cud:
-            cud_settings(**given)
-
-
-METRICS: dict[str, Metric] = {}
-
-
-def register_metric(name: str, **properties: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a difficulty metric under `name`; `properties` are those of `Metric`. `ValueError` if taken."""
-
-    def register(compute: Callable[..., Any]) -> Callable[..., Any]:
-        if name in METRICS:
-            raise ValueError(f"difficulty metric {name!r} is already registered")
-        METRICS[name] = Metric(name, compute, **properties)
-        return compute
-
-    return register
+from .registry import register_metric
+from .weights import weight_matrices
 
 
 @register_metric("loss")
@@ -68,175 +26,216 @@ def length(context: DifficultyContext) -> np.ndarray:
     return context.answers[1]
 
 
-@register_metric("circuit_mass", needs_circuits=True)
-def circuit_mass(context: DifficultyContext) -> np.ndarray:
-    """`-log(sum of |edge score|)`: a saturated answer moves little whatever edge is cut, and is hard to unlearn.
+def _check_confidence(kind: str = "margin") -> None:
+    if kind not in ("margin", "entropy"):
+        raise ValueError(f"unknown kind {kind!r} of difficulty metric 'self_confidence'; choose 'margin' or 'entropy'")
 
-    Raises:
-        ValueError: for a sample whose edges all score 0.
+
+@register_metric("self_confidence", check=_check_confidence)
+def self_confidence(context: DifficultyContext, *, kind: str = "margin") -> np.ndarray:
+    """How sure the original model is of the answer, mean over its tokens: what it is surest of is hardest to lose.
+
+    `"margin"`: p(token) minus the largest p of another token, in [-1, 1]; `"entropy"`: minus the entropy of the
+    prediction, in nats (difficulty from the pretrained model's own probabilities: "Your Pretrained Model Tells the
+    Difficulty Itself", 2025).
     """
-    mass = context.edges.double().abs().sum(1)
-    empty = (mass == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"the circuit of sample {context.forget['sample_id'][empty[0]]!r} is empty: all edges score 0")
-    return -mass.log().numpy()
+    values = context.forget_outputs[kind].double().numpy()
+    return values if kind == "margin" else -values
 
 
-def cud_settings(
-    variant: str = "log",
-    vector: str | None = None,
-    k: int | str | None = None,
-    distance: str | None = None,
-    anchor_share: float = 0.25,
-    selection: str = "top_k",
-    prune: bool = False,
-    **_: Any,
-) -> CUDSettings:
-    """The part of the `cud` metric's options that says how circuits are compared."""
-    return CUDSettings(variant, vector, k, distance, anchor_share, selection, prune)
+def _check_reference(reference_model: str | None = None, revision: str | None = None) -> None:
+    if not reference_model or not isinstance(reference_model, str):
+        raise ValueError(
+            "difficulty metric 'memorization' needs a reference model: give its option reference_model (a folder or "
+            "hub id of the model before it saw the forget set, or trained without it)"
+        )
 
 
-@register_metric("cud", needs_circuits=True, cross_fitted=True)
-def cud(
-    context: DifficultyContext,
-    *,
-    variant: str = "log",
-    vector: str | None = None,
-    k: int | str | None = None,
-    distance: str | None = None,
-    anchor_share: float = 0.25,
-    selection: str = "top_k",
-    prune: bool = False,
-    anchors: Any = "calibration",
-    save_anchors: str | None = None,
+@register_metric("memorization", check=_check_reference)
+def memorization(
+    context: DifficultyContext, *, reference_model: str | None = None, revision: str | None = None
 ) -> np.ndarray:
-    """Circuit-guided unlearning difficulty (see `cud_trainer.difficulty.cud`), in [0, 1].
+    """Mean answer log-probability under the model minus under a model that never saw the sample, in nats per token.
 
-    Cross-fitted: the anchors that score a sample are made without it and without the rest of its fold.
+    What the model owes to having seen the sample, not what anyone would guess (counterfactual memorisation, Zhang et
+    al. 2023, arXiv 2112.12938; a factor of unlearning difficulty in Zhao et al. 2024, arXiv 2406.01257, RUM).
 
     Args:
-        variant, vector, k, distance, anchor_share, selection, prune: see `CUDSettings`.
-        anchors: `"calibration"` (the samples a short unlearning run leaves least and most memorised), a dict
-            `{"easy": [ids], "hard": [ids]}` of forget samples, or the path of a saved anchor bank.
-        save_anchors: write the anchor bank of the whole forget set to this path (not with a bank as `anchors`).
+        reference_model: folder or hub id of the pretrained or retain-only model, with the same tokens.
 
     Raises:
-        ValueError: for unknown options or ids, a bank of another graph, or an undefined score (an empty circuit),
-            naming the sample.
+        ValueError: without `reference_model`, or when it has another vocabulary.
     """
-    settings = cud_settings(variant, vector, k, distance, anchor_share, selection, prune)
-    ids = list(context.forget["sample_id"])
-    # Cheap checks of the user's input come before the circuits.
-    chosen = _anchor_rows(anchors, ids) if isinstance(anchors, dict) else None
-    bank = AnchorBank.load(anchors) if isinstance(anchors, str) and anchors != "calibration" else None
-    if save_anchors is not None:
-        if bank is not None:
-            raise ValueError(f"save_anchors has nothing new to save: the anchors are those of {anchors}")
-        check_new_file(save_anchors, overwrite=False)
-    if not isinstance(anchors, (str, dict)):
-        raise ValueError(f"anchors must be 'calibration', a dict of easy and hard ids or a path, got {anchors!r}")
-    fold = context.fold
-    tests = [np.flatnonzero(fold == held_out) for held_out in np.unique(fold)]
-    if bank is not None:
-        bank.check(context.graph.fingerprint, context.circuit_settings)
-        for test in tests:
-            bank.without({ids[row] for row in test})
-    elif chosen is not None:
-        for test in tests:
-            _choose(np.setdiff1d(np.arange(len(ids)), test), chosen, context, settings)
-
-    edges = context.edges
-    scores = np.full(len(ids), np.nan)
-    for test in tests:
-        if bank is not None:
-            easy, hard = bank.without({ids[row] for row in test})
-            standardisation: tuple[torch.Tensor, torch.Tensor] | None = (bank.mean, bank.deviation)
-        else:
-            rows = np.setdiff1d(np.arange(len(ids)), test)
-            easy_rows, hard_rows = _choose(rows, chosen, context, settings)
-            easy, hard = edges[easy_rows], edges[hard_rows]
-            standardisation = log_standardisation(edges[rows]) if settings.vector == "log" else None
-        scores[test] = cud_scores(edges[test], easy, hard, settings, standardisation, context.graph)
-
-    if settings.vector != "log":
-        empty = (circuits_of(edges, settings, context.graph) == 0).all(1).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"{len(empty)} of {len(ids)} samples have an empty circuit, the first is {ids[empty[0]]!r}: CUD is "
-                "undefined for them; use more edges (k), no pruning or the 'log' variant"
-            )
-    undefined = np.flatnonzero(~np.isfinite(scores))
-    if undefined.size:
+    _check_reference(reference_model)
+    model = context.model
+    try:
+        reference = AutoModelForCausalLM.from_pretrained(reference_model, revision=revision, dtype=model.dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the reference model {reference_model!r}: {error}") from None
+    sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"CUD is undefined for {undefined.size} of {len(ids)} samples, the first is {ids[undefined[0]]!r} (its "
-            "circuit equals both anchors, or an anchor circuit is empty); use more edges (k) or the 'log' variant"
+            f"the reference model {reference_model!r} has another vocabulary ({sizes[1]} tokens, the model {sizes[0]})"
         )
-    if save_anchors is not None:
-        _make_bank(context, chosen, settings, ids).save(save_anchors)
+    reference = reference.to(model.get_input_embeddings().weight.device).eval()
+    known, _ = context.score_answers(reference, f"reference-{model_name(str(reference_model), revision)}")
+    return context.answers[0] - known.double().numpy()
+
+
+def model_name(path: str, revision: str | None) -> str:
+    """`path` as a file name."""
+    return re.sub(r"\W+", "-", f"{path}-{revision or ''}").strip("-")
+
+
+@register_metric("grad_norm")
+def grad_norm(context: DifficultyContext, *, matrices: str = ".*") -> np.ndarray:
+    """`-log |g|`, with g the gradient of the sample's mean answer loss: a saturated answer gives no pull, and stays.
+
+    Over weight matrices; gains and biases are left out ("Instance-Level Difficulty: A Missing Perspective in Machine
+    Unlearning", 2024).
+
+    Args:
+        matrices: regular expression; only weight matrices whose name it matches count (by default all).
+
+    Raises:
+        ValueError: when no matrix matches, or a sample's gradient is 0.
+    """
+    names = [matrix.name for matrix in weight_matrices(context.model)]
+    chosen = [index for index, name in enumerate(names) if re.search(matrices, name)]
+    if not chosen:
+        raise ValueError(
+            f"option matrices={matrices!r} of difficulty metric 'grad_norm' matches none, e.g. {names[0]!r}"
+        )
+    squares = context.gradients["squares"][:, chosen].double().sum(1).numpy()
+    empty = np.flatnonzero(squares == 0)
+    if empty.size:
+        raise ValueError(
+            f"the gradient of sample {context.forget['sample_id'][empty[0]]!r} is 0: grad_norm is undefined"
+        )
+    return -0.5 * np.log(squares)
+
+
+@register_metric("grad_alignment", needs_retain=True)
+def grad_alignment(context: DifficultyContext) -> np.ndarray:
+    """Cosine of the sample's gradient with the mean gradient of the retain set, in [-1, 1].
+
+    Where they point the same way, every step that removes the sample takes from what is to be kept, and the retain term
+    brings the sample back ("Instance-Level Difficulty: A Missing Perspective in Machine Unlearning", 2024). The mean is
+    over at most 256 retain samples.
+    """
+    return context.gradients["cosines"].numpy()
+
+
+def _check_noise(sigma: float = 0.05, draws: int = 10, relative: bool = False) -> None:
+    check_numbers("parameter noise", {"sigma": sigma, "draws": draws})
+    if not sigma > 0:
+        raise ValueError(f"option 'sigma' of parameter noise must be positive, got {sigma!r}")
+    if not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"option 'draws' of parameter noise must be a positive integer, got {draws!r}")
+    if not isinstance(relative, bool):
+        raise ValueError(f"option 'relative' of difficulty metric 'mrd' must be true or false, got {relative!r}")
+
+
+@register_metric("mrd", check=_check_noise)
+def mrd(context: DifficultyContext, *, sigma: float = 0.05, draws: int = 10, relative: bool = False) -> np.ndarray:
+    """Memory Removal Difficulty (arXiv 2504.06658): minus the expected drop of the answer's log-probability in noise.
+
+    Published: `|E[(log p(θ) - log p(θ + δ)) / log p(θ)]|`, small = hard to remove (`relative=True`). The ratio blows up
+    where the model is sure of the answer (log p -> 0), so that the default is the drop itself, in nats per token.
+
+    Args:
+        sigma: standard deviation of δ as a share of that of each weight matrix.
+        draws: noise samples.
+    """
+    found = context.noise(float(sigma), draws)
+    if relative:
+        return -found["relative_drop"].double().abs().numpy()
+    return -found["drop"].double().numpy()
+
+
+@register_metric("noise_stability", check=_check_noise)
+def noise_stability(context: DifficultyContext, *, sigma: float = 0.05, draws: int = 10) -> np.ndarray:
+    """Minus the expected relative deviation of the last hidden state under noise on the weights: stable = hard.
+
+    (Li et al. 2022, Deep Active Learning with Noise Stability, arXiv 2205.13340.) Options as for `mrd`, and with the
+    same ones no further pass.
+    """
+    return -context.noise(float(sigma), draws)["deviation"].double().numpy()
+
+
+def _check_neighbours(k: int = 5) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"option 'k' (neighbours) must be a positive integer, got {k!r}")
+
+
+@register_metric("atypicality", needs_retain=True, check=_check_neighbours)
+def atypicality(context: DifficultyContext, *, k: int = 5) -> np.ndarray:
+    """Mean cosine distance to the `k` nearest retain samples in hidden space, in [0, 2]: what is unlike all else is
+    known by heart, not inferred ("Instance-Level Difficulty: A Missing Perspective in Machine Unlearning", 2024)."""
+    forget, retain = _hidden(context), context.retain_outputs["hidden"].double().numpy()
+    nearest = NearestNeighbors(n_neighbors=min(k, len(retain)), metric="cosine").fit(retain)
+    return nearest.kneighbors(forget)[0].mean(1)
+
+
+@register_metric("retain_similarity", needs_retain=True, check=_check_neighbours)
+def retain_similarity(context: DifficultyContext, *, k: int = 20) -> np.ndarray:
+    """Share of retain samples among the `k` nearest others in hidden space, in [0, 1]: entangled = hard.
+
+    (Entanglement of forget and retain set: Zhao et al. 2024, What makes unlearning hard and what to do about it, arXiv
+    2406.01257.)
+    """
+    forget, retain = _hidden(context), context.retain_outputs["hidden"].double().numpy()
+    k = min(k, len(forget) + len(retain) - 1)
+    nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(np.concatenate([forget, retain]))
+    found = nearest.kneighbors(forget, return_distance=False)
+    others = found != np.arange(len(forget))[:, None]
+    others[others.all(1), -1] = False  # a twin took the sample's own place
+    return ((found >= len(forget)) & others).sum(1) / k
+
+
+@register_metric("hidden_neighbours", cross_fitted=True, check=_check_neighbours)
+def hidden_neighbours(context: DifficultyContext, *, k: int = 5) -> np.ndarray:
+    """Residual memorisation that the calibration run left of the `k` nearest forget samples of other folds, in [0, 1].
+
+    A baseline that any claim about circuits must beat: what is forgotten together lies together.
+    """
+    hidden, residual = _hidden(context), context.residual
+    scores = np.empty(len(hidden))
+    for fold in np.unique(context.fold):
+        test = context.fold == fold
+        model = KNeighborsRegressor(min(k, int((~test).sum())), weights="distance", metric="cosine")
+        scores[test] = model.fit(hidden[~test], residual[~test]).predict(hidden[test])
     return scores
 
 
-@register_metric("cud_paper", needs_circuits=True, cross_fitted=True)
-def cud_paper(
-    context: DifficultyContext,
-    *,
-    k: int | str | None = None,
-    selection: str = "top_k",
-    prune: bool = False,
-    anchors: Any = "calibration",
-) -> np.ndarray:
-    """CUD with the published comparison of circuits: weighted top-k edges, cosine. To be reported beside `cud`."""
-    return cud(context, variant="paper", k=k, selection=selection, prune=prune, anchors=anchors)
+@register_metric("group_mean", needs_groups=True, cross_fitted=True)
+def group_mean(context: DifficultyContext) -> np.ndarray:
+    """Mean residual memorisation that the calibration run left of the other samples of the same group, in [0, 1].
+
+    A baseline that any claim about circuits must beat: author or topic, and nothing else. Groups are the signal here,
+    so that only the sample itself is left out, not its fold. A sample alone in its group gets the mean over all others.
+    """
+    assert context.groups is not None
+    residual = context.residual
+    groups = np.array([str(group) for group in context.groups])
+    scores = np.empty(len(groups))
+    for row, group in enumerate(groups):
+        others = groups == group
+        others[row] = False
+        if not others.any():
+            others = np.arange(len(groups)) != row
+        scores[row] = residual[others].mean()
+    return scores
 
 
-def _anchor_rows(anchors: dict[str, Any], ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    if set(anchors) != {"easy", "hard"}:
-        raise ValueError(f"anchors must have exactly the keys 'easy' and 'hard', got {sorted(anchors)}")
-    position = {sample_id: row for row, sample_id in enumerate(ids)}
-    rows = []
-    for side in ("easy", "hard"):
-        unknown = [str(sample_id) for sample_id in anchors[side] if str(sample_id) not in position]
-        if unknown:
-            raise ValueError(f"{side} anchor {unknown[0]!r} is not a forget sample")
-        rows.append(np.array([position[str(sample_id)] for sample_id in anchors[side]], dtype=int))
-    if set(rows[0]) & set(rows[1]):
-        both = ids[next(iter(set(rows[0]) & set(rows[1])))]
-        raise ValueError(f"sample {both!r} is both an easy and a hard anchor")
-    return rows[0], rows[1]
+@register_metric("calibration")
+def calibration(context: DifficultyContext) -> np.ndarray:
+    """What the calibration run itself left of the sample, in [0, 1]. No prediction: a short run before the long one.
+
+    The mark for everything that is calibrated: it costs the same, but says nothing about samples of a later request.
+    """
+    return context.residual
 
 
-def _choose(
-    rows: np.ndarray,
-    chosen: tuple[np.ndarray, np.ndarray] | None,
-    context: DifficultyContext,
-    settings: CUDSettings,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Easy and hard anchor samples among `rows`."""
-    if chosen is None:
-        easy, hard = extremes(context.residual[rows], settings.anchor_share)
-        easy, hard = rows[easy], rows[hard]
-    else:
-        easy, hard = (np.intersect1d(side, rows) for side in chosen)
-        if not easy.size or not hard.size:
-            raise ValueError("a fold holds all easy or all hard anchors; give more anchor ids or more folds")
-    return torch.from_numpy(easy), torch.from_numpy(hard)
-
-
-def _make_bank(
-    context: DifficultyContext,
-    chosen: tuple[np.ndarray, np.ndarray] | None,
-    settings: CUDSettings,
-    ids: list[str],
-) -> AnchorBank:
-    easy, hard = _choose(np.arange(len(ids)), chosen, context, settings)
-    mean, deviation = log_standardisation(context.edges)
-    return AnchorBank(
-        context.edges[easy],
-        context.edges[hard],
-        [ids[row] for row in easy.tolist()],
-        [ids[row] for row in hard.tolist()],
-        mean,
-        deviation,
-        context.graph.fingerprint,
-        dict(context.circuit_settings),
-    )
+def _hidden(context: DifficultyContext) -> np.ndarray:
+    return context.forget_outputs["hidden"].double().numpy()

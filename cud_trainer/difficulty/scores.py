@@ -78,6 +78,11 @@ class DifficultyScores:
     def metrics(self) -> list[str]:
         return list(self.columns)
 
+    @property
+    def constant(self) -> list[str]:
+        """Metrics that are the same for all of several samples, and so rank nothing."""
+        return [name for name, values in self.columns.items() if len(values) > 1 and np.ptp(values) == 0]
+
     def aligned(self, ids: Sequence[str]) -> DifficultyScores:
         """The rows for `ids`, in that order; `ValueError` naming an id that has no score."""
         rows = rows_by_id(self.ids, ids, "difficulty scores", "forget samples")
@@ -89,11 +94,14 @@ class DifficultyScores:
         """Equal-count bucket of each sample by rank, 0 (easiest) to `n - 1` (hardest), int `[N]`.
 
         Raises:
-            ValueError: with fewer samples than buckets.
+            ValueError: with fewer samples than buckets, or for a metric that is the same for all samples.
         """
         if not 1 <= n <= len(self.ids):
             raise ValueError(f"cannot make {n} buckets of {len(self.ids)} samples")
-        values = self[metric or self.metrics[0]]
+        name = metric or self.metrics[0]
+        if n > 1 and name in self.constant:
+            raise ValueError(f"difficulty metric {name!r} is the same for all samples: it ranks nothing")
+        values = self[name]
         rank = np.empty(len(values), dtype=int)
         rank[np.argsort(values, kind="stable")] = np.arange(len(values))
         return rank * n // len(values)
@@ -112,11 +120,12 @@ class DifficultyScores:
             raise ValueError("difficulty scores belong to something else: " + "; ".join(differs))
 
     def to_pandas(self) -> pd.DataFrame:
-        """Columns `sample_id`, one per metric, `fold` (if cross-fitted) and `bucket` (of the primary metric)."""
+        """Columns `sample_id`, one per metric, `fold` (if cross-fitted), `bucket` (of the primary, if it ranks)."""
         frame = pd.DataFrame({"sample_id": self.ids, **self.columns})
         if self.fold is not None:
             frame["fold"] = self.fold
-        frame["bucket"] = self.buckets(n=min(4, len(self.ids)))
+        if self.metrics[0] not in self.constant:
+            frame["bucket"] = self.buckets(n=min(4, len(self.ids)))
         return frame
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:

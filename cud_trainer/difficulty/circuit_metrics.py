@@ -1,0 +1,324 @@
+"""Difficulty metrics that read circuits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..circuits import SIGNATURE, circuit_signature, circuit_vectors, select_circuits
+from ..files import check_new_file
+from .anchors import AnchorBank
+from .context import DifficultyContext
+from .cud import (
+    CUDSettings,
+    agreement,
+    calibrated_scores,
+    circuits_of,
+    cud_scores,
+    extremes,
+    log_standardisation,
+)
+from .registry import register_metric
+
+METHODS = ("ga", "graddiff", "npo", "simnpo")
+
+
+@register_metric("circuit_mass", needs_circuits=True)
+def circuit_mass(context: DifficultyContext) -> np.ndarray:
+    """`-log(sum of |edge score|)`: a saturated answer moves little whatever edge is cut, and is hard to unlearn.
+
+    Raises:
+        ValueError: for a sample whose edges all score 0.
+    """
+    mass = context.edges.double().abs().sum(1)
+    empty = (mass == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"the circuit of sample {context.forget['sample_id'][empty[0]]!r} is empty: all edges score 0")
+    return -mass.log().numpy()
+
+
+def _check_signature(name: str = "mean_edge_length", k: int = 200) -> None:
+    if name not in SIGNATURE:
+        raise ValueError(f"unknown circuit signature {name!r}; choose one of {list(SIGNATURE)}")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"option 'k' (edges of a circuit) must be a positive integer, got {k!r}")
+
+
+@register_metric("circuit_signature", needs_circuits=True, check=_check_signature)
+def signature(context: DifficultyContext, *, name: str = "mean_edge_length", k: int = 200) -> np.ndarray:
+    """Where the sample's circuit lies, without anchors: longer and deeper = harder (Cheng et al. 2026, mechanisms).
+
+    Args:
+        name: one of `cud_trainer.circuits.SIGNATURE`.
+        k: edges of a circuit, those with the largest |score|.
+
+    Raises:
+        ValueError: for a sample whose circuit is empty.
+    """
+    circuits = select_circuits(context.edges, context.graph, selection="top_k", k=min(k, context.graph.n_edges))
+    values = circuit_signature(context.edges, context.graph, circuits)[name].double().numpy()
+    empty = np.flatnonzero(~np.isfinite(values))
+    if empty.size:
+        raise ValueError(
+            f"the circuits of {empty.size} samples are empty, the first is {context.forget['sample_id'][empty[0]]!r}: "
+            "they have no signature"
+        )
+    return values
+
+
+def cud_settings(
+    variant: str = "log",
+    vector: str | None = None,
+    k: int | str | None = None,
+    distance: str | None = None,
+    anchor_share: float = 0.25,
+    selection: str = "top_k",
+    prune: bool = False,
+    features: Sequence[str] | None = None,
+    anchors: Any = "calibration",
+    methods: Sequence[str] = METHODS,
+    at_least: int = 3,
+    save_anchors: str | None = None,
+) -> CUDSettings:
+    """How circuits are compared, from the options of the `cud` metric; `ValueError` for values they cannot have."""
+    settings = CUDSettings(variant, vector, k, distance, anchor_share, selection, prune, features)  # type: ignore[arg-type]
+    if not isinstance(anchors, (str, dict)):
+        raise ValueError(
+            f"anchors must be 'calibration', 'agreement', a dict of easy and hard ids or a path, got {anchors!r}"
+        )
+    if variant == "calibrated" and (isinstance(anchors, dict) or anchors == "agreement"):
+        raise ValueError("the CUD variant 'calibrated' is fitted to a calibration run: it has no anchors to be given")
+    if anchors == "agreement":
+        if isinstance(methods, str) or len(set(methods)) < 2:
+            raise ValueError(f"methods must be a list of two or more objectives, got {methods!r}")
+        if isinstance(at_least, bool) or not isinstance(at_least, int) or not 1 <= at_least <= len(methods):
+            raise ValueError(f"at_least must be from 1 to {len(methods)}, the number of methods, got {at_least!r}")
+    return settings
+
+
+@register_metric("cud", needs_circuits=True, cross_fitted=True, check=cud_settings)
+def cud(
+    context: DifficultyContext,
+    *,
+    variant: str = "log",
+    vector: str | None = None,
+    k: int | str | None = None,
+    distance: str | None = None,
+    anchor_share: float = 0.25,
+    selection: str = "top_k",
+    prune: bool = False,
+    features: Sequence[str] | None = None,
+    anchors: Any = "calibration",
+    methods: Sequence[str] = METHODS,
+    at_least: int = 3,
+    save_anchors: str | None = None,
+) -> np.ndarray:
+    """Circuit-guided unlearning difficulty (see `cud_trainer.difficulty.cud`), in [0, 1]; `"calibrated"` about so.
+
+    Cross-fitted: the anchors (or the fit) that score a sample are made without it and without the rest of its fold.
+
+    Args:
+        variant, vector, k, distance, anchor_share, selection, prune, features: see `CUDSettings`.
+        anchors: `"calibration"` (the samples a short unlearning run leaves least and most memorised), `"agreement"`
+            (those that several unlearning methods agree on, as published), a dict `{"easy": [ids], "hard": [ids]}` of
+            forget samples, or the path of a saved anchor bank.
+        methods, at_least: for `"agreement"`: objectives to calibrate with, a run each, and how many must agree.
+        save_anchors: write the anchor bank of the whole forget set to this path (not with a bank as `anchors`).
+
+    Raises:
+        ValueError: for unknown options or ids, a bank of another graph, or an undefined score (an empty circuit),
+            naming the sample.
+    """
+    settings = cud_settings(
+        variant, vector, k, distance, anchor_share, selection, prune, features, anchors, methods, at_least
+    )
+    ids = list(context.forget["sample_id"])
+    fold = context.fold
+    tests = [np.flatnonzero(fold == held_out) for held_out in np.unique(fold)]
+    everyone = np.arange(len(ids))
+    # Cheap checks of the user's input come before the circuits.
+    if save_anchors is not None:
+        check_new_file(save_anchors, overwrite=False)
+    if isinstance(anchors, str) and anchors not in ("calibration", "agreement"):
+        if save_anchors is not None:
+            raise ValueError(f"save_anchors has nothing new to save: the anchors are those of {anchors}")
+        bank = AnchorBank.load(anchors)
+        bank.check(context.graph.fingerprint, context.circuit_settings)
+        _check_bank(bank, settings, anchors)
+        known = [bank.without({ids[row] for row in test}) for test in tests]
+        source = _Source(bank.edges, bank.residual.numpy(), bank.side.numpy(), bank.features, None)
+    else:
+        given = _sides(anchors, ids) if isinstance(anchors, dict) else None
+        known = [np.setdiff1d(everyone, test) for test in tests]
+        if given is not None and any(not {-1, 1} <= set(given[rows]) for rows in known):
+            raise ValueError("a fold holds all easy or all hard anchors; give more anchor ids or more folds")
+        runs = [context.residual_of(name) for name in methods] if anchors == "agreement" else None
+        nothing = np.full(len(ids), np.nan)
+        residual = context.residual if anchors == "calibration" else nothing
+        features_of_all = _features(context, settings)
+        source = _Source(context.edges, residual, given, features_of_all, context.groups, runs, at_least)
+
+    scores = np.full(len(ids), np.nan)
+    new_features = _features(context, settings)
+    for test, rows in zip(tests, known, strict=True):
+        if settings.variant == "calibrated":
+            scores[test] = calibrated_scores(
+                _blocks(source, settings, rows),
+                source.residual[rows],
+                _blocks(_Source(context.edges, source.residual, None, new_features, None), settings, test),
+                None if source.groups is None else [source.groups[row] for row in rows],
+            )
+        else:
+            easy, hard = source.anchors(rows, settings.anchor_share)
+            standardisation = log_standardisation(source.edges[rows]) if settings.vector == "log" else None
+            scores[test] = cud_scores(
+                context.edges[test], source.edges[easy], source.edges[hard], settings, standardisation, context.graph
+            )
+    _check_defined(scores, context, settings, ids)
+    if save_anchors is not None:
+        side = np.zeros(len(ids), dtype=np.int8)
+        # a calibrated fit has no anchors, but its run has easiest and hardest samples
+        easy, hard = source.anchors(everyone, settings.anchor_share)
+        side[easy], side[hard] = -1, 1
+        AnchorBank(
+            ids,
+            context.edges,
+            torch.from_numpy(source.residual),
+            torch.from_numpy(side),
+            context.graph.fingerprint,
+            dict(context.circuit_settings),
+            {name: torch.from_numpy(values).float() for name, values in new_features.items()},
+        ).save(save_anchors)
+    return scores
+
+
+@dataclass
+class _Source:
+    """Samples whose difficulty is known: those of the forget set, or of a bank."""
+
+    edges: torch.Tensor
+    residual: np.ndarray
+    side: np.ndarray | None
+    features: dict[str, Any]
+    groups: list[Any] | None
+    runs: list[np.ndarray] | None = None
+    at_least: int = 0
+
+    def anchors(self, rows: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """Easy and hard anchor samples among `rows`."""
+        if self.runs is not None:
+            easy, hard = agreement([run[rows] for run in self.runs], share, self.at_least)
+        elif self.side is not None:
+            easy, hard = (np.flatnonzero(self.side[rows] == side) for side in (-1, 1))
+        else:
+            easy, hard = extremes(self.residual[rows], share)
+        return rows[easy], rows[hard]
+
+
+def _features(context: DifficultyContext, settings: CUDSettings) -> dict[str, np.ndarray]:
+    """Features beside the edges that a calibrated fit asks for, `[N, p]` each."""
+    wanted = settings.features or ()
+    found = {}
+    if "hidden" in wanted:
+        found["hidden"] = context.forget_outputs["hidden"].double().numpy()
+    if "gradients" in wanted:
+        found["gradients"] = 0.5 * context.gradients["squares"].double().clamp(min=1e-30).log().numpy()
+    if "outputs" in wanted:
+        names = ("mean_logps", "lengths", "margin", "entropy")
+        found["outputs"] = torch.stack([context.forget_outputs[name].double() for name in names], 1).numpy()
+    return found
+
+
+def _blocks(source: _Source, settings: CUDSettings, rows: np.ndarray) -> list[np.ndarray]:
+    """Blocks of features of the samples `rows`, in the order of `settings.features`."""
+    blocks = []
+    for name in settings.features or ():
+        if name == "edges":
+            blocks.append(circuit_vectors(source.edges[rows], kind="log").double().numpy())
+        else:
+            blocks.append(np.asarray(source.features[name], dtype=np.float64)[rows])
+    return blocks
+
+
+def _check_bank(bank: AnchorBank, settings: CUDSettings, path: str) -> None:
+    """Raise `ValueError` when the bank lacks what a calibrated fit needs."""
+    if settings.variant != "calibrated":
+        return
+    if not torch.isfinite(bank.residual).all():
+        raise ValueError(f"the anchor bank {path} has anchors given by hand: a calibrated fit needs a calibration run")
+    lacking = [name for name in settings.features or () if name != "edges" and name not in bank.features]
+    if lacking:
+        raise ValueError(f"the anchor bank {path} has no features {lacking}; it has {['edges', *bank.features]}")
+
+
+def _check_defined(scores: np.ndarray, context: DifficultyContext, settings: CUDSettings, ids: list[str]) -> None:
+    if settings.vector != "log":
+        empty = (circuits_of(context.edges, settings, context.graph) == 0).all(1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(ids)} samples have an empty circuit, the first is {ids[empty[0]]!r}: CUD is "
+                "undefined for them; use more edges (k), no pruning or the 'log' variant"
+            )
+    undefined = np.flatnonzero(~np.isfinite(scores))
+    if undefined.size:
+        raise ValueError(
+            f"CUD is undefined for {undefined.size} of {len(ids)} samples, the first is {ids[undefined[0]]!r} (its "
+            "circuit equals both anchors, or an anchor circuit is empty); use more edges (k) or the 'log' variant"
+        )
+
+
+def _paper_settings(
+    k: int | str | None = None,
+    selection: str = "top_k",
+    prune: bool = False,
+    anchors: Any = "calibration",
+    methods: Sequence[str] = METHODS,
+    at_least: int = 3,
+    anchor_share: float = 0.25,
+) -> None:
+    cud_settings(
+        "paper", k=k, selection=selection, prune=prune, anchors=anchors, methods=methods, at_least=at_least,
+        anchor_share=anchor_share,
+    )  # fmt: skip
+
+
+@register_metric("cud_paper", needs_circuits=True, cross_fitted=True, check=_paper_settings)
+def cud_paper(
+    context: DifficultyContext,
+    *,
+    k: int | str | None = None,
+    selection: str = "top_k",
+    prune: bool = False,
+    anchors: Any = "calibration",
+    methods: Sequence[str] = METHODS,
+    at_least: int = 3,
+    anchor_share: float = 0.25,
+) -> np.ndarray:
+    """CUD with the published comparison of circuits: weighted top-k edges, cosine. To be reported beside `cud`."""
+    return cud(
+        context, variant="paper", k=k, selection=selection, prune=prune, anchors=anchors, methods=methods,
+        at_least=at_least, anchor_share=anchor_share,
+    )  # fmt: skip
+
+
+def _sides(anchors: dict[str, Any], ids: list[str]) -> np.ndarray:
+    """-1 for easy, 1 for hard, 0 for other samples, from ids given by hand."""
+    if set(anchors) != {"easy", "hard"}:
+        raise ValueError(f"anchors must have exactly the keys 'easy' and 'hard', got {sorted(anchors)}")
+    position = {sample_id: row for row, sample_id in enumerate(ids)}
+    rows = []
+    for side in ("easy", "hard"):
+        unknown = [str(sample_id) for sample_id in anchors[side] if str(sample_id) not in position]
+        if unknown:
+            raise ValueError(f"{side} anchor {unknown[0]!r} is not a forget sample")
+        rows.append(np.array([position[str(sample_id)] for sample_id in anchors[side]], dtype=int))
+    if set(rows[0]) & set(rows[1]):
+        both = ids[next(iter(set(rows[0]) & set(rows[1])))]
+        raise ValueError(f"sample {both!r} is both an easy and a hard anchor")
+    sides = np.zeros(len(ids), dtype=int)
+    sides[rows[0]], sides[rows[1]] = -1, 1
+    return sides
