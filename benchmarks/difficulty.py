@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -249,7 +250,7 @@ def cells(args: argparse.Namespace) -> list[list[Cell]]:
     """Work in order; what stands in one list can be done at the same time."""
     rounds = [[Cell("model", seed) for seed in args.model_seeds]]
     for seed in args.model_seeds:
-        conditions = list(itertools.product(OBJECTIVES, PARTS))
+        conditions = list(itertools.product(args.objectives, PARTS))
         rounds.append(
             [Cell("score", seed)]
             + [
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--tofu", help="hub id or folder of TOFU; by default generated authors")
     parser.add_argument("--forget", type=int, default=200, help="TOFU samples to forget")
     parser.add_argument("--retain", type=int, default=800, help="TOFU samples to retain")
+    parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--model_seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--run_seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--epochs", type=int, default=20, help="of memorising")
@@ -284,7 +286,8 @@ def main() -> None:
                 print(line.result(), flush=True)
     from difficulty_report import report
 
-    report(args, {"machine": platform.machine(), "cores": os.cpu_count()})
+    command = "python benchmarks/difficulty.py " + " ".join(sys.argv[1:])
+    report(args, {"machine": platform.machine(), "cores": os.cpu_count()}, command)
 
 
 if __name__ == "__main__":
