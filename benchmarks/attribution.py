@@ -70,6 +70,10 @@ def processor() -> str:
     return "unknown processor"
 
 
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"
+
+
 def timed(function, *arguments, **options) -> float:
     start = time.process_time()
     function(*arguments, **options)
@@ -160,7 +164,7 @@ def main() -> None:
         settings["model"] = None if args.model is None else Path(args.model).name
         result = {
             "settings": settings,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+            "machine": machine(),
             "threads": 1,
             "versions": versions(),
             "rows": rows,

@@ -15,7 +15,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -287,7 +286,7 @@ def main() -> None:
     from difficulty_report import report
 
     command = "python benchmarks/difficulty.py " + " ".join(sys.argv[1:])
-    report(args, {"machine": platform.machine(), "cores": os.cpu_count()}, command)
+    report(args, command)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from attribution import machine
 from difficulty import CALIBRATED, OBJECTIVES, PARTS, RETAIN_WEIGHT, TRAINING_FREE, Cell
 from scipy.stats import spearmanr
 
@@ -12,11 +14,13 @@ from cud_trainer.fingerprint import versions
 from evaluation import statistics as stats
 from evaluation.audit import averaged_residual
 
-NOT_A_PREDICTION = ("calibration",)
-
 
 def read(args: argparse.Namespace, cell: Cell) -> dict | None:
-    path = Path(args.work_dir) / f"{cell.name}.json"
+    return _read(Path(args.work_dir) / f"{cell.name}.json")
+
+
+@cache
+def _read(path: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -208,7 +212,7 @@ def picture(result: dict, path: Path) -> None:
     figure_.savefig(path, dpi=130)
 
 
-def report(args: argparse.Namespace, machine: dict, command: str = "") -> dict:
+def report(args: argparse.Namespace, command: str) -> None:
     conditions = [
         found
         for seed in args.model_seeds
@@ -222,7 +226,7 @@ def report(args: argparse.Namespace, machine: dict, command: str = "") -> dict:
         "command": command,
         "settings": {name: getattr(args, name) for name in kept}
         | {"retain_weight": RETAIN_WEIGHT, "rates": OBJECTIVES},
-        "machine": machine,
+        "machine": machine(),
         "versions": versions(),
         "n": conditions[0]["n"],
         "summary": summary(conditions),
@@ -235,4 +239,3 @@ def report(args: argparse.Namespace, machine: dict, command: str = "") -> dict:
     args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(markdown(result))
     picture(result, args.output.with_suffix(".png"))
-    return result

@@ -13,7 +13,6 @@ peer does not do by itself.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from attribution import load, processor, timed
+from attribution import load, machine, timed
 
 from cud_trainer.circuits import edge_attributions
 from cud_trainer.fingerprint import versions
@@ -151,7 +150,7 @@ def main() -> None:
             "settings": settings,
             "seconds": "CPU seconds of one thread per sample",
             "peer": {"packages": PEER, "EAP-IG": EAP_IG[1]},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+            "machine": machine(),
             "versions": versions(),
             **result,
         }

@@ -185,9 +185,9 @@ def _run(
         for number in range(settings.max_passes):
             order = generator.permutation(size)
             partners = generator.permutation(len(retain))[np.arange(size) % len(retain)] if retain else np.zeros(size)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (FIRST_PASS if number == 0 else 1.0)
             for half in np.array_split(np.arange(size), 2 if size > 1 else 1):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * (FIRST_PASS if number == 0 else 1.0)
                 _step(model, optimizer, collate, order[half], partners[half], settings, reference, device)
                 pairs += len(half)
                 history.append(probabilities())

@@ -38,12 +38,11 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
     for name in [*metrics, *options]:
         if name not in METRICS:
             raise ValueError(f"unknown difficulty metric {name!r}; choose one of {sorted(METRICS)}")
-    for name, given in options.items():
+    for name in dict.fromkeys([*options, *metrics]):
+        given = options.get(name, {})
         METRICS[name].check_options(given)
         for objective in given.get("methods", ()):
             UnlearningLoss(objective)  # refuses an unknown one
-    for name in metrics:
-        METRICS[name].check_options(options.get(name, {}))
     if model_or_config is not None and any(METRICS[name].needs_circuits for name in metrics):
         check_architecture(model_or_config)
 
@@ -152,7 +151,8 @@ def score_difficulty(
     if work_dir is not None:
         bounds = {"batch_size": batch_size, "batch_bytes": batch_bytes}
         run = {"retain": None if retain is None else dataset_fingerprint(retain), "calibration": settings.identity()}
-        work = WorkDir(work_dir, {**identity, "circuits": circuits, "batches": bounds, **run})
+        # the seed is that of weight noise, and of the retain samples in a mean gradient
+        work = WorkDir(work_dir, {**identity, "circuits": circuits, "batches": bounds, "seed": seed, **run})
     runs: dict[str, Calibration] = {}
 
     def run_calibration(objective: str | None) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
-from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
+from cud_trainer.circuits import CircuitTable, dataset_faithfulness
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands import DataArguments, load_tokenizer, model_options
 from cud_trainer.data import check_disjoint, prepare_dataset
@@ -106,36 +106,38 @@ def evaluate(argv: list[str]) -> int:
         and needs_counterfactual(table.settings["baseline"], table.settings["metric"])
     ):
         raise ValueError("faithfulness needs circuits of the zero or mean baseline and the metric prob or logprob")
-    kept: list[Faithfulness] = []
-    loading = model_options(model_args)
+    options = model_options(model_args)
 
-    def measure(path: str, what: str) -> tuple[dict[str, dict[str, np.ndarray]], str]:
-        model = load_model(path, loading)
+    def load(path: str) -> Any:
+        model = load_model(path, options)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path!r}")
+        return model
+
+    def measure(model: Any, what: str) -> dict[str, dict[str, np.ndarray]]:
         found = {}
         for name, part in (("forget", forget), ("retain", retain)):
             if part is not None:
                 found[name] = evaluate_memorization(
                     model, part, tokenizer, batch_size=args.batch_size, generate=args.generate, desc=f"{what}: {name}"
                 )
-        if args.faithfulness and path == args.original_model and table is not None:
-            options = {name: table.settings[name] for name in ("baseline", "metric")}
-            circuits = audit.strongest_edges(table)
-            kept.append(
-                dataset_faithfulness(
-                    model, forget, circuits, pad_token_id=tokenizer.pad_token_id, batch_size=args.batch_size,
-                    seed=args.seed, ungroup_kv=table.settings.get("ungroup_kv", False), **options,
-                )
-            )  # fmt: skip
-        return found, model_fingerprint(model)
+        return found
 
-    before = None
+    before, kept = None, None
     if args.original_model:
-        before, original = measure(args.original_model, "original")
+        model = load(args.original_model)
         if scores is not None:
-            scores.check_provenance(model=original)
-    after, fingerprint = measure(model_args.model_name_or_path, "unlearned")
+            scores.check_provenance(model=model_fingerprint(model))
+        before = measure(model, "original")
+        if args.faithfulness and table is not None:
+            kept = dataset_faithfulness(
+                model, forget, audit.strongest_edges(table), pad_token_id=tokenizer.pad_token_id,
+                batch_size=args.batch_size, seed=args.seed, baseline=table.settings["baseline"],
+                metric=table.settings["metric"], ungroup_kv=table.settings.get("ungroup_kv", False),
+            )  # fmt: skip
+        del model  # before the other one comes
+    model = load(model_args.model_name_or_path)
+    after, fingerprint = measure(model, "unlearned"), model_fingerprint(model)
     results = audit_results(
         after, before=before, scores=scores, metric=args.metric, n_buckets=args.n_buckets, seed=args.seed,
         name=Path(model_args.model_name_or_path).name,
@@ -144,7 +146,7 @@ def evaluate(argv: list[str]) -> int:
         bucket = scores.buckets(args.metric, args.n_buckets)
         note = f"Buckets are those of {args.metric or scores.metrics[0]}."
         results["circuits"] = audit.circuit_section(
-            table, bucket, after["forget"]["probability"], seed=args.seed, note=note, kept=kept[0] if kept else None
+            table, bucket, after["forget"]["probability"], seed=args.seed, note=note, kept=kept
         )
     results["run"] = {
         "command": "cud evaluate " + " ".join(argv),

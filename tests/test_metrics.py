@@ -388,6 +388,27 @@ def test_every_metric_end_to_end(tmp_path):
         np.testing.assert_array_equal(scores[name], again[name])
 
 
+def test_kept_work_is_not_taken_for_another_seed_or_reference(tmp_path):
+    options = dict(metrics=["mrd"], metric_args={"mrd": {"draws": 1}}, work_dir=tmp_path / "noise", progress=False)
+    score_difficulty(make_model(0), qa_dataset(4), make_tokenizer(), seed=0, **options)
+    with pytest.raises(ValueError, match="seed: there 0, here 1"):
+        score_difficulty(make_model(0), qa_dataset(4), make_tokenizer(), seed=1, **options)
+    found = []
+    for seed, name in ((1, "a/b"), (2, "a-b")):
+        make_model(seed).save_pretrained(tmp_path / name)
+        options = {"metric_args": {"memorization": {"reference_model": str(tmp_path / name)}}, "progress": False}
+        scores = score_difficulty(
+            make_model(0),
+            qa_dataset(4),
+            make_tokenizer(),
+            metrics=["memorization"],
+            work_dir=tmp_path / "work",
+            **options,
+        )
+        found.append(scores["memorization"])
+    assert (found[0] != found[1]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

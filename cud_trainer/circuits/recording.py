@@ -304,15 +304,15 @@ def own_copy(args: tuple[Tensor, ...], store: Callable[[Tensor], None]) -> tuple
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters without gradients inside; their flags restored afterwards."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Parameters without gradients inside, but for those given one there; all flags restored afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        for parameter in trainable:
+        for parameter in flags:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

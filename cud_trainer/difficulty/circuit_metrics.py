@@ -41,7 +41,7 @@ def circuit_mass(context: DifficultyContext) -> np.ndarray:
     return -mass.log().numpy()
 
 
-def _check_signature(name: str = "mean_edge_length", k: int = 200) -> None:
+def _check_signature(name: str, k: int) -> None:
     if name not in SIGNATURE:
         raise ValueError(f"unknown circuit signature {name!r}; choose one of {list(SIGNATURE)}")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -70,37 +70,28 @@ def signature(context: DifficultyContext, *, name: str = "mean_edge_length", k: 
     return values
 
 
-def cud_settings(
-    variant: str = "log",
-    vector: str | None = None,
-    k: int | str | None = None,
-    distance: str | None = None,
-    anchor_share: float = 0.25,
-    selection: str = "top_k",
-    prune: bool = False,
-    features: Sequence[str] | None = None,
-    anchors: Any = "calibration",
-    methods: Sequence[str] = METHODS,
-    at_least: int = 3,
-    save_anchors: str | None = None,
-) -> CUDSettings:
-    """How circuits are compared, from the options of the `cud` metric; `ValueError` for values they cannot have."""
-    settings = CUDSettings(variant, vector, k, distance, anchor_share, selection, prune, features)  # type: ignore[arg-type]
+def check_cud(**options: Any) -> None:
+    """Raise `ValueError` for values that options of the `cud` metric cannot have."""
+    anchoring = {name: options.pop(name) for name in ("anchors", "methods", "at_least")}
+    options.pop("save_anchors", None)
+    _check_anchors(CUDSettings(**options), **anchoring)
+
+
+def _check_anchors(settings: CUDSettings, anchors: Any, methods: Sequence[str], at_least: int) -> None:
     if not isinstance(anchors, (str, dict)):
         raise ValueError(
             f"anchors must be 'calibration', 'agreement', a dict of easy and hard ids or a path, got {anchors!r}"
         )
-    if variant == "calibrated" and (isinstance(anchors, dict) or anchors == "agreement"):
+    if settings.variant == "calibrated" and (isinstance(anchors, dict) or anchors == "agreement"):
         raise ValueError("the CUD variant 'calibrated' is fitted to a calibration run: it has no anchors to be given")
     if anchors == "agreement":
         if isinstance(methods, str) or len(set(methods)) < 2:
             raise ValueError(f"methods must be a list of two or more objectives, got {methods!r}")
         if isinstance(at_least, bool) or not isinstance(at_least, int) or not 1 <= at_least <= len(methods):
             raise ValueError(f"at_least must be from 1 to {len(methods)}, the number of methods, got {at_least!r}")
-    return settings
 
 
-@register_metric("cud", needs_circuits=True, cross_fitted=True, check=cud_settings)
+@register_metric("cud", needs_circuits=True, cross_fitted=True, check=check_cud)
 def cud(
     context: DifficultyContext,
     *,
@@ -133,13 +124,10 @@ def cud(
         ValueError: for unknown options or ids, a bank of another graph, or an undefined score (an empty circuit),
             naming the sample.
     """
-    settings = cud_settings(
-        variant, vector, k, distance, anchor_share, selection, prune, features, anchors, methods, at_least
-    )
+    settings = CUDSettings(variant, vector, k, distance, anchor_share, selection, prune, features)  # type: ignore[arg-type]
+    _check_anchors(settings, anchors, methods, at_least)
     ids = list(context.forget["sample_id"])
-    fold = context.fold
-    tests = [np.flatnonzero(fold == held_out) for held_out in np.unique(fold)]
-    everyone = np.arange(len(ids))
+    tests = [np.flatnonzero(context.fold == held_out) for held_out in np.unique(context.fold)]
     # Cheap checks of the user's input come before the circuits.
     if save_anchors is not None:
         check_new_file(save_anchors, overwrite=False)
@@ -150,29 +138,32 @@ def cud(
         bank.check(context.graph.fingerprint, context.circuit_settings)
         _check_bank(bank, settings, anchors)
         known = [bank.without({ids[row] for row in test}) for test in tests]
-        source = _Source(bank.edges, bank.residual.numpy(), bank.side.numpy(), bank.features, None)
+        features_here = _features(context, settings)
+        source = _Source(bank.edges, bank.residual.numpy(), bank.features, side=bank.side.numpy())
     else:
-        given = _sides(anchors, ids) if isinstance(anchors, dict) else None
-        known = [np.setdiff1d(everyone, test) for test in tests]
-        if given is not None and any(not {-1, 1} <= set(given[rows]) for rows in known):
+        side = _sides(anchors, ids) if isinstance(anchors, dict) else None
+        known = [np.setdiff1d(np.arange(len(ids)), test) for test in tests]
+        if side is not None and any(not {-1, 1} <= set(side[rows]) for rows in known):
             raise ValueError("a fold holds all easy or all hard anchors; give more anchor ids or more folds")
         runs = [context.residual_of(name) for name in methods] if anchors == "agreement" else None
-        nothing = np.full(len(ids), np.nan)
-        residual = context.residual if anchors == "calibration" else nothing
-        features_of_all = _features(context, settings)
-        source = _Source(context.edges, residual, given, features_of_all, context.groups, runs, at_least)
+        residual = context.residual if anchors == "calibration" else np.full(len(ids), np.nan)
+        features_here = _features(context, settings)
+        source = _Source(context.edges, residual, features_here, side=side, runs=runs, at_least=at_least)
 
     scores = np.full(len(ids), np.nan)
-    new_features = _features(context, settings)
-    for test, rows in zip(tests, known, strict=True):
-        if settings.variant == "calibrated":
+    if settings.variant == "calibrated":
+        here = _blocks(context.edges, features_here, settings)
+        there = here if source.edges is context.edges else _blocks(source.edges, source.features, settings)
+        groups = context.groups if there is here else None
+        for test, rows in zip(tests, known, strict=True):
             scores[test] = calibrated_scores(
-                _blocks(source, settings, rows),
+                [block[rows] for block in there],
                 source.residual[rows],
-                _blocks(_Source(context.edges, source.residual, None, new_features, None), settings, test),
-                None if source.groups is None else [source.groups[row] for row in rows],
+                [block[test] for block in here],
+                None if groups is None else [groups[row] for row in rows],
             )
-        else:
+    else:
+        for test, rows in zip(tests, known, strict=True):
             easy, hard = source.anchors(rows, settings.anchor_share)
             standardisation = log_standardisation(source.edges[rows]) if settings.vector == "log" else None
             scores[test] = cud_scores(
@@ -180,31 +171,24 @@ def cud(
             )
     _check_defined(scores, context, settings, ids)
     if save_anchors is not None:
-        side = np.zeros(len(ids), dtype=np.int8)
-        # a calibrated fit has no anchors, but its run has easiest and hardest samples
-        easy, hard = source.anchors(everyone, settings.anchor_share)
-        side[easy], side[hard] = -1, 1
-        AnchorBank(
-            ids,
-            context.edges,
-            torch.from_numpy(source.residual),
-            torch.from_numpy(side),
-            context.graph.fingerprint,
-            dict(context.circuit_settings),
-            {name: torch.from_numpy(values).float() for name, values in new_features.items()},
-        ).save(save_anchors)
+        source.bank(context, settings.anchor_share).save(save_anchors)
     return scores
 
 
 @dataclass
 class _Source:
-    """Samples whose difficulty is known: those of the forget set, or of a bank."""
+    """Samples whose difficulty is known: those of the forget set, or of a bank.
+
+    Attributes:
+        edges, residual, features: as in `AnchorBank`.
+        side: of anchors that are given, as in `AnchorBank`.
+        runs: residuals of several methods that must agree, `at_least` of them.
+    """
 
     edges: torch.Tensor
     residual: np.ndarray
-    side: np.ndarray | None
-    features: dict[str, Any]
-    groups: list[Any] | None
+    features: dict[str, torch.Tensor]
+    side: np.ndarray | None = None
     runs: list[np.ndarray] | None = None
     at_least: int = 0
 
@@ -218,30 +202,40 @@ class _Source:
             easy, hard = extremes(self.residual[rows], share)
         return rows[easy], rows[hard]
 
+    def bank(self, context: DifficultyContext, share: float) -> AnchorBank:
+        """All samples of the forget set, with their anchors. A calibrated fit uses none, but its run has them, too."""
+        side = torch.zeros(len(self.residual), dtype=torch.int8)
+        for number, rows in zip((-1, 1), self.anchors(np.arange(len(side)), share), strict=True):
+            side[torch.from_numpy(rows)] = number
+        return AnchorBank(
+            list(context.forget["sample_id"]),
+            self.edges,
+            torch.from_numpy(self.residual),
+            side,
+            context.graph.fingerprint,
+            dict(context.circuit_settings),
+            self.features,
+        )
 
-def _features(context: DifficultyContext, settings: CUDSettings) -> dict[str, np.ndarray]:
+
+def _features(context: DifficultyContext, settings: CUDSettings) -> dict[str, torch.Tensor]:
     """Features beside the edges that a calibrated fit asks for, `[N, p]` each."""
     wanted = settings.features or ()
     found = {}
     if "hidden" in wanted:
-        found["hidden"] = context.forget_outputs["hidden"].double().numpy()
+        found["hidden"] = context.forget_outputs["hidden"]
     if "gradients" in wanted:
-        found["gradients"] = 0.5 * context.gradients["squares"].double().clamp(min=1e-30).log().numpy()
+        found["gradients"] = 0.5 * context.gradients["squares"].double().clamp(min=1e-30).log()
     if "outputs" in wanted:
         names = ("mean_logps", "lengths", "margin", "entropy")
-        found["outputs"] = torch.stack([context.forget_outputs[name].double() for name in names], 1).numpy()
+        found["outputs"] = torch.stack([context.forget_outputs[name].double() for name in names], 1)
     return found
 
 
-def _blocks(source: _Source, settings: CUDSettings, rows: np.ndarray) -> list[np.ndarray]:
-    """Blocks of features of the samples `rows`, in the order of `settings.features`."""
-    blocks = []
-    for name in settings.features or ():
-        if name == "edges":
-            blocks.append(circuit_vectors(source.edges[rows], kind="log").double().numpy())
-        else:
-            blocks.append(np.asarray(source.features[name], dtype=np.float64)[rows])
-    return blocks
+def _blocks(edges: torch.Tensor, features: dict[str, torch.Tensor], settings: CUDSettings) -> list[np.ndarray]:
+    """Blocks of features of all samples, in the order of `settings.features`, float64 `[N, p]` each."""
+    found = {"edges": circuit_vectors(edges, kind="log"), **features}
+    return [found[name].double().numpy() for name in settings.features or ()]
 
 
 def _check_bank(bank: AnchorBank, settings: CUDSettings, path: str) -> None:
@@ -271,22 +265,11 @@ def _check_defined(scores: np.ndarray, context: DifficultyContext, settings: CUD
         )
 
 
-def _paper_settings(
-    k: int | str | None = None,
-    selection: str = "top_k",
-    prune: bool = False,
-    anchors: Any = "calibration",
-    methods: Sequence[str] = METHODS,
-    at_least: int = 3,
-    anchor_share: float = 0.25,
-) -> None:
-    cud_settings(
-        "paper", k=k, selection=selection, prune=prune, anchors=anchors, methods=methods, at_least=at_least,
-        anchor_share=anchor_share,
-    )  # fmt: skip
+def _check_paper(**options: Any) -> None:
+    check_cud(variant="paper", **options)
 
 
-@register_metric("cud_paper", needs_circuits=True, cross_fitted=True, check=_paper_settings)
+@register_metric("cud_paper", needs_circuits=True, cross_fitted=True, check=_check_paper)
 def cud_paper(
     context: DifficultyContext,
     *,

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..circuits import Graph, attribute_dataset, model_graph
+from ..circuits.attribution import embedding_device
 from ..data import BATCH_BYTES, pad_samples, plan_batches
 from ..logprobs import evaluation_mode, score_answers
 from ..passes import Compute, WorkDir, run_batches
@@ -150,7 +151,7 @@ class DifficultyContext:
             some = self.retain.select(rows)
             plan = self._plan(some, self._per_token(hidden=self._activations))
             batches = (pad_samples(some, part, self.pad_token_id) for part in plan)
-            direction = mean_gradient(self.model, ({k: v.to(self._device) for k, v in b.items()} for b in batches))
+            direction = mean_gradient(self.model, ({k: v.to(self.device) for k, v in b.items()} for b in batches))
             norm = float(torch.stack([part.double().square().sum().cpu() for part in direction]).sum().sqrt())
         name = "gradients" if direction is None else "gradients-retain"
         found = self._pass(
@@ -181,7 +182,7 @@ class DifficultyContext:
             lambda batch: {key: value.cpu() for key, value in compute(batch).items()},
             self._plan(prepared, self._per_token(hidden)),
             pad_token_id=self.pad_token_id,
-            device=(model or self.model).get_input_embeddings().weight.device,
+            device=embedding_device(model or self.model),
             work=self.work,
             progress=self.progress,
         )
@@ -201,8 +202,9 @@ class DifficultyContext:
         return 24.0 * self.model.config.get_text_config().num_hidden_layers  # what a backward pass keeps
 
     @property
-    def _device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return embedding_device(self.model)
 
     @property
     def residual(self) -> np.ndarray:

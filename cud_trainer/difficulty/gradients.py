@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..circuits.attribution import quiet
-from ..logprobs import evaluation_mode, score_answers
+from ..logprobs import score_answers
 from .weights import WeightMatrix, columns_out, embedding_scale, multiply, weight_matrices
 
 
@@ -51,16 +51,13 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
         ValueError: as `sample_gradients`.
     """
     weights = [matrix.weight for matrix in weight_matrices(model)]
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     kept = {weight: weight.grad for weight in weights}
     samples = 0
     try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-            weight.grad = None
-        with evaluation_mode(model), torch.enable_grad():
+        with quiet(model), torch.enable_grad():
+            for weight in weights:
+                weight.requires_grad_(True)
+                weight.grad = None
             for batch in batches:
                 (-score_answers(model, batch).mean_logps).sum().backward()
                 samples += len(batch["input_ids"])
@@ -68,8 +65,6 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
             torch.zeros_like(weight) if weight.grad is None else (weight.grad / samples).detach() for weight in weights
         ]
     finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
         for weight in weights:
             weight.grad = kept[weight]
 

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors
 from transformers import AutoModelForCausalLM
 
+from ..fingerprint import model_fingerprint
 from ..options import check_numbers
 from .context import DifficultyContext
 from .registry import register_metric
@@ -26,7 +27,7 @@ def length(context: DifficultyContext) -> np.ndarray:
     return context.answers[1]
 
 
-def _check_confidence(kind: str = "margin") -> None:
+def _check_confidence(kind: str) -> None:
     if kind not in ("margin", "entropy"):
         raise ValueError(f"unknown kind {kind!r} of difficulty metric 'self_confidence'; choose 'margin' or 'entropy'")
 
@@ -43,7 +44,7 @@ def self_confidence(context: DifficultyContext, *, kind: str = "margin") -> np.n
     return values if kind == "margin" else -values
 
 
-def _check_reference(reference_model: str | None = None, revision: str | None = None) -> None:
+def _check_reference(reference_model: str | None, revision: str | None) -> None:
     if not reference_model or not isinstance(reference_model, str):
         raise ValueError(
             "difficulty metric 'memorization' needs a reference model: give its option reference_model (a folder or "
@@ -66,7 +67,7 @@ def memorization(
     Raises:
         ValueError: without `reference_model`, or when it has another vocabulary.
     """
-    _check_reference(reference_model)
+    _check_reference(reference_model, revision)
     model = context.model
     try:
         reference = AutoModelForCausalLM.from_pretrained(reference_model, revision=revision, dtype=model.dtype)
@@ -77,14 +78,9 @@ def memorization(
         raise ValueError(
             f"the reference model {reference_model!r} has another vocabulary ({sizes[1]} tokens, the model {sizes[0]})"
         )
-    reference = reference.to(model.get_input_embeddings().weight.device).eval()
-    known, _ = context.score_answers(reference, f"reference-{model_name(str(reference_model), revision)}")
+    reference = reference.to(context.device).eval()
+    known, _ = context.score_answers(reference, f"reference-{model_fingerprint(reference)}")
     return context.answers[0] - known.double().numpy()
-
-
-def model_name(path: str, revision: str | None) -> str:
-    """`path` as a file name."""
-    return re.sub(r"\W+", "-", f"{path}-{revision or ''}").strip("-")
 
 
 @register_metric("grad_norm")
@@ -126,7 +122,7 @@ def grad_alignment(context: DifficultyContext) -> np.ndarray:
     return context.gradients["cosines"].numpy()
 
 
-def _check_noise(sigma: float = 0.05, draws: int = 10, relative: bool = False) -> None:
+def _check_noise(sigma: float, draws: int, relative: bool = False) -> None:
     check_numbers("parameter noise", {"sigma": sigma, "draws": draws})
     if not sigma > 0:
         raise ValueError(f"option 'sigma' of parameter noise must be positive, got {sigma!r}")
@@ -163,7 +159,7 @@ def noise_stability(context: DifficultyContext, *, sigma: float = 0.05, draws: i
     return -context.noise(float(sigma), draws)["deviation"].double().numpy()
 
 
-def _check_neighbours(k: int = 5) -> None:
+def _check_neighbours(k: int) -> None:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"option 'k' (neighbours) must be a positive integer, got {k!r}")
 

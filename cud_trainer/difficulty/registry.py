@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..options import check_known
+from ..options import check_known, keyword_options
 
 if TYPE_CHECKING:
     from .context import DifficultyContext
@@ -25,7 +25,8 @@ class Metric:
         needs_retain: whether it compares with a retain set.
         needs_groups: whether it needs a group (author, topic) for every sample.
         cross_fitted: whether a sample's score depends on folds of the others.
-        check: `(**options)`, raises `ValueError` for a value that an option cannot have.
+        check: `(**options)`, called with every option of `compute`, given or default; raises `ValueError` for a value
+            that one cannot have.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Metric:
             raise ValueError(f"options of difficulty metric {self.name!r} must be a dictionary, got {given!r}")
         check_known(f"difficulty metric {self.name!r}", self.compute, given)
         if self.check is not None:
-            self.check(**given)
+            self.check(**{**keyword_options(self.compute), **given})
 
     def check_data(self, context: DifficultyContext) -> None:
         """Raise `ValueError` naming what this metric needs and `context` lacks."""
