@@ -36,15 +36,15 @@ TRAINING_FREE = (
     "mrd_published", "noise_stability", "atypicality", "retain_similarity",
 )  # fmt: skip
 CALIBRATED = (
-    "cud", "cud_paper", "cud_edges", "cud_edges_outputs", "cud_edges_hidden", "cud_edges_gradients", "cud_all",
+    "cud", "cud_paper", "cud_log", "cud_edges", "cud_edges_outputs", "cud_edges_hidden", "cud_edges_gradients",
     "hidden_neighbours", "group_mean", "calibration",
 )  # fmt: skip
-FITS = {
-    "cud_edges": ["edges"],
-    "cud_edges_outputs": ["edges", "outputs"],
-    "cud_edges_hidden": ["edges", "hidden"],
-    "cud_edges_gradients": ["edges", "gradients"],
-    "cud_all": ["edges", "hidden", "gradients", "outputs"],
+VARIANTS = {  # beside the default, which is fitted from edges, hidden states, gradient norms and outputs
+    "cud_log": {"variant": "log"},
+    "cud_edges": {"features": ["edges"]},
+    "cud_edges_outputs": {"features": ["edges", "outputs"]},
+    "cud_edges_hidden": {"features": ["edges", "hidden"]},
+    "cud_edges_gradients": {"features": ["edges", "gradients"]},
 }
 
 
@@ -128,10 +128,10 @@ def score(args: argparse.Namespace, cell: Cell) -> dict:
     from cud_trainer.difficulty.metrics import mrd
     from cud_trainer.objectives import UnlearningLoss
 
-    for name, features in FITS.items():
+    for name, variant in VARIANTS.items():
         if name not in METRICS:
             register_metric(name, needs_circuits=True, cross_fitted=True)(
-                lambda context, features=features: cud(context, variant="calibrated", features=features)
+                lambda context, variant=variant: cud(context, **variant)
             )
     if "mrd_published" not in METRICS:
         register_metric("mrd_published")(lambda context: mrd(context, relative=True))

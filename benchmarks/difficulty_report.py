@@ -230,8 +230,8 @@ def report(args: argparse.Namespace, command: str) -> None:
         "versions": versions(),
         "n": conditions[0]["n"],
         "summary": summary(conditions),
-        "transfer_metric": "cud_edges",
-        "transfer": transfer(args, "cud_edges"),
+        "transfer_metric": "cud",
+        "transfer": transfer(args, "cud"),
         "cost": costs(args),
         "conditions": conditions,
     }

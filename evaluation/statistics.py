@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 
 BOOTSTRAP = 1000
+PIECE = 1 << 18  # values of the draws that are in memory at a time
 LEVELS = (2.5, 97.5)
 
 
@@ -32,13 +32,21 @@ class Interval:
 UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
 
 
-def _bootstrap(size: int, figure: Callable[[np.ndarray], float], seed: int, n_boot: int) -> Interval:
-    """`figure(rows)` on all rows, and its percentile interval over rows drawn with replacement."""
-    value = float(figure(np.arange(size)))
+def _bootstrap(size: int, figure: Callable[[np.ndarray], np.ndarray], seed: int, n_boot: int) -> Interval:
+    """`figure` of all rows, and its percentile interval over rows drawn with replacement.
+
+    Args:
+        figure: from many selections of rows, int `[B, size]`, to the figure of each, `[B]`.
+    """
+    value = float(figure(np.arange(size)[None])[0])
     if not np.isfinite(value):
         return UNDEFINED
     generator = np.random.default_rng(seed)
-    draws = np.array([figure(generator.integers(0, size, size)) for _ in range(n_boot)], dtype=float)
+    # In pieces, so that a large sample does not need all its draws in memory.
+    piece = max(1, PIECE // max(1, size))
+    draws = np.concatenate(
+        [figure(generator.integers(0, size, (min(piece, n_boot - start), size))) for start in range(0, n_boot, piece)]
+    )
     if not np.isfinite(draws).any():
         return Interval(value, float("nan"), float("nan"))
     low, high = np.nanpercentile(draws, LEVELS)
@@ -54,11 +62,15 @@ def _pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation; NaN when either is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 0 else float("nan")
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson correlation over the last axis; NaN where either is constant."""
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    norm = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.where(norm > 0, (a * b).sum(-1) / np.where(norm > 0, norm, 1.0), np.nan)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return stats.rankdata(values, axis=-1)
 
 
 def bootstrap_mean(values: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> Interval:
@@ -66,7 +78,7 @@ def bootstrap_mean(values: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> 
     values = np.asarray(values, dtype=float)
     if values.size == 0 or not np.isfinite(values).all():
         return UNDEFINED
-    return _bootstrap(values.size, lambda rows: float(values[rows].mean()), seed, n_boot)
+    return _bootstrap(values.size, lambda rows: values[rows].mean(-1), seed, n_boot)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> Interval:
@@ -78,13 +90,17 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: in
 def spearman(x: np.ndarray, y: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> Interval:
     """Spearman rank correlation, in [-1, 1]; NaN when either series is constant."""
     x, y = _pair(x, y)
-    return _bootstrap(len(x), lambda rows: _correlation(stats.rankdata(x[rows]), stats.rankdata(y[rows])), seed, n_boot)
+    return _bootstrap(len(x), lambda rows: _correlation(_ranks(x[rows]), _ranks(y[rows])), seed, n_boot)
 
 
 def kendall(x: np.ndarray, y: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> Interval:
     """Kendall's tau-b, in [-1, 1]; NaN when either series is constant."""
     x, y = _pair(x, y)
-    return _bootstrap(len(x), lambda rows: float(stats.kendalltau(x[rows], y[rows]).statistic), seed, n_boot)
+
+    def figure(rows: np.ndarray) -> np.ndarray:
+        return np.array([stats.kendalltau(x[row], y[row]).statistic for row in rows])
+
+    return _bootstrap(len(x), figure, seed, n_boot)
 
 
 def partial_spearman(
@@ -103,16 +119,18 @@ def partial_spearman(
     if len(controls) != len(x):
         raise ValueError(f"controls have {len(controls)} rows for {len(x)} samples")
 
-    def figure(rows: np.ndarray) -> float:
-        design = np.column_stack([np.ones(len(rows)), stats.rankdata(controls[rows], axis=0)])
-        residuals = []
+    def figure(rows: np.ndarray) -> np.ndarray:
+        ranks = stats.rankdata(controls[rows], axis=1)
+        design = np.concatenate([np.ones((*rows.shape, 1)), ranks], axis=2)
+        fit = np.linalg.pinv(design)  # a draw may repeat so many samples that a control is constant
+        residuals, determined = [], np.zeros(len(rows), dtype=bool)
         for series in (x, y):
-            ranks = stats.rankdata(series[rows])
-            rest = ranks - design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
-            if rest @ rest <= 1e-9 * max(1.0, float(((ranks - ranks.mean()) ** 2).sum())):
-                return float("nan")
+            ranks = _ranks(series[rows])
+            rest = ranks - np.einsum("bnc,bcm,bm->bn", design, fit, ranks, optimize=True)
+            spread = ((ranks - ranks.mean(-1, keepdims=True)) ** 2).sum(-1)
+            determined |= (rest**2).sum(-1) <= 1e-9 * np.maximum(1.0, spread)
             residuals.append(rest)
-        return _correlation(*residuals)
+        return np.where(determined, np.nan, _correlation(*residuals))
 
     return _bootstrap(len(x), figure, seed, n_boot)
 
@@ -135,8 +153,13 @@ def auroc_extremes(
     chosen = np.concatenate([order[:count], order[-count:]])
     label, values = np.repeat([0, 1], count), score[chosen]
 
-    def figure(rows: np.ndarray) -> float:
-        return float(roc_auc_score(label[rows], values[rows])) if len(set(label[rows])) == 2 else float("nan")
+    def figure(rows: np.ndarray) -> np.ndarray:
+        """From the sum of the positives' ranks (Mann and Whitney 1947)."""
+        positive = label[rows]
+        n1, n0 = positive.sum(-1), (1 - positive).sum(-1)
+        pairs = n1 * n0
+        above = (_ranks(values[rows]) * positive).sum(-1) - n1 * (n1 + 1) / 2
+        return np.where(pairs > 0, above / np.maximum(pairs, 1), np.nan)
 
     return _bootstrap(len(chosen), figure, seed, n_boot)
 
@@ -157,9 +180,9 @@ def ceiling(residuals: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) ->
         raise ValueError("a ceiling needs at least two seeds")
     n = len(residuals)
 
-    def figure(rows: np.ndarray) -> float:
-        ranks = [stats.rankdata(series[rows]) for series in residuals]
-        return float(np.mean([_correlation(ranks[i], ranks[j]) for i in range(n) for j in range(i)]))
+    def figure(rows: np.ndarray) -> np.ndarray:
+        ranks = [_ranks(series[rows]) for series in residuals]
+        return np.mean([_correlation(ranks[i], ranks[j]) for i in range(n) for j in range(i)], axis=0)
 
     agreement = _bootstrap(residuals.shape[1], figure, seed, n_boot)
     r = agreement.value

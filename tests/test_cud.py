@@ -27,10 +27,10 @@ VARIANTS = [
     {"variant": "log"},
     {"variant": "paper", "k": 3},
     {"variant": "paper", "k": "all"},
-    {"vector": "binary", "k": 3, "distance": "cosine"},
-    {"vector": "binary", "k": 3, "distance": "jaccard"},
-    {"vector": "binary", "k": 3, "distance": "hamming"},
-    {"vector": "signed", "k": "all", "distance": "jaccard"},
+    {"variant": "paper", "vector": "binary", "k": 3, "distance": "cosine"},
+    {"variant": "paper", "vector": "binary", "k": 3, "distance": "jaccard"},
+    {"variant": "paper", "vector": "binary", "k": 3, "distance": "hamming"},
+    {"variant": "paper", "vector": "signed", "k": "all", "distance": "jaccard"},
 ]
 EDGES = torch.tensor([[3.0, -4.0, 0.0, 1.0], [0.1, 0.2, -0.3, 0.0]])
 
@@ -155,15 +155,15 @@ class TestFormula:
 
         to_easy, to_hard = cosine_distance(edges, easy), cosine_distance(edges, hard)
         edges, easy, hard = (torch.from_numpy(x) for x in (edges, easy, hard))
-        found = cud_scores(edges, easy, hard, CUDSettings(), log_standardisation(torch.cat([edges, easy, hard])))
+        found = cud_scores(edges, easy, hard, CUDSettings("log"), log_standardisation(torch.cat([edges, easy, hard])))
         np.testing.assert_allclose(found, to_easy / (to_easy + to_hard), rtol=1e-10)
 
     def test_an_edge_that_never_varies_says_nothing(self):
         edges = torch.tensor([[1.0, 2.0, 7.0], [2.0, 1.0, 7.0], [4.0, 3.0, 7.0]])
         mean, deviation = log_standardisation(edges)
         assert torch.isinf(deviation).tolist() == [False, False, True]
-        with_it = cud_scores(edges[:1], edges[1:2], edges[2:], CUDSettings(), (mean, deviation))
-        without = cud_scores(edges[:1, :2], edges[1:2, :2], edges[2:, :2], CUDSettings(), (mean[:2], deviation[:2]))
+        with_it = cud_scores(edges[:1], edges[1:2], edges[2:], CUDSettings("log"), (mean, deviation))
+        without = cud_scores(edges[:1, :2], edges[1:2, :2], edges[2:, :2], CUDSettings("log"), (mean[:2], deviation[:2]))
         # only the floor of the logarithm could differ, and 1 is above 1e-4 of 7
         np.testing.assert_allclose(with_it, without, rtol=1e-6)
 
@@ -186,6 +186,7 @@ class TestFormula:
             ({"variant": "paper", "k": 0}, "k must be a positive number of edges or 'all'"),
             ({"anchor_share": 0.7}, "anchor_share must be in"),
             ({"variant": "log", "distance": "hamming"}, "compared by cosine"),
+            ({"vector": "signed"}, "'calibrated' reads log edge scores; 'signed' is for 'paper'"),
             ({"variant": ["log"]}, "unknown CUD variant \\['log'\\]"),
             ({"variant": "paper", "distance": ["cosine"]}, "unknown circuit distance"),
             ({"variant": "paper", "k": "many"}, "or 'all', got 'many'"),
@@ -200,9 +201,9 @@ class TestFormula:
             CUDSettings(**options)
 
     def test_presets(self):
-        assert CUDSettings().vector == "log" and CUDSettings().edges_kept is None
+        assert CUDSettings("log").vector == "log" and CUDSettings("log").edges_kept is None
         assert CUDSettings("paper").k == 200 and CUDSettings("paper", k="all").edges_kept is None
-        assert CUDSettings(vector="binary", distance="jaccard", k=10).edges_kept == 10
+        assert CUDSettings("paper", vector="binary", distance="jaccard", k=10).edges_kept == 10
 
 
 class TestFolds:
@@ -326,19 +327,19 @@ class TestMetric:
 
     def test_bank(self, tmp_path):
         path = tmp_path / "bank.safetensors"
-        plain = cud(make_context(), save_anchors=str(path))
+        plain = cud(make_context(), variant="log", save_anchors=str(path))
         bank = AnchorBank.load(path)
         context = make_context()
         ids = list(context.forget["sample_id"])
         assert bank.easy_ids == ids[:3] and bank.hard_ids == ids[-3:]
-        again = cud(context, anchors=str(path))
+        again = cud(context, variant="log", anchors=str(path))
         assert np.corrcoef(plain, again)[0, 1] > 0.5  # other anchors per fold, the same direction
         row = ids.index(bank.easy_ids[0])  # an anchor sample is scored by the others
         held_out = {ids[i] for i in np.flatnonzero(context.fold == context.fold[row])}
         rows = bank.without(held_out)
         assert {bank.ids[other] for other in rows} == set(ids) - held_out
         easy, hard = (bank.edges[rows][bank.side[rows] == side] for side in (-1, 1))
-        expected = cud_scores(context.edges[[row]], easy, hard, CUDSettings(), log_standardisation(bank.edges[rows]))
+        expected = cud_scores(context.edges[[row]], easy, hard, CUDSettings("log"), log_standardisation(bank.edges[rows]))
         assert again[row] == pytest.approx(expected[0])
         with pytest.raises(ValueError, match="another graph"):
             cud(

@@ -308,6 +308,7 @@ class TestCalibrated:
     def test_cross_fitted(self):
         """Nothing of a fold's residuals enters its scores; its own circuits do."""
         plain = cud(make_context(), variant="calibrated", features=["edges", "hidden", "gradients", "outputs"])
+        np.testing.assert_array_equal(cud(make_context()), plain)  # the default
         base = make_context()
         for number in range(4):
             changed = np.linspace(0, 1, 12)
@@ -337,7 +338,7 @@ class TestCalibrated:
         with pytest.raises(ValueError, match="anchors given by hand"):
             cud(later, anchors=path + "2", **options)
         np.testing.assert_array_equal(  # the log variant takes what both files agree on
-            cud(later, anchors=path), cud(later, anchors=path + "2")
+            cud(later, variant="log", anchors=path), cud(later, variant="log", anchors=path + "2")
         )
 
     def test_refusals(self):
@@ -367,7 +368,7 @@ def test_agreement_anchors_run_each_method_once():
     context.calibrate = calibrate
     found = cud(context, anchors="agreement", methods=["ga", "graddiff", "npo"], at_least=2)
     assert asked == ["ga", "graddiff", "npo"]
-    assert found == pytest.approx(cud(make_context()))  # two of three count up
+    assert found == pytest.approx(cud(make_context(), variant="log"))  # two of three count up
 
 
 def test_every_metric_end_to_end(tmp_path):
@@ -424,7 +425,7 @@ def test_kept_work_is_not_taken_for_another_seed_or_reference(tmp_path):
         ({"metric_args": {"self_confidence": {"kind": "x"}}}, "unknown kind 'x'"),
         ({"metric_args": {"circuit_signature": {"name": "x"}}}, "unknown circuit signature 'x'"),
         ({"metric_args": {"circuit_signature": {"k": 0}}}, "edges of a circuit"),
-        ({"metric_args": {"cud": {"features": ["edges"]}}}, "features belong to the CUD variant 'calibrated'"),
+        ({"metric_args": {"cud": {"variant": "log", "features": ["edges"]}}}, "features belong to the CUD variant 'calibrated'"),
         ({"metric_args": {"cud": {"variant": "calibrated", "features": ["x"]}}}, "features must be a list out of"),
         ({"metric_args": {"cud": {"variant": "calibrated", "anchors": "agreement"}}}, "fitted to a calibration run"),
         ({"metric_args": {"cud": {"anchors": "agreement", "methods": ["npo"]}}}, "two or more objectives"),

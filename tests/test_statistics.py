@@ -62,6 +62,35 @@ def test_auroc_of_the_extreme_quarters():
     assert stats.auroc_extremes(-target, target, n_boot=50).value == 0.0
 
 
+def test_intervals_are_those_of_scipy_and_scikit_learn_draw_by_draw():
+    """The draws are computed all at once; here one after the other, by the libraries, ties and all."""
+    x, y, controls = data(40)
+    x, y = np.round(x, 1), np.round(y, 1)
+    rows = np.random.default_rng(3).integers(0, 40, (100, 40))
+
+    def interval(figure, rows=rows):
+        return np.nanpercentile([figure(row) for row in rows], [2.5, 97.5])
+
+    def partial(row):
+        ranks = np.column_stack([scipy_stats.rankdata(v[row]) for v in (x, y, *controls.T)])
+        precision = np.linalg.inv(np.corrcoef(ranks.T))
+        return -precision[0, 1] / math.sqrt(precision[0, 0] * precision[1, 1])
+
+    order = np.argsort(y, kind="stable")
+    chosen, label = np.r_[order[:10], order[-10:]], np.repeat([0, 1], 10)
+    extreme = np.random.default_rng(3).integers(0, 20, (100, 20))
+    expected = {
+        stats.spearman: interval(lambda row: scipy_stats.spearmanr(x[row], y[row]).statistic),
+        stats.partial_spearman: interval(partial),
+        stats.auroc_extremes: interval(lambda row: roc_auc_score(label[row], x[chosen][row]), extreme),
+        stats.paired_difference: interval(lambda row: (x - y)[row].mean()),
+    }
+    for figure, (low, high) in expected.items():
+        more = (controls,) if figure is stats.partial_spearman else ()
+        found = figure(x, y, *more, seed=3, n_boot=100)
+        assert (found.low, found.high) == pytest.approx((low, high))
+
+
 def test_auroc_is_undefined_when_the_extremes_share_a_value():
     """Otherwise a score that follows the order of the rows looks perfect on a target that is constant."""
     score = np.arange(40.0)

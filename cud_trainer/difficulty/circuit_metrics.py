@@ -74,7 +74,15 @@ def check_cud(**options: Any) -> None:
     """Raise `ValueError` for values that options of the `cud` metric cannot have."""
     anchoring = {name: options.pop(name) for name in ("anchors", "methods", "at_least")}
     options.pop("save_anchors", None)
+    options["variant"] = _variant(options["variant"], anchoring["anchors"])
     _check_anchors(CUDSettings(**options), **anchoring)
+
+
+def _variant(variant: str | None, anchors: Any) -> str:
+    """The variant asked for, or the one that such anchors can serve."""
+    if variant is not None:
+        return variant
+    return "log" if isinstance(anchors, dict) or anchors == "agreement" else "calibrated"
 
 
 def _check_anchors(settings: CUDSettings, anchors: Any, methods: Sequence[str], at_least: int) -> None:
@@ -95,7 +103,7 @@ def _check_anchors(settings: CUDSettings, anchors: Any, methods: Sequence[str], 
 def cud(
     context: DifficultyContext,
     *,
-    variant: str = "log",
+    variant: str | None = None,
     vector: str | None = None,
     k: int | str | None = None,
     distance: str | None = None,
@@ -113,7 +121,9 @@ def cud(
     Cross-fitted: the anchors (or the fit) that score a sample are made without it and without the rest of its fold.
 
     Args:
-        variant, vector, k, distance, anchor_share, selection, prune, features: see `CUDSettings`.
+        variant: `"calibrated"`, `"log"` or `"paper"`, see `CUDSettings`; by default `"calibrated"`, or `"log"` where
+            the anchors are given or agreed on and there is nothing to fit.
+        vector, k, distance, anchor_share, selection, prune, features: see `CUDSettings`.
         anchors: `"calibration"` (the samples a short unlearning run leaves least and most memorised), `"agreement"`
             (those that several unlearning methods agree on, as published), a dict `{"easy": [ids], "hard": [ids]}` of
             forget samples, or the path of a saved anchor bank.
@@ -124,6 +134,7 @@ def cud(
         ValueError: for unknown options or ids, a bank of another graph, or an undefined score (an empty circuit),
             naming the sample.
     """
+    variant = _variant(variant, anchors)
     settings = CUDSettings(variant, vector, k, distance, anchor_share, selection, prune, features)  # type: ignore[arg-type]
     _check_anchors(settings, anchors, methods, at_least)
     ids = list(context.forget["sample_id"])

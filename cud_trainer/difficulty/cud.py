@@ -31,11 +31,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The same formula on standardised log |edge score|, which keeps the circuit's mass that the cosine of raw scores
     # throws away.
     "log": {"vector": "log", "k": None, "distance": "cosine"},
-    # No anchors: ridge regression from log |edge score| to the calibration run's residual memorisation.
+    # No anchors: ridge regression from log |edge score| and more to the calibration run's residual memorisation.
     "calibrated": {"vector": "log", "k": None, "distance": "cosine"},
 }
 FEATURES = ("edges", "hidden", "gradients", "outputs")
-CALIBRATED_FEATURES = ("edges",)
 PENALTIES = np.logspace(-3, 4, 15)
 
 
@@ -44,8 +43,8 @@ class CUDSettings:
     """How circuits are compared.
 
     Attributes:
-        variant: `"log"` or `"paper"`, presets of the three below (`None` fields take their value), or
-            `"calibrated"`, a fit.
+        variant: `"calibrated"`, a fit (the best in `benchmarks/results/difficulty.md`), or `"log"` or `"paper"`,
+            presets of the three below (`None` fields take their value).
         vector: `"signed"`, `"binary"` or `"log"` (see `cud_trainer.circuits.circuit_vectors`).
         k: edges of a circuit; `"all"` for all edges. Not for `"log"`.
         selection: how `k` edges are chosen, `"top_k"` or `"greedy"` (see `cud_trainer.circuits.select_circuits`).
@@ -54,10 +53,10 @@ class CUDSettings:
         anchor_share: share of the calibration samples that make each anchor, in (0, 0.5].
         features: what `"calibrated"` is fitted from: `"edges"` (log |edge score|), `"hidden"` (middle hidden state),
             `"gradients"` (log gradient norm of every weight matrix), `"outputs"` (log-probability, length, margin,
-            entropy).
+            entropy); all of them by default.
     """
 
-    variant: str = "log"
+    variant: str = "calibrated"
     vector: str | None = None
     k: int | str | None = None
     distance: str | None = None
@@ -98,7 +97,11 @@ class CUDSettings:
             raise ValueError(f"prune must be true or false, got {self.prune!r}")
         check_numbers("CUD", {"anchor_share": self.anchor_share})
         if self.variant == "calibrated":
-            features = CALIBRATED_FEATURES if self.features is None else self.features
+            if self.vector != "log":
+                raise ValueError(
+                    f"the CUD variant 'calibrated' is fitted to log edge scores, not {self.vector!r} vectors"
+                )
+            features = FEATURES if self.features is None else self.features
             if isinstance(features, str) or not features or any(name not in FEATURES for name in features):
                 raise ValueError(f"features must be a list out of {list(FEATURES)}, got {features!r}")
             object.__setattr__(self, "features", tuple(features))
