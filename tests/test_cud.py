@@ -163,7 +163,9 @@ class TestFormula:
         mean, deviation = log_standardisation(edges)
         assert torch.isinf(deviation).tolist() == [False, False, True]
         with_it = cud_scores(edges[:1], edges[1:2], edges[2:], CUDSettings("log"), (mean, deviation))
-        without = cud_scores(edges[:1, :2], edges[1:2, :2], edges[2:, :2], CUDSettings("log"), (mean[:2], deviation[:2]))
+        without = cud_scores(
+            edges[:1, :2], edges[1:2, :2], edges[2:, :2], CUDSettings("log"), (mean[:2], deviation[:2])
+        )
         # only the floor of the logarithm could differ, and 1 is above 1e-4 of 7
         np.testing.assert_allclose(with_it, without, rtol=1e-6)
 
@@ -186,7 +188,7 @@ class TestFormula:
             ({"variant": "paper", "k": 0}, "k must be a positive number of edges or 'all'"),
             ({"anchor_share": 0.7}, "anchor_share must be in"),
             ({"variant": "log", "distance": "hamming"}, "compared by cosine"),
-            ({"vector": "signed"}, "'calibrated' reads log edge scores; 'signed' is for 'paper'"),
+            ({"vector": "signed"}, "'calibrated' reads log edge scores; 'signed' vectors are for 'paper'"),
             ({"variant": ["log"]}, "unknown CUD variant \\['log'\\]"),
             ({"variant": "paper", "distance": ["cosine"]}, "unknown circuit distance"),
             ({"variant": "paper", "k": "many"}, "or 'all', got 'many'"),
@@ -339,7 +341,9 @@ class TestMetric:
         rows = bank.without(held_out)
         assert {bank.ids[other] for other in rows} == set(ids) - held_out
         easy, hard = (bank.edges[rows][bank.side[rows] == side] for side in (-1, 1))
-        expected = cud_scores(context.edges[[row]], easy, hard, CUDSettings("log"), log_standardisation(bank.edges[rows]))
+        expected = cud_scores(
+            context.edges[[row]], easy, hard, CUDSettings("log"), log_standardisation(bank.edges[rows])
+        )
         assert again[row] == pytest.approx(expected[0])
         with pytest.raises(ValueError, match="another graph"):
             cud(

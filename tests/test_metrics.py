@@ -425,7 +425,10 @@ def test_kept_work_is_not_taken_for_another_seed_or_reference(tmp_path):
         ({"metric_args": {"self_confidence": {"kind": "x"}}}, "unknown kind 'x'"),
         ({"metric_args": {"circuit_signature": {"name": "x"}}}, "unknown circuit signature 'x'"),
         ({"metric_args": {"circuit_signature": {"k": 0}}}, "edges of a circuit"),
-        ({"metric_args": {"cud": {"variant": "log", "features": ["edges"]}}}, "features belong to the CUD variant 'calibrated'"),
+        (
+            {"metric_args": {"cud": {"variant": "log", "features": ["edges"]}}},
+            "features belong to the CUD variant 'calibrated'",
+        ),
         ({"metric_args": {"cud": {"variant": "calibrated", "features": ["x"]}}}, "features must be a list out of"),
         ({"metric_args": {"cud": {"variant": "calibrated", "anchors": "agreement"}}}, "fitted to a calibration run"),
         ({"metric_args": {"cud": {"anchors": "agreement", "methods": ["npo"]}}}, "two or more objectives"),

@@ -99,7 +99,7 @@ class CUDSettings:
         if self.variant == "calibrated":
             if self.vector != "log":
                 raise ValueError(
-                    f"the CUD variant 'calibrated' is fitted to log edge scores, not {self.vector!r} vectors"
+                    f"the CUD variant 'calibrated' reads log edge scores; {self.vector!r} vectors are for 'paper'"
                 )
             features = FEATURES if self.features is None else self.features
             if isinstance(features, str) or not features or any(name not in FEATURES for name in features):
