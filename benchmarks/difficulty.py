@@ -2,9 +2,11 @@
 
     python benchmarks/difficulty.py --output benchmarks/results/difficulty                      # generated authors
     python benchmarks/difficulty.py --tofu locuslab/TOFU --output benchmarks/results/difficulty-tofu
+    python benchmarks/difficulty.py --tofu locuslab/TOFU --model HuggingFaceTB/SmolLM2-135M-Instruct --epochs 6 \
+        --forget_config forget05 --retain 400 --objectives graddiff npo --batch 8 --rate_scale 0.1 --output smollm2
 
-For every model seed: a small Llama learns the data by heart; every metric is computed on it; every objective, full
-and LoRA, is calibrated with one seed (cross-fitted by author) and then run with other seeds by `CUDTrainer`, uniformly,
+For every model seed: a small Llama (or `--model`, for a night) learns the data by heart; every metric is computed on
+it; every objective, full and LoRA, is calibrated with one seed (cross-fitted by author) and then run with other seeds by `CUDTrainer`, uniformly,
 half of the forget set per step. Target: answer probability after unlearning, mean over the snapshots at which the mean
 forget probability is 15-75% of its start, and over the seeds. Every part is kept in `--work_dir`: a killed run goes on
 there.
@@ -71,7 +73,7 @@ def data(args: argparse.Namespace, seed: int):
 
     if not args.tofu:
         return build_testbed(seed)
-    forget = load_dataset(args.tofu, "forget10", split="train").select(range(args.forget))
+    forget = load_dataset(args.tofu, args.forget_config, split="train").select(range(args.forget))
     retain = load_dataset(args.tofu, "retain90", split="train")
     retain = retain.select(range(len(retain) - args.retain, len(retain)))
     generator = np.random.default_rng(seed)
@@ -90,7 +92,7 @@ def settings(args: argparse.Namespace, objective: str, part: str):
     """Learning rate, retain weight and adapter of a condition."""
     from peft import LoraConfig
 
-    rate = OBJECTIVES[objective][PARTS.index(part)]
+    rate = OBJECTIVES[objective][PARTS.index(part)] * args.rate_scale
     adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if part == "lora" else None
     return rate, RETAIN_WEIGHT, adapter
 
@@ -106,13 +108,20 @@ def make_model(args: argparse.Namespace, cell: Cell) -> dict:
     from evaluation.testbed import memorise, tiny_llama, train_tokenizer
 
     testbed = data(args, cell.model_seed)
-    if args.tofu:
+    options = {}
+    if args.model:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
+        options = {"learning_rate": 1e-4, "batch_size": args.batch}
+    elif args.tofu:
         tokenizer = train_tokenizer(testbed.texts(), 3000)
         model = tiny_llama(tokenizer, cell.model_seed, layers=6, intermediate_size=336, max_positions=512)
     else:
         tokenizer = train_tokenizer(testbed.texts())
         model = tiny_llama(tokenizer, cell.model_seed)
-    found = memorise(model, tokenizer, testbed, epochs=args.epochs, seed=cell.model_seed, progress=False)
+    found = memorise(model, tokenizer, testbed, epochs=args.epochs, seed=cell.model_seed, progress=False, **options)
     folder = Path(args.work_dir) / cell.name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -136,7 +145,7 @@ def score(args: argparse.Namespace, cell: Cell) -> dict:
     if "mrd_published" not in METRICS:
         register_metric("mrd_published")(lambda context: mrd(context, relative=True))
     testbed, (model, tokenizer) = data(args, cell.model_seed), load(args, cell.model_seed)
-    options = dict(retain_dataset=testbed.retain, group_column="author", batch_size=40, seed=0, progress=False)
+    options = dict(retain_dataset=testbed.retain, group_column="author", batch_size=args.batch, seed=0, progress=False)
     if cell.kind == "score":
         seconds = {}
         for name in TRAINING_FREE:  # each by itself, for its cost
@@ -145,12 +154,12 @@ def score(args: argparse.Namespace, cell: Cell) -> dict:
             seconds[name] = time.process_time() - start
         scores = score_difficulty(model, testbed.forget, tokenizer, metrics=TRAINING_FREE, **options)
         start = time.process_time()
-        epoch(model, tokenizer, testbed)
+        epoch(model, tokenizer, testbed, args.batch)
         return {"columns": columns(scores), "seconds": seconds, "epoch_seconds": time.process_time() - start}
     rate, weight, adapter = settings(args, cell.objective, cell.part)
     calibration = CalibrationSettings(
         loss=UnlearningLoss(cell.objective), retain_weight=weight, learning_rate=rate, max_passes=args.passes,
-        batch_size=50, seed=0, peft_config=adapter,
+        batch_size=min(50, args.batch + 10), seed=0, peft_config=adapter,
     )  # fmt: skip
     start = time.process_time()
     scores = score_difficulty(model, testbed.forget, tokenizer, metrics=CALIBRATED, calibration=calibration, **options)
@@ -162,7 +171,7 @@ def columns(scores) -> dict[str, list[float]]:
     return {name: scores[name].tolist() for name in scores.metrics}
 
 
-def epoch(model, tokenizer, testbed) -> None:
+def epoch(model, tokenizer, testbed, batch_size: int) -> None:
     """One pass of plain training over the forget set: the unit of cost."""
     import torch
 
@@ -172,7 +181,7 @@ def epoch(model, tokenizer, testbed) -> None:
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     prepared = prepare_dataset(testbed.forget, tokenizer, name="forget")
-    for _, batch in length_sorted_batches(prepared, 40, tokenizer.pad_token_id):
+    for _, batch in length_sorted_batches(prepared, batch_size, tokenizer.pad_token_id):
         (-score_answers(model, batch).mean_logps).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -193,12 +202,13 @@ def unlearn(args: argparse.Namespace, cell: Cell) -> dict:
     set_verbosity(logging.ERROR)
     testbed, (model, tokenizer) = data(args, cell.model_seed), load(args, cell.model_seed)
     rate, weight, adapter = settings(args, cell.objective, cell.part)
+    half = len(testbed.forget) // 2  # a step sees half of the forget set
+    size = max(n for n in range(1, args.batch + 21) if half % n == 0)
     config = CUDConfig(
         output_dir=str(Path(args.work_dir) / "runs" / cell.name), objective=cell.objective, retain_weight=weight,
         difficulty="none", schedule="uniform", passes=args.passes * 2, learning_rate=rate, max_length=512,
         lr_scheduler_type="constant_with_warmup", warmup_steps=2, seed=cell.seed,
-        per_device_train_batch_size=50 if args.tofu else len(testbed.forget) // 2,
-        gradient_accumulation_steps=len(testbed.forget) // 100 if args.tofu else 1,
+        per_device_train_batch_size=size, gradient_accumulation_steps=len(testbed.forget) // 2 // size,
         bf16=False, gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
         disable_tqdm=True, overwrite=True, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -267,6 +277,10 @@ def cells(args: argparse.Namespace) -> list[list[Cell]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu", help="hub id or folder of TOFU; by default generated authors")
+    parser.add_argument("--model", help="pretrained model; by default a small Llama from scratch")
+    parser.add_argument("--forget_config", default="forget10", help="of TOFU")
+    parser.add_argument("--batch", type=int, default=40, help="samples in memory at a time (runs: up to 20 more)")
+    parser.add_argument("--rate_scale", type=float, default=1.0, help="times the learning rates of unlearning")
     parser.add_argument("--forget", type=int, default=200, help="TOFU samples to forget")
     parser.add_argument("--retain", type=int, default=800, help="TOFU samples to retain")
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))

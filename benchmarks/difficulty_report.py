@@ -220,9 +220,9 @@ def report(args: argparse.Namespace, command: str) -> None:
         for objective in OBJECTIVES
         if (found := condition(args, seed, objective, part))
     ]
-    kept = ("forget", "retain", "model_seeds", "run_seeds", "epochs", "passes")
+    kept = ("model", "forget_config", "forget", "retain", "model_seeds", "run_seeds", "epochs", "passes", "rate_scale")
     result = {
-        "testbed": "TOFU" if args.tofu else "generated authors",
+        "testbed": (f"TOFU, {args.model or 'small Llama'}" if args.tofu else "generated authors"),
         "command": command,
         "settings": {name: getattr(args, name) for name in kept}
         | {"retain_weight": RETAIN_WEIGHT, "rates": OBJECTIVES},
