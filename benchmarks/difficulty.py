@@ -6,10 +6,10 @@
         --forget_config forget05 --retain 400 --objectives graddiff npo --batch 8 --rate_scale 0.1 --output smollm2
 
 For every model seed: a small Llama (or `--model`, for a night) learns the data by heart; every metric is computed on
-it; every objective, full and LoRA, is calibrated with one seed (cross-fitted by author) and then run with other seeds by `CUDTrainer`, uniformly,
-half of the forget set per step. Target: answer probability after unlearning, mean over the snapshots at which the mean
-forget probability is 15-75% of its start, and over the seeds. Every part is kept in `--work_dir`: a killed run goes on
-there.
+it; every objective, full and LoRA, is calibrated with one seed (cross-fitted by author) and then run with other seeds
+by `CUDTrainer`, uniformly, half of the forget set per step. Target: answer probability after unlearning, mean over the
+snapshots at which the mean forget probability is 15-75% of its start, and over the seeds. Every part is kept in
+`--work_dir`: a killed run goes on there.
 """
 
 import argparse
