@@ -165,9 +165,17 @@ def _run(
     loss = settings.loss
     with _autocast(device, settings.autocast):
         reference = loss.reference(
-            model, forget, retain, pad_token_id=pad_token_id, batch_size=settings.batch_size, device=device
+            model,
+            forget,
+            retain,
+            pad_token_id=pad_token_id,
+            batch_size=settings.batch_size,
+            device=device,
+            seed=settings.seed,
         )
-    collate = PairedCollator(forget, retain if loss.uses_retain else None, pad_token_id)
+    collate = PairedCollator(
+        forget, retain if loss.uses_retain else None, pad_token_id, alternative=loss.uses_alternative
+    )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
     rate = settings.learning_rate

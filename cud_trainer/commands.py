@@ -10,14 +10,16 @@ from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from .alternatives import REFUSALS, with_alternatives
 from .circuits import check_architecture
 from .config import CUDConfig
-from .data import check_tokenizer
+from .data import check_tokenizer, prepare_dataset
 from .difficulty import METRICS, DifficultyScores
 from .files import check_new_file, check_output_dir
 from .passes import remove_work
 from .scoring import check_metrics, score_difficulty
-from .trainer import SCORES_FILE, WORK_DIR, CUDTrainer
+from .trainable import train_only
+from .trainer import REFERENCE_FILE, SCORES_FILE, WORK_DIR, CUDTrainer
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -149,7 +151,11 @@ def train(argv: list[str]) -> int:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if args.process_index == 0:
-        begun = (SCORES_FILE, WORK_DIR)  # of a start that was killed before training; the trainer checks them
+        begun = (
+            SCORES_FILE,
+            WORK_DIR,
+            REFERENCE_FILE,
+        )  # of a start that was killed before training; the trainer checks them
         check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=begun)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     forget, retain = data_args.load()
@@ -194,6 +200,30 @@ def score(argv: list[str]) -> int:
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path, trust_remote_code=trust, **model_options(model_args)
     ).to(args.device)
+    if args.trainable_layers is not None:  # what calibration trains
+        train_only(model, args.trainable_layers)
+    source = args.unlearning_loss.spec.alternative
+    if source is not None:
+        prepared = prepare_dataset(
+            forget,
+            tokenizer,
+            max_length=args.max_length,
+            keep_columns=[args.group_column] if args.group_column else [],
+            counterfactual_column=args.counterfactual_column,
+        )
+        forget = with_alternatives(
+            prepared,
+            forget,
+            tokenizer,
+            source,
+            column=args.alternative_column,
+            refusals=args.refusals or REFUSALS,
+            model=model,
+            batch_size=args.per_device_eval_batch_size,
+            max_length=args.max_length,
+            seed=args.seed,
+        )
+        options["counterfactual_column"] = None  # it is in the prepared samples
     scores = score_difficulty(
         model,
         forget,

@@ -12,8 +12,9 @@ from trl import SFTConfig
 from .calibration import CalibrationSettings
 from .data import BATCH_BYTES
 from .objectives import UnlearningLoss
-from .schedule import SCHEDULES, get_schedule
+from .schedule import parse
 from .scoring import check_metrics
+from .trainable import layer_range
 
 
 @dataclass
@@ -22,12 +23,17 @@ class CUDConfig(SFTConfig):
 
     > Parameters that control the objective
 
-    objective, objective_args, retain_loss, retain_weight, kl_top_k
+    objective, objective_args, retain_loss, retain_weight, retain_limit, dual_rate, loss_normalization, reference_top_k,
+    alternative_column, refusals, trainable_layers
 
     > Parameters that control difficulty and schedule
 
     difficulty, difficulty_args, circuit_args, counterfactual_column, scoring_batch_bytes, calibration_share,
     folds, group_column, schedule, schedule_args, passes, n_buckets
+
+    > Parameters that control when a run ends and what it logs
+
+    target_forget_prob, max_retain_loss, eval_retain_samples, log_update_share
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` 1e-5,
@@ -67,7 +73,10 @@ class CUDConfig(SFTConfig):
 
     objective: str = field(
         default="npo",
-        metadata={"help": "Forget loss: 'ga', 'graddiff', 'npo', 'simnpo' or a registered one."},
+        metadata={
+            "help": "Forget loss: 'ga', 'graddiff', 'kl_min', 'npo', 'simnpo', 'dpo', 'idk_dpo', 'alt_po', 'idk_nll', "
+            "'wga', 'satimp', 'undial', 'ceu', 'pdu', 'rmu' or a registered one."
+        },
     )
     objective_args: dict[str, Any] | str = field(
         default_factory=dict,
@@ -76,16 +85,42 @@ class CUDConfig(SFTConfig):
     retain_loss: str | None = field(
         default=None,
         metadata={
-            "help": "Retain loss: 'none', 'nll' or 'kl'. By default the objective's own ('nll'; 'none' for 'ga')."
+            "help": "Retain loss: 'none', 'nll', 'kl' or, for 'rmu', 'activations'. By default the objective's own."
         },
     )
     retain_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the retain loss. Tune it first: it decides more than the schedule does."},
     )
-    kl_top_k: int = field(
+    retain_limit: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold the retain loss at this limit: after every step, retain_weight += dual_rate * (retain loss - "
+            "retain_limit), never below 0 (primal-dual, as PDU does). By default the weight is fixed."
+        },
+    )
+    dual_rate: float = field(default=1.0, metadata={"help": "Step size of the retain weight with `retain_limit`."})
+    loss_normalization: str = field(
+        default="sample",
+        metadata={
+            "help": "Losses of a batch are averaged over its samples ('sample') or over its answer tokens ('token', "
+            "for losses that are means over tokens: GA, GradDiff, WGA, SatImp, ...)."
+        },
+    )
+    reference_top_k: int = field(
         default=128,
-        metadata={"help": "Tokens of the original distribution kept per position for the KL retain loss."},
+        metadata={"help": "Tokens of the original distribution kept per position (retain loss 'kl', 'undial')."},
+    )
+    alternative_column: str | None = field(
+        default=None, metadata={"help": "Column of the forget dataset with the answer that 'dpo' prefers."}
+    )
+    refusals: list[str] | None = field(
+        default=None,
+        metadata={"help": "What 'idk_dpo' and 'idk_nll' teach to answer. By default a few refusals in English."},
+    )
+    trainable_layers: str | None = field(
+        default=None,
+        metadata={"help": "Train these decoder layers only, for example '5-7' or '0,2,4-6'. By default all weights."},
     )
     difficulty: str | None = field(
         default="cud",
@@ -129,20 +164,45 @@ class CUDConfig(SFTConfig):
     schedule: str = field(
         default="uniform",
         metadata={
-            "help": "How difficulty acts: 'uniform', 'inverse_mass', 'upweight_hard', 'upweight_easy', "
-            "'easy_to_hard', 'hard_to_easy' or a registered one."
+            "help": "How difficulty acts: an order ('uniform', 'easy_to_hard', 'competence', ...), weights "
+            "('inverse_mass', 'upweight_hard', ...), weights that follow the run ('per_sample_stop', 'dynamic', "
+            "'self_paced'), or several joined by '+'."
         },
     )
     schedule_args: dict[str, Any] | str = field(
-        default_factory=dict, metadata={"help": 'Options of the schedule, for example {"strength": 0.5}.'}
+        default_factory=dict,
+        metadata={"help": 'Options of the schedule, for example {"strength": 0.5}, or of each part by its name.'},
     )
     passes: int = field(default=5, metadata={"help": "How often each forget sample is trained on."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets for logging, equal in size."})
+    target_forget_prob: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when the mean forget probability (of each sample when it was trained on last) is at most "
+            "this, and the retain loss within `retain_limit` and `max_retain_loss`."
+        },
+    )
+    max_retain_loss: float | None = field(
+        default=None,
+        metadata={"help": "Stop as diverged when the mean retain loss since the last log is above this."},
+    )
+    eval_retain_samples: int = field(
+        default=256, metadata={"help": "Retain samples that an evaluation during training scores, evenly spaced."}
+    )
+    log_update_share: bool = field(
+        default=False,
+        metadata={
+            "help": "Log which share of the update every difficulty bucket has, from the gradient norm of each sample "
+            "in the batches of logging steps."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available()  # TRL's default, True, is an error on a machine without
+        if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
+            self.metric_for_best_model = "balance"
         super().__post_init__()
         for name in ("objective_args", "difficulty_args", "circuit_args", "schedule_args"):
             value = getattr(self, name)
@@ -152,18 +212,20 @@ class CUDConfig(SFTConfig):
                 raise ValueError(f"{name} must be a dictionary, got {value!r}")
         if self.difficulty in ("none", "None", ""):
             self.difficulty = None
-        loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.kl_top_k)  # type: ignore[arg-type]
+        loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.reference_top_k)  # type: ignore[arg-type]
         self.retain_loss = loss.retain_loss
-        get_schedule(self.schedule, self.schedule_args)  # type: ignore[arg-type]
+        parse(self.schedule, self.schedule_args)  # type: ignore[arg-type]
         if self.difficulty is not None:
             check_metrics([self.difficulty], {self.difficulty: self.difficulty_args})  # type: ignore[dict-item]
-        elif self.schedule_metric is not None:
+        elif self.schedule_metrics:
             raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")
+        self._check_objective(loss)
         for name, smallest in (
             ("passes", 1),
             ("n_buckets", 1),
             ("folds", 2),
-            ("kl_top_k", 1),
+            ("reference_top_k", 1),
+            ("eval_retain_samples", 1),
             ("scoring_batch_bytes", 1),
         ):
             value = getattr(self, name)
@@ -174,6 +236,40 @@ class CUDConfig(SFTConfig):
         if not self.retain_weight >= 0:
             raise ValueError(f"retain_weight must not be negative, got {self.retain_weight!r}")
         self._refuse_what_breaks_the_order()
+
+    def _check_objective(self, loss: UnlearningLoss) -> None:
+        for name, low, high in (
+            ("retain_limit", 0.0, float("inf")),
+            ("max_retain_loss", 0.0, float("inf")),
+            ("target_forget_prob", 0.0, 1.0),
+            ("dual_rate", 0.0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not low < value < high):
+                raise ValueError(f"{name} must be a number between {low:g} and {high:g}, got {value!r}")
+        for name in ("retain_limit", "max_retain_loss"):
+            if getattr(self, name) is not None and not loss.uses_retain:
+                raise ValueError(f"{name} needs a retain loss, but retain_loss is 'none'")
+        if self.objective == "pdu" and self.retain_limit is None:
+            raise ValueError("objective 'pdu' holds the retain loss at a limit: give retain_limit")
+        if self.loss_normalization not in ("sample", "token"):
+            raise ValueError(f"loss_normalization must be 'sample' or 'token', got {self.loss_normalization!r}")
+        if self.loss_normalization == "token" and not loss.spec.token_mean:
+            raise ValueError(
+                f"loss_normalization 'token' averages over tokens, but the loss of objective {self.objective!r} is one "
+                "of whole samples"
+            )
+        alternative = loss.spec.alternative
+        if alternative == "given" and self.alternative_column is None:
+            raise ValueError(f"objective {self.objective!r} needs alternative answers: give alternative_column")
+        if alternative != "given" and self.alternative_column is not None:
+            raise ValueError(
+                f"alternative_column belongs to objectives with given alternatives ('dpo'), not to {self.objective!r}"
+            )
+        if alternative != "refusal" and self.refusals is not None:
+            raise ValueError(f"refusals belong to 'idk_dpo' and 'idk_nll', not to {self.objective!r}")
+        if self.trainable_layers is not None:
+            layer_range(self.trainable_layers)
 
     def _refuse_what_breaks_the_order(self) -> None:
         if self.num_train_epochs != 1:
@@ -200,14 +296,15 @@ class CUDConfig(SFTConfig):
             raise ValueError("accelerator_config.split_batches is not supported: it changes the global batch")
 
     @property
-    def schedule_metric(self) -> str | None:
-        """The metric that the schedule reads, `None` for a schedule that reads none."""
-        metric = SCHEDULES[self.schedule].metric
-        return self.difficulty if metric == "difficulty" and self.difficulty else metric
+    def schedule_metrics(self) -> list[str]:
+        """The metrics that the schedule reads, without repeats."""
+        read = [part.metric for part, _ in parse(self.schedule, self.schedule_args)]  # type: ignore[arg-type]
+        named = [self.difficulty if metric == "difficulty" and self.difficulty else metric for metric in read]
+        return list(dict.fromkeys(metric for metric in named if metric is not None))
 
     @property
     def unlearning_loss(self) -> UnlearningLoss:
-        return UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.kl_top_k)  # type: ignore[arg-type]
+        return UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.reference_top_k)  # type: ignore[arg-type]
 
     def scoring_options(self, peft_config: Any = None) -> dict[str, Any]:
         """Keyword arguments of `score_difficulty` that this configuration stands for."""

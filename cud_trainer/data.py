@@ -23,6 +23,8 @@ BATCH_BYTES = 2 * 2**30
 PREPARED = ("sample_id", "input_ids", "labels")
 # Beside `input_ids` token by token: the same sample with another answer, for counterfactual circuits.
 COUNTERFACTUAL = "counterfactual_input_ids"
+# The same sample with the answer that is to take its place, for preference objectives.
+ALTERNATIVES = ("alternative_input_ids", "alternative_labels")
 FORMATS = {
     "tokenised": ("input_ids", "labels"),
     "prompt-completion": ("prompt", "completion"),
@@ -127,6 +129,8 @@ def prepare_dataset(
             if len(row[COUNTERFACTUAL]) != len(tokens):
                 raise ValueError(f"{where}: {COUNTERFACTUAL} and input_ids differ in length")
             rows[-1][COUNTERFACTUAL] = list(row[COUNTERFACTUAL])
+        if kind == "tokenised" and all(row.get(column) is not None for column in ALTERNATIVES):
+            rows[-1] |= {column: list(row[column]) for column in ALTERNATIVES}
     _check_unique(ids, name)
     if any(COUNTERFACTUAL in row for row in rows):
         without = next((ids[index] for index, row in enumerate(rows) if COUNTERFACTUAL not in row), None)
@@ -255,19 +259,30 @@ def rows_by_id(have: Sequence[str], wanted: Sequence[str], what: str, whose: str
     return [position[sample_id] for sample_id in wanted]
 
 
+def alternatives_of(prepared: Dataset) -> Dataset:
+    """The alternative answers of a prepared dataset, as a prepared dataset."""
+    columns = {name: prepared[column] for name, column in zip(("input_ids", "labels"), ALTERNATIVES, strict=True)}
+    return Dataset.from_dict({"sample_id": prepared["sample_id"], **columns})
+
+
 @dataclass
 class PairedCollator:
-    """Turns rows of a schedule into one batch `[forget rows ; retain rows]`, so that a step is one forward pass.
+    """Turns rows of a schedule into one batch `[forget ; retain ; alternative]`, so that a step is one forward pass.
 
     A row is `{"row", "forget_index", "retain_index", "weight", "retain_scale"}` with positions into the prepared
-    datasets. The batch has `input_ids`, `attention_mask`, `labels` of shape `[2 B, length]` (or `[B, length]` without a
-    retain set) and the row's values as tensors of shape `[B]`.
+    datasets. The batch has `input_ids`, `attention_mask`, `labels` of shape `[n B, length]`, n = 1 to 3, and the row's
+    values as tensors of shape `[B]`.
+
+    Attributes:
+        retain: `None` for no retain rows.
+        alternative: whether the forget samples' alternative answers are part of the batch.
     """
 
     forget: Dataset
     retain: Dataset | None
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    alternative: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "forget_index" not in rows[0]:  # an evaluation batch of plain prepared samples
@@ -275,6 +290,10 @@ class PairedCollator:
         samples = [self.forget[int(row["forget_index"])] for row in rows]
         if self.retain is not None:
             samples += [self.retain[int(row["retain_index"])] for row in rows]
+        if self.alternative:
+            names = dict(zip(("input_ids", "labels"), ALTERNATIVES, strict=True))
+            forget = samples[: len(rows)]
+            samples = samples + [{name: sample[column] for name, column in names.items()} for sample in forget]
         batch = pad_batch(samples, self.pad_token_id)
         if self.pad_to_multiple_of:
             extra = -batch["input_ids"].shape[1] % self.pad_to_multiple_of
@@ -354,7 +373,37 @@ def _filled(value: Any, what: str, where: str) -> str:
     return value
 
 
-ANSWERS = {"prompt-completion": "completion", "question-answer": "answer"}
+ANSWERS = {"prompt-completion": "completion", "question-answer": "answer", "conversational": "messages"}
+
+
+def question_and_answer(row: dict[str, Any], kind: str) -> tuple[str, str]:
+    """What is asked last and what is answered, as text; of a row that `prepare_dataset` accepts, not `text`."""
+    if kind == "question-answer":
+        return row["question"], row["answer"]
+    if kind == "conversational":
+        turns = row["messages"]
+        prompt, completion = turns[:-1], turns[-1:]
+    else:
+        prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        return prompt, completion
+    asked = next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), "")
+    return asked, completion[-1]["content"]
+
+
+def tokenise_answer(
+    row: dict[str, Any], kind: str, text: str, tokenizer: PreTrainedTokenizerBase, where: str
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of a row with `text` for its answer."""
+    answer: Any = text
+    if kind == "conversational":
+        answer = [*row["messages"][:-1], {"role": "assistant", "content": text}]
+    elif kind == "prompt-completion" and not isinstance(row["completion"], str):
+        answer = [*row["completion"][:-1], {"role": "assistant", "content": text}]
+    elif kind == "prompt-completion" and row["completion"][:1].isspace() and not text[:1].isspace():
+        answer = row["completion"][0] + text  # the same separation from the prompt
+    prompt, tokens = _tokenise({**row, ANSWERS[kind]: answer}, kind, tokenizer, where)
+    return {"input_ids": tokens, "labels": [IGNORE_INDEX] * prompt + tokens[prompt:]}
 
 
 def _counterfactual(
@@ -367,7 +416,7 @@ def _counterfactual(
     where: str,
 ) -> list[int]:
     """The sample's tokens with another answer in place of its own, aligned token by token."""
-    if kind not in ANSWERS or (kind == "prompt-completion" and not isinstance(row["completion"], str)):
+    if kind not in ("prompt-completion", "question-answer") or not isinstance(row[ANSWERS[kind]], str):
         raise ValueError(
             f"{where}: counterfactual answers need question + answer or prompt + completion as text "
             f"(or a column {COUNTERFACTUAL} beside input_ids)"

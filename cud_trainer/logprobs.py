@@ -123,10 +123,20 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
 
 @torch.no_grad()
 def answer_probability(
-    model: PreTrainedModel, prepared: Dataset, *, pad_token_id: int, batch_size: int = 64
+    model: PreTrainedModel,
+    prepared: Dataset,
+    *,
+    pad_token_id: int,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
 ) -> np.ndarray:
-    """`exp(mean answer log-probability)` of each sample, float64 `[N]` in [0, 1]."""
-    device = model.get_input_embeddings().weight.device
+    """`exp(mean answer log-probability)` of each sample, float64 `[N]` in [0, 1].
+
+    Args:
+        device: of the batches; by default that of the embedding.
+    """
+    if device is None:
+        device = model.get_input_embeddings().weight.device
     values = torch.zeros(len(prepared), dtype=torch.float64)
     with evaluation_mode(model):
         for rows, batch in length_sorted_batches(prepared, batch_size, pad_token_id, device=device):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +24,44 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer import disable_dropout_in_model
 
+from .alternatives import alternatives_fingerprint, with_alternatives
 from .calibration import adapter_identity
 from .config import CUDConfig
-from .data import PairedCollator, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
+from .data import IGNORE_INDEX, PairedCollator, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
 from .difficulty import DifficultyScores
+from .difficulty.gradients import GradientRecorder
 from .difficulty.scores import merge_metrics
+from .difficulty.weights import weight_matrices
 from .files import check_output_dir, write_json
 from .fingerprint import model_fingerprint
-from .objectives import LossTerms
+from .logprobs import answer_probability
+from .objectives import LossTerms, Reference
 from .passes import process_state, remove_work
-from .schedule import Schedule, make_schedule
+from .progress import RunProgress, StepRecord
+from .schedule import DynamicWeights, Schedule, make_schedule
 from .scoring import check_metrics, score_difficulty
+from .trainable import train_only
 
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "cud_state.json"
 SCORES_FILE = "difficulty.parquet"
 SCHEDULE_FILE = "schedule.parquet"
+REFERENCE_FILE = "reference.safetensors"
 WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
+VOID_WEIGHTS = (
+    "{what}, clipping and Adam divide by the size of the gradient, and the weights of this schedule, which differ "
+    "between optimizer steps more than within them, come to nothing. Use larger batches, or a random order."
+)
 
 
 class DivergenceError(RuntimeError):
-    """Training stopped because a loss is not finite; the last checkpoint is from before."""
+    """Training stopped because a loss is not finite or too high; the model is back at the last checkpoint, if any."""
 
 
 class CUDTrainer(SFTTrainer):
@@ -113,6 +126,10 @@ class CUDTrainer(SFTTrainer):
                 raise ValueError("pass the tokenizer as processing_class")
             processing_class = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         check_tokenizer(processing_class)
+        if peft_config is not None and args.trainable_layers is not None:
+            raise ValueError(
+                "trainable_layers is for training without an adapter; use layers_to_transform of the adapter"
+            )
         if loss.uses_retain and retain_dataset is None:
             raise ValueError(
                 f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} "
@@ -146,27 +163,34 @@ class CUDTrainer(SFTTrainer):
         if isinstance(model, str):
             model = _load_model(model, args)
             args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
+        loss.check_model(model.config)
+        _check_quantised(model, peft_config)
+        if args.trainable_layers is not None:
+            train_only(model, args.trainable_layers)
         metrics = _needed_metrics(args)
         if difficulty_scores is None:
             check_metrics(metrics or ["loss"], {}, model)
         elif args.difficulty is not None:
             difficulty_scores = difficulty_scores.aligned(self.forget_ids)
-            if args.schedule_metric is not None:
-                difficulty_scores[args.schedule_metric]  # raises when it is not there
-        if (args.fsdp or args.deepspeed) and (loss.spec.needs_reference or loss.retain_loss == "kl"):
+            for metric in args.schedule_metrics:
+                difficulty_scores[metric]  # raises when it is not there
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
-                f"objective {args.objective!r} with retain_loss {loss.retain_loss!r} scores the original model before "
-                "it is wrapped, which FSDP and DeepSpeed do not allow yet; use DDP"
+                "the model's weights are already partitioned by DeepSpeed: difficulty and reference quantities are "
+                "computed before that. Load it without zero.Init (`zero3_init_flag: false`)"
             )
+        self.forget = self._alternatives(model, args, forget_dataset, processing_class)
 
         self.difficulty_scores = self._difficulty(
             difficulty_scores, model, args, peft_config, processing_class, metrics
         )
-        metric = args.schedule_metric
+        values = {name: self.difficulty_scores[name] for name in args.schedule_metrics if self.difficulty_scores}
+        if args.difficulty in values:
+            values["difficulty"] = values[args.difficulty]
         self.schedule: Schedule = make_schedule(
             args.schedule,
             self.forget_ids,
-            difficulty=self.difficulty_scores[metric] if metric and self.difficulty_scores else None,
+            difficulty=values,
             retain_ids=retain_ids,
             passes=args.passes,
             seed=args.seed,
@@ -179,11 +203,24 @@ class CUDTrainer(SFTTrainer):
         self.unlearning_loss = loss
         self._global_batch, self._world_size = global_batch, args.world_size
         self._records: list[Tensor] = []
+        self._update_norms: list[Tensor] = []
         self._micro_batches = 0
         self._served: list[int] = []
         self._started = False
+        self._clipped = 0
 
-        rows = self.schedule.rows(self.forget_ids, retain_ids, global_batch)
+        tokens = args.loss_normalization == "token"
+        rows = self.schedule.rows(
+            self.forget_ids,
+            retain_ids,
+            global_batch,
+            forget_lengths=_answer_lengths(self.forget) if tokens else None,
+            retain_lengths=_answer_lengths(self.retain) if tokens and retain_ids and self.retain is not None else None,
+        )
+        steps = len(rows["row"]) // global_batch
+        self._within = self.schedule.weight_within_batches(global_batch)
+        if global_batch == 1 and np.isfinite(self._within) and args.max_grad_norm:
+            logger.warning(VOID_WEIGHTS.format(what="With one pair per optimizer step"))
         # The rows are ready to train on; the base class must not look for text in them.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         collator = PairedCollator(
@@ -191,7 +228,11 @@ class CUDTrainer(SFTTrainer):
             self.retain if loss.uses_retain else None,
             int(processing_class.pad_token_id),  # type: ignore[arg-type]
             args.pad_to_multiple_of,
+            loss.uses_alternative,
         )
+        self._own_evaluation = eval_dataset is None and args.eval_strategy != "no"
+        if self._own_evaluation:  # the base class asks for a dataset; `evaluate` looks at forget and retain set
+            eval_dataset = self.forget
         super().__init__(
             model=model,
             args=args,
@@ -206,15 +247,34 @@ class CUDTrainer(SFTTrainer):
         )
         # NPO's log-ratio must be 0 at the first step; only after wrapping are an adapter's dropouts there to be found.
         disable_dropout_in_model(self.model)
-        with self.accelerator.autocast():
-            self.reference = loss.reference(
-                self.model,
-                self.forget,
-                self.retain,
-                pad_token_id=collator.pad_token_id,
-                batch_size=args.per_device_train_batch_size,
-                device=self.model.get_input_embeddings().weight.device,
+        index = {sample_id: row for row, sample_id in enumerate(self.forget_ids)}
+        self._forget_row = np.array([index[sample_id] for sample_id in self.schedule.order.tolist()])
+        with _on_device(self.model, args):
+            self.reference = self._reference(collator.pad_token_id)
+            # Only a run that looks at itself after every step pays for it.
+            self._stepwise = bool(self.schedule.dynamic) or any(
+                limit is not None for limit in (args.retain_limit, args.target_forget_prob)
             )
+            start = self._probabilities(self.forget) if self._stepwise or args.eval_strategy != "no" else None
+            self._eval_retain = self._evaluated_retain()
+            kept = self._probabilities(self._eval_retain) if args.eval_strategy != "no" and self._eval_retain else None
+        self._start_level = (
+            None if start is None else float(start.mean()),
+            None if kept is None else float(kept.mean()),
+        )
+        logps = np.zeros(len(self.forget)) if start is None else np.log(np.maximum(start, 1e-300))
+        self.progress = RunProgress(
+            self._forget_row,
+            DynamicWeights(self.schedule.dynamic, logps, steps),
+            retain_weight=args.retain_weight,
+            retain_limit=args.retain_limit,
+            dual_rate=args.dual_rate,
+            target_forget_prob=args.target_forget_prob,
+            max_retain_loss=args.max_retain_loss,
+            steps_per_pass=-(-len(self.forget) // global_batch),
+        )
+        self._factor: Tensor | None = None
+        self._start_state = json.loads(json.dumps(self.progress.state()))
         self.add_callback(_RunState(self))
 
     # -- what is planned and what was served ----------------------------------------------------------------------
@@ -256,6 +316,8 @@ class CUDTrainer(SFTTrainer):
             "passes": args.passes,
             "retain": None if self.retain is None else dataset_fingerprint(self.retain),
             "adapter": adapter_identity(peft_config),
+            "alternatives": alternatives_fingerprint(self.forget),
+            "trainable_layers": args.trainable_layers,
         }
         request = json.loads(json.dumps(request))
         path = Path(args.output_dir) / SCORES_FILE
@@ -266,21 +328,20 @@ class CUDTrainer(SFTTrainer):
                 return scores
             except ValueError as error:
                 raise ValueError(f"{path} is from another run ({error}); pass overwrite to replace it") from None
-        if not hasattr(model, "hf_device_map") and not (args.fsdp or args.deepspeed):
-            model.to(args.device)
         work_dir = Path(args.output_dir) / WORK_DIR
         if args.overwrite and args.process_index == 0:
             remove_work(work_dir)
         process_state().wait_for_everyone()
-        scores = score_difficulty(
-            model,
-            self.forget,
-            processing_class,
-            metrics=metrics,
-            retain_dataset=self.retain,
-            work_dir=work_dir,
-            **{**args.scoring_options(peft_config), "counterfactual_column": None},  # it is in the prepared samples
-        )
+        with _on_device(model, args):
+            scores = score_difficulty(
+                model,
+                self.forget,
+                processing_class,
+                metrics=metrics,
+                retain_dataset=self.retain,
+                work_dir=work_dir,
+                **{**args.scoring_options(peft_config), "counterfactual_column": None},  # it is in the prepared samples
+            )
         scores.provenance["request"] = request
         if args.world_size > 1:  # rounding may differ between devices, the plan must not
             shared = [scores]
@@ -290,6 +351,59 @@ class CUDTrainer(SFTTrainer):
             scores.save(path, overwrite=True)
             remove_work(work_dir)
         return scores
+
+    def _alternatives(self, model: nn.Module, args: CUDConfig, dataset: Dataset, tokenizer: Any) -> Dataset:
+        """The forget set with the alternative answers that the objective asks for, the same on all processes."""
+        source = args.unlearning_loss.spec.alternative
+        if source is None:
+            return self.forget
+        options: dict[str, Any] = {"column": args.alternative_column, "max_length": args.max_length, "seed": args.seed}
+        if args.refusals is not None:
+            options["refusals"] = args.refusals
+        if source != "model":
+            return with_alternatives(self.forget, dataset, tokenizer, source, **options)
+        shared: list[Any] = [None]
+        if args.process_index == 0:
+            options |= {"batch_size": args.per_device_eval_batch_size, "progress": not args.disable_tqdm}
+            with _on_device(model, args):
+                shared = [with_alternatives(self.forget, dataset, tokenizer, source, model=model, **options).to_dict()]
+        if args.world_size > 1:
+            broadcast_object_list(shared)
+        return Dataset.from_dict(shared[0])
+
+    def _reference(self, pad_token_id: int) -> Reference:
+        """Reference quantities, from `output_dir` where an earlier start of this run left them."""
+        loss, args = self.unlearning_loss, self.args
+        if not loss.uses_reference and not loss.uses_hidden:
+            return Reference()
+        device = self.model.get_input_embeddings().weight.device
+        parts = [
+            model_fingerprint(self.accelerator.unwrap_model(self.model)),
+            dataset_fingerprint(self.forget),
+            "" if self.retain is None else dataset_fingerprint(self.retain),
+            str(alternatives_fingerprint(self.forget)),
+            json.dumps([loss.objective, loss.objective_args, loss.retain_loss, loss.reference_top_k, args.seed]),
+            f"{args.bf16}{args.fp16}{args.per_device_train_batch_size}",
+        ]
+        fingerprint = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+        path = Path(args.output_dir) / REFERENCE_FILE
+        known = Reference.load(path, fingerprint, device)
+        if known is not None:
+            return known
+        with self.accelerator.autocast():
+            reference = loss.reference(
+                self.model,
+                self.forget,
+                self.retain,
+                pad_token_id=pad_token_id,
+                batch_size=args.per_device_train_batch_size,
+                device=device,
+                seed=args.seed,
+            )
+        self.accelerator.wait_for_everyone()  # nobody may find it who has not looked yet
+        if self.is_world_process_zero():
+            reference.save(path, fingerprint)
+        return reference
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -310,11 +424,14 @@ class CUDTrainer(SFTTrainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no checkpoint to resume from in {output}")
         if resume_from_checkpoint:
-            self._served = self._resume_state(Path(resume_from_checkpoint))
+            state = self._resume_state(Path(resume_from_checkpoint))
+            self._served = list(state["served"])
+            self.progress.restore(state["progress"])
         else:
             self._served = []
+            self.progress.restore(self._start_state)
             if self.is_world_process_zero() and not self._started and not self.args.overwrite:
-                made = {SCORES_FILE, WORK_DIR}
+                made = {SCORES_FILE, WORK_DIR, REFERENCE_FILE}
                 others = [p.name for p in output.iterdir() if p.name not in made] if output.is_dir() else []
                 if others:
                     check_output_dir(output)
@@ -324,10 +441,25 @@ class CUDTrainer(SFTTrainer):
             self.schedule.save(output / SCHEDULE_FILE, overwrite=True)
             if self.difficulty_scores is not None:
                 self.difficulty_scores.save(output / SCORES_FILE, overwrite=True)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        self._factor = None
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        except DivergenceError as error:
+            raise DivergenceError(f"{error} {self._back_to_the_last_checkpoint()}") from None
 
-    def _resume_state(self, checkpoint: Path) -> list[int]:
-        """Rows served before `checkpoint`; `ValueError` unless it continues this very schedule."""
+    def _back_to_the_last_checkpoint(self) -> str:
+        """Load the weights that were saved last, and say so."""
+        output = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if last is None:
+            return "No checkpoint was saved: the weights are those of the diverged run."
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return f"The last checkpoint, {last}, is good."
+        self._load_from_checkpoint(last)
+        return f"The model is back at the last checkpoint, {last}."
+
+    def _resume_state(self, checkpoint: Path) -> dict[str, Any]:
+        """State at `checkpoint`; `ValueError` unless it continues this very schedule."""
         path = checkpoint / STATE_FILE
         if not path.is_file():
             raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
@@ -338,10 +470,33 @@ class CUDTrainer(SFTTrainer):
                     f"cannot resume from {checkpoint}: its {key.replace('_', ' ')} is {state[key]}, here it is "
                     f"{value}; model, data, schedule, seed and global batch must be those of the interrupted run"
                 )
-        return list(state["served"])
+        return state
 
     def _state(self) -> dict[str, Any]:
-        return {"schedule": self.schedule.hash, "global_batch": self._global_batch}
+        return {
+            "schedule": self.schedule.hash,
+            "global_batch": self._global_batch,
+            "objective": f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}",
+            "alternative_answers": alternatives_fingerprint(self.forget),
+        }
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As in the base class; on request with the size of every sample's part in the update."""
+        step = self.state.global_step + 1
+        due = step == 1 or step % max(1, int(self.state.logging_steps or 1)) == 0
+        if not self.args.log_update_share or not due or "forget_index" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        matrices = [m for m in weight_matrices(self.accelerator.unwrap_model(model)) if m.weight.requires_grad]
+        recorder = GradientRecorder(matrices)
+        row = inputs["row"].cpu()
+        with recorder.attached():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        norms = recorder.results(len(inputs["input_ids"]))["squares"].double().sum(1).sqrt()
+        pairs = len(row)
+        forget = norms[:pairs] + (norms[-pairs:] if self.unlearning_loss.uses_alternative else 0.0)
+        retain = norms[pairs : 2 * pairs] if self.unlearning_loss.uses_retain else torch.zeros(pairs)
+        self._update_norms.append(torch.stack([row.double(), forget, retain.double()], dim=1).to(loss.device))
+        return loss
 
     def compute_loss(
         self,
@@ -354,17 +509,92 @@ class CUDTrainer(SFTTrainer):
         if "forget_index" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         terms = self.unlearning_loss(model, inputs, self.reference)
-        loss = (inputs["weight"] * terms.forget).mean()
+        weight = inputs["weight"]
+        if self.schedule.dynamic:
+            if self._factor is None:
+                self._factor = torch.from_numpy(self.progress.weights.factor)
+            index = inputs["forget_index"]
+            weight = weight.double() * self._factor.to(index.device)[index]
+        loss = (weight.to(terms.forget.dtype) * terms.forget).mean()
         if terms.retain is not None:
-            loss = loss + self.args.retain_weight * (inputs["retain_scale"] * terms.retain).mean()
+            scale = inputs["retain_scale"].to(terms.retain.dtype)
+            loss = loss + self.progress.retain_weight * (scale * terms.retain).mean()
         self._record(inputs, terms)
         return (loss, terms) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Ordinary loss of `eval_dataset`, given in any format the forget dataset may have."""
+        """Ordinary loss of `eval_dataset`, given in any format the forget dataset may have.
+
+        Without one, what `predict` says: residual memorisation by difficulty bucket and what is left of the retain set;
+        beside the loss of the trainer's own `eval_dataset`, if it was given one.
+        """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_eval(eval_dataset, self.processing_class, self.args.max_length)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        if self.eval_dataset is not None and not self._own_evaluation:
+            metrics |= super().evaluate(None, ignore_keys, metric_key_prefix)
+        found = self.predict(metric_key_prefix=metric_key_prefix).metrics
+        metrics |= found
+        self.log(found)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, test_dataset=None, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Residual memorisation of the forget set as it is now.
+
+        Returns:
+            `predictions`: answer probability of each forget sample, in the order of `forget_ids`, `[N]` in [0, 1];
+            `metrics`: its mean, over all samples (`forget_prob`) and by difficulty bucket (`forget_prob/bucket_1` is
+            the easiest), the mean over `eval_retain_samples` of the retain set (`retain_prob`), and `balance`, the
+            harmonic mean of the share forgotten and the share retained of what was there at the start, each in [0, 1].
+            With a `test_dataset`: what the base class says about that.
+        """
+        if test_dataset is not None:
+            prepared = self._prepare_eval(test_dataset, self.processing_class, self.args.max_length)
+            return super().predict(prepared, ignore_keys, metric_key_prefix)
+        probability = self._probabilities(self.forget)
+        found = {"forget_prob": float(probability.mean())}
+        if self.buckets is not None:
+            for number in np.unique(self.buckets):
+                found[f"forget_prob/bucket_{number + 1}"] = float(probability[self.buckets == number].mean())
+        if self._eval_retain is not None:
+            found["retain_prob"] = float(self._probabilities(self._eval_retain).mean())
+        start, kept = self._start_level
+        if start:
+            forgotten = float(np.clip(1 - found["forget_prob"] / start, 0, 1))
+            retained = min(found["retain_prob"] / kept, 1.0) if kept else 1.0
+            total = forgotten + retained
+            found["balance"] = 2 * forgotten * retained / total if kept and total > 0 else forgotten
+        return PredictionOutput(probability, None, {f"{metric_key_prefix}_{k}": v for k, v in found.items()})
+
+    def _evaluated_retain(self) -> Dataset | None:
+        if self.retain is None:
+            return None
+        count = min(len(self.retain), self.args.eval_retain_samples)
+        return self.retain.select(np.linspace(0, len(self.retain) - 1, count).round().astype(int))
+
+    def _probabilities(self, prepared: Dataset) -> np.ndarray:
+        """Answer probability of each sample, `[N]`, shared among the processes."""
+        world, count = self.args.world_size, len(prepared)
+        # Every process does as many forward passes: sharded models need all of them for each.
+        rows = np.arange(self.args.process_index, world * -(-count // world), world) % count
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with self.accelerator.autocast():
+            part = answer_probability(
+                self.model_wrapped if sharded else self.model,
+                prepared.select(rows),
+                pad_token_id=int(self.processing_class.pad_token_id),
+                batch_size=self.args.per_device_eval_batch_size,
+                device=self.args.device if sharded else None,
+            )
+        table = torch.stack([torch.from_numpy(rows).double(), torch.from_numpy(part)], dim=1)
+        if world > 1:
+            table = gather(table.to(self.args.device)).cpu()
+        values = np.empty(count)
+        values[table[:, 0].long().numpy()] = table[:, 1].numpy()
+        return values
 
     @staticmethod
     def _prepare_eval(dataset: Any, tokenizer: Any, max_length: int | None) -> Any:
@@ -387,49 +617,95 @@ class CUDTrainer(SFTTrainer):
             torch.full_like(terms.mean_logps, self._micro_batches),
             torch.full_like(terms.mean_logps, self.accelerator.process_index),
             row.to(terms.mean_logps),
-            terms.mean_logps.exp(),
+            terms.mean_logps,
             terms.forget.detach(),
             retain.to(terms.mean_logps),
         ]
         self._records.append(torch.stack([column.double() for column in columns], dim=1))
         self._micro_batches += 1
 
-    def _flush(self) -> None:
-        """Gather what was recorded since the last time into metrics and `served_ids`.
+    def _flush(self) -> StepRecord | None:
+        """Gather what was recorded since the last time into metrics and `served_ids`, and return it.
 
         Raises:
             DivergenceError: for a non-finite loss, the same on all processes.
         """
         if not self._records:
-            return
+            return None
         table = gather(torch.cat(self._records)).cpu().numpy()
         self._records.clear()
         table = table[np.lexsort((table[:, 1], table[:, 0]))]  # stable: micro-batch, then process, then position
         table = table[table[:, 2] >= 0]
         rows = table[:, 2].astype(int)
         self._served += rows.tolist()
-        probability, forget_loss, retain_loss = table[:, 3], table[:, 4], table[:, 5]
+        record = StepRecord(rows, table[:, 3], table[:, 4], table[:, 5])
+        probability, forget_loss, retain_loss = np.exp(record.mean_logps), record.forget, record.retain
         losses = [forget_loss] if self.unlearning_loss.uses_retain is False else [forget_loss, retain_loss]
         if not all(np.isfinite(values).all() for values in losses):
             bad = next(values for values in losses if not np.isfinite(values).all())
             sample = self.schedule.order[rows[np.flatnonzero(~np.isfinite(bad))[0]]]
             raise DivergenceError(
                 f"training diverged: a loss is not finite at step {self.state.global_step} (first at forget sample "
-                f"{sample!r}); lower the learning rate or raise the retain weight. The last checkpoint is good."
+                f"{sample!r}); lower the learning rate or raise the retain weight."
+            )
+        highest = self.args.max_retain_loss
+        if highest is not None and retain_loss.mean() > highest:
+            raise DivergenceError(
+                f"training diverged: the retain loss is {retain_loss.mean():.4g} at step {self.state.global_step}, "
+                f"above max_retain_loss={highest:g}; lower the learning rate or raise the retain weight."
             )
         metrics = self._metrics["train"]
         metrics["forget_loss"].append(float(forget_loss.mean()))
         metrics["forget_prob"].append(float(probability.mean()))
         if self.unlearning_loss.uses_retain:
             metrics["retain_loss"].append(float(retain_loss.mean()))
+            if self.args.retain_limit is not None:
+                metrics["retain_weight"].append(self.progress.retain_weight)
+        if self.schedule.dynamic:
+            factor = self.progress.weights.factor
+            metrics["forget_active"].append(float((factor > 0).mean()))
         if self.buckets is not None:
-            position = {sample_id: index for index, sample_id in enumerate(self.forget_ids)}
-            bucket = self.buckets[[position[sample_id] for sample_id in self.schedule.order[rows]]]
+            bucket = self.buckets[self._forget_row[rows]]
             values = defaultdict(list)
             for number, value in zip(bucket, probability, strict=True):
                 values[int(number) + 1].append(value)
             for number, found in sorted(values.items()):  # 1 = easiest
                 metrics[f"forget_prob/bucket_{number}"].append(float(np.mean(found)))
+        self._flush_update_norms()
+        return record
+
+    def _flush_update_norms(self) -> None:
+        """Share of the summed gradient norms that every difficulty bucket, and the retain set, has in the update."""
+        if not self._update_norms:
+            return
+        table = gather(torch.cat(self._update_norms)).cpu().numpy()
+        self._update_norms.clear()
+        table = table[table[:, 0] >= 0]
+        forget, retain = table[:, 1], table[:, 2]
+        metrics = self._metrics["train"]
+        if self.unlearning_loss.uses_retain:
+            metrics["update_share/retain"].append(float(retain.sum() / max(forget.sum() + retain.sum(), 1e-300)))
+        if self.buckets is not None:
+            bucket = self.buckets[self._forget_row[table[:, 0].astype(int)]]
+            for number in np.unique(self.buckets):
+                share = forget[bucket == number].sum() / max(forget.sum(), 1e-300)
+                metrics[f"update_share/bucket_{number + 1}"].append(float(share))
+
+    def _follow(self, control: TrainerControl) -> None:
+        """Take in the step that has just ended: new weights, a new balance, or the end."""
+        record = self._flush()
+        if record is None:
+            return
+        self.progress.after_step(record, self.state.global_step)
+        self._factor = None
+        if self.progress.done:
+            logger.info(
+                f"the mean forget probability is {self.progress.forget_prob:.4f} at step {self.state.global_step}: done"
+            )
+            control.should_training_stop = True
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {**self._state(), "served": self._served, "progress": self.progress.state()}
 
     def _check_weights(self) -> None:
         """Raise `DivergenceError` when a weight is no longer finite: such a checkpoint must not be written."""
@@ -437,12 +713,17 @@ class CUDTrainer(SFTTrainer):
         if not all(bool(torch.isfinite(total)) for total in sums):
             raise DivergenceError(
                 f"training diverged: a weight is not finite after step {self.state.global_step}; lower the learning "
-                "rate or raise the retain weight. The last checkpoint is good."
+                "rate or raise the retain weight."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             self._flush()
+        limit, norm = self.args.max_grad_norm, logs.get("grad_norm")
+        if limit and norm is not None and self._within < 0.1:
+            self._clipped = self._clipped + 1 if norm > limit else 0
+            if self._clipped == 5:
+                logger.warning(VOID_WEIGHTS.format(what=f"With gradients above max_grad_norm={limit:g} at every step"))
         super().log(logs, start_time)
 
 
@@ -453,7 +734,9 @@ class _RunState(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save or control.should_evaluate:
+        if self.trainer._stepwise:
+            self.trainer._follow(control)
+        elif control.should_save or control.should_evaluate:
             self.trainer._flush()
         if control.should_save:
             self.trainer._check_weights()
@@ -461,7 +744,7 @@ class _RunState(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
-            write_json(checkpoint / STATE_FILE, {**self.trainer._state(), "served": self.trainer._served})
+            write_json(checkpoint / STATE_FILE, self.trainer._checkpoint_state())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -475,14 +758,39 @@ def _check_may_start(args: CUDConfig) -> None:
     output = Path(args.output_dir)
     known = output.is_dir() and ((output / SCORES_FILE).exists() or any(output.glob("checkpoint-*")))
     resume = bool(args.resume_from_checkpoint) or known
-    check_output_dir(output, overwrite=args.overwrite, resume=resume, known=(WORK_DIR,))
+    check_output_dir(output, overwrite=args.overwrite, resume=resume, known=(WORK_DIR, REFERENCE_FILE))
 
 
 def _needed_metrics(args: CUDConfig) -> list[str]:
     if args.difficulty is None:
         return []
-    schedule = [args.schedule_metric] if args.schedule_metric else []
-    return merge_metrics(args.difficulty, [*schedule, "loss", "length"])
+    return merge_metrics(args.difficulty, [*args.schedule_metrics, "loss", "length"])
+
+
+def _answer_lengths(prepared: Dataset) -> np.ndarray:
+    """Answer tokens of each sample that can be predicted, `[N]`."""
+    return np.array([sum(label != IGNORE_INDEX for label in labels[1:]) for labels in prepared["labels"]])
+
+
+def _check_quantised(model: nn.Module, peft_config: Any) -> None:
+    """Raise `ValueError` for quantised weights that would be trained themselves."""
+    if getattr(model, "is_quantized", False) and peft_config is None and not hasattr(model, "peft_config"):
+        raise ValueError("the model's weights are quantised and cannot be trained: give a peft_config (QLoRA)")
+
+
+@contextmanager
+def _on_device(model: nn.Module, args: CUDConfig) -> Iterator[None]:
+    """The model on the device it is scored on. A run that shards it later gets it back on the CPU."""
+    if hasattr(model, "hf_device_map"):
+        yield
+        return
+    device = next(model.parameters()).device
+    model.to(args.device)
+    try:
+        yield
+    finally:
+        if (args.fsdp or args.deepspeed) and device != args.device:
+            model.to(device)
 
 
 def _load_model(name: str, args: CUDConfig) -> nn.Module:

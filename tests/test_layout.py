@@ -13,7 +13,7 @@ import cud_trainer
 ROOT = Path(__file__).parent.parent
 STAGES = [
     "files", "options", "data", "logprobs", "passes", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
-    "scoring", "config", "trainer", "commands", "cli",
+    "alternatives", "scoring", "trainable", "config", "progress", "trainer", "commands", "cli",
 ]  # fmt: skip
 # Pure losses need nothing of circuits, difficulty or schedules.
 FORBIDDEN = {"objectives": {"circuits", "difficulty", "schedule"}, "schedule": {"difficulty", "circuits"}}

@@ -1,5 +1,6 @@
 """Schedules are data: pure, exact, hashed."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,17 +9,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cud_trainer.schedule import SCHEDULES, Schedule, make_schedule, register_schedule, scaled_to_mean_one
+from cud_trainer.schedule import (
+    SCHEDULES,
+    DynamicWeights,
+    RunState,
+    Schedule,
+    Turn,
+    make_schedule,
+    parse,
+    register_schedule,
+    scaled_to_mean_one,
+)
 
 IDS = [f"s{i}" for i in range(7)]
 DIFFICULTY = np.array([0.3, 2.0, -1.0, 0.3, 5.0, 0.3, 1.0])
+
+
+# Orders that do not serve every sample once a pass.
+REPEATING = {"competence", "baby_steps", "two_stage", "budget"}
+ONCE = sorted(set(SCHEDULES) - REPEATING)
+# As `loss` has them (log-probabilities), so that weights which read it make sense.
+LOGPS = -np.array([0.3, 0.02, 3.0, 0.3, 0.001, 0.3, 0.5])
 
 
 def make(name, **options):
     return make_schedule(name, IDS, difficulty=DIFFICULTY, **{"passes": 3, "seed": 1, **options})
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", ONCE)
 def test_every_pass_serves_every_sample_once_with_mean_weight_one(name):
     schedule = make(name)
     for number in range(3):
@@ -103,7 +121,7 @@ def test_a_single_sample_has_weight_one(name):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from(sorted(SCHEDULES)), st.lists(st.integers(-3, 3), min_size=2, max_size=12), st.integers(0, 9))
+@given(st.sampled_from(ONCE), st.lists(st.integers(-3, 3), min_size=2, max_size=12), st.integers(0, 9))
 def test_any_difficulty(name, difficulty, seed):
     if len(set(difficulty)) == 1:
         difficulty[0] += 1
@@ -229,8 +247,229 @@ def test_cut_anywhere_or_foreign_it_is_refused(tmp_path):
 
 
 def test_registering():
-    with pytest.raises(ValueError, match="'uniform' is already registered"):
-        register_schedule("uniform")(lambda difficulty, shuffled: (shuffled, shuffled))
+    for name, kind, message in (
+        ("uniform", "order", "'uniform' is already registered"),
+        ("a+b", "order", "cannot be called 'a\\+b'"),
+        ("mine", "sampler", "kind of schedule 'mine' must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            register_schedule(name, kind)(lambda difficulty, turn: turn.shuffled)
+    try:
+
+        @register_schedule("mine")
+        def mine(difficulty, turn, *, step: int = 2):
+            return np.roll(np.arange(turn.size), step)
+
+        assert make("mine", passes=1, step=1).order.tolist() == ["s6", *IDS[:-1]]
+        assert [part.name for part, _ in parse("mine+focal")] == ["mine", "focal"]
+    finally:
+        SCHEDULES.pop("mine", None)
+
+
+class TestOrders:
+    """Each by its definition."""
+
+    def rows(self, name, size=40, passes=6, seed=0, **options):
+        difficulty = np.random.default_rng(seed).permutation(size).astype(float)
+        schedule = make_schedule(
+            name, [str(d) for d in difficulty], difficulty=difficulty, passes=passes, seed=seed, **options
+        )
+        return schedule.order.astype(float)  # a sample's id is its difficulty
+
+    def test_interleaved(self):
+        served = self.rows("interleaved").reshape(6, 10, 4)
+        assert (served // 10 == [0, 1, 2, 3]).all()  # one sample of each quarter in turn
+        assert len({tuple(part.ravel()) for part in served}) == 6
+        assert sorted(make("interleaved", passes=1, buckets=3).order) == IDS  # buckets of unequal size
+        assert sorted(make("interleaved", passes=1, buckets=99).order) == IDS
+
+    def test_easy_first_sampling(self):
+        served = self.rows("easy_first_sampling", passes=200).reshape(200, 40)
+        assert all(sorted(part) == list(range(40)) for part in served)
+        position = served.argsort(1).mean(0)
+        assert position[:10].mean() < position[10:30].mean() < position[30:].mean()
+        # first draw of Plackett and Luce: p proportional to exp(-strength * rank)
+        expected = np.exp(-4 * np.arange(40) / 39)
+        first = np.bincount(served[:, 0].astype(int), minlength=40)[:10].sum() / 200
+        assert first == pytest.approx(expected[:10].sum() / expected.sum(), abs=0.11)
+        flat = self.rows("easy_first_sampling", passes=200, strength=0.0).reshape(200, 40).argsort(1).mean(0)
+        assert flat.std() < 3
+
+    def test_competence(self):
+        served = self.rows("competence", size=50, passes=8, start=0.2, until=0.5)
+        t = np.arange(400) / 400
+        reach = np.ceil(np.minimum(1, np.sqrt(t / 0.5 * (1 - 0.2**2) + 0.2**2)) * 50)
+        assert (served < reach).all() and served[:20].max() < 20  # never beyond what is in reach
+        assert served[200:].max() == 49 and set(served[200:]) == set(range(50))
+
+    def test_baby_steps(self):
+        for passes, stages in ((4, [1, 2, 3, 4]), (8, [1, 1, 2, 2, 3, 3, 4, 4]), (2, [3, 4]), (1, [4])):
+            served = self.rows("baby_steps", passes=passes).reshape(passes, 40)
+            assert [int(part.max() // 10) + 1 for part in served] == stages
+            assert all(sorted(set(part)) == list(range(10 * stage)) for part, stage in zip(served, stages, strict=True))
+            counts = np.bincount(served[0].astype(int))[: 10 * stages[0]]
+            assert np.ptp(counts) <= 1  # all of them before any comes again
+
+    def test_two_stage(self):
+        served = self.rows("two_stage", easy_share=0.25, first=0.5).reshape(6, 40)
+        assert (served[:3] < 10).all() and (served[3:] >= 10).all()
+        assert set(served[0]) == set(range(10)) and set(served[3]) == set(range(10, 40))
+
+    def test_budget(self):
+        served = self.rows("budget", passes=8, strength=0.5)
+        counts = np.bincount(served.astype(int))
+        expected = 8 * (1 + 0.5 * (2 * np.arange(40) / 39 - 1))
+        assert (np.abs(counts - expected) < 1).all()
+        assert len(served) == pytest.approx(8 * 40, abs=20)
+        assert (np.bincount(self.rows("budget", strength=0.0).astype(int)) == 6).all()
+
+    @pytest.mark.parametrize("name", sorted(REPEATING))
+    def test_weights_have_mean_one_in_every_pass_also_where_samples_repeat(self, name):
+        joined = make_schedule(f"{name}+upweight_hard", IDS, difficulty=DIFFICULTY, passes=5, seed=2)
+        alone = make_schedule(name, IDS, difficulty=DIFFICULTY, passes=5, seed=2)
+        assert joined.order.tolist() == alone.order.tolist() and (alone.weight == 1).all()
+        turns = [Turn(number, 5, 7, 2) for number in range(5)]
+        sizes = [len(SCHEDULES[name].function(DIFFICULTY, turn)) for turn in turns]
+        assert sum(sizes) == len(joined) and set(joined.order) <= set(IDS)
+        for part in np.split(joined.weight, np.cumsum(sizes)[:-1]):
+            assert part.mean() == pytest.approx(1)
+        level = dict(zip(IDS, DIFFICULTY, strict=True))
+        first = slice(0, sizes[0])
+        for i, a in zip(joined.order[first], joined.weight[first], strict=True):
+            for j, b in zip(joined.order[first], joined.weight[first], strict=True):
+                assert (a > b) == (level[i] > level[j])
+
+
+class TestWeights:
+    def weight(self, name, difficulty, **options):
+        return SCHEDULES[name].function(np.asarray(difficulty, dtype=float), **options)
+
+    def test_forms(self):
+        rank = np.arange(5) / 4
+        for form, raw in (("softmax", np.exp(1.5 * (2 * rank - 1))), ("power", ((4 * rank + 0.5) / 5) ** 1.5)):
+            found = self.weight("upweight_hard", rank, form=form, strength=1.5)
+            np.testing.assert_allclose(found, raw / raw.mean())
+            np.testing.assert_allclose(self.weight("upweight_easy", rank, form=form, strength=1.5), found[::-1])
+            clipped = self.weight("upweight_hard", rank, form=form, strength=50.0, low=0.2, high=2.0)
+            assert clipped.min() == pytest.approx(0.2) and clipped.max() <= 2 and clipped.mean() == pytest.approx(1)
+
+    def test_of_the_probability(self):
+        p = np.exp(LOGPS)
+        for name, raw in (("inverse_loss", -1 / LOGPS), ("inverse_error", 1 / (1 - p)), ("focal", p**2.0)):
+            np.testing.assert_allclose(self.weight(name, LOGPS, low=0.0, high=1e9), raw / raw.mean())
+        norms = np.array([0.5, 2.0, 8.0])
+        found = self.weight("inverse_gradient", -np.log(norms), low=0.0, high=1e9)
+        np.testing.assert_allclose(found, 1 / norms / (1 / norms).mean())
+        certain = np.array([0.0, -1.0, -2.0])  # probability 1
+        for name in ("inverse_loss", "inverse_error"):
+            found = self.weight(name, certain)
+            assert np.isfinite(found).all() and found.argmax() == 0 and found.mean() == pytest.approx(1)
+
+
+class TestComposition:
+    def test_an_order_with_weights_and_a_stop(self):
+        values = {"difficulty": DIFFICULTY, "circuit_mass": DIFFICULTY[::-1], "loss": LOGPS}
+        joined = make_schedule(
+            "easy_to_hard + inverse_mass+per_sample_stop", IDS, difficulty=values, passes=2, seed=1,
+            inverse_mass={"high": 4.0}, per_sample_stop={"target": 0.2},
+        )  # fmt: skip
+        order = make_schedule("easy_to_hard", IDS, difficulty=DIFFICULTY, passes=2, seed=1)
+        weights = make_schedule("inverse_mass", IDS, difficulty=DIFFICULTY[::-1], passes=2, seed=1, high=4.0)
+        assert joined.order.tolist() == order.order.tolist()
+        by_id = dict(zip(weights.order.tolist(), weights.weight.tolist(), strict=True))
+        assert joined.weight.tolist() == [by_id[i] for i in joined.order.tolist()]
+        assert joined.dynamic == (("per_sample_stop", {"target": 0.2}),)
+
+    def test_saved_with_its_dynamic_parts(self, tmp_path):
+        schedule = make("uniform+per_sample_stop+dynamic", per_sample_stop={"target": 0.2})
+        loaded = Schedule.load(schedule.save(tmp_path / "s.parquet"))
+        assert loaded.dynamic == schedule.dynamic == (("per_sample_stop", {"target": 0.2}), ("dynamic", {}))
+        assert loaded.hash == schedule.hash != make("uniform+per_sample_stop+dynamic").hash != make("uniform").hash
+
+
+class TestDynamic:
+    def state(self, p, factor=None, step=0, progress=0.0):
+        p = np.asarray(p, dtype=float)
+        return RunState(np.log(p), np.ones(len(p)) if factor is None else np.asarray(factor, float), step, progress)
+
+    def test_stop_and_come_back(self):
+        def stop(p, factor):
+            return SCHEDULES["per_sample_stop"].function(self.state(p, factor), target=0.2, back=1.5).tolist()
+
+        assert stop([0.1, 0.2, 0.21, 0.9], [1, 1, 1, 1]) == [0, 0, 1, 1]
+        assert stop([0.25, 0.29, 0.31, 0.9], [0, 0, 0, 0]) == [0, 0, 1, 1]  # between the two it stays as it is
+
+    def test_dynamic_and_self_paced(self):
+        p = [0.1, 0.2, 0.4, 0.8]
+        found = SCHEDULES["dynamic"].function(self.state(p), power=1.0, low=0.0, high=99.0)
+        np.testing.assert_allclose(found, np.array(p) / np.mean(p))
+        old = SCHEDULES["dynamic"].function(self.state(p, [1, 2, 3, 4], step=3), every=2)
+        assert old.tolist() == [1, 2, 3, 4]  # estimated at steps 0, 2, 4, ...
+        paced = SCHEDULES["self_paced"].function
+        assert paced(self.state(p), start=0.5, until=1.0).tolist() == [2, 2, 0, 0]
+        assert paced(self.state(p, progress=0.9), start=0.5, until=0.5).tolist() == [1, 1, 1, 1]
+        middle = paced(self.state(p[::-1], progress=0.25), start=0.5, until=0.5)  # c = sqrt(0.5 * 0.75 + 0.25) = 0.79
+        np.testing.assert_allclose(middle, [1, 1, 1, 1])
+
+    def test_runs_and_resumes(self):
+        parts = (("per_sample_stop", {"target": 0.3}), ("dynamic", {"every": 2}))
+        generator = np.random.default_rng(0)
+        run = DynamicWeights(parts, np.log(np.full(6, 0.9)), steps=10)
+        np.testing.assert_allclose(run.factor, 1)
+        shown = [(generator.integers(0, 6, 3), np.log(generator.random(3))) for _ in range(8)]
+        for step, (rows, logps) in enumerate(shown[:4], start=1):
+            run.update(rows, logps, step)
+        again = DynamicWeights(parts, np.log(np.full(6, 0.9)), steps=10)
+        again.restore(json.loads(json.dumps(run.state())))
+        for step, (rows, logps) in enumerate(shown[4:], start=5):
+            for each in (run, again):
+                each.update(rows, logps, step)
+            assert (run.factor == again.factor).all() and (run.logps == again.logps).all()
+        assert (run.factor >= 0).all() and run.factor.min() == 0
+
+    def test_an_impossible_probability_is_kept_finite(self):
+        run = DynamicWeights((("dynamic", {}),), np.log(np.full(3, 0.5)), steps=2)
+        run.update(np.array([1]), np.array([-np.inf]), 1)
+        json.dumps(run.state(), allow_nan=False)
+        assert np.isfinite(run.factor).all()
+
+    def test_a_factor_that_makes_no_sense_is_refused(self):
+        try:
+            register_schedule("bad", "dynamic", metric=None)(lambda state: np.full(len(state.logps), -1.0))
+            with pytest.raises(ValueError, match="'bad' must return one finite factor of at least 0"):
+                DynamicWeights((("bad", {}),), np.zeros(3), steps=1)
+        finally:
+            SCHEDULES.pop("bad", None)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(0, 99))
+def test_token_means_by_hand(global_batch, seed):
+    """sum w n L / sum w n over every global batch, for the forget as for the retain loss."""
+    generator = np.random.default_rng(seed)
+    forget_lengths, retain_lengths = generator.integers(1, 30, 7), generator.integers(1, 30, 3)
+    retain = ["r0", "r1", "r2"]
+    schedule = make("upweight_hard", passes=2, seed=seed, retain_ids=retain, strength=0.5)
+    rows = schedule.rows(IDS, retain, global_batch, forget_lengths=forget_lengths, retain_lengths=retain_lengths)
+    values, kept = generator.normal(size=7), generator.normal(size=3)
+    for start in range(0, len(rows["row"]), global_batch):
+        part = slice(start, start + global_batch)
+        real = range(start, min(start + global_batch, len(schedule)))
+        f = [IDS.index(schedule.order[i]) for i in real]
+        mass = schedule.weight[list(real)] * forget_lengths[f]
+        found = np.mean(np.array(rows["weight"][part]) * values[rows["forget_index"][part]])
+        assert found == pytest.approx((mass * values[f]).sum() / mass.sum())
+        r = [retain.index(schedule.retain_id[i]) for i in real]
+        found = np.mean(np.array(rows["retain_scale"][part]) * kept[rows["retain_index"][part]])
+        assert found == pytest.approx((retain_lengths[r] * kept[r]).sum() / retain_lengths[r].sum())
+
+
+def test_where_the_weights_differ():
+    """All between steps for sorted batches of one, all within for a whole pass at once."""
+    schedule = make("easy_to_hard+upweight_hard", passes=1)
+    assert schedule.weight_within_batches(1) == 0 and schedule.weight_within_batches(7) == pytest.approx(1)
+    assert 0 < schedule.weight_within_batches(2) < 0.2 < make("upweight_hard", passes=1).weight_within_batches(3)
+    assert np.isnan(make("uniform").weight_within_batches(2))
 
 
 def test_partners_do_not_follow_the_order():
@@ -261,7 +500,26 @@ def test_saved_and_hashed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("magic", {}, "unknown schedule 'magic'; choose one of \\['easy_to_hard'"),
+        ("magic", {}, "unknown schedule 'magic'; choose one of \\['baby_steps', "),
+        ("uniform+magic", {}, "unknown schedule 'magic'"),
+        ("easy_to_hard+uniform", {}, "more than one order: \\['easy_to_hard', 'uniform'\\]"),
+        ("inverse_mass+focal", {}, "more than one set of weights"),
+        ("focal+focal", {}, "has a part twice"),
+        ("uniform+focal", {"power": 2.0}, "go by its parts, for example {'uniform': {...}}; got 'power'"),
+        ("uniform+focal", {"focal": {"x": 2.0}}, "schedule 'focal' has no option 'x'"),
+        ("upweight_hard", {"form": "cubic"}, "needs a form out of \\['linear', 'power', 'softmax'\\], got 'cubic'"),
+        ("upweight_hard", {"form": "power", "strength": -1}, "finite strength of at least 0"),
+        ("upweight_hard", {"form": "power", "strength": float("inf")}, "finite strength of at least 0"),
+        ("focal", {"power": -1}, "finite power of at least 0"),
+        ("competence", {"start": 0}, "start in \\(0, 1\\], got 0"),
+        ("two_stage", {"easy_share": 1.5}, "easy_share in \\(0, 1\\]"),
+        ("baby_steps", {"buckets": 0}, "buckets in \\[1, inf\\]"),
+        ("budget", {"strength": 2}, "strength in \\[0, 1\\]"),
+        ("per_sample_stop", {"target": 0}, "target in \\(0, 1\\]"),
+        ("per_sample_stop", {"back": 0.5}, "back in \\[1, inf\\]"),
+        ("dynamic", {"low": 2.0}, "low <= 1 <= high"),
+        ("self_paced", {"every": 0}, "every in \\[1, inf\\]"),
+        ("inverse_gradient", {"difficulty": {"difficulty": DIFFICULTY}}, "needs grad_norm scores"),
         ("uniform", {"passes": 0}, "passes must be a positive integer"),
         ("upweight_hard", {"strength": 2}, "strength in \\[0, 1\\]"),
         ("upweight_hard", {"strength": "x"}, "must be a number"),

@@ -256,7 +256,7 @@ class TestLoss:
         assert abs(first[True]["retain_loss"] - first[False]["retain_loss"]) > 1e-6  # bfloat16 was really used
 
     def test_kl_of_the_unchanged_model_is_zero(self, tmp_path):
-        trainer = make_trainer(tmp_path / "out", retain_loss="kl", kl_top_k=5, save_strategy="no")
+        trainer = make_trainer(tmp_path / "out", retain_loss="kl", reference_top_k=5, save_strategy="no")
         trainer.train()
         assert trainer.state.log_history[0]["retain_loss"] == pytest.approx(0, abs=1e-12)
         assert trainer.state.log_history[-2]["retain_loss"] > 1e-6

@@ -36,8 +36,7 @@ def sample_gradients(
     Raises:
         ValueError: for a model with weights that cannot be told by sample, see `weight_matrices`.
     """
-    matrices = weight_matrices(model)
-    recorder = _Recorder(matrices, direction)
+    recorder = GradientRecorder(weight_matrices(model), direction)
     with quiet(model), torch.enable_grad(), recorder.attached():
         scores = score_answers(model, batch)
         (-scores.mean_logps).sum().backward()
@@ -69,10 +68,15 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
             weight.grad = kept[weight]
 
 
-class _Recorder:
-    """Turns inputs and output gradients of modules into norms and products as the backward pass meets them."""
+class GradientRecorder:
+    """Turns inputs and output gradients of modules into norms and products as the backward pass meets them.
 
-    def __init__(self, matrices: list[WeightMatrix], direction: list[Tensor] | None) -> None:
+    While it is `attached`, one forward and one backward pass run; rows of the batch are told apart. A forward pass that
+    gradient checkpointing repeats inside the backward pass does not count.
+    """
+
+    def __init__(self, matrices: list[WeightMatrix], direction: list[Tensor] | None = None) -> None:
+        self.backward = False
         self.matrices, self.direction = matrices, direction
         self.squares: list[Tensor | None] = [None] * len(matrices)
         self.products: Tensor | None = None
@@ -94,6 +98,8 @@ class _Recorder:
 
     def _hook(self, index: int) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.backward:
+                return
             if module in self.seen:
                 raise ValueError(
                     f"{self.matrices[index].name} is used more than once in a pass: its gradient cannot be taken by "
@@ -109,6 +115,7 @@ class _Recorder:
 
     @torch.no_grad()
     def _take(self, index: int, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+        self.backward = True
         gradient = _wide(gradient)
         if isinstance(module, nn.Embedding):
             gradient = gradient * embedding_scale(module)

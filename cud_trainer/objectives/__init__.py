@@ -1,11 +1,14 @@
 """Unlearning objectives: forget losses and retain losses as per-sample functions, and what a step computes."""
 
-from .losses import OBJECTIVES, Objective, register_objective
+from . import distributions, losses, representations  # noqa: F401  (they register themselves)
+from .reference import Reference
+from .registry import OBJECTIVES, QUANTITIES, Objective, register_objective
 from .retain import RETAIN_LOSSES
-from .step import LossTerms, Reference, UnlearningLoss
+from .step import LossTerms, UnlearningLoss
 
 __all__ = [
     "OBJECTIVES",
+    "QUANTITIES",
     "RETAIN_LOSSES",
     "LossTerms",
     "Objective",

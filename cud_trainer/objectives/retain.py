@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RETAIN_LOSSES = ("none", "nll", "kl")
+RETAIN_LOSSES = ("none", "nll", "kl", "activations")
 
 
 def retain_nll(logps: Tensor, lengths: Tensor) -> Tensor:
@@ -38,3 +38,16 @@ def retain_kl(logits: Tensor, mask: Tensor, reference_logps: Tensor, reference_i
         tail = reference_rest * (reference_rest.log() - log_rest)
         divergence = divergence + torch.where(reference_rest > 1e-6, tail, torch.zeros_like(tail))
     return (divergence * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def retain_activations(hidden: Tensor, mask: Tensor, reference_hidden: Tensor) -> Tensor:
+    """`‖h_l(x) - h_l,r(x)‖²` to the model before unlearning, mean over answer positions and hidden dimensions, `[B]`.
+
+    Li et al. 2024, arXiv 2403.03218, eq. 2.
+
+    Args:
+        hidden, reference_hidden: output of decoder layer l, `[B, K, d]`.
+        mask: True on answer tokens, `[B, K]`.
+    """
+    squared = (hidden - reference_hidden.to(hidden)).square().mean(-1)
+    return (squared * mask).sum(-1) / mask.sum(-1).clamp(min=1)

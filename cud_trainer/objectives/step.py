@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,24 +13,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..data import length_sorted_batches
+from ..data import ALTERNATIVES, alternatives_of, length_sorted_batches
 from ..logprobs import AnswerScores, evaluation_mode, score_answers
-from .losses import OBJECTIVES, Objective
-from .retain import RETAIN_LOSSES, retain_kl, retain_nll
-
-
-@dataclass
-class Reference:
-    """What the model before unlearning said, computed once: no second model is kept.
-
-    Attributes:
-        forget_logps: answer log-probability of each forget sample, `[N]`, or `None`.
-        retain_top_logps, retain_top_ids: per retain sample the top-k of each answer token, `[n_tokens, k]`.
-    """
-
-    forget_logps: Tensor | None = None
-    retain_top_logps: list[Tensor] = field(default_factory=list)
-    retain_top_ids: list[Tensor] = field(default_factory=list)
+from .reference import Reference, TopTokens, spread
+from .registry import OBJECTIVES, Objective
+from .retain import RETAIN_LOSSES, retain_activations, retain_kl, retain_nll
 
 
 @dataclass
@@ -54,8 +42,9 @@ class UnlearningLoss:
     Args:
         objective: name in `OBJECTIVES`.
         objective_args: its options.
-        retain_loss: `"none"`, `"nll"`, `"kl"`, or `None` for the objective's own.
-        kl_top_k: how many tokens of the reference distribution the KL retain loss keeps per position.
+        retain_loss: `"none"`, `"nll"`, `"kl"`, `"activations"` (for objectives on hidden states), or `None` for the
+            objective's own.
+        reference_top_k: tokens of a reference distribution kept per position (retain loss `"kl"`, `undial`).
 
     Raises:
         ValueError: for an unknown objective, option or retain loss, or a combination that is undefined.
@@ -64,7 +53,7 @@ class UnlearningLoss:
     objective: str = "npo"
     objective_args: dict[str, Any] = field(default_factory=dict)
     retain_loss: str | None = None
-    kl_top_k: int = 128
+    reference_top_k: int = 128
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -76,6 +65,10 @@ class UnlearningLoss:
             raise ValueError(f"unknown retain_loss {self.retain_loss!r}; choose one of {list(RETAIN_LOSSES)}")
         if self.spec.requires_retain and self.retain_loss == "none":
             raise ValueError(f"objective {self.objective!r} needs a retain loss; use 'ga' to go without")
+        if self.retain_loss == "activations" and not self.uses_hidden:
+            raise ValueError(
+                f"retain_loss 'activations' compares hidden states: it goes with 'rmu', not with {self.objective!r}"
+            )
 
     @property
     def spec(self) -> Objective:
@@ -86,10 +79,51 @@ class UnlearningLoss:
         """Whether a retain dataset is needed."""
         return self.retain_loss != "none"
 
+    @property
+    def uses_alternative(self) -> bool:
+        """Whether the forget samples need an alternative answer."""
+        return self.spec.alternative is not None
+
+    @property
+    def uses_hidden(self) -> bool:
+        """Whether hidden states are read."""
+        return "hidden" in self.spec.needs
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the model before unlearning is scored."""
+        return self.spec.needs_reference or self.retain_loss in ("kl", "activations")
+
     def without_retain(self) -> UnlearningLoss:
         """The same objective alone; gradient ascent for one that is undefined alone."""
         name, options = ("ga", {}) if self.spec.requires_retain else (self.objective, self.objective_args)
-        return UnlearningLoss(name, options, "none", self.kl_top_k)
+        return UnlearningLoss(name, options, "none", self.reference_top_k)
+
+    def check_model(self, config: Any) -> None:
+        """Raise `ValueError` when the model of this configuration lacks the layer that is read."""
+        if self.uses_hidden:
+            self._layer(config)
+
+    def _layer(self, config: Any) -> int:
+        depth = config.get_text_config().num_hidden_layers
+        layer = self.spec.options(self.objective_args)["layer"]
+        if layer is None:
+            layer = min(depth * 7 // 32, depth - 2)
+        # The last layer's output is only seen behind the final norm.
+        if not 0 <= layer < depth - 1:
+            raise ValueError(
+                f"option 'layer' of objective {self.objective!r} must be from 0 to {depth - 2} for this model of "
+                f"{depth} layers, got {layer}"
+            )
+        return layer
+
+    def check_alternatives(self, forget: Dataset) -> None:
+        """Raise `ValueError` when the objective needs alternative answers and the prepared dataset has none."""
+        if self.uses_alternative and ALTERNATIVES[0] not in forget.column_names:
+            raise ValueError(
+                f"objective {self.objective!r} needs an alternative answer for every forget sample "
+                f"(see `cud_trainer.alternatives.with_alternatives`)"
+            )
 
     @torch.no_grad()
     def reference(
@@ -101,55 +135,109 @@ class UnlearningLoss:
         pad_token_id: int,
         batch_size: int,
         device: torch.device | str,
+        seed: int = 0,
     ) -> Reference:
-        """Score the datasets once with `model` as it is now (in eval mode, restored afterwards)."""
-        result = Reference()
+        """Score the datasets once with `model` as it is now (in eval mode, restored afterwards).
+
+        Args:
+            seed: of the random direction of objectives on hidden states.
+        """
+        self.check_alternatives(forget)
+        result, needs = Reference(), self.spec.needs
+        if "direction" in needs:
+            config: Any = model.config
+            size = config.get_text_config().hidden_size
+            direction = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+            result.direction = (direction / direction.norm()).to(device)
+
+        def scored(dataset: Dataset, **options: Any) -> Iterator[tuple[list[int], AnswerScores]]:
+            for rows, batch in length_sorted_batches(dataset, batch_size, pad_token_id, device=device):
+                yield rows, score_answers(model, batch, **options)
+
         with evaluation_mode(model):
-            if self.spec.needs_reference:
-                for rows, batch in length_sorted_batches(forget, batch_size, pad_token_id, device=device):
-                    logps = score_answers(model, batch).logps
-                    if result.forget_logps is None:
-                        result.forget_logps = logps.new_zeros(len(forget))
-                    result.forget_logps[rows] = logps
+            top = "reference_top_logps" in needs
+            if "reference_logps" in needs or top:
+                result.forget_top = TopTokens.empty(len(forget) if top else 0)
+                for rows, scores in scored(forget):
+                    if "reference_logps" in needs:
+                        if result.forget_logps is None:
+                            result.forget_logps = scores.logps.new_zeros(len(forget))
+                        result.forget_logps[rows] = scores.logps
+                    if top:
+                        result.forget_top.keep(rows, scores, self.reference_top_k, with_target=True)
+            if "alternative_reference_logps" in needs:
+                for rows, scores in scored(alternatives_of(forget)):
+                    if result.alternative_logps is None:
+                        result.alternative_logps = scores.logps.new_zeros(len(forget))
+                    result.alternative_logps[rows] = scores.logps
             if self.retain_loss == "kl":
                 assert retain is not None
-                result.retain_top_logps = [torch.empty(0)] * len(retain)
-                result.retain_top_ids = [torch.empty(0)] * len(retain)
-                for rows, batch in length_sorted_batches(retain, batch_size, pad_token_id, device=device):
-                    scores = score_answers(model, batch)
-                    logps = scores.logits.float().log_softmax(-1)
-                    top, ids = logps.topk(min(self.kl_top_k, logps.shape[-1]), dim=-1)
+                result.retain_top = TopTokens.empty(len(retain))
+                for rows, scores in scored(retain):
+                    result.retain_top.keep(rows, scores, self.reference_top_k, with_target=False)
+            if self.retain_loss == "activations":
+                assert retain is not None
+                result.retain_hidden = [torch.empty(0)] * len(retain)
+                for rows, scores in scored(retain, output_hidden_states=True):
+                    hidden = self._hidden(scores, model)
                     for position, row in enumerate(rows):
-                        answer = scores.mask[position]
-                        # Kept off the accelerator: it grows with the retain set, a batch of it does not.
-                        result.retain_top_logps[row] = top[position, answer].cpu()
-                        result.retain_top_ids[row] = ids[position, answer].cpu()
+                        result.retain_hidden[row] = hidden[position, scores.mask[position]].cpu()
         return result
+
+    def _hidden(self, scores: AnswerScores, model: torch.nn.Module) -> Tensor:
+        """Output of the layer at the answer positions, `[B, K, d]`."""
+        assert scores.hidden_states is not None
+        inner: Any = model
+        while not hasattr(inner, "config"):  # a wrapper for several processes
+            inner = inner.module
+        states = scores.hidden_states[self._layer(inner.config) + 1]
+        return states[:, scores.positions.to(states.device)]
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """Per-sample losses of a paired batch, in one forward pass."""
         pairs = len(batch["forget_index"])
-        scores = score_answers(model, batch)
+        scores = score_answers(model, batch, **({"output_hidden_states": True} if self.uses_hidden else {}))
+        hidden = self._hidden(scores, model) if self.uses_hidden else None
         forget = scores[:pairs]
-        reference_logps = None
-        if reference.forget_logps is not None:
-            index = batch["forget_index"].to(reference.forget_logps.device)
-            reference_logps = reference.forget_logps[index].to(forget.logps.device)
-        forget_loss = self.spec.loss(forget.logps, forget.lengths, reference_logps, **self.objective_args)
+        alternative = scores[-pairs:] if self.uses_alternative else None
+        index = batch["forget_index"]
+        known: dict[str, Tensor] = {}
+        if "reference_top_logps" in self.spec.needs:
+            names = ("reference_top_logps", "reference_top_ids", "reference_rest_logps")
+            known = dict(zip(names, reference.forget_top.batch(index.tolist(), forget.mask), strict=True))
+
+        def quantity(name: str) -> Tensor:
+            if name in known:
+                return known[name]
+            if name == "hidden":
+                assert hidden is not None
+                return hidden[:pairs]
+            if name == "direction":
+                assert reference.direction is not None
+                return reference.direction
+            if name in ("alternative_logps", "alternative_mean_logps"):
+                return getattr(alternative, name.removeprefix("alternative_"))
+            if name in ("reference_logps", "alternative_reference_logps"):
+                before = reference.forget_logps if name == "reference_logps" else reference.alternative_logps
+                assert before is not None
+                return before[index.to(before.device)].to(forget.logps.device)
+            return getattr(forget, name)
+
+        forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self.objective_args)
         retain_loss = None
         if self.uses_retain:
-            retain_loss = self._retain(scores[pairs:], batch["retain_index"], reference)
+            kept = slice(pairs, 2 * pairs)
+            rows = batch["retain_index"].tolist() if self.retain_loss != "nll" else []
+            retain_loss = self._retain(scores[kept], None if hidden is None else hidden[kept], rows, reference)
         return LossTerms(forget_loss, retain_loss, forget.mean_logps.detach())
 
-    def _retain(self, scores: AnswerScores, index: Tensor, reference: Reference) -> Tensor:
+    def _retain(self, scores: AnswerScores, hidden: Tensor | None, rows: list[int], reference: Reference) -> Tensor:
         if self.retain_loss == "nll":
             return retain_nll(scores.logps, scores.lengths)
-        rows = index.tolist()
-        k = reference.retain_top_logps[rows[0]].shape[-1]
-        logps = torch.zeros(*scores.mask.shape, k, device=scores.mask.device)
-        ids = torch.zeros(*scores.mask.shape, k, dtype=torch.long, device=scores.mask.device)
-        for position, row in enumerate(rows):
-            answer = scores.mask[position]
-            logps[position, answer] = reference.retain_top_logps[row].to(logps.device)
-            ids[position, answer] = reference.retain_top_ids[row].to(ids.device)
+        if self.retain_loss == "activations":
+            assert hidden is not None
+            return retain_activations(
+                hidden, scores.mask, spread([reference.retain_hidden[r] for r in rows], scores.mask)
+            )
+        logps, ids, _ = reference.retain_top.batch(rows, scores.mask)
         return retain_kl(scores.logits, scores.mask, logps, ids)

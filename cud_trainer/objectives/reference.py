@@ -1,0 +1,121 @@
+"""What the model before unlearning said: computed once, kept without the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import atomic_write
+from ..logprobs import AnswerScores
+
+
+@dataclass
+class TopTokens:
+    """The likeliest tokens at every answer position of each sample; lists over samples.
+
+    Attributes:
+        logps, ids: their log-probabilities and ids, `[n_tokens, k]`.
+        rest: log of the probability of all other tokens, `[n_tokens]`; -inf where there is none.
+    """
+
+    logps: list[Tensor] = field(default_factory=list)
+    ids: list[Tensor] = field(default_factory=list)
+    rest: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, size: int) -> TopTokens:
+        return cls(*([torch.empty(0)] * size for _ in range(3)))
+
+    def keep(self, rows: list[int], scores: AnswerScores, k: int, *, with_target: bool) -> None:
+        """Take the top `k` of `scores`, the target first if `with_target`."""
+        logits = scores.logits if scores.logits.dtype == torch.float64 else scores.logits.float()
+        logps = logits.log_softmax(-1)
+        ranked = logps.scatter(-1, scores.targets.unsqueeze(-1), torch.inf) if with_target else logps
+        ids = ranked.topk(min(k, logps.shape[-1]), dim=-1).indices
+        top, rest = logps.gather(-1, ids), logps.scatter(-1, ids, -torch.inf).logsumexp(-1)
+        for position, row in enumerate(rows):
+            answer = scores.mask[position]
+            # Kept off the accelerator: it grows with the dataset, a batch of it does not.
+            self.logps[row], self.ids[row] = top[position, answer].cpu(), ids[position, answer].cpu()
+            self.rest[row] = rest[position, answer].cpu()
+
+    def batch(self, rows: list[int], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`logps [B, K, k]`, `ids [B, K, k]`, `rest [B, K]` on the True positions of `mask [B, K]`, 0 elsewhere."""
+        return tuple(spread([values[row] for row in rows], mask) for values in (self.logps, self.ids, self.rest))  # type: ignore[return-value]
+
+
+def spread(values: list[Tensor], mask: Tensor) -> Tensor:
+    """Values of the answer tokens of each row, `[n_tokens, ...]`, put on the True positions of `mask`; 0 elsewhere."""
+    result = torch.zeros(*mask.shape, *values[0].shape[1:], dtype=values[0].dtype, device=mask.device)
+    for row, found in enumerate(values):
+        result[row, mask[row]] = found.to(mask.device)
+    return result
+
+
+@dataclass
+class Reference:
+    """Reference quantities by sample; what is not needed stays empty.
+
+    Attributes:
+        forget_logps, alternative_logps: log-probability of each forget sample's answer, and of its alternative, `[N]`.
+        forget_top, retain_top: likeliest tokens.
+        retain_hidden: output of a decoder layer at the answer positions of each retain sample, `[n_tokens, d]`.
+        direction: random vector of length 1, `[d]`.
+    """
+
+    forget_logps: Tensor | None = None
+    alternative_logps: Tensor | None = None
+    forget_top: TopTokens = field(default_factory=TopTokens)
+    retain_top: TopTokens = field(default_factory=TopTokens)
+    retain_hidden: list[Tensor] = field(default_factory=list)
+    direction: Tensor | None = None
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write a safetensors file, atomically. It holds numbers and token ids of likely answers, no text."""
+        tensors = {}
+        for name in ("forget_logps", "alternative_logps", "direction"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name).cpu()
+        lists = {"retain_hidden": self.retain_hidden}
+        for side, top in (("forget_top", self.forget_top), ("retain_top", self.retain_top)):
+            lists |= {f"{side}.logps": top.logps, f"{side}.ids": top.ids, f"{side}.rest": top.rest}
+        for name, values in lists.items():
+            if values:
+                tensors[name] = torch.cat(values)
+                tensors[f"{name}.sizes"] = torch.tensor([len(value) for value in values])
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}))
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str, device: torch.device | str) -> Reference | None:
+        """What `save` wrote for the same model and data, or `None`."""
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                    return None
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
+        except (OSError, SafetensorError):
+            return None
+
+        def parts(name: str) -> list[Tensor]:
+            return list(found[name].split(found[f"{name}.sizes"].tolist())) if name in found else []
+
+        def single(name: str) -> Tensor | None:
+            return found[name].to(device) if name in found else None
+
+        def top(name: str) -> TopTokens:
+            return TopTokens(*(parts(f"{name}.{kind}") for kind in ("logps", "ids", "rest")))
+
+        return cls(
+            single("forget_logps"),
+            single("alternative_logps"),
+            top("forget_top"),
+            top("retain_top"),
+            parts("retain_hidden"),
+            single("direction"),
+        )

@@ -1,0 +1,21 @@
+"""From difficulty to what is trained when, and how strongly: a `Schedule` is data made by pure functions."""
+
+from . import dynamic, orders, weights  # noqa: F401  (they register themselves)
+from .dynamic import DynamicWeights, RunState
+from .orders import Turn
+from .plan import Schedule, make_schedule
+from .registry import SCHEDULES, Part, parse, register_schedule
+from .weights import scaled_to_mean_one
+
+__all__ = [
+    "SCHEDULES",
+    "DynamicWeights",
+    "Part",
+    "RunState",
+    "Schedule",
+    "Turn",
+    "make_schedule",
+    "parse",
+    "register_schedule",
+    "scaled_to_mean_one",
+]

@@ -1,0 +1,247 @@
+"""From difficulty to what is trained when, and how strongly: a `Schedule` is data made by pure functions.
+
+The whole run is one pass over `Schedule.order`, served sequentially. Unlike a custom sampler, rows of a dataset stay
+exact under gradient accumulation, several processes, dataloader workers and resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..files import atomic_write, check_new_file
+from .orders import Turn
+from .registry import Part, parse
+
+METADATA_KEY = b"cud_trainer"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is trained, in order.
+
+    Attributes:
+        name: of the schedule.
+        order: forget sample ids in the order they are served, `[passes * N]`.
+        weight: weight of each served sample, float64 `[passes * N]`; mean 1 over every pass.
+        retain_id: the retain sample paired with each, `[passes * N]`, or `None` without a retain set.
+        settings: name, options, seed and passes.
+        dynamic: parts whose weights follow the run, with their options; they multiply `weight` (see
+            `cud_trainer.schedule.DynamicWeights`).
+
+    With `budget`, or an order that repeats samples, `passes * N` is what it comes to about.
+    """
+
+    name: str
+    order: np.ndarray
+    weight: np.ndarray
+    retain_id: np.ndarray | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    dynamic: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits: equal for equal order, weights and retain partners."""
+        digest = hashlib.sha256("\n".join(self.order.tolist()).encode())
+        digest.update(np.ascontiguousarray(self.weight, dtype="<f8").tobytes())
+        if self.retain_id is not None:
+            digest.update("\n".join(self.retain_id.tolist()).encode())
+        if self.dynamic:
+            digest.update(json.dumps(self.dynamic, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def rows(
+        self,
+        forget_ids: Sequence[str],
+        retain_ids: Sequence[str] | None,
+        global_batch: int,
+        *,
+        forget_lengths: np.ndarray | None = None,
+        retain_lengths: np.ndarray | None = None,
+    ) -> dict[str, list]:
+        """Columns of the training dataset, one row per pair; the length is a multiple of `global_batch`.
+
+        The last batch is filled up with rows of weight 0 (`row` = -1), and its real rows are scaled up by the same
+        share: the mean over every global batch, in whatever micro-batches, is the weighted mean over its real rows.
+
+        Args:
+            forget_lengths, retain_lengths: answer tokens of each sample. If given, that mean is one over tokens:
+                `sum w_i n_i L_i / sum w_i n_i` for a loss L that is itself a mean over the tokens of a sample.
+        """
+        forget_position = {sample_id: index for index, sample_id in enumerate(forget_ids)}
+        count = len(self)
+        padding = -count % global_batch
+        last = count - (global_batch - padding) if padding else count
+        scale = np.ones(count)
+        scale[last:] = global_batch / (global_batch - padding) if padding else 1.0
+        retain_index = np.zeros(count, dtype=int)
+        if self.retain_id is not None and retain_ids is not None:
+            retain_position = {sample_id: index for index, sample_id in enumerate(retain_ids)}
+            retain_index = np.array([retain_position[sample_id] for sample_id in self.retain_id.tolist()])
+        forget_index = np.array([forget_position[sample_id] for sample_id in self.order.tolist()])
+        weight, retain_scale = self.weight * scale, scale.copy()
+        batch = np.arange(count) // global_batch
+        if forget_lengths is not None:
+            weight = _by_tokens(self.weight, np.asarray(forget_lengths)[forget_index], batch, global_batch)
+        if retain_lengths is not None:
+            retain_scale = _by_tokens(np.ones(count), np.asarray(retain_lengths)[retain_index], batch, global_batch)
+
+        def filled(values: np.ndarray, fill: float) -> list:
+            return np.concatenate([values, np.full(padding, fill, dtype=values.dtype)]).tolist()
+
+        return {
+            "row": filled(np.arange(count), -1),
+            "forget_index": filled(forget_index, int(forget_index[0])),
+            "retain_index": filled(retain_index, int(retain_index[0])),
+            "weight": filled(weight, 0.0),
+            "retain_scale": filled(retain_scale, 0.0),
+        }
+
+    def weight_within_batches(self, global_batch: int) -> float:
+        """Share of the variance of the weights that lies within global batches, in [0, 1]; NaN for equal weights.
+
+        Clipping and Adam divide by the size of a batch's gradient: weights that only differ between batches come to
+        nothing.
+        """
+        total = float(np.var(self.weight))
+        if total < 1e-12:
+            return float("nan")
+        parts = [self.weight[start : start + global_batch] for start in range(0, len(self), global_batch)]
+        return float(sum(len(part) * np.var(part) for part in parts) / len(self) / total)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a parquet file (`forget_id`, `retain_id`, `weight`), atomically; `ValueError` if it exists."""
+        check_new_file(path, overwrite)
+        columns: dict[str, Any] = {"forget_id": self.order.tolist(), "weight": self.weight}
+        if self.retain_id is not None:
+            columns["retain_id"] = self.retain_id.tolist()
+        header = {"name": self.name, "settings": self.settings, "hash": self.hash, "dynamic": self.dynamic}
+        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(header).encode()})
+        return atomic_write(path, lambda temporary: pq.write_table(table, temporary))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read what `save` wrote; `ValueError` for a missing, foreign or altered file."""
+        try:
+            table = pq.read_table(path)
+            header = json.loads((table.schema.metadata or {})[METADATA_KEY])
+            retain = table["retain_id"].to_pylist() if "retain_id" in table.column_names else None
+            schedule = cls(
+                header["name"],
+                np.array(table["forget_id"].to_pylist()),
+                table["weight"].to_numpy(),
+                None if retain is None else np.array(retain),
+                header["settings"],
+                tuple((name, options) for name, options in header.get("dynamic", [])),
+            )
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise ValueError(f"cannot read a schedule from {path}: {error}") from None
+        if schedule.hash != header["hash"]:
+            raise ValueError(
+                f"schedule {path} was altered: its hash is {schedule.hash}, its header says {header['hash']}"
+            )
+        return schedule
+
+
+def make_schedule(
+    name: str,
+    forget_ids: Sequence[str],
+    *,
+    difficulty: np.ndarray | Mapping[str, np.ndarray] | None = None,
+    retain_ids: Sequence[str] | None = None,
+    passes: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> Schedule:
+    """The plan of a whole run: a pure function of its arguments.
+
+    Args:
+        name: a registered schedule, or several joined by `+`: at most one order, one set of weights, and any number of
+            dynamic ones (`"easy_to_hard+inverse_mass+per_sample_stop"`).
+        difficulty: one value per forget sample, higher = harder; required unless the schedule reads none. A mapping
+            gives the metrics by name, the configured one as `"difficulty"`.
+        retain_ids: retain samples to pair, drawn without replacement by a generator of their own.
+        passes: how often each forget sample is served.
+        options: of the schedule; of each part by its name, where there are several.
+
+    Raises:
+        ValueError: for an unknown schedule or option, missing or non-finite difficulty, or `passes < 1`.
+    """
+    parts = parse(name, options)
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes must be a positive integer, got {passes!r}")
+    size = len(forget_ids)
+    if size == 0 or len(set(forget_ids)) != size:
+        raise ValueError("a schedule needs forget samples with distinct ids" if size else "there is no forget sample")
+    if retain_ids is not None and len(retain_ids) == 0:
+        raise ValueError("there is no retain sample to pair with")
+    values = {part.name: _difficulty(part, difficulty, size) for part, _ in parts}
+    order, own = next(((part, own) for part, own in parts if part.kind == "order"), (None, {}))
+    weight = np.ones(size)
+    for part, given in parts:
+        if part.kind == "weights":
+            weight = part.function(values[part.name], **given)
+    ids = np.array(list(forget_ids))
+    orders, weights = [], []
+    for number in range(passes):
+        turn = Turn(number, passes, size, seed)
+        rows = turn.shuffled if order is None else order.function(values[order.name], turn, **own)
+        orders.append(ids[rows])
+        served = weight[rows]
+        # an order that serves some samples more often than others would shift the mean
+        weights.append(served if len(set(rows.tolist())) == len(rows) == size else served / served.mean())
+    total = sum(map(len, orders))
+    return Schedule(
+        name,
+        np.concatenate(orders),
+        np.concatenate(weights),
+        _partners(retain_ids, total, seed),
+        {"name": name, "options": options, "seed": seed, "passes": passes},
+        tuple((part.name, dict(given)) for part, given in parts if part.kind == "dynamic"),
+    )
+
+
+def _difficulty(part: Part, given: Any, size: int) -> np.ndarray | None:
+    """What `part` reads, checked."""
+    if part.metric is None:
+        return None
+    found = given.get(part.metric) if isinstance(given, Mapping) else given
+    if found is None:
+        raise ValueError(
+            f"schedule {part.name!r} needs {'difficulty' if part.metric == 'difficulty' else part.metric} scores"
+        )
+    values = np.asarray(found, dtype=np.float64)
+    if values.shape != (size,) or not np.isfinite(values).all():
+        raise ValueError(f"schedule {part.name!r} needs one finite difficulty per forget sample ({size})")
+    if part.metric == "difficulty" and size > 1 and np.ptp(values) == 0:
+        raise ValueError(f"schedule {part.name!r} needs difficulty scores that differ; all are {values[0]!r}")
+    return values
+
+
+def _by_tokens(weight: np.ndarray, lengths: np.ndarray, batch: np.ndarray, global_batch: int) -> np.ndarray:
+    """Row weights whose mean over a global batch (padding included) is the mean over its tokens."""
+    mass = weight * lengths
+    total = np.bincount(batch, mass)[batch]
+    return mass * global_batch / np.where(total > 0, total, 1.0)
+
+
+def _partners(retain_ids: Sequence[str] | None, count: int, seed: int) -> np.ndarray | None:
+    """Retain samples in random order, all of them before any comes again."""
+    if retain_ids is None:
+        return None
+    ids = np.array(list(retain_ids))
+    rounds = -(-count // len(ids))
+    drawn = [np.random.default_rng([seed, 1, number]).permutation(len(ids)) for number in range(rounds)]
+    return ids[np.concatenate(drawn)[:count]]
