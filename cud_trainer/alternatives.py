@@ -64,9 +64,7 @@ def with_alternatives(
         return prepared
     kind = detect_format(dataset.column_names, "forget")
     if kind not in ANSWERS:
-        raise ValueError(
-            f"alternative answers need samples with a prompt; the forget dataset is of the format {kind!r}"
-        )
+        raise ValueError(f"alternative answers need samples with a prompt; the forget dataset has the format {kind!r}")
     if source == "given":
         if column is None:
             raise ValueError("alternative answers are missing: give alternative_column, a column of the forget dataset")

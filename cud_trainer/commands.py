@@ -19,7 +19,7 @@ from .files import check_new_file, check_output_dir
 from .passes import remove_work
 from .scoring import check_metrics, score_difficulty
 from .trainable import train_only
-from .trainer import REFERENCE_FILE, SCORES_FILE, WORK_DIR, CUDTrainer
+from .trainer import REFERENCE_FILE, SCHEDULE_FILE, SCORES_FILE, WORK_DIR, CUDTrainer
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -151,11 +151,8 @@ def train(argv: list[str]) -> int:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if args.process_index == 0:
-        begun = (
-            SCORES_FILE,
-            WORK_DIR,
-            REFERENCE_FILE,
-        )  # of a start that was killed before training; the trainer checks them
+        # Left by a start that was killed before the first checkpoint; the trainer checks them.
+        begun = (SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE)
         check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=begun)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     forget, retain = data_args.load()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
+
+from .layers import decoder_layers
 
 
 def layer_range(text: str) -> list[int]:
@@ -26,21 +27,14 @@ def train_only(model: nn.Module, text: str) -> list[str]:
         ValueError: for a layer that the model does not have.
     """
     wanted = layer_range(text)
-    config: Any = model.config
-    depth = config.get_text_config().num_hidden_layers
+    name, layers = decoder_layers(model)
+    depth = len(layers)
     if wanted[-1] >= depth:
         raise ValueError(f"trainable_layers {text!r} names layer {wanted[-1]}, the model has layers 0 to {depth - 1}")
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and "vision" not in name
-    ]
-    if not lists:
-        raise ValueError(f"trainable_layers: {type(model).__name__} has no list of {depth} decoder layers")
-    prefixes = tuple(f"{lists[0]}.{layer}." for layer in wanted)
+    prefixes = tuple(f"{name}.{layer}." for layer in wanted)
     trained = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(prefixes))
+    for own, parameter in model.named_parameters():
+        parameter.requires_grad_(own.startswith(prefixes))
         if parameter.requires_grad:
-            trained.append(name)
+            trained.append(own)
     return trained

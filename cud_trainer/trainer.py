@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather
+from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
@@ -204,6 +204,7 @@ class CUDTrainer(SFTTrainer):
         self._global_batch, self._world_size = global_batch, args.world_size
         self._records: list[Tensor] = []
         self._update_norms: list[Tensor] = []
+        self._recorder: GradientRecorder | None = None
         self._micro_batches = 0
         self._served: list[int] = []
         self._started = False
@@ -432,6 +433,8 @@ class CUDTrainer(SFTTrainer):
             self.progress.restore(self._start_state)
             if self.is_world_process_zero() and not self._started and not self.args.overwrite:
                 made = {SCORES_FILE, WORK_DIR, REFERENCE_FILE}
+                if self._same_schedule(output / SCHEDULE_FILE):  # a run that was killed before its first checkpoint
+                    made.add(SCHEDULE_FILE)
                 others = [p.name for p in output.iterdir() if p.name not in made] if output.is_dir() else []
                 if others:
                     check_output_dir(output)
@@ -446,6 +449,12 @@ class CUDTrainer(SFTTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         except DivergenceError as error:
             raise DivergenceError(f"{error} {self._back_to_the_last_checkpoint()}") from None
+
+    def _same_schedule(self, path: Path) -> bool:
+        try:
+            return Schedule.load(path).hash == self.schedule.hash
+        except ValueError:
+            return False
 
     def _back_to_the_last_checkpoint(self) -> str:
         """Load the weights that were saved last, and say so."""
@@ -489,8 +498,12 @@ class CUDTrainer(SFTTrainer):
         matrices = [m for m in weight_matrices(self.accelerator.unwrap_model(model)) if m.weight.requires_grad]
         recorder = GradientRecorder(matrices)
         row = inputs["row"].cpu()
-        with recorder.attached():
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._recorder = recorder
+        try:
+            with recorder.attached():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._recorder = None
         norms = recorder.results(len(inputs["input_ids"]))["squares"].double().sum(1).sqrt()
         pairs = len(row)
         forget = norms[:pairs] + (norms[-pairs:] if self.unlearning_loss.uses_alternative else 0.0)
@@ -520,6 +533,8 @@ class CUDTrainer(SFTTrainer):
             scale = inputs["retain_scale"].to(terms.retain.dtype)
             loss = loss + self.progress.retain_weight * (scale * terms.retain).mean()
         self._record(inputs, terms)
+        if self._recorder is not None:
+            loss.register_hook(self._recorder.begin_backward)
         return (loss, terms) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -758,7 +773,7 @@ def _check_may_start(args: CUDConfig) -> None:
     output = Path(args.output_dir)
     known = output.is_dir() and ((output / SCORES_FILE).exists() or any(output.glob("checkpoint-*")))
     resume = bool(args.resume_from_checkpoint) or known
-    check_output_dir(output, overwrite=args.overwrite, resume=resume, known=(WORK_DIR, REFERENCE_FILE))
+    check_output_dir(output, overwrite=args.overwrite, resume=resume, known=(WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE))
 
 
 def _needed_metrics(args: CUDConfig) -> list[str]:
@@ -789,7 +804,8 @@ def _on_device(model: nn.Module, args: CUDConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        if (args.fsdp or args.deepspeed) and device != args.device:
+        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        if (args.fsdp or args.deepspeed or launched) and device != args.device:
             model.to(device)
 
 

@@ -12,7 +12,7 @@ import cud_trainer
 
 ROOT = Path(__file__).parent.parent
 STAGES = [
-    "files", "options", "data", "logprobs", "passes", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
+    "files", "options", "layers", "data", "logprobs", "passes", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
     "alternatives", "scoring", "trainable", "config", "progress", "trainer", "commands", "cli",
 ]  # fmt: skip
 # Pure losses need nothing of circuits, difficulty or schedules.
@@ -104,6 +104,7 @@ def test_packages_of_the_wheel():
         "cud_trainer.circuits",
         "cud_trainer.difficulty",
         "cud_trainer.objectives",
+        "cud_trainer.schedule",
         "evaluation",
     }
     data = re.search(r"package-data\]\n((?:\w+ = \[.*\]\n)+)", project)[1].splitlines()

@@ -11,14 +11,33 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_example_runs_as_printed(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 16
+    code, own = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    code += (
+        f"\n{own}\nfrom cud_trainer.objectives import OBJECTIVES\nassert OBJECTIVES['hinge'].needs == ('mean_logps',)"
+    )
+    assert len([line for line in code.splitlines() if line.strip()]) <= 24
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "True"
+
+
+def test_training_guide():
+    """Its tables name what is registered, its example runs."""
+    from cud_trainer.objectives import OBJECTIVES, QUANTITIES
+    from cud_trainer.schedule import SCHEDULES, make_schedule
+
+    guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for name in [*SCHEDULES, *OBJECTIVES, *QUANTITIES]:
+        assert f"`{name}`" in guide, name
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.S)
+    try:
+        exec(code, {})
+        assert make_schedule("uniform+every_other", ["a", "b"]).dynamic == (("every_other", {}),)
+    finally:
+        SCHEDULES.pop("every_other", None)
 
 
 def test_paths_and_commands_exist():

@@ -147,33 +147,43 @@ class TestResume:
             make_trainer(tmp_path / "other")
 
 
-def torchrun(*arguments) -> None:
+def torchrun(output, result, *checkpoint, processes=2, killed=False, **options) -> dict:
+    """What `ddp_worker` writes down; `killed` expects it to die."""
+    options = {"processes": processes, **options}
+    arguments = [output, result, json.dumps(options), *checkpoint]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc_per_node",
-        "2",
+        str(processes),
         "--standalone",
         str(TESTS / "ddp_worker.py"),
         *map(str, arguments),
     ]
     for attempt in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if killed:
+            assert done.returncode != 0 and not Path(result).exists(), done.stdout + done.stderr
+            return {}
         # An abort without an exception comes from a thread of the library, not from the run: see ddp_worker.
         if attempt or "terminate called without an active exception" not in done.stderr:
             break
     assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(Path(result).read_text())
 
 
 class TestTwoProcesses:
     def test_same_run_straight_and_resumed(self, straight, tmp_path):
-        torchrun(tmp_path / "out", tmp_path / "a.json", 1, 2)
-        torchrun(tmp_path / "out", tmp_path / "b.json", 1, 2, tmp_path / "out" / "checkpoint-4")
-        torchrun(tmp_path / "out2", tmp_path / "c.json", 2, 1)
-        for name in "abc":
-            result = json.loads((tmp_path / f"{name}.json").read_text())
+        small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        checkpoint = tmp_path / "out" / "checkpoint-4"
+        results = [
+            torchrun(tmp_path / "out", tmp_path / "a.json", **small),
+            torchrun(tmp_path / "out", tmp_path / "b.json", checkpoint, **small),
+            torchrun(tmp_path / "out2", tmp_path / "c.json", per_device_train_batch_size=2),
+        ]
+        for result in results:
             assert result["served"] == result["planned"] == straight.served_ids
             assert result["checksum"] == pytest.approx(checksum(straight.model), rel=1e-10)
 

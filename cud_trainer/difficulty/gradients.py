@@ -71,18 +71,22 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
 class GradientRecorder:
     """Turns inputs and output gradients of modules into norms and products as the backward pass meets them.
 
-    While it is `attached`, one forward and one backward pass run; rows of the batch are told apart. A forward pass that
-    gradient checkpointing repeats inside the backward pass does not count.
+    While it is `attached`, one forward and one backward pass run; rows of the batch are told apart. What gradient
+    checkpointing repeats inside the backward pass does not count: hang `begin_backward` on the loss.
     """
 
     def __init__(self, matrices: list[WeightMatrix], direction: list[Tensor] | None = None) -> None:
-        self.backward = False
+        self.backward_began = False
         self.matrices, self.direction = matrices, direction
         self.squares: list[Tensor | None] = [None] * len(matrices)
         self.products: Tensor | None = None
         self.seen: set[nn.Module] = set()
         # of a tied matrix: inputs and gradients of the module met first, until the other one comes
         self.halves: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
+
+    def begin_backward(self, gradient: Tensor) -> None:
+        """A hook for the loss, whose gradient comes first."""
+        self.backward_began = True
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -98,7 +102,7 @@ class GradientRecorder:
 
     def _hook(self, index: int) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.backward:
+            if self.backward_began:
                 return
             if module in self.seen:
                 raise ValueError(
@@ -115,7 +119,6 @@ class GradientRecorder:
 
     @torch.no_grad()
     def _take(self, index: int, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-        self.backward = True
         gradient = _wide(gradient)
         if isinstance(module, nn.Embedding):
             gradient = gradient * embedding_scale(module)

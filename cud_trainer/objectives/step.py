@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data import ALTERNATIVES, alternatives_of, length_sorted_batches
+from ..layers import decoder_layers
 from ..logprobs import AnswerScores, evaluation_mode, score_answers
 from .reference import Reference, TopTokens, spread
 from .registry import OBJECTIVES, Objective
@@ -102,17 +103,15 @@ class UnlearningLoss:
     def check_model(self, config: Any) -> None:
         """Raise `ValueError` when the model of this configuration lacks the layer that is read."""
         if self.uses_hidden:
-            self._layer(config)
+            self._layer(config.get_text_config().num_hidden_layers)
 
-    def _layer(self, config: Any) -> int:
-        depth = config.get_text_config().num_hidden_layers
+    def _layer(self, depth: int) -> int:
         layer = self.spec.options(self.objective_args)["layer"]
         if layer is None:
-            layer = min(depth * 7 // 32, depth - 2)
-        # The last layer's output is only seen behind the final norm.
-        if not 0 <= layer < depth - 1:
+            layer = depth * 7 // 32
+        if not 0 <= layer < depth:
             raise ValueError(
-                f"option 'layer' of objective {self.objective!r} must be from 0 to {depth - 2} for this model of "
+                f"option 'layer' of objective {self.objective!r} must be from 0 to {depth - 1} for this model of "
                 f"{depth} layers, got {layer}"
             )
         return layer
@@ -150,9 +149,9 @@ class UnlearningLoss:
             direction = torch.rand(size, generator=torch.Generator().manual_seed(seed))
             result.direction = (direction / direction.norm()).to(device)
 
-        def scored(dataset: Dataset, **options: Any) -> Iterator[tuple[list[int], AnswerScores]]:
+        def scored(dataset: Dataset) -> Iterator[tuple[list[int], AnswerScores]]:
             for rows, batch in length_sorted_batches(dataset, batch_size, pad_token_id, device=device):
-                yield rows, score_answers(model, batch, **options)
+                yield rows, score_answers(model, batch)
 
         with evaluation_mode(model):
             top = "reference_top_logps" in needs
@@ -178,26 +177,33 @@ class UnlearningLoss:
             if self.retain_loss == "activations":
                 assert retain is not None
                 result.retain_hidden = [torch.empty(0)] * len(retain)
-                for rows, scores in scored(retain, output_hidden_states=True):
-                    hidden = self._hidden(scores, model)
+                for rows, batch in length_sorted_batches(retain, batch_size, pad_token_id, device=device):
+                    scores, hidden = self._scored(model, batch)
+                    assert hidden is not None
                     for position, row in enumerate(rows):
                         result.retain_hidden[row] = hidden[position, scores.mask[position]].cpu()
         return result
 
-    def _hidden(self, scores: AnswerScores, model: torch.nn.Module) -> Tensor:
-        """Output of the layer at the answer positions, `[B, K, d]`."""
-        assert scores.hidden_states is not None
-        inner: Any = model
-        while not hasattr(inner, "config"):  # a wrapper for several processes
-            inner = inner.module
-        states = scores.hidden_states[self._layer(inner.config) + 1]
-        return states[:, scores.positions.to(states.device)]
+    def _scored(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[AnswerScores, Tensor | None]:
+        """Scores of a batch, and the output of the layer at the answer positions, `[B, K, d]`, if it is read."""
+        if not self.uses_hidden:
+            return score_answers(model, batch), None
+        found: list[Tensor] = []
+        layers = decoder_layers(model)[1]
+        # Only one layer is kept; and only in this pass, not in what checkpointing repeats of it.
+        handle = layers[self._layer(len(layers))].register_forward_hook(
+            lambda module, inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
+        )
+        try:
+            scores = score_answers(model, batch)
+        finally:
+            handle.remove()
+        return scores, found[0][:, scores.positions.to(found[0].device)]
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """Per-sample losses of a paired batch, in one forward pass."""
         pairs = len(batch["forget_index"])
-        scores = score_answers(model, batch, **({"output_hidden_states": True} if self.uses_hidden else {}))
-        hidden = self._hidden(scores, model) if self.uses_hidden else None
+        scores, hidden = self._scored(model, batch)
         forget = scores[:pairs]
         alternative = scores[-pairs:] if self.uses_alternative else None
         index = batch["forget_index"]
