@@ -14,7 +14,7 @@ from . import statistics as stats
 
 # How the metrics are called in reports, and whether they are trivial (no circuit needed).
 LABELS = {
-    "cud": ("CUD (log-magnitude)", "circuit"),
+    "cud": ("CUD", "circuit"),
     "cud_paper": ("CUD (as published)", "circuit"),
     "circuit_mass": ("circuit mass", "circuit"),
     "loss": ("initial log-probability", "trivial"),

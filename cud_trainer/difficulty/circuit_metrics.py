@@ -14,6 +14,7 @@ from ..files import check_new_file
 from .anchors import AnchorBank
 from .context import DifficultyContext
 from .cud import (
+    FEATURES,
     CUDSettings,
     agreement,
     calibrated_scores,
@@ -23,6 +24,7 @@ from .cud import (
     log_standardisation,
 )
 from .registry import register_metric
+from .weights import gradients_by_sample
 
 METHODS = ("ga", "graddiff", "npo", "simnpo")
 
@@ -123,7 +125,8 @@ def cud(
     Args:
         variant: `"calibrated"`, `"log"` or `"paper"`, see `CUDSettings`; by default `"calibrated"`, or `"log"` where
             the anchors are given or agreed on and there is nothing to fit.
-        vector, k, distance, anchor_share, selection, prune, features: see `CUDSettings`.
+        vector, k, distance, anchor_share, selection, prune, features: see `CUDSettings`. Without `features`, gradients
+            are left out where single samples have none (quantised weights).
         anchors: `"calibration"` (the samples a short unlearning run leaves least and most memorised), `"agreement"`
             (those that several unlearning methods agree on, as published), a dict `{"easy": [ids], "hard": [ids]}` of
             forget samples, or the path of a saved anchor bank.
@@ -135,6 +138,9 @@ def cud(
             naming the sample.
     """
     variant = _variant(variant, anchors)
+    if features is None and variant == "calibrated" and not gradients_by_sample(context.model):
+        # quantised weights (QLoRA) and fused experts have no gradient of single samples
+        features = [name for name in FEATURES if name != "gradients"]
     settings = CUDSettings(variant, vector, k, distance, anchor_share, selection, prune, features)  # type: ignore[arg-type]
     _check_anchors(settings, anchors, methods, at_least)
     ids = list(context.forget["sample_id"])

@@ -53,6 +53,15 @@ def weight_matrices(model: nn.Module) -> list[WeightMatrix]:
     return list(found.values())
 
 
+def gradients_by_sample(model: nn.Module) -> bool:
+    """Whether `weight_matrices` can tell the gradients of single samples apart."""
+    try:
+        weight_matrices(model)
+    except ValueError:
+        return False
+    return True
+
+
 def embedding_scale(module: nn.Module) -> Tensor | float:
     """What an embedding multiplies its rows by (Gemma)."""
     return getattr(module, "embed_scale", 1.0)
