@@ -149,7 +149,7 @@ def calibrate(
         ValueError: when the run diverges.
     """
     settings = settings.for_data(retain)
-    with _throw_away(model, settings.peft_config) as trained:
+    with throw_away(model, settings.peft_config) as trained:
         return _run(trained, forget, retain, settings, pad_token_id, progress)
 
 
@@ -266,7 +266,7 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast
 
 
 @contextmanager
-def _throw_away(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
+def throw_away(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
     """The model to train, put back as it was on leaving.
 
     Dropout stays off (evaluation mode): it would blur which sample goes first. Weights that are trained in place, or

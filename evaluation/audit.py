@@ -138,6 +138,12 @@ def strongest_edges(table: CircuitTable, k: int = CIRCUIT_EDGES) -> torch.Tensor
     return select_circuits(table.edges, table.graph, selection="top_k", k=min(k, table.graph.n_edges))
 
 
+def signature_of(table: CircuitTable, k: int = CIRCUIT_EDGES) -> dict[str, np.ndarray]:
+    """Signature of the circuits that the report is about, each `[N]`; NaN for empty circuits."""
+    found = circuit_signature(table.edges, table.graph, strongest_edges(table, k))
+    return {name: values.numpy() for name, values in found.items()}
+
+
 def circuit_section(
     table: CircuitTable,
     bucket: np.ndarray,
@@ -162,7 +168,7 @@ def circuit_section(
     """
     circuits = strongest_edges(table, k)
     empty = ~circuits.any(1)
-    signature = {name: values.numpy() for name, values in circuit_signature(table.edges, table.graph, circuits).items()}
+    signature = signature_of(table, k)
     if kept is not None:
         signature["faithfulness"] = kept.share.double().numpy()
         signature["faithfulness_of_random_edges"] = kept.random_share.double().mean(0).numpy()

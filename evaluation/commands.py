@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from cud_trainer.circuits import CircuitTable, dataset_faithfulness
 from cud_trainer.circuits.attribution import needs_counterfactual
-from cud_trainer.commands import DataArguments, load_tokenizer, model_options
+from cud_trainer.commands import DataArguments, load_samples, load_tokenizer, model_options
 from cud_trainer.data import check_disjoint, prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.fingerprint import model_fingerprint, versions
+from cud_trainer.logprobs import answer_probability
 
-from . import audit
-from .memorization import evaluate_memorization
+from . import audit, harness, robustness, sections
+from .memorization import true_answers
+from .utility import UTILITY_SETS
 
 
 @dataclass
@@ -50,15 +52,62 @@ class EvaluateArguments(DataArguments):
     )
     metric: str | None = field(default=None, metadata={"help": "Metric that makes the buckets (default: the primary)."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
-    generate: bool = field(default=True, metadata={"help": "Generate answers for ROUGE-L recall."})
+    generate: bool = field(default=True, metadata={"help": "Generate answers for ROUGE-L recall and verbatim match."})
+    samples: int = field(
+        default=0, metadata={"help": "Also draw as many answers per prompt at `temperature`; the worst one counts."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of these samples."})
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "A model that never saw the forget set: relative memorisation, forget quality, PrivLeak."},
+    )
+    holdout_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Samples that no model saw, for membership inference; default: the forget dataset."},
+    )
+    holdout_config: str | None = field(
+        default=None, metadata={"help": "Its configuration name; one of the two must be given for attacks."}
+    )
+    holdout_split: str = field(default="train", metadata={"help": "Its split."})
+    tofu: str | None = field(
+        default=None,
+        metadata={"help": "Id or folder of TOFU, for model utility (retain, real authors, world facts)."},
+    )
+    group_column: str | None = field(
+        default=None, metadata={"help": "Column of the forget dataset (author, topic, source) for a table by group."}
+    )
+    relearn_samples: int = field(
+        default=0, metadata={"help": "Fine-tune a copy on as many forget samples again and see what else comes back."}
+    )
+    relearn_steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10], metadata={"help": "After these steps."})
+    relearn_rate: float = field(default=1e-5, metadata={"help": "Learning rate of relearning."})
+    quantize: list[int] = field(default_factory=list, metadata={"help": "Round the weights to so many bits: 8, 4."})
+    straight_line: bool = field(
+        default=False, metadata={"help": "Measure along the line from the original to the unlearned weights."}
+    )
+    lm_eval_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of lm-evaluation-harness (extra `lm-eval`)."}
+    )
+    lm_eval_include: str | None = field(default=None, metadata={"help": "Folder with tasks of your own for it."})
+    show_text: bool = field(
+        default=False, metadata={"help": "Put forget text and answers into per_sample.parquet. Off: no text anywhere."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Samples per forward pass."})
     max_length: int | None = field(default=1024, metadata={"help": "The longest sample in tokens."})
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
     def __post_init__(self) -> None:
-        for name in ("n_buckets", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.temperature > 0 or not self.relearn_rate > 0:
+            raise ValueError("temperature and relearn_rate must be positive")
+        if any(bits not in (4, 8) for bits in self.quantize):
+            raise ValueError(f"quantize takes 8 and 4 bits, got {self.quantize}")
+        if self.relearn_samples and (not self.relearn_steps or min(self.relearn_steps) < 1):
+            raise ValueError(f"relearn_steps must be at least 1, got {self.relearn_steps}")
+        if self.straight_line and not self.original_model:
+            raise ValueError("the straight line starts at the original model: give --original_model")
 
 
 def load_model(path: str, options: dict[str, Any]) -> Any:
@@ -70,8 +119,8 @@ def load_model(path: str, options: dict[str, Any]) -> Any:
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {path!r}: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an adapter of another base model
+        raise ValueError(f"cannot load a model from {path!r}: {str(error)[:500]}") from None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
 
@@ -82,13 +131,38 @@ def evaluate(argv: list[str]) -> int:
 
     args, model_args = TrlParser((EvaluateArguments, ModelConfig), prog="cud evaluate").parse_args_and_config(argv)
     check_output_dir(args.output_dir, overwrite=args.overwrite)
-    forget_raw, retain_raw = args.load()
+    raw = dict(zip(("forget", "retain"), args.load(), strict=True))
+    if args.holdout_dataset or args.holdout_config:
+        source = args.holdout_dataset or args.forget_dataset
+        raw["holdout"] = load_samples(source, args.holdout_config, args.holdout_split, None, "holdout")
     tokenizer = load_tokenizer(model_args)
-    forget = prepare_dataset(forget_raw, tokenizer, max_length=args.max_length, name="forget")
-    retain = None
-    if retain_raw is not None:
-        retain = prepare_dataset(retain_raw, tokenizer, max_length=args.max_length, name="retain")
-        check_disjoint(forget, retain)
+    sets = {
+        name: prepare_dataset(part, tokenizer, max_length=args.max_length, name=name)
+        for name, part in raw.items()
+        if part is not None
+    }
+    forget = sets["forget"]
+    for name in ("retain", "holdout"):
+        if name in sets:
+            check_disjoint(forget, sets[name])
+    utility = {}
+    if args.tofu:
+        utility = {part: load_samples(args.tofu, name, "train", None, part) for part, name in UTILITY_SETS.items()}
+    groups = None
+    if args.group_column:
+        if args.group_column not in raw["forget"].column_names:
+            raise ValueError(
+                f"forget dataset has no column {args.group_column!r}; it has {sorted(raw['forget'].column_names)}"
+            )
+        groups = list(raw["forget"][args.group_column])
+        if len(set(map(str, groups))) < 2:
+            raise ValueError(f"group column {args.group_column!r} has one value only")
+    if args.relearn_samples >= len(forget):
+        raise ValueError(
+            f"relearn_samples must leave some of the {len(forget)} forget samples, got {args.relearn_samples}"
+        )
+    if args.lm_eval_tasks:
+        harness.check_lm_eval()
     scores = None
     if args.scores:
         scores = DifficultyScores.load(args.scores).aligned(list(forget["sample_id"]))
@@ -107,6 +181,9 @@ def evaluate(argv: list[str]) -> int:
     ):
         raise ValueError("faithfulness needs circuits of the zero or mean baseline and the metric prob or logprob")
     options = model_options(model_args)
+    for path in (args.original_model, args.reference_model):
+        if path:
+            check_same_tokenizer(tokenizer, path)
 
     def load(path: str) -> Any:
         model = load_model(path, options)
@@ -114,20 +191,19 @@ def evaluate(argv: list[str]) -> int:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path!r}")
         return model
 
-    def measure(model: Any, what: str) -> dict[str, dict[str, np.ndarray]]:
-        found = {}
-        for name, part in (("forget", forget), ("retain", retain)):
-            if part is not None:
-                found[name] = evaluate_memorization(
-                    model, part, tokenizer, batch_size=args.batch_size, generate=args.generate, desc=f"{what}: {name}"
-                )
-        return found
+    def measure(model: Any, what: str) -> harness.Measured:
+        return harness.measure(
+            model, sets, raw["forget"], utility, tokenizer, batch_size=args.batch_size, max_length=args.max_length,
+            generate=args.generate, samples=args.samples, temperature=args.temperature, seed=args.seed, desc=what,
+        )  # fmt: skip
 
-    before, kept = None, None
+    pad, fingerprints = int(tokenizer.pad_token_id), {}
+    before, reference, kept, start = None, None, None, None
     if args.original_model:
         model = load(args.original_model)
+        fingerprints["original"] = model_fingerprint(model)
         if scores is not None:
-            scores.check_provenance(model=model_fingerprint(model))
+            scores.check_provenance(model=fingerprints["original"])
         before = measure(model, "original")
         if args.faithfulness and table is not None:
             kept = dataset_faithfulness(
@@ -135,37 +211,119 @@ def evaluate(argv: list[str]) -> int:
                 batch_size=args.batch_size, seed=args.seed, baseline=table.settings["baseline"],
                 metric=table.settings["metric"], ungroup_kv=table.settings.get("ungroup_kv", False),
             )  # fmt: skip
+        if args.straight_line:
+            start = {name: value.detach().cpu().clone() for name, value in merged(model).named_parameters()}
         del model  # before the other one comes
+    if args.reference_model:
+        model = load(args.reference_model)
+        fingerprints["reference"] = model_fingerprint(model)
+        reference = measure(model, "reference")
+        del model
     model = load(model_args.model_name_or_path)
-    after, fingerprint = measure(model, "unlearned"), model_fingerprint(model)
+    fingerprint = model_fingerprint(model)
+    if fingerprint == fingerprints.get("reference"):
+        raise ValueError(f"the reference model {args.reference_model} has the weights of the model that is evaluated")
+    after = measure(model, "unlearned")
     results = audit_results(
-        after, before=before, scores=scores, metric=args.metric, n_buckets=args.n_buckets, seed=args.seed,
-        name=Path(model_args.model_name_or_path).name,
+        after.sets, before=None if before is None else before.sets, scores=scores, metric=args.metric,
+        n_buckets=args.n_buckets, seed=args.seed, name=Path(model_args.model_name_or_path).name,
     )  # fmt: skip
-    if table is not None and scores is not None:
-        bucket = scores.buckets(args.metric, args.n_buckets)
-        note = f"Buckets are those of {args.metric or scores.metrics[0]}."
+    if fingerprint == fingerprints.get("original"):
+        results["findings"].insert(0, "the model has the very weights of the original model: nothing was unlearned")
+    bucket = None if scores is None else scores.buckets(args.metric, args.n_buckets)
+    tables, findings = harness.tables(after, before, reference, bucket, args.n_buckets, args.seed)
+    if groups is not None:
+        predicted = None if scores is None else scores[args.metric or scores.metrics[0]]
+        extra, line = sections.group_table(after.sets["forget"]["probability"], groups, predicted, args.seed)
+        tables.append(extra)
+        findings.append(line)
+    if scores is not None:
+        primary = scores[args.metric or scores.metrics[0]]
+        tables.append(sections.reliability_by_decile(primary, after.sets["forget"]["probability"], args.seed))
+    if table is not None and bucket is not None:
+        note = f"Buckets are those of {args.metric or scores.metrics[0]}."  # type: ignore[union-attr]
         results["circuits"] = audit.circuit_section(
-            table, bucket, after["forget"]["probability"], seed=args.seed, note=note, kept=kept
+            table, bucket, after.sets["forget"]["probability"], seed=args.seed, note=note, kept=kept
         )
+        extra, line = sections.mechanism_table(audit.signature_of(table), bucket, args.seed)
+        tables.append(extra)
+        findings.append(line)
+    model = merged(model)
+    base = after.sets["forget"]["probability"]
+    parts = [] if bucket is None else [bucket == number for number in range(args.n_buckets)]
+    if args.quantize:
+        conditions = {"as it is": base}
+        for bits in args.quantize:
+            with robustness.quantised(model, bits):
+                conditions[f"{bits} bits"] = answer_probability(
+                    model, forget, pad_token_id=pad, batch_size=args.batch_size
+                )
+        note = "Answer probability of the forget set with rounded weights; what rises was only moved a little."
+        tables.append(
+            sections.change_table("quantisation", "Quantisation", note, "as it is", conditions, parts, args.seed)
+        )
+    if start is not None:
+        path = robustness.straight_line(
+            model, start, {name: sets[name] for name in ("forget", "retain") if name in sets}, pad_token_id=pad,
+            batch_size=args.batch_size,
+        )  # fmt: skip
+        tables.append(harness.line_table(path, args.seed))
+    if args.relearn_samples:
+        taught = np.zeros(len(forget), dtype=bool)
+        taught[np.random.default_rng(args.seed).permutation(len(forget))[: args.relearn_samples]] = True
+        found = robustness.relearn(
+            model, forget, np.flatnonzero(taught).tolist(), pad_token_id=pad, steps=args.relearn_steps,
+            learning_rate=args.relearn_rate, batch_size=args.batch_size, seed=args.seed,
+        )  # fmt: skip
+        tables.append(sections.relearning_table(found, taught, bucket, args.n_buckets, args.seed))
+    if args.lm_eval_tasks:
+        tables.append(
+            harness.lm_eval_table(model, tokenizer, args.lm_eval_tasks, args.lm_eval_include, args.batch_size)
+        )
+    results["tables"] = tables
+    results["findings"] += findings
     results["run"] = {
         "command": "cud evaluate " + " ".join(argv),
         "seed": args.seed,
         "versions": versions(),
-        "model": {"path": model_args.model_name_or_path, "fingerprint": fingerprint},
-        "data": {"n_forget": len(forget), "n_retain": 0 if retain is None else len(retain)},
+        "model": {"path": model_args.model_name_or_path, "fingerprint": fingerprint, **fingerprints},
+        "data": {f"n_{name}": len(part) for name, part in sets.items()},
         "seconds": {},
     }
-    frame = pd.DataFrame({"sample_id": forget["sample_id"], **after["forget"]})
-    if before is not None:
-        frame = frame.assign(**{f"before/{name}": values for name, values in before["forget"].items()})
+    frame = pd.DataFrame({"sample_id": forget["sample_id"], **after.per_sample()})
+    for name, other in (("before", before), ("reference", reference)):
+        if other is not None:
+            frame = frame.assign(**{f"{name}/{key}": values for key, values in other.per_sample().items()})
     if scores is not None:
-        frame = frame.assign(**scores.columns, bucket=scores.buckets(args.metric, args.n_buckets) + 1)
-    path = write_report(results, Path(args.output_dir), frame)
+        frame = frame.assign(**scores.columns, bucket=bucket + 1)  # type: ignore[operator]
+    if groups is not None:
+        frame = frame.assign(group=[str(group) for group in groups])
+    if args.show_text:
+        frame = frame.assign(true_answer=true_answers(forget, tokenizer))
+    written = write_report(results, Path(args.output_dir), frame)
     for line in results["findings"]:
         print(f"- {line}")
-    print(f"report: {path.resolve()}")
+    print(f"report: {written.resolve()}")
     return 0
+
+
+def merged(model: Any) -> Any:
+    """The model itself, an adapter folded into its weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def check_same_tokenizer(tokenizer: Any, path: str) -> None:
+    """Raise `ValueError` when the model at `path` comes with another vocabulary: its figures would mean nothing."""
+    if not Path(path).is_dir() or not any(
+        (Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
+        return
+    other = AutoTokenizer.from_pretrained(path)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{path!r} has another tokenizer ({len(other)} tokens, that of the evaluated model has {len(tokenizer)}): "
+            "the same text is not the same tokens"
+        )
 
 
 def audit_results(
@@ -218,7 +376,8 @@ def audit_results(
                 name, scores.columns, [after["forget"]["probability"]], target="answer probability now", seed=seed
             )
             results["difficulty"] = {
-                "note": "One unlearned model: without a second seed there is no ceiling to compare with.",
+                "note": "One unlearned model: without a second seed there is no ceiling to compare with. "
+                + sections.comparisons_note(len(section["rows"])),
                 "objectives": [section],
             }
             rows = {row["metric"]: row for row in section["rows"]}

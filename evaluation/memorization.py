@@ -13,10 +13,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, length_sorted_batches
-from cud_trainer.logprobs import evaluation_mode, score_answers
+from cud_trainer.logprobs import AnswerScores, evaluation_mode, score_answers
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
-METRICS = (*TEACHER_FORCED, "rouge_l_recall")
+GENERATED = ("rouge_l_recall", "verbatim")
+SAMPLED = ("sampled_rouge_l_recall", "sampled_verbatim")
+METRICS = (*TEACHER_FORCED, *GENERATED, *SAMPLED)
+# Kept by the same pass for attacks and truth ratios (see `evaluation.privacy`); no measures of memorisation themselves.
+TOKEN_STATISTICS = ("mean_logps", "min_k", "min_k_plus_plus")
+MIN_K = 0.2
 
 
 def exact_memorization(correct: Sequence[bool]) -> float:
@@ -50,21 +55,27 @@ def teacher_forced(
 ) -> dict[str, np.ndarray]:
     """`probability` (exp of the mean answer log-probability, eos included) and the arg-max metrics, each `[N]`.
 
-    The arg-max metrics count the answer's tokens before its first eos token.
+    The arg-max metrics count the answer's tokens before its first eos token, as do `min_k` and `min_k_plus_plus`: mean
+    of the lowest 20% of the answer's log-probabilities (Shi et al. 2023, arXiv 2310.16789), plain, and less the mean
+    over the vocabulary in units of its deviation (Zhang et al. 2024, arXiv 2404.02936). All from one forward pass.
     """
     device = model.get_input_embeddings().weight.device
-    values = {name: np.zeros(len(prepared)) for name in TEACHER_FORCED}
+    values = {name: np.zeros(len(prepared)) for name in (*TEACHER_FORCED, *TOKEN_STATISTICS)}
     with evaluation_mode(model):
         for rows, batch in length_sorted_batches(
             prepared, batch_size, int(tokenizer.pad_token_id), device=device, desc=desc
         ):
             scores = score_answers(model, batch)
-            probability = scores.mean_logps.exp().double().cpu()
+            mean_logps = scores.mean_logps.double().cpu()
+            plain, standard = scores.token_logps.double().cpu(), _standardised(scores).double().cpu()
             hits = (scores.logits.argmax(-1) == scores.targets).cpu()
             content = (scores.mask & ~_from_first(scores.targets == tokenizer.eos_token_id)).cpu()
             for position, row in enumerate(rows):
                 correct = hits[position][content[position]].tolist()
-                values["probability"][row] = probability[position]
+                values["mean_logps"][row] = mean_logps[position]
+                values["probability"][row] = mean_logps[position].exp()
+                values["min_k"][row] = lowest_mean(plain[position][content[position]].numpy())
+                values["min_k_plus_plus"][row] = lowest_mean(standard[position][content[position]].numpy())
                 values["exact_memorization"][row] = exact_memorization(correct)
                 values["extraction_strength"][row] = extraction_strength(correct)
                 values["extraction_strength_corrected"][row] = extraction_strength(correct, corrected=True)
@@ -79,11 +90,17 @@ def generate_answers(
     *,
     batch_size: int = 16,
     extra_tokens: int = 16,
+    temperature: float | None = None,
+    seed: int = 0,
     desc: str | None = None,
 ) -> list[str]:
-    """Greedy continuation of each sample's prompt, `[N]` strings; `extra_tokens` more than the true answer at most.
+    """Continuation of each sample's prompt, `[N]` strings; `extra_tokens` more than the true answer at most.
 
     A sample without a prompt (plain text) is continued from its first token.
+
+    Args:
+        temperature: of sampling; greedy by default.
+        seed: of sampling.
     """
     device = model.get_input_embeddings().weight.device
     prompts, lengths = [], []
@@ -95,8 +112,10 @@ def generate_answers(
     answers = [""] * len(prompts)
     with (
         evaluation_mode(model),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="sample", leave=False) as bar,
     ):
+        torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             longest = max(len(prompts[row]) for row in rows)
@@ -110,11 +129,11 @@ def generate_answers(
                 input_ids=inputs.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=max(lengths[row] for row in rows) + extra_tokens,
-                do_sample=False,
-                # Sampling options of the model's own generation config would only cause warnings.
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                do_sample=temperature is not None,
+                # Whatever the model's own generation config says.
+                temperature=temperature,
+                top_p=None if temperature is None else 1.0,
+                top_k=None if temperature is None else 0,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
@@ -147,16 +166,66 @@ def evaluate_memorization(
     *,
     batch_size: int = 16,
     generate: bool = True,
+    samples: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    token_statistics: bool = False,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """All metrics of residual memorisation, each `[N]`; higher = more is left."""
+    """All metrics of residual memorisation, each `[N]`; higher = more is left.
+
+    Args:
+        token_statistics: also return `TOKEN_STATISTICS`, which the same pass gives.
+        generate: also continue the prompts greedily: `rouge_l_recall`, and `verbatim`, 1 where the answer begins with
+            the true one, word by word.
+        samples: also draw as many continuations at `temperature`; `sampled_*` is the largest over them (what somebody
+            who asks as often can get).
+    """
     values = teacher_forced(model, prepared, tokenizer, batch_size=batch_size, desc=desc)
+    if not token_statistics:
+        values = {name: column for name, column in values.items() if name not in TOKEN_STATISTICS}
+    if generate or samples:
+        truths = true_answers(prepared, tokenizer)
     if generate:
         answers = generate_answers(
             model, prepared, tokenizer, batch_size=batch_size, desc=desc and f"{desc}, generating"
         )
-        values["rouge_l_recall"] = rouge_l_recall(true_answers(prepared, tokenizer), answers)
+        values["rouge_l_recall"] = rouge_l_recall(truths, answers)
+        values["verbatim"] = verbatim(truths, answers)
+    for number in range(samples):
+        answers = generate_answers(
+            model, prepared, tokenizer, batch_size=batch_size, temperature=temperature, seed=seed + number,
+            desc=desc and f"{desc}, sample {number + 1}",
+        )  # fmt: skip
+        for name, found in (
+            ("rouge_l_recall", rouge_l_recall(truths, answers)),
+            ("verbatim", verbatim(truths, answers)),
+        ):
+            known = values.get(f"sampled_{name}")
+            values[f"sampled_{name}"] = found if known is None else np.maximum(known, found)
     return values
+
+
+def verbatim(truths: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """1 where the generated answer begins with the words of the true one, else 0, `[N]`."""
+    pairs = [(truth.split(), answer.split()) for truth, answer in zip(truths, answers, strict=True)]
+    return np.array([float(bool(truth) and answer[: len(truth)] == truth) for truth, answer in pairs])
+
+
+def lowest_mean(values: np.ndarray, share: float = MIN_K) -> float:
+    """Mean of the lowest `share` of the values, of one at least; NaN for none."""
+    return float(np.sort(values)[: max(1, int(len(values) * share))].mean()) if len(values) else float("nan")
+
+
+def _standardised(scores: AnswerScores) -> Tensor:
+    """Log-probabilities of the answer tokens less the mean over the vocabulary, in units of its deviation, `[B, K]`."""
+    logits = scores.logits if scores.logits.dtype == torch.float64 else scores.logits.float()
+    logps = logits.log_softmax(-1)
+    p = logps.exp()
+    finite = torch.where(p > 0, logps, torch.zeros_like(logps))  # 0 log 0 = 0
+    mean = (p * finite).sum(-1)
+    variance = (p * finite.square()).sum(-1) - mean.square()
+    return (scores.token_logps - mean) / variance.clamp(min=1e-6).sqrt()
 
 
 def _from_first(flags: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ ENTRIES = {
         "difference",
     ),
     "circuits.buckets.*": ("bucket", "n"),
+    "tables.*": ("id", "title", "note", "columns", "rows"),
+    "tables.*.rows.*": ("label", "cells"),
     "circuits.spearman.*": ("name", "spearman"),
     "conditions.*": ("name", "objective", "schedule", "retain_weight", "seeds", "final"),
     "conditions.*.curve.*": ("seed", "retain", "forget", "buckets"),
@@ -83,8 +85,49 @@ def write_report(results: dict[str, Any], out_dir: str | Path, per_sample: pd.Da
         inline[name] = Markup(re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg))
         atomic_write(out_dir / "plots" / f"{name}.svg", partial(_write_text, svg))
         atomic_write(out_dir / "plots" / f"{name}.png", partial(_write_png, figure))
+    atomic_write(out_dir / "summary.md", partial(_write_text, summary(results)))
     page = render(results, inline)
     return atomic_write(out_dir / "report.html", partial(_write_text, page))
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Markdown for a model card: findings, what is left by difficulty bucket, and every table."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            if value.get("value") is None:
+                return f"n/a ({value['reason']})" if value.get("reason") else "n/a"
+            shown = format_number(value["value"])
+            bounds = [format_number(value[side]) for side in ("low", "high") if value.get(side) is not None]
+            value = f"{shown} [{', '.join(bounds)}]" if bounds else shown
+        # a cell must not end the table, nor bring markup of its own
+        found = format_number(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return found.replace("|", "\\|").replace("\n", " ")
+
+    def rows(head: list[str], body: list[list[Any]]) -> list[str]:
+        return [
+            "| " + " | ".join(map(text, head)) + " |",
+            "|" + "---|" * len(head),
+            *("| " + " | ".join(map(text, line)) + " |" for line in body),
+            "",
+        ]
+
+    lines = ["## Unlearning", "", *(f"- {text(finding)}" for finding in results["findings"]), ""]
+    for condition in results.get("conditions", []):
+        buckets = condition["final"].get("buckets")
+        if buckets:
+            names = [name for name in METRICS if name in buckets[0]]
+            lines += [f"### {text(condition['name'])}: residual memorisation by difficulty (1 = easiest)", ""]
+            lines += rows(
+                ["bucket", "samples", *names], [[row["bucket"], row["n"], *(row[n] for n in names)] for row in buckets]
+            )
+    for entry in results.get("tables", []):
+        lines += [f"### {text(entry['title'])}", "", text(entry["note"]), ""]
+        lines += rows(["", *entry["columns"]], [[row["label"], *row["cells"]] for row in entry["rows"]])
+    run = results["run"]
+    about = "Intervals are 95% bootstrap intervals over samples."
+    lines.append(f"Seed {run['seed']}, schema version {results['schema_version']}. {about}")
+    return "\n".join(lines) + "\n"
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -215,7 +258,24 @@ def render(results: dict[str, Any], figures: dict[str, Markup]) -> str:
         value = value.get("value") if isinstance(value, dict) else value
         return "" if value is None else value
 
-    environment.globals.update(num=num, interval=interval, sort_key=sort_key, lookup=partial(lookup, results))
+    def any_cell(path: str) -> Markup:
+        """A table cell of `results.tables`: a number, a text, a figure with its interval, or why there is none."""
+        value = lookup(results, path)
+        key = sort_key(path)
+        if not isinstance(value, dict):
+            shown = num(path)
+        elif value.get("value") is None:
+            reason = num(f"{path}.reason") if value.get("reason") else Markup("undefined")
+            shown = Markup('n/a <span class="ci">({})</span>').format(reason)
+        elif "low" in value:
+            shown = interval(path)
+        else:
+            shown = num(f"{path}.value")
+        return Markup('<td data-sort="{}">{}</td>').format(key, shown)
+
+    environment.globals.update(
+        any_cell=any_cell, num=num, interval=interval, sort_key=sort_key, lookup=partial(lookup, results)
+    )
     metrics = [
         name
         for name in METRICS
