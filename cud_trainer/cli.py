@@ -15,6 +15,10 @@ COMMANDS = {
     ),
     "score": ("score how hard each forget sample will be to unlearn", "cud_trainer.commands:score"),
     "train": ("unlearn a forget set with a difficulty-aware schedule", "cud_trainer.commands:train"),
+    "study": (
+        "run a grid of unlearning runs, compare them at matched retain utility, and report",
+        "evaluation.study:main",
+    ),
     "evaluate": ("measure by difficulty what a model still holds, and report", "evaluation.commands:evaluate"),
 }
 

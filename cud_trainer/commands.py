@@ -182,6 +182,39 @@ def train(argv: list[str]) -> int:
     return 0
 
 
+def with_alternatives_of(
+    args: CUDConfig, forget: Dataset, tokenizer: PreTrainedTokenizerBase, model: Any, options: dict[str, Any]
+) -> Dataset:
+    """The forget set with the alternative answers that calibration needs, if the objective has any.
+
+    Args:
+        options: of `score_difficulty`, changed to fit the prepared samples.
+    """
+    source = args.unlearning_loss.spec.alternative
+    if source is None:
+        return forget
+    prepared = prepare_dataset(
+        forget,
+        tokenizer,
+        max_length=args.max_length,
+        keep_columns=[args.group_column] if args.group_column else [],
+        counterfactual_column=args.counterfactual_column,
+    )
+    options["counterfactual_column"] = None  # it is in the prepared samples
+    return with_alternatives(
+        prepared,
+        forget,
+        tokenizer,
+        source,
+        column=args.alternative_column,
+        refusals=args.refusals or REFUSALS,
+        model=model,
+        batch_size=args.per_device_eval_batch_size,
+        max_length=args.max_length,
+        seed=args.seed,
+    )
+
+
 def score(argv: list[str]) -> int:
     """`cud score`."""
     data_args, args, model_args = _parse(ScoreArguments, argv, "cud score")
@@ -199,28 +232,7 @@ def score(argv: list[str]) -> int:
     ).to(args.device)
     if args.trainable_layers is not None:  # what calibration trains
         train_only(model, args.trainable_layers)
-    source = args.unlearning_loss.spec.alternative
-    if source is not None:
-        prepared = prepare_dataset(
-            forget,
-            tokenizer,
-            max_length=args.max_length,
-            keep_columns=[args.group_column] if args.group_column else [],
-            counterfactual_column=args.counterfactual_column,
-        )
-        forget = with_alternatives(
-            prepared,
-            forget,
-            tokenizer,
-            source,
-            column=args.alternative_column,
-            refusals=args.refusals or REFUSALS,
-            model=model,
-            batch_size=args.per_device_eval_batch_size,
-            max_length=args.max_length,
-            seed=args.seed,
-        )
-        options["counterfactual_column"] = None  # it is in the prepared samples
+    forget = with_alternatives_of(args, forget, tokenizer, model, options)
     scores = score_difficulty(
         model,
         forget,

@@ -1,0 +1,129 @@
+"""One cell of a study, in a process of its own: `python -m evaluation.study_cell STUDY_DIR CELL`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main(study: Path, name: str) -> None:
+    from transformers.utils.logging import set_verbosity
+    from trl import ModelConfig, get_peft_config
+
+    from cud_trainer import CUDConfig
+    from cud_trainer.commands import DataArguments, load_tokenizer, model_options
+    from cud_trainer.files import write_json
+
+    set_verbosity(logging.ERROR)
+    folder = study / "cells" / name
+    cell = json.loads((folder / "cell.json").read_text())
+    shared = json.loads((study / "study.json").read_text())["shared"]
+    known = {key: value for key, value in shared["model"].items() if key in ModelConfig.__dataclass_fields__}
+    model_args = ModelConfig(**known)
+    forget, retain = DataArguments(**shared["data"]).load()
+    tokenizer = load_tokenizer(model_args)
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
+    options = {
+        "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        **cell["settings"]["options"],
+    }  # fmt: skip
+    args = CUDConfig(str(work / "run"), **options, overwrite=True)
+    started = time.time()
+    load = (model_args, model_options(model_args), get_peft_config(model_args))
+    work_on = _scores if cell["kind"] == "scores" else _run
+    result = work_on(study, folder, cell, args, forget, retain, tokenizer, load)
+    shutil.rmtree(work, ignore_errors=True)
+    write_json(folder / "result.json", {**result, "seconds": time.time() - started, "fingerprint": cell["fingerprint"]})
+
+
+def _scores(
+    study: Path, folder: Path, cell: dict, args: Any, forget: Any, retain: Any, tokenizer: Any, load: Any
+) -> dict:
+    """The difficulty scores that several runs share."""
+    from transformers import AutoModelForCausalLM
+
+    from cud_trainer import score_difficulty
+    from cud_trainer.commands import with_alternatives_of
+    from cud_trainer.trainable import train_only
+
+    model_args, options, peft_config = load
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options).to(args.device)
+    if args.trainable_layers is not None:
+        train_only(model, args.trainable_layers)
+    wanted = args.scoring_options(peft_config) | {"progress": False}
+    forget = with_alternatives_of(args, forget, tokenizer, model, wanted)
+    scores = score_difficulty(
+        model, forget, tokenizer, metrics=cell["settings"]["metrics"], retain_dataset=retain, work_dir=folder / "parts",
+        **wanted,
+    )  # fmt: skip
+    scores.save(folder / "scores.parquet", overwrite=True)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    return {"metrics": scores.metrics}
+
+
+def _run(study: Path, folder: Path, cell: dict, args: Any, forget: Any, retain: Any, tokenizer: Any, load: Any) -> dict:
+    """An unlearning run and its trade-off curve."""
+    from transformers.trainer_callback import PrinterCallback
+
+    from cud_trainer import CUDTrainer, DifficultyScores
+    from cud_trainer.data import prepare_dataset
+    from cud_trainer.trainer import DivergenceError
+
+    from .memorization import teacher_forced
+    from .tradeoff import TradeoffCallback
+
+    model_args, options, peft_config = load
+    settings = cell["settings"]
+    scores = None
+    if settings["scores_cell"] is not None:
+        scores = DifficultyScores.load(study / "cells" / settings["scores_cell"] / "scores.parquet")
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **options}
+    prepared = prepare_dataset(forget, tokenizer, max_length=args.max_length, name="forget")
+    kept = None
+    if retain is not None:
+        rows = np.linspace(0, len(retain) - 1, min(len(retain), settings["retain_eval_samples"])).round().astype(int)
+        kept = prepare_dataset(retain.select(rows), tokenizer, max_length=args.max_length, name="retain")
+    pad = int(tokenizer.pad_token_id)
+    path = TradeoffCallback(
+        prepared, kept if kept is not None else prepared, pad_token_id=pad, every=settings["snapshot_every"]
+    )
+    trainer = CUDTrainer(
+        model_args.model_name_or_path, args, forget_dataset=forget, retain_dataset=retain, processing_class=tokenizer,
+        peft_config=peft_config, difficulty_scores=scores, callbacks=[path],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    diverged = None
+    try:
+        trainer.train()
+    except DivergenceError as error:  # the curve up to there is a result
+        diverged = str(error)
+    finite = [i for i, snapshot in enumerate(path.path.forget) if np.isfinite(snapshot).all()]
+    final = {}
+    for name, part in (("forget", prepared), ("retain", kept)):
+        if part is not None and diverged is None:
+            values = teacher_forced(trainer.model, part, tokenizer, batch_size=args.per_device_eval_batch_size)
+            final[name] = {key: column.tolist() for key, column in values.items()}
+    return {
+        "steps": [path.path.steps[i] for i in finite],
+        "forget": [path.path.forget[i].tolist() for i in finite],
+        "retain": [path.path.retain[i] for i in finite] if kept is not None else None,
+        "final": final,
+        "diverged": diverged,
+        "forget_ids": list(prepared["sample_id"]),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2])
+    except ValueError as error:
+        print(" ".join(str(error).split()))
+        sys.exit(2)

@@ -1,0 +1,201 @@
+"""`cud study`: cells, what is skipped, killed, failed and refused, and the comparison at matched utility."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import make_model, make_tokenizer, qa_dataset
+
+from cud_trainer.cli import main
+from evaluation import audit
+from evaluation.study import StudyArguments, plan
+from evaluation.study_report import worst_quarter
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    make_model(0).save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    forget = qa_dataset(12)
+    forget.add_column("author", [f"author {i % 4}" for i in range(12)]).to_json(root / "forget.jsonl")
+    qa_dataset(8, 100).to_json(root / "retain.jsonl")
+    return root
+
+
+def config(world, output, **changes):
+    settings = {
+        "model_name_or_path": str(world / "model"), "forget_dataset": str(world / "forget.jsonl"),
+        "retain_dataset": str(world / "retain.jsonl"), "output_dir": str(output), "workers": 2,
+        "grid": {"schedule": ["uniform", "upweight_hard"], "seed": [1, 2]},
+        "train": {"objective": "graddiff", "passes": 2, "learning_rate": 0.003, "difficulty": "loss", "folds": 4,
+                  "group_column": "author", "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True},
+        **changes,
+    }  # fmt: skip
+    path = Path(f"{output}.yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return ["study", "--config", str(path)]
+
+
+def results(output) -> dict:
+    """What a study found, without what differs between two starts."""
+    found = json.loads((output / "results.json").read_text())
+    for key in ("created", "run"):
+        found.pop(key)
+    for entry in found["matched"]:
+        for row in entry["rows"]:
+            row.pop("seconds")
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "out"
+    assert main(config(world, output)) == 0
+    return output
+
+
+def test_every_cell_ran_and_is_compared(finished):
+    cells = sorted(path.name for path in (finished / "cells").iterdir())
+    assert len(cells) == 5 and sum(name.startswith("scores-") for name in cells) == 1
+    found = results(finished)
+    (entry,) = found["matched"]
+    assert [row["schedule"] for row in entry["rows"]] == ["uniform", "upweight_hard"]
+    assert any("upweight_hard less uniform at matched retain utility" in line for line in found["findings"])
+    assert any(table["id"].startswith("groups") for table in found["tables"])
+    assert found["difficulty"]["objectives"][0]["ceiling"]["n_seeds"] == 2
+    for path in (p for p in finished.rglob("*") if p.is_file()):
+        assert b"Who is" not in path.read_bytes(), path
+
+
+def test_comparison_by_hand(finished):
+    """From the cells' own files: samples where a run has forgotten most at 95% of the starting retain probability."""
+    level, hardest = {}, None
+    for path in (finished / "cells").glob("schedule=*"):
+        run = json.loads((path / "result.json").read_text())
+        forget, retain = np.array(run["forget"]), np.array(run["retain"])
+        position = audit.matched_position(retain, forget.mean(1), 0.95 * retain[0])
+        schedule = re.search(r"schedule=(\w+)", path.name)[1]
+        level.setdefault(schedule, []).append(audit.at_position(forget, position))
+        assert run["steps"] == [0, 1, 2, 3, 4]
+    scores = pd.read_parquet(next((finished / "cells").glob("scores-*/scores.parquet")))
+    order = np.argsort(scores["loss"].to_numpy(), kind="stable")
+    hardest = np.isin(np.arange(12), order[-3:])
+    means = {name: np.mean(values, axis=0) for name, values in level.items()}
+    found = results(finished)
+    for row in found["matched"][0]["rows"]:
+        assert row["forget"]["value"] == pytest.approx(means[row["schedule"]].mean())
+        assert row["hardest_bucket"]["value"] == pytest.approx(means[row["schedule"]][hardest].mean())
+        assert row["worst_quarter"] == pytest.approx(np.mean([worst_quarter(v) for v in level[row["schedule"]]]))
+    (table,) = [table for table in found["tables"] if table["id"].startswith("differences")]
+    difference = (means["upweight_hard"] - means["uniform"])[hardest].mean()
+    assert table["rows"][0]["cells"][0]["value"] == pytest.approx(difference)
+
+
+def test_a_finished_study_is_only_reported_again(world, finished, monkeypatch):
+    before = results(finished)
+    monkeypatch.setattr("evaluation.study.subprocess.run", lambda *a, **k: pytest.fail("a cell ran again"))
+    assert main(config(world, finished)) == 0
+    assert results(finished) == before
+
+
+def test_killed_and_resumed_it_is_the_same(world, finished, tmp_path):
+    command = [sys.executable, "-m", "cud_trainer.cli", *config(world, tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for wait in (4, 14):
+        started = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(wait)
+        os.killpg(started.pid, signal.SIGKILL)  # the cells' processes, too
+        started.wait()
+    assert main(config(world, tmp_path / "out")) == 0
+    again, straight = results(tmp_path / "out"), results(finished)
+    assert again == straight
+
+
+def test_a_second_study_in_the_folder_is_refused(world, finished, capsys):
+    from filelock import FileLock
+
+    with FileLock(finished / ".lock"):
+        assert main(config(world, finished)) == 2
+    assert "another study is running in" in capsys.readouterr().err
+
+
+def test_a_failing_cell_is_listed_and_stops_nothing(world, tmp_path, capsys):
+    output = tmp_path / "out"
+    grid = {"objective_args": [{"layer": 0}, {"layer": 7}], "schedule": ["uniform"]}
+    train = {
+        "objective": "rmu",
+        "passes": 1,
+        "difficulty": "none",
+        "per_device_train_batch_size": 6,
+        "bf16": False,
+        "use_cpu": True,
+    }
+    assert main(config(world, output, grid=grid, train=train)) == 1
+    found = results(output)
+    (table,) = [table for table in found["tables"] if table["id"] == "failed"]
+    assert len(table["rows"]) == 1 and "must be from 0 to 1 for this model" in table["rows"][0]["cells"][0]
+    assert len(found["matched"]) == 1 and "1 cells failed" in " ".join(found["findings"])
+    assert "failed: " in capsys.readouterr().err
+
+
+def test_other_settings_are_refused_unless_they_may_replace(world, finished, capsys):
+    changed = yaml.safe_load(Path(f"{finished}.yaml").read_text())["train"] | {"passes": 3}
+    before = (finished / "results.json").read_bytes()
+    assert main(config(world, finished, train=changed)) == 2
+    assert "was run with other settings (options.passes)" in capsys.readouterr().err
+    assert (finished / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {}}, "grid is empty"),
+        ({"grid": {"schedule": "uniform"}}, "schedule needs a list of values"),
+        ({"grid": {"schedule": ["uniform", "uniform"]}}, "schedule has a value twice"),
+        ({"grid": {"sheduler": ["a"]}}, "'sheduler' is no option of `cud train`"),
+        ({"grid": {"output_dir": ["a"]}}, "'output_dir' is set by the study itself"),
+        ({"grid": {"passes": [1]}}, "'passes' is both in grid and in train"),
+        ({"grid": {"schedule": ["magic"]}}, "cell schedule=magic: unknown schedule 'magic'"),
+        ({"grid": {"seed": [1]}, "workers": 0}, "workers must be at least 1"),
+        ({"grid": {"seed": [1]}, "retain_level": 1.5}, "retain_level must be between 0 and 1"),
+        ({"grid": {"seed": [1]}, "train": {"group_column": "x"}}, "forget dataset has no column 'x'"),
+    ],
+)
+def test_refusals_before_anything_runs(world, tmp_path, capsys, changes, message):
+    assert main(config(world, tmp_path / "out", **changes)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_is_refused(world, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert main(config(world, tmp_path / "out")) == 2
+    assert "is not empty and holds no study" in capsys.readouterr().err
+
+
+def test_scores_are_shared_by_what_they_do_not_depend_on():
+    args = StudyArguments(
+        grid={"schedule": ["uniform", "inverse_mass"], "seed": [1, 2, 3], "retain_weight": [1.0, 2.0]},
+        train={"objective": "npo", "bf16": False, "use_cpu": True},
+    )
+    scores, runs = plan(args, {"model": "m"})
+    assert len(runs) == 12 and len(scores) == 2  # calibration depends on the retain weight
+    assert all(cell.settings["metrics"] == ["cud", "circuit_mass", "loss", "length"] for cell in scores)
+    assert len({cell.fingerprint for cell in [*scores, *runs]}) == 14
+    again = plan(args, {"model": "other"})[1]
+    assert all(a.name == b.name and a.fingerprint != b.fingerprint for a, b in zip(runs, again, strict=True))
