@@ -44,8 +44,9 @@ def bare_generation(model, prepared, pad, eos) -> None:
         part = samples[first : first + BATCH]
         longest = max(len(prompt) for _, prompt in part)
         ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for _, prompt in part])
+        mask = (torch.arange(longest) >= torch.tensor([[longest - len(prompt)] for _, prompt in part])).long()
         model.generate(
-            input_ids=ids, attention_mask=(torch.arange(longest) >= torch.tensor([[longest - len(p)] for _, p in part])).long(),
+            input_ids=ids, attention_mask=mask,
             max_new_tokens=max(size for size, _ in part) + 16, do_sample=False, pad_token_id=pad, eos_token_id=eos,
         )  # fmt: skip
 
@@ -63,8 +64,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32000, hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
-            num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
+            vocab_size=32000, hidden_size=args.hidden, intermediate_size=3 * args.hidden,
+            num_hidden_layers=args.layers, num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=512,
+            eos_token_id=None, bos_token_id=None,
         )
     ).eval()  # fmt: skip
     # The model knows nothing, so that it never ends an answer: both sides generate to the limit.

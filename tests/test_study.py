@@ -188,6 +188,15 @@ def test_a_folder_with_something_else_is_refused(world, tmp_path, capsys):
     assert "is not empty and holds no study" in capsys.readouterr().err
 
 
+def test_recipe_is_a_study():
+    recipe = yaml.safe_load((ROOT / "recipes" / "study.yaml").read_text())
+    known = StudyArguments.__dataclass_fields__
+    assert set(recipe) <= set(known)
+    train = {**recipe["train"], "bf16": False, "use_cpu": True}
+    scores, runs = plan(StudyArguments(grid=recipe["grid"], train=train), {})
+    assert (len(scores), len(runs)) == (6, 54)
+
+
 def test_scores_are_shared_by_what_they_do_not_depend_on():
     args = StudyArguments(
         grid={"schedule": ["uniform", "inverse_mass"], "seed": [1, 2, 3], "retain_weight": [1.0, 2.0]},
