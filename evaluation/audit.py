@@ -70,6 +70,8 @@ def difficulty_section(
         row["partial"] = (
             None if name in TRIVIAL else stats.partial_spearman(values, target_values, controls, seed=seed).as_dict()
         )
+        # Counting pairs is slow: fewer draws.
+        row["kendall"] = stats.kendall(values, target_values, seed=seed, n_boot=200).as_dict()
         row["auroc"] = stats.auroc_extremes(values, target_values, seed=seed).as_dict()
         rows.append(row)
     section: dict[str, Any] = {"objective": objective, "n": len(target_values), "target": target, "rows": rows}

@@ -69,6 +69,16 @@ class EvaluateArguments(DataArguments):
         default=None, metadata={"help": "Its configuration name; one of the two must be given for attacks."}
     )
     holdout_split: str = field(default="train", metadata={"help": "Its split."})
+    neighbour_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Samples near the forget set (same topic, not to be forgotten); default: the forget dataset."
+        },
+    )
+    neighbour_config: str | None = field(
+        default=None, metadata={"help": "Its configuration name; one of the two must be given for a neighbour set."}
+    )
+    neighbour_split: str = field(default="train", metadata={"help": "Its split."})
     tofu: str | None = field(
         default=None,
         metadata={"help": "Id or folder of TOFU, for model utility (retain, real authors, world facts)."},
@@ -132,9 +142,10 @@ def evaluate(argv: list[str]) -> int:
     args, model_args = TrlParser((EvaluateArguments, ModelConfig), prog="cud evaluate").parse_args_and_config(argv)
     check_output_dir(args.output_dir, overwrite=args.overwrite)
     raw = dict(zip(("forget", "retain"), args.load(), strict=True))
-    if args.holdout_dataset or args.holdout_config:
-        source = args.holdout_dataset or args.forget_dataset
-        raw["holdout"] = load_samples(source, args.holdout_config, args.holdout_split, None, "holdout")
+    for name in ("neighbour", "holdout"):
+        source, config, split = (getattr(args, f"{name}_{kind}") for kind in ("dataset", "config", "split"))
+        if source or config:
+            raw[name] = load_samples(source or args.forget_dataset, config, split, None, name)
     tokenizer = load_tokenizer(model_args)
     sets = {
         name: prepare_dataset(part, tokenizer, max_length=args.max_length, name=name)
@@ -142,7 +153,7 @@ def evaluate(argv: list[str]) -> int:
         if part is not None
     }
     forget = sets["forget"]
-    for name in ("retain", "holdout"):
+    for name in ("retain", "neighbour", "holdout"):
         if name in sets:
             check_disjoint(forget, sets[name])
     utility = {}

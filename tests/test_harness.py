@@ -307,6 +307,7 @@ def world(tmp_path_factory):
     forget.to_json(root / "forget.jsonl")
     tofu_like(6, 100).select_columns(["question", "answer"]).to_json(root / "retain.jsonl")
     tofu_like(9, 200).select_columns(["question", "answer"]).to_json(root / "holdout.jsonl")
+    tofu_like(5, 400).select_columns(["question", "answer"]).to_json(root / "neighbour.jsonl")
     (root / "tofu").mkdir()
     for number, name in enumerate(("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")):
         folder = root / "tofu" / name
@@ -344,6 +345,7 @@ def everything(world, tmp_path_factory):
         arguments(
             world, output, original_model=world / "original", reference_model=world / "reference", scores=world / "scores.parquet",
             circuits=world / "circuits.safetensors", holdout_dataset=world / "holdout.jsonl", tofu=world / "tofu",
+            neighbour_dataset=world / "neighbour.jsonl",
             group_column="author", relearn_samples=4, relearn_steps=[1, 3], quantize=[8, 4], straight_line=True, samples=2,
             n_buckets=3,
         )
@@ -369,6 +371,8 @@ class TestCommand:
         ):
             assert part in found
         assert "3 metrics are compared" in results["difficulty"]["note"]
+        assert results["conditions"][0]["final"]["neighbour"]["probability"]["value"] > 0
+        assert all("kendall" in row for row in results["difficulty"]["objectives"][0]["rows"])
         frame = pd.read_parquet(everything / "per_sample.parquet")
         assert len(frame) == 12 and {"truth_ratio", "min_k", "reference/probability", "group", "bucket"} <= set(frame)
         assert "true_answer" not in frame
