@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import CUDConfig as CUDConfig
     from .difficulty import DifficultyScores as DifficultyScores
+    from .integrations import with_difficulty as with_difficulty
     from .schedule import Schedule as Schedule
     from .scoring import score_difficulty as score_difficulty
     from .trainer import CUDTrainer as CUDTrainer
@@ -19,6 +20,7 @@ _EXPORTS = {
     "DifficultyScores": ".difficulty",
     "Schedule": ".schedule",
     "score_difficulty": ".scoring",
+    "with_difficulty": ".integrations",
 }
 __all__ = sorted(_EXPORTS)
 

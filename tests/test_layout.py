@@ -13,7 +13,7 @@ import cud_trainer
 ROOT = Path(__file__).parent.parent
 STAGES = [
     "files", "options", "layers", "data", "logprobs", "passes", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
-    "alternatives", "scoring", "trainable", "config", "progress", "trainer", "commands", "cli",
+    "alternatives", "scoring", "integrations", "trainable", "config", "progress", "trainer", "commands", "cli",
 ]  # fmt: skip
 # Pure losses need nothing of circuits, difficulty or schedules.
 FORBIDDEN = {"objectives": {"circuits", "difficulty", "schedule"}, "schedule": {"difficulty", "circuits"}}
@@ -103,6 +103,7 @@ def test_packages_of_the_wheel():
         "cud_trainer",
         "cud_trainer.circuits",
         "cud_trainer.difficulty",
+        "cud_trainer.integrations",
         "cud_trainer.objectives",
         "cud_trainer.schedule",
         "evaluation",

@@ -1,0 +1,221 @@
+"""`with_difficulty`: curriculum order, weighted sampling and weights for any `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer
+
+from ..data import FORMATS, prepare_dataset
+from ..difficulty import DifficultyScores
+from ..schedule import Schedule, make_schedule, parse
+
+WEIGHT = "cud_weight"
+
+
+class _Scheduled(torch.utils.data.Dataset):
+    """A dataset in the order of a schedule; dictionaries get their weight along."""
+
+    def __init__(self, dataset: Any, rows: np.ndarray, weight: np.ndarray | None) -> None:
+        self.dataset, self.rows, self.weight = dataset, rows, weight
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.dataset[int(self.rows[index])]
+        return item if self.weight is None else {**item, WEIGHT: float(self.weight[index])}
+
+
+class _Collator:
+    """Lets the weights past a collator that does not know them."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, items: list[dict[str, Any]]) -> Any:
+        weights = torch.tensor([item[WEIGHT] for item in items])
+        batch = self.collator([{key: value for key, value in item.items() if key != WEIGHT} for item in items])
+        batch[WEIGHT] = weights
+        return batch
+
+
+def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
+    """A subclass of `trainer_class` that trains in the order, and with the weights, that difficulty gives.
+
+    Its constructor takes what `trainer_class` takes, and by keyword
+
+    - `difficulty`: `DifficultyScores` of the training samples (`None` for schedules that read none);
+    - `schedule`, `schedule_args`: as in `CUDConfig`; parts that follow the run belong to `CUDTrainer`;
+    - `metric`: the metric that `"difficulty"` means (default: the primary one);
+    - `ids`: sample ids of `train_dataset`, in its order. By default its column `sample_id` or `id`, or, for datasets
+      that `cud score` reads, the ids that it would give them;
+    - `weights`: `"loss"` multiplies losses, for trainers with a method `per_sample_loss(model, inputs)` that returns
+      one loss per sample, `[B]`; `"sampling"` draws samples in proportion to their weight, with any trainer.
+
+    The number of passes is `num_train_epochs`; as with `CUDTrainer` the whole run is then one epoch over data in order,
+    so that it is exact under accumulation, several processes, workers and resume. The last optimizer step is filled
+    with the first samples of one more pass.
+
+    Attributes of its instances: `schedule`, what is planned; `planned_ids`, with what fills the last step.
+
+    Raises:
+        TypeError: for something that is no `Trainer` class.
+        ValueError: (constructor) for what the trainer or its dataset cannot support, with the reason.
+    """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
+        raise TypeError(f"with_difficulty needs a subclass of transformers.Trainer, got {trainer_class!r}")
+
+    class WithDifficulty(trainer_class):  # type: ignore[misc, valid-type]
+        def __init__(
+            self,
+            *args: Any,
+            difficulty: DifficultyScores | None = None,
+            schedule: str = "uniform",
+            schedule_args: dict[str, Any] | None = None,
+            metric: str | None = None,
+            ids: Sequence[str] | None = None,
+            weights: str = "loss",
+            **options: Any,
+        ) -> None:
+            parts = [part for part, _ in parse(schedule, schedule_args or {})]
+            following = [part.name for part in parts if part.kind == "dynamic"]
+            if following:
+                raise ValueError(f"schedule {following[0]!r} follows the run: that needs CUDTrainer")
+            weighted = any(part.kind == "weights" for part in parts)
+            if weights not in ("loss", "sampling"):
+                raise ValueError(f"weights must be 'loss' or 'sampling', got {weights!r}")
+            if weighted and weights == "loss" and not hasattr(trainer_class, "per_sample_loss"):
+                raise ValueError(
+                    f"{trainer_class.__name__} has no per_sample_loss(model, inputs): its losses cannot be weighted; "
+                    "use weights='sampling'"
+                )
+            given = options.get("train_dataset")
+            _check_dataset(given)
+            names = _ids(given, ids, options.get("processing_class"))
+            values = _difficulty(difficulty, names, parts, metric)
+            super().__init__(*args, **options)
+            _check_arguments(self.args)
+            dataset: Any = self.train_dataset
+            if len(dataset) != len(names):
+                raise ValueError(
+                    f"{trainer_class.__name__} keeps {len(dataset)} of {len(names)} samples when it prepares the "
+                    "data (too long, or packed): difficulty no longer belongs to them"
+                )
+            passes = int(self.args.num_train_epochs)
+            chunk = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+            chunk *= self.args.world_size
+            plan = make_schedule(
+                schedule, names, difficulty=values, passes=passes, seed=self.args.seed, **(schedule_args or {})
+            )
+            more = make_schedule(
+                schedule, names, difficulty=values, passes=passes + 1, seed=self.args.seed, **(schedule_args or {})
+            )
+            position = {name: row for row, name in enumerate(names)}
+            extra = -len(plan) % chunk
+            fill = slice(len(more) - len(names), len(more) - len(names) + extra)
+            order = np.concatenate([plan.order, more.order[fill]])
+            weight = np.concatenate([plan.weight, more.weight[fill]])
+            rows = np.array([position[name] for name in order.tolist()])
+            if weighted and weights == "sampling":
+                generator = np.random.default_rng([self.args.seed, 5])
+                rows = generator.choice(rows, size=len(rows), p=weight / weight.sum())
+                order = np.array(names)[rows]
+            self.schedule: Schedule = plan
+            self.planned_ids: list[str] = order.tolist()
+            self._weighted = weighted and weights == "loss"
+            if isinstance(dataset, Dataset):
+                # Here, since the base class only knows how to for its own kind of dataset, which this is wrapped in.
+                dataset = self._remove_unused_columns(dataset, description="training")
+            self.train_dataset: Any = _Scheduled(dataset, rows, weight if self._weighted else None)
+            self.args.remove_unused_columns = False
+            if self._weighted:
+                self.data_collator: Any = _Collator(self.data_collator)
+            self.args.num_train_epochs = 1
+            self.args.train_sampling_strategy = "sequential"
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+            if not self._weighted or not isinstance(inputs, Mapping) or WEIGHT not in inputs:
+                return super().compute_loss(model, inputs, *args, **options)
+            inputs = dict(inputs)
+            weight = inputs.pop(WEIGHT)
+            losses: Tensor = self.per_sample_loss(model, inputs)
+            if losses.shape != weight.shape:
+                raise ValueError(
+                    f"per_sample_loss must return one loss per sample, {tuple(weight.shape)}, not {tuple(losses.shape)}"
+                )
+            loss = (weight.to(losses.dtype) * losses).mean()
+            wants_outputs = options.get("return_outputs") or (args and args[0] is True)
+            return (loss, {"loss": loss}) if wants_outputs else loss
+
+    WithDifficulty.__name__ = WithDifficulty.__qualname__ = f"{trainer_class.__name__}WithDifficulty"
+    if hasattr(trainer_class, "per_sample_loss"):
+        WithDifficulty.loss_is_scaled_for_ga = False  # type: ignore[attr-defined]  # the loss is a mean of a micro-batch
+    return WithDifficulty
+
+
+def _check_dataset(dataset: Any) -> None:
+    if dataset is None:
+        raise ValueError("with_difficulty needs train_dataset by keyword")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
+        raise ValueError(
+            f"an order needs a dataset with positions, not {type(dataset).__name__}: use a map-style dataset"
+        )
+
+
+def _check_arguments(args: Any) -> None:
+    """Raise `ValueError` for training arguments that would undo the order."""
+    if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 1:
+        raise ValueError(f"num_train_epochs must be a whole number of passes, got {args.num_train_epochs}")
+    if getattr(args, "max_steps", -1) > 0:
+        raise ValueError("max_steps would cut the schedule: set num_train_epochs")
+    for name in ("packing", "padding_free", "auto_find_batch_size", "ignore_data_skip"):
+        if getattr(args, name, False):
+            raise ValueError(f"{name} is not supported: samples must stay whole and in the order of the schedule")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(f"train_sampling_strategy {args.train_sampling_strategy!r} would undo the schedule")
+    settings = args.accelerator_config
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(settings, name, None):
+            raise ValueError(f"accelerator_config.{name} is not supported: it changes what a step sees")
+
+
+def _ids(dataset: Any, ids: Sequence[str] | None, processing_class: Any) -> list[str]:
+    if ids is not None:
+        found = [str(name) for name in ids]
+        if len(found) != len(dataset):
+            raise ValueError(f"ids are {len(found)} for {len(dataset)} samples")
+    else:
+        columns = getattr(dataset, "column_names", None) or []
+        column = next((name for name in ("sample_id", "id") if name in columns), None)
+        if column is not None:
+            found = [str(name) for name in dataset[column]]
+        elif processing_class is not None and any(all(c in columns for c in needed) for needed in FORMATS.values()):
+            found = list(prepare_dataset(dataset, processing_class, max_length=None, name="training")["sample_id"])
+        else:
+            raise ValueError(
+                "the training samples have no ids to join difficulty by: give ids, or a column sample_id or id"
+            )
+    if len(set(found)) < len(found):
+        raise ValueError("the ids of the training samples are not distinct")
+    return found
+
+
+def _difficulty(
+    scores: DifficultyScores | None, names: list[str], parts: list[Any], metric: str | None
+) -> dict[str, np.ndarray]:
+    needed = {part.metric for part in parts if part.metric is not None}
+    if not needed:
+        return {}
+    if scores is None:
+        raise ValueError(f"schedule {'+'.join(part.name for part in parts)!r} needs difficulty scores: give difficulty")
+    scores = scores.aligned(names)
+    values = {name: scores[name] for name in needed - {"difficulty"}}
+    if "difficulty" in needed:
+        values["difficulty"] = scores[metric or scores.metrics[0]]
+    return values
