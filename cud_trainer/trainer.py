@@ -31,13 +31,14 @@ from trl.trainer import disable_dropout_in_model
 
 from .alternatives import alternatives_fingerprint, with_alternatives
 from .calibration import adapter_identity
+from .card import HEADING, unlearning_section
 from .config import CUDConfig
 from .data import IGNORE_INDEX, PairedCollator, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
 from .difficulty import DifficultyScores
 from .difficulty.gradients import GradientRecorder
 from .difficulty.scores import merge_metrics
 from .difficulty.weights import weight_matrices
-from .files import check_output_dir, write_json
+from .files import atomic_write, check_output_dir, write_json
 from .fingerprint import model_fingerprint
 from .logprobs import answer_probability
 from .objectives import LossTerms, Reference
@@ -721,6 +722,15 @@ class CUDTrainer(SFTTrainer):
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**self._state(), "served": self._served, "progress": self.progress.state()}
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card, with a section on the unlearning."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and path.is_file():
+            text = path.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
+            section = unlearning_section(self)
+            atomic_write(path, lambda temporary: temporary.write_text(f"{text}\n\n{section}", encoding="utf-8"))
 
     def _check_weights(self) -> None:
         """Raise `DivergenceError` when a weight is no longer finite: such a checkpoint must not be written."""

@@ -461,6 +461,39 @@ class TestEvaluation:
         assert [step for step, _ in plot.history] == [2, 4, 5]
 
 
+class TestCard:
+    def test_says_how_and_what_is_left(self, tmp_path):
+        trainer = make_trainer(
+            tmp_path / "out", passes=2, eval_strategy="steps", eval_steps=2, objective_args={"beta": 0.2},
+            schedule="upweight_hard", schedule_args={"strength": 0.5},
+        )  # fmt: skip
+        trainer.train()
+        for _ in range(2):  # written again, not twice
+            trainer.save_model(str(tmp_path / "out"))
+            trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert card.count("## Unlearning") == 1 and card.startswith("---") and "2601.09624" in card
+        for line in (
+            "| objective | npo (beta=0.2) |", "| schedule | upweight_hard (strength=0.5) |", "| difficulty | loss |",
+            "| retain loss | nll, weight 1 |", "measured at step 5:",
+        ):  # fmt: skip
+            assert line in card, line
+        last = [entry for entry in trainer.state.log_history if "eval_forget_prob" in entry][-1]
+        assert f"| difficulty bucket 4, hardest | {last['eval_forget_prob/bucket_4']:.4f} |" in card
+        assert f"| retain set | {last['eval_retain_prob']:.4f} |" in card and "Person" not in card
+
+    def test_without_an_evaluation(self, tmp_path):
+        trainer = make_trainer(tmp_path / "out", passes=1, difficulty="none", schedule="uniform", retain_limit=5.0)
+        trainer.train()
+        trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert (
+            "in the last training steps" in card
+            and "held at a loss of 5" in card
+            and "bucket" not in card.split("## Unl")[1]
+        )
+
+
 class TestSharded:
     def test_fsdp_on_two_processes_is_the_same_run(self, tmp_path):
         """FSDP 2 over gloo: reference and difficulty are computed before the model is sharded."""

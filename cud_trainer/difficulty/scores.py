@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset
 
 from ..data import rows_by_id
 from ..files import atomic_write, check_new_file
+from .exchange import TABLES, read_published, read_table, write_table
 
 METADATA_KEY = b"cud_trainer"
 RESERVED = ("sample_id", "fold", "bucket")
@@ -129,8 +131,14 @@ class DifficultyScores:
         return frame
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a parquet file (readable by `datasets` and pandas), atomically; `ValueError` if it exists."""
+        """Write a parquet file (readable by `datasets` and pandas), atomically; `ValueError` if it exists.
+
+        A path that ends in `.csv` or `.jsonl` gets a table of that kind; these have no place for the provenance.
+        """
         check_new_file(path, overwrite)
+        suffix = Path(path).suffix
+        if suffix in TABLES:
+            return atomic_write(path, lambda temporary: write_table(self.to_pandas(), temporary, suffix))
         table = pa.Table.from_pandas(self.to_pandas(), preserve_index=False)
         header = {"format": FORMAT_VERSION, "metrics": self.metrics, "provenance": self.provenance}
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(header).encode()})
@@ -140,9 +148,16 @@ class DifficultyScores:
     def load(cls, path: str | Path, **expected: Any) -> DifficultyScores:
         """Read what `save` wrote; `expected` provenance is checked.
 
+        From `.csv` and `.jsonl`, every column of numbers but `fold` and `bucket` is a metric, the first the primary.
+
         Raises:
             ValueError: for a missing or foreign file, or when the provenance differs.
         """
+        if Path(path).suffix in TABLES:
+            frame = read_table(Path(path))
+            names = [name for name in frame.columns if name not in RESERVED]
+            own = {name: frame[name].to_numpy(dtype=float) for name in names}
+            return cls(frame["sample_id"].tolist(), own, frame["fold"].to_numpy() if "fold" in frame else None)
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
@@ -159,6 +174,37 @@ class DifficultyScores:
         scores = cls(frame["sample_id"].tolist(), columns, fold, header["provenance"])
         scores.check_provenance(**expected)
         return scores
+
+    @classmethod
+    def published(
+        cls, path: str | Path, ids: Sequence[str], *, name: str = "published", higher: str = "harder"
+    ) -> DifficultyScores:
+        """Scores of another project (`.pt`, `.json`, `.txt`) for the samples `ids`; see `exchange.read_published`."""
+        values = read_published(Path(path), list(map(str, ids)), higher=higher)
+        return cls(list(map(str, ids)), {name: values}, provenance={"source": Path(path).name})
+
+    def join(self, dataset: Dataset, ids: Sequence[str] | None = None) -> Dataset:
+        """`dataset` with a column `difficulty_<metric>` for every metric.
+
+        Args:
+            ids: of its samples, in its order; by default its column `sample_id` or `id`.
+
+        Raises:
+            ValueError: for samples without an id or a score, or a column that is there already.
+        """
+        if ids is None:
+            column = next((name for name in ("sample_id", "id") if name in dataset.column_names), None)
+            if column is None:
+                raise ValueError(f"the dataset has no column sample_id or id: give ids; it has {dataset.column_names}")
+            ids = [str(value) for value in dataset[column]]
+        if len(ids) != len(dataset):
+            raise ValueError(f"ids are {len(ids)} for {len(dataset)} samples")
+        rows = rows_by_id(self.ids, list(map(str, ids)), "difficulty scores", "samples")
+        for name, values in self.columns.items():
+            if f"difficulty_{name}" in dataset.column_names:
+                raise ValueError(f"the dataset has a column 'difficulty_{name}' already")
+            dataset = dataset.add_column(f"difficulty_{name}", values[rows].tolist())  # type: ignore[call-arg]
+        return dataset
 
 
 def merge_metrics(primary: str, names: Iterable[str]) -> list[str]:

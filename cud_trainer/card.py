@@ -1,0 +1,60 @@
+"""The section of a model card that says how a model was unlearned and what is left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADING = "## Unlearning"
+BUCKET = "forget_prob/bucket_"
+
+
+def unlearning_section(trainer: Any) -> str:
+    """Method, schedule, difficulty metric, and what evaluations and training steps last saw. No forget text.
+
+    Args:
+        trainer: a `CUDTrainer`.
+    """
+    args, history = trainer.args, trainer.state.log_history
+    settings = {
+        "objective": _named(args.objective, args.objective_args),
+        "retain loss": "none"
+        if args.retain_loss == "none"
+        else f"{args.retain_loss}, weight {args.retain_weight:g}"
+        + ("" if args.retain_limit is None else f" at first, held at a loss of {args.retain_limit:g}"),
+        "difficulty": "none" if args.difficulty is None else _named(args.difficulty, args.difficulty_args),
+        "schedule": _named(args.schedule, args.schedule_args),
+        "forget samples": len(trainer.forget_ids),
+        "passes": args.passes,
+        "optimizer steps": trainer.state.global_step,
+        "seed": args.seed,
+    }
+    lines = [HEADING, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings.items()), ""]
+    measured = next((entry for entry in reversed(history) if "eval_forget_prob" in entry), None)
+    if measured is not None:
+        found = {key.removeprefix("eval_"): value for key, value in measured.items()}
+        lines.append(f"Answer probability, measured at step {measured['step']}:")
+    else:
+        steps = [entry for entry in history if "forget_prob" in entry]
+        if not steps:
+            return "\n".join([*lines, "Nothing was measured.", ""])
+        # A step sees some samples only: of each figure, the last one.
+        found = {key: value for entry in steps for key, value in entry.items()}
+        lines.append(
+            "Answer probability of the samples in the last training steps, each before its step (set `eval_strategy` for "
+            "a measurement of all):"
+        )
+    lines += ["", "| | |", "|---|---|", f"| forget set | {found['forget_prob']:.4f} |"]
+    buckets = sorted((key for key in found if key.startswith(BUCKET)), key=lambda key: int(key.removeprefix(BUCKET)))
+    for key in buckets:
+        number = int(key.removeprefix(BUCKET))
+        side = {1: ", easiest", len(buckets): ", hardest"}.get(number, "") if len(buckets) > 1 else ""
+        lines.append(f"| difficulty bucket {number}{side} | {found[key]:.4f} |")
+    if "retain_prob" in found:
+        lines.append(f"| retain set | {found['retain_prob']:.4f} |")
+    return "\n".join([*lines, ""])
+
+
+def _named(name: str, options: Any) -> str:
+    shown = ", ".join(f"{key}={value}" for key, value in (options or {}).items())
+    text = f"{name} ({shown})" if shown else name
+    return text.replace("|", "\\|").replace("\n", " ")
