@@ -40,8 +40,8 @@ def unlearning_section(trainer: Any) -> str:
         # A step sees some samples only: of each figure, the last one.
         found = {key: value for entry in steps for key, value in entry.items()}
         lines.append(
-            "Answer probability of the samples in the last training steps, each before its step (set `eval_strategy` to "
-            "measure all):"
+            "Answer probability of the samples in the last training steps, each before its step "
+            "(set `eval_strategy` to measure all):"
         )
     lines += ["", "| | |", "|---|---|", f"| forget set | {found['forget_prob']:.4f} |"]
     buckets = sorted((key for key in found if key.startswith(BUCKET)), key=lambda key: int(key.removeprefix(BUCKET)))
