@@ -270,6 +270,9 @@ class TestSections:
         rows = {row["label"]: row["cells"] for row in sections.privacy_table(scores, scores, None, 0)["rows"]}
         assert rows["reference"][0]["reason"] == "needs reference_model"
         assert rows["min_k_plus_plus"][0]["reason"] == "scores are not finite" and rows["loss"][0]["value"] == 0.5
+        apart = ({"loss": np.arange(5.0)}, {"loss": np.arange(5.0) + 9})
+        table = sections.privacy_table(*apart, apart, 0)
+        assert "holdout set is of another kind" in table["rows"][0]["cells"][1]["reason"]
         total = sections.utility_table({"retain/probability": np.array([0.5])}, None, 0)["rows"][-1]["cells"][0]
         assert "model utility needs retain/rouge_l_recall" in total["reason"]
 
