@@ -7,7 +7,6 @@ greedy generation, both in batches of similar length. CPU time; alternated, `--r
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from attribution import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cud_trainer.data import IGNORE_INDEX, length_sorted_batches, prepare_dataset
+from cud_trainer.files import write_json
 from evaluation.memorization import evaluate_memorization
 from evaluation.testbed import build_testbed, train_tokenizer
 
@@ -106,8 +106,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()), "table": table,
         "seconds": {name: float(np.median(values)) for name, values in found.items()},
     }  # fmt: skip
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.output, result)
 
 
 if __name__ == "__main__":

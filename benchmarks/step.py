@@ -8,7 +8,6 @@ end of the next, over the bare trainer's of the same repeat: median, lowest and 
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from cud_trainer import CUDConfig, CUDTrainer, score_difficulty
 from cud_trainer.data import PairedCollator, prepare_dataset
+from cud_trainer.files import write_json
 from cud_trainer.logprobs import score_answers
 from cud_trainer.schedule import make_schedule
 from evaluation.testbed import build_testbed, train_tokenizer
@@ -186,8 +186,7 @@ def main() -> None:
         "machine": machine(),
         "table": table,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.output, result)
 
 
 if __name__ == "__main__":

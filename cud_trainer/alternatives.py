@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,15 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import ALTERNATIVES, ANSWERS, detect_format, question_and_answer, tokenise_answer
+from .data import (
+    ALTERNATIVES,
+    ANSWERS,
+    alternatives_of,
+    dataset_fingerprint,
+    detect_format,
+    question_and_answer,
+    tokenise_answer,
+)
 from .logprobs import evaluation_mode
 
 REFUSALS = (
@@ -103,10 +110,7 @@ def alternatives_fingerprint(prepared: Dataset) -> str | None:
     """Hash of the alternative answers (16 hex digits), `None` when there are none."""
     if ALTERNATIVES[0] not in prepared.column_names:
         return None
-    digest = hashlib.sha256()
-    for tokens in prepared[ALTERNATIVES[0]]:
-        digest.update(f"{list(tokens)}\n".encode())
-    return digest.hexdigest()[:16]
+    return dataset_fingerprint(alternatives_of(prepared))
 
 
 @torch.no_grad()

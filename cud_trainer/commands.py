@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from .alternatives import REFUSALS, with_alternatives
+from .alternatives import with_alternatives
 from .circuits import check_architecture
 from .config import CUDConfig
 from .data import check_tokenizer, prepare_dataset
@@ -182,37 +182,34 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def with_alternatives_of(
-    args: CUDConfig, forget: Dataset, tokenizer: PreTrainedTokenizerBase, model: Any, options: dict[str, Any]
-) -> Dataset:
-    """The forget set with the alternative answers that calibration needs, if the objective has any.
-
-    Args:
-        options: of `score_difficulty`, changed to fit the prepared samples.
-    """
+def score_model(
+    args: CUDConfig,
+    model_args: ModelConfig,
+    forget: Dataset,
+    retain: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    **options: Any,
+) -> DifficultyScores:
+    """Load the model and score it as `args` say; `options` are further ones of `score_difficulty`."""
+    trust = bool(getattr(model_args, "trust_remote_code", False))
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path, trust_remote_code=trust, **model_options(model_args)
+    ).to(args.device)
+    if args.trainable_layers is not None:  # what calibration trains
+        train_only(model, args.trainable_layers)
+    options = {**args.scoring_options(get_peft_config(model_args)), **options}
     source = args.unlearning_loss.spec.alternative
-    if source is None:
-        return forget
-    prepared = prepare_dataset(
-        forget,
-        tokenizer,
-        max_length=args.max_length,
-        keep_columns=[args.group_column] if args.group_column else [],
-        counterfactual_column=args.counterfactual_column,
-    )
-    options["counterfactual_column"] = None  # it is in the prepared samples
-    return with_alternatives(
-        prepared,
-        forget,
-        tokenizer,
-        source,
-        column=args.alternative_column,
-        refusals=args.refusals or REFUSALS,
-        model=model,
-        batch_size=args.per_device_eval_batch_size,
-        max_length=args.max_length,
-        seed=args.seed,
-    )
+    if source is not None:
+        prepared = prepare_dataset(
+            forget,
+            tokenizer,
+            max_length=args.max_length,
+            keep_columns=[args.group_column] if args.group_column else [],
+            counterfactual_column=args.counterfactual_column,
+        )
+        forget = with_alternatives(prepared, forget, tokenizer, source, model=model, **args.alternative_options())
+        options["counterfactual_column"] = None  # it is in the prepared samples
+    return score_difficulty(model, forget, tokenizer, retain_dataset=retain, **options)
 
 
 def score(argv: list[str]) -> int:
@@ -220,29 +217,22 @@ def score(argv: list[str]) -> int:
     data_args, args, model_args = _parse(ScoreArguments, argv, "cud score")
     check_new_file(data_args.output, args.overwrite)
     work_dir = data_args.work_dir or f"{data_args.output}.work"
-    options = args.scoring_options(get_peft_config(model_args))
-    check_metrics(data_args.metrics, options["metric_args"])
+    check_metrics(data_args.metrics, args.scoring_options()["metric_args"])
     forget, retain = data_args.load()
     tokenizer = load_tokenizer(model_args)
     trust = bool(getattr(model_args, "trust_remote_code", False))
     if any(METRICS[name].needs_circuits for name in data_args.metrics):
         check_architecture(AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust))
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, trust_remote_code=trust, **model_options(model_args)
-    ).to(args.device)
-    if args.trainable_layers is not None:  # what calibration trains
-        train_only(model, args.trainable_layers)
-    forget = with_alternatives_of(args, forget, tokenizer, model, options)
-    scores = score_difficulty(
-        model,
+    scores = score_model(
+        args,
+        model_args,
         forget,
+        retain,
         tokenizer,
         metrics=data_args.metrics,
-        retain_dataset=retain,
         work_dir=work_dir,
         save_circuits=data_args.save_circuits,
         overwrite=args.overwrite,
-        **options,
     )
     if args.process_index != 0:
         return 0

@@ -9,6 +9,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from .alternatives import REFUSALS
 from .calibration import CalibrationSettings
 from .data import BATCH_BYTES
 from .objectives import UnlearningLoss
@@ -318,6 +319,17 @@ class CUDConfig(SFTConfig):
             "counterfactual_column": self.counterfactual_column,
             "batch_size": self.per_device_train_batch_size,
             "batch_bytes": self.scoring_batch_bytes,
+            "max_length": self.max_length,
+            "seed": self.seed,
+            "progress": not self.disable_tqdm,
+        }
+
+    def alternative_options(self) -> dict[str, Any]:
+        """Keyword arguments of `with_alternatives` that this configuration stands for."""
+        return {
+            "column": self.alternative_column,
+            "refusals": REFUSALS if self.refusals is None else self.refusals,
+            "batch_size": self.per_device_eval_batch_size,
             "max_length": self.max_length,
             "seed": self.seed,
             "progress": not self.disable_tqdm,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -106,17 +107,17 @@ def prepare_dataset(
         raise ValueError(f"{name} dataset: column {taken[0]!r} cannot be kept beside the prepared one of that name")
     dataset = dataset.with_format(None)  # rows of plain Python values, whatever the user looks at them as
     kind = detect_format(dataset.column_names, name)
-    id_column = next((column for column in ("sample_id", "id") if column in dataset.column_names), None)
+    named_by = id_column(dataset.column_names)
 
     ids: list[str] = []
     rows: list[dict[str, Any]] = []
     for index, row in enumerate(dataset):
-        where = f"{name} sample {index}" if id_column is None else f"{name} sample {row[id_column]!r}"
-        if id_column is not None and row[id_column] is None:
-            raise ValueError(f"{name} sample {index} has no {id_column}")
+        where = f"{name} sample {index}" if named_by is None else f"{name} sample {row[named_by]!r}"
+        if named_by is not None and row[named_by] is None:
+            raise ValueError(f"{name} sample {index} has no {named_by}")
         prompt, tokens = _tokenise(row, kind, tokenizer, where)
-        sample_id = str(row[id_column]) if id_column is not None else _content_id(tokens, prompt)
-        if id_column is None:
+        sample_id = str(row[named_by]) if named_by is not None else _content_id(tokens, prompt)
+        if named_by is None:
             where = f"{name} sample {sample_id} (row {index})"
         _check_answer(prompt, tokens, row, kind, max_length, where)
         ids.append(sample_id)
@@ -257,6 +258,17 @@ def rows_by_id(have: Sequence[str], wanted: Sequence[str], what: str, whose: str
             "they were made for another dataset"
         )
     return [position[sample_id] for sample_id in wanted]
+
+
+def id_column(columns: Sequence[str]) -> str | None:
+    """The column that names samples, if there is one."""
+    return next((name for name in ("sample_id", "id") if name in columns), None)
+
+
+def evenly_spaced(dataset: Dataset, count: int) -> Dataset:
+    """At most `count` samples of a dataset, from the first to the last."""
+    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), count))
+    return dataset.select(rows.round().astype(int))
 
 
 def alternatives_of(prepared: Dataset) -> Dataset:

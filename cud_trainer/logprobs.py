@@ -25,6 +25,16 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def answer_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the True positions of each row, `[B]` from `[B, K]`; 0 for a row without any."""
+    return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
 @dataclass
 class AnswerScores:
     """Scores of the answer tokens of a batch, on the `K` positions at which any row predicts an answer token.
@@ -115,8 +125,7 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     labels = labels.to(logits.device)[:, kept.to(logits.device) + 1]
     mask = labels != IGNORE_INDEX
     targets = labels.masked_fill(~mask, 0)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    negative = torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
+    negative = torch.nn.functional.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none")
     token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
     return AnswerScores(token_logps, mask, targets, logits, kept, getattr(outputs, "hidden_states", None))
 

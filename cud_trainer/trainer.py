@@ -33,7 +33,15 @@ from .alternatives import alternatives_fingerprint, with_alternatives
 from .calibration import adapter_identity
 from .card import HEADING, unlearning_section
 from .config import CUDConfig
-from .data import IGNORE_INDEX, PairedCollator, check_disjoint, check_tokenizer, dataset_fingerprint, prepare_dataset
+from .data import (
+    IGNORE_INDEX,
+    PairedCollator,
+    check_disjoint,
+    check_tokenizer,
+    dataset_fingerprint,
+    evenly_spaced,
+    prepare_dataset,
+)
 from .difficulty import DifficultyScores
 from .difficulty.gradients import GradientRecorder
 from .difficulty.scores import merge_metrics
@@ -359,14 +367,11 @@ class CUDTrainer(SFTTrainer):
         source = args.unlearning_loss.spec.alternative
         if source is None:
             return self.forget
-        options: dict[str, Any] = {"column": args.alternative_column, "max_length": args.max_length, "seed": args.seed}
-        if args.refusals is not None:
-            options["refusals"] = args.refusals
+        options = args.alternative_options()
         if source != "model":
             return with_alternatives(self.forget, dataset, tokenizer, source, **options)
         shared: list[Any] = [None]
         if args.process_index == 0:
-            options |= {"batch_size": args.per_device_eval_batch_size, "progress": not args.disable_tqdm}
             with _on_device(model, args):
                 shared = [with_alternatives(self.forget, dataset, tokenizer, source, model=model, **options).to_dict()]
         if args.world_size > 1:
@@ -588,8 +593,7 @@ class CUDTrainer(SFTTrainer):
     def _evaluated_retain(self) -> Dataset | None:
         if self.retain is None:
             return None
-        count = min(len(self.retain), self.args.eval_retain_samples)
-        return self.retain.select(np.linspace(0, len(self.retain) - 1, count).round().astype(int))
+        return evenly_spaced(self.retain, self.args.eval_retain_samples)
 
     def _probabilities(self, prepared: Dataset) -> np.ndarray:
         """Answer probability of each sample, `[N]`, shared among the processes."""

@@ -243,13 +243,12 @@ def evaluate(argv: list[str]) -> int:
         results["findings"].insert(0, "the model has the very weights of the original model: nothing was unlearned")
     bucket = None if scores is None else scores.buckets(args.metric, args.n_buckets)
     tables, findings = harness.tables(after, before, reference, bucket, args.n_buckets, args.seed)
+    primary = None if scores is None else scores[args.metric or scores.metrics[0]]
     if groups is not None:
-        predicted = None if scores is None else scores[args.metric or scores.metrics[0]]
-        extra, line = sections.group_table(after.sets["forget"]["probability"], groups, predicted, args.seed)
+        extra, line = sections.group_table(after.sets["forget"]["probability"], groups, primary, args.seed)
         tables.append(extra)
         findings.append(line)
-    if scores is not None:
-        primary = scores[args.metric or scores.metrics[0]]
+    if primary is not None:
         tables.append(sections.reliability_by_decile(primary, after.sets["forget"]["probability"], args.seed))
     if table is not None and bucket is not None:
         note = f"Buckets are those of {args.metric or scores.metrics[0]}."  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ class Measured:
 
     Attributes:
         sets: `{"forget" | "retain" | "holdout": {metric: [N]}}`.
-        attacks: `{"forget" | "holdout": ...}` values that attacks are made of, and the true answers.
+        statistics, texts: by set, what attacks are made of (`TOKEN_STATISTICS`), and the true answers.
         truth_ratio: of the forget samples, `[N]`, where the data has wrong answers to compare with.
         paraphrased: answer probability of the forget samples asked in other words, `[N]`.
         utility: TOFU's figures, per sample.

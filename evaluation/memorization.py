@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, length_sorted_batches
-from cud_trainer.logprobs import AnswerScores, evaluation_mode, score_answers
+from cud_trainer.logprobs import AnswerScores, evaluation_mode, score_answers, wide
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 GENERATED = ("rouge_l_recall", "verbatim")
@@ -219,8 +219,7 @@ def lowest_mean(values: np.ndarray, share: float = MIN_K) -> float:
 
 def _standardised(scores: AnswerScores) -> Tensor:
     """Log-probabilities of the answer tokens less the mean over the vocabulary, in units of its deviation, `[B, K]`."""
-    logits = scores.logits if scores.logits.dtype == torch.float64 else scores.logits.float()
-    logps = logits.log_softmax(-1)
+    logps = wide(scores.logits).log_softmax(-1)
     p = logps.exp()
     finite = torch.where(p > 0, logps, torch.zeros_like(logps))  # 0 log 0 = 0
     mean = (p * finite).sum(-1)

@@ -17,6 +17,20 @@ from cud_trainer.data import pad_samples
 from cud_trainer.logprobs import answer_probability, score_answers
 
 
+@contextmanager
+def _all_trained(model: nn.Module) -> Iterator[None]:
+    """Every weight takes a gradient; afterwards those that did before."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in flags:
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
 def relearn(
     model: PreTrainedModel,
     forget: Dataset,
@@ -38,13 +52,10 @@ def relearn(
     """
     if not len(rows) or not steps or min(steps) < 1:
         raise ValueError(f"relearning needs samples and steps of at least 1, got {len(rows)} and {list(steps)}")
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
     found = {0: answer_probability(model, forget, pad_token_id=pad_token_id, batch_size=batch_size)}
     generator = np.random.default_rng(seed)
     device = model.get_input_embeddings().weight.device
-    with throw_away(model, None):
+    with _all_trained(model), throw_away(model, None):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
         order: list[int] = []
         for step in range(1, max(steps) + 1):

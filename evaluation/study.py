@@ -26,9 +26,9 @@ from trl import ModelConfig, TrlParser
 from cud_trainer import CUDConfig
 from cud_trainer.commands import DataArguments, load_tokenizer
 from cud_trainer.data import check_disjoint, dataset_fingerprint, prepare_dataset
+from cud_trainer.difficulty.scores import merge_metrics
 from cud_trainer.files import write_json
 from cud_trainer.fingerprint import versions
-from cud_trainer.schedule import parse
 
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)}
 # What a study sets itself.
@@ -141,7 +141,7 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
         configs.append(config)
         found = metrics.setdefault(_scores_key(options), [])
         if config.difficulty is not None:
-            found += [m for m in [config.difficulty, *config.schedule_metrics] if m not in found]
+            found += [config.difficulty, *config.schedule_metrics]
     scores: dict[str, Cell] = {}
     runs = []
     for choices, config in zip(combinations, configs, strict=True):
@@ -149,7 +149,7 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
         key = _scores_key(options)
         if config.difficulty is not None and key not in scores:
             own = {name: value for name, value in options.items() if name not in NOT_OF_SCORES}
-            needed = [*metrics[key], *(m for m in ("loss", "length") if m not in metrics[key])]
+            needed = merge_metrics(metrics[key][0], [*metrics[key][1:], "loss", "length"])
             settings = {**base, "kind": "scores", "options": own, "metrics": needed}
             number = hashlib.sha256(key.encode()).hexdigest()[:8]
             shared = {name: value for name, value in choices.items() if name not in NOT_OF_SCORES}
@@ -161,7 +161,6 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
             "scores_cell": scores[key].name if key in scores else None,
         }  # fmt: skip
         runs.append(Cell("run", _named(choices), choices, settings))
-        parse(config.schedule, config.schedule_args)  # type: ignore[arg-type]
     if len({cell.name for cell in runs}) < len(runs):  # values that differ in what a name cannot show
         runs = [Cell(c.kind, f"{c.name}-{c.fingerprint[:6]}", c.choices, c.settings) for c in runs]
     return list(scores.values()), runs

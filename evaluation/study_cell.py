@@ -15,10 +15,10 @@ import numpy as np
 
 def main(study: Path, name: str) -> None:
     from transformers.utils.logging import set_verbosity
-    from trl import ModelConfig, get_peft_config
+    from trl import ModelConfig
 
     from cud_trainer import CUDConfig
-    from cud_trainer.commands import DataArguments, load_tokenizer, model_options
+    from cud_trainer.commands import DataArguments, load_tokenizer
     from cud_trainer.files import write_json
 
     set_verbosity(logging.ERROR)
@@ -37,67 +37,58 @@ def main(study: Path, name: str) -> None:
     }  # fmt: skip
     args = CUDConfig(str(work / "run"), **options, overwrite=True)
     started = time.time()
-    load = (model_args, model_options(model_args), get_peft_config(model_args))
     work_on = _scores if cell["kind"] == "scores" else _run
-    result = work_on(study, folder, cell, args, forget, retain, tokenizer, load)
+    result = work_on(study, folder, cell, args, forget, retain, tokenizer, model_args)
     shutil.rmtree(work, ignore_errors=True)
     write_json(folder / "result.json", {**result, "seconds": time.time() - started, "fingerprint": cell["fingerprint"]})
 
 
 def _scores(
-    study: Path, folder: Path, cell: dict, args: Any, forget: Any, retain: Any, tokenizer: Any, load: Any
+    study: Path, folder: Path, cell: dict, args: Any, forget: Any, retain: Any, tokenizer: Any, model_args: Any
 ) -> dict:
     """The difficulty scores that several runs share."""
-    from transformers import AutoModelForCausalLM
+    from cud_trainer.commands import score_model
 
-    from cud_trainer import score_difficulty
-    from cud_trainer.commands import with_alternatives_of
-    from cud_trainer.trainable import train_only
-
-    model_args, options, peft_config = load
-    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options).to(args.device)
-    if args.trainable_layers is not None:
-        train_only(model, args.trainable_layers)
-    wanted = args.scoring_options(peft_config) | {"progress": False}
-    forget = with_alternatives_of(args, forget, tokenizer, model, wanted)
-    scores = score_difficulty(
-        model, forget, tokenizer, metrics=cell["settings"]["metrics"], retain_dataset=retain, work_dir=folder / "parts",
-        **wanted,
-    )  # fmt: skip
+    scores = score_model(
+        args, model_args, forget, retain, tokenizer, metrics=cell["settings"]["metrics"], work_dir=folder / "parts"
+    )
     scores.save(folder / "scores.parquet", overwrite=True)
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return {"metrics": scores.metrics}
 
 
-def _run(study: Path, folder: Path, cell: dict, args: Any, forget: Any, retain: Any, tokenizer: Any, load: Any) -> dict:
+def _run(
+    study: Path, folder: Path, cell: dict, args: Any, forget: Any, retain: Any, tokenizer: Any, model_args: Any
+) -> dict:
     """An unlearning run and its trade-off curve."""
     from transformers.trainer_callback import PrinterCallback
+    from trl import get_peft_config
 
     from cud_trainer import CUDTrainer, DifficultyScores
-    from cud_trainer.data import prepare_dataset
+    from cud_trainer.commands import model_options
+    from cud_trainer.data import evenly_spaced, prepare_dataset
     from cud_trainer.trainer import DivergenceError
 
     from .memorization import teacher_forced
     from .tradeoff import TradeoffCallback
 
-    model_args, options, peft_config = load
     settings = cell["settings"]
     scores = None
     if settings["scores_cell"] is not None:
         scores = DifficultyScores.load(study / "cells" / settings["scores_cell"] / "scores.parquet")
-    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **options}
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
     prepared = prepare_dataset(forget, tokenizer, max_length=args.max_length, name="forget")
     kept = None
     if retain is not None:
-        rows = np.linspace(0, len(retain) - 1, min(len(retain), settings["retain_eval_samples"])).round().astype(int)
-        kept = prepare_dataset(retain.select(rows), tokenizer, max_length=args.max_length, name="retain")
+        part = evenly_spaced(retain, settings["retain_eval_samples"])
+        kept = prepare_dataset(part, tokenizer, max_length=args.max_length, name="retain")
     pad = int(tokenizer.pad_token_id)
     path = TradeoffCallback(
         prepared, kept if kept is not None else prepared, pad_token_id=pad, every=settings["snapshot_every"]
     )
     trainer = CUDTrainer(
         model_args.model_name_or_path, args, forget_dataset=forget, retain_dataset=retain, processing_class=tokenizer,
-        peft_config=peft_config, difficulty_scores=scores, callbacks=[path],
+        peft_config=get_peft_config(model_args), difficulty_scores=scores, callbacks=[path],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     diverged = None

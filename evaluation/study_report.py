@@ -36,12 +36,10 @@ class Run:
         self.ids: list[str] = found["forget_ids"]
         self.scores: DifficultyScores | None = None
         self.bucket = np.zeros(len(self.ids), dtype=int)
-        self.metric: str | None = None
         if cell.settings["scores_cell"] is not None:
             loaded = DifficultyScores.load(study / "cells" / cell.settings["scores_cell"] / "scores.parquet")
             self.scores = loaded.aligned(self.ids)
-            self.metric = self.scores.metrics[0]
-            self.bucket = self.scores.buckets(self.metric, n_buckets)
+            self.bucket = self.scores.buckets(n=n_buckets)
 
     @property
     def seed(self) -> int:

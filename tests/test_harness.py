@@ -193,6 +193,7 @@ class TestOnAModel:
         np.testing.assert_array_equal(found[0], answer_probability(model, data, pad_token_id=0, batch_size=16))
         assert (found[30][:3] > 5 * found[0][:3]).all()
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert all(p.requires_grad == ("mlp" in name) for name, p in model.named_parameters())
         again = robustness.relearn(model, data, [0, 1, 2], pad_token_id=0, steps=(1, 30), learning_rate=1e-2)
         assert (again[30] == found[30]).all()
         for bad in ({"rows": []}, {"rows": [0], "steps": ()}, {"rows": [0], "steps": (0,)}):

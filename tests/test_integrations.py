@@ -106,6 +106,14 @@ class TestPlainTrainer:
         assert len(trainer.seen) == 12 and trainer.seen[:10] == numbers(trainer.schedule.order.tolist())
         assert trainer.seen[10:] == trainer.seen[:2]  # the next pass would begin with the easiest again
 
+    def test_a_step_larger_than_the_dataset_is_filled(self, tmp_path):
+        trainer = make(
+            tmp_path / "out", per_device_train_batch_size=8, gradient_accumulation_steps=4, num_train_epochs=1
+        )
+        trainer.train()
+        assert len(trainer.seen) == 32 and trainer.seen == (trainer.seen[:10] * 4)[:32]
+        assert trainer.state.global_step == 1
+
     @pytest.mark.parametrize(
         "options",
         [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..circuits.attribution import quiet
-from ..logprobs import score_answers
+from ..logprobs import score_answers, wide
 from .weights import WeightMatrix, columns_out, embedding_scale, multiply, weight_matrices
 
 
@@ -119,13 +119,13 @@ class GradientRecorder:
 
     @torch.no_grad()
     def _take(self, index: int, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-        gradient = _wide(gradient)
+        gradient = wide(gradient)
         if isinstance(module, nn.Embedding):
             gradient = gradient * embedding_scale(module)
             if module.padding_idx is not None:
                 gradient = gradient.masked_fill((x == module.padding_idx).unsqueeze(-1), 0.0)
         else:
-            x = _wide(x)
+            x = wide(x)
         x = x.expand(len(gradient), *x.shape[1:])  # positions may be those of all rows
         square = _square(module, x, gradient)
         if len(self.matrices[index].modules) > 1:
@@ -150,10 +150,6 @@ class GradientRecorder:
             assert self.products is not None
             found["products"] = self.products.cpu()
         return found
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _square(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:

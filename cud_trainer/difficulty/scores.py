@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..data import rows_by_id
+from ..data import id_column, rows_by_id
 from ..files import atomic_write, check_new_file
 from .exchange import TABLES, read_published, read_table, write_table
 
@@ -193,7 +193,7 @@ class DifficultyScores:
             ValueError: for samples without an id or a score, or a column that is there already.
         """
         if ids is None:
-            column = next((name for name in ("sample_id", "id") if name in dataset.column_names), None)
+            column = id_column(dataset.column_names)
             if column is None:
                 raise ValueError(f"the dataset has no column sample_id or id: give ids; it has {dataset.column_names}")
             ids = [str(value) for value in dataset[column]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 
-from ..data import FORMATS, prepare_dataset
+from ..data import FORMATS, id_column, prepare_dataset
 from ..difficulty import DifficultyScores
 from ..schedule import Schedule, make_schedule, parse
 
@@ -110,17 +111,19 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
             passes = int(self.args.num_train_epochs)
             chunk = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             chunk *= self.args.world_size
-            plan = make_schedule(
-                schedule, names, difficulty=values, passes=passes, seed=self.args.seed, **(schedule_args or {})
+            make = partial(
+                make_schedule, schedule, names, difficulty=values, seed=self.args.seed, **(schedule_args or {})
             )
-            more = make_schedule(
-                schedule, names, difficulty=values, passes=passes + 1, seed=self.args.seed, **(schedule_args or {})
-            )
-            position = {name: row for row, name in enumerate(names)}
+            plan = make(passes=passes)
+            order, weight = plan.order, plan.weight
             extra = -len(plan) % chunk
-            fill = slice(len(more) - len(names), len(more) - len(names) + extra)
-            order = np.concatenate([plan.order, more.order[fill]])
-            weight = np.concatenate([plan.weight, more.weight[fill]])
+            if extra:
+                further = -(-extra // len(names))  # passes; a step may be larger than the dataset
+                more = make(passes=passes + further)
+                start = len(more) - further * len(names)
+                order = np.concatenate([order, more.order[start : start + extra]])
+                weight = np.concatenate([weight, more.weight[start : start + extra]])
+            position = {name: row for row, name in enumerate(names)}
             rows = np.array([position[name] for name in order.tolist()])
             if weighted and weights == "sampling":
                 generator = np.random.default_rng([self.args.seed, 5])
@@ -192,7 +195,7 @@ def _ids(dataset: Any, ids: Sequence[str] | None, processing_class: Any) -> list
             raise ValueError(f"ids are {len(found)} for {len(dataset)} samples")
     else:
         columns = getattr(dataset, "column_names", None) or []
-        column = next((name for name in ("sample_id", "id") if name in columns), None)
+        column = id_column(columns)
         if column is not None:
             found = [str(name) for name in dataset[column]]
         elif processing_class is not None and any(all(c in columns for c in needed) for needed in FORMATS.values()):

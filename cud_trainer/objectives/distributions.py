@@ -5,16 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..logprobs import answer_mean, wide
 from .registry import not_negative, positive, register_objective
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the True positions of each row; 0 for a row without any."""
-    return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 @register_objective("undial", retain_loss="none", token_mean=True, check=positive("beta"))
@@ -35,12 +27,12 @@ def self_distillation(
     """
     adjusted = reference_top_logps - beta * (reference_top_ids == targets.unsqueeze(-1))
     total = torch.logaddexp(adjusted.logsumexp(-1), reference_rest_logps)
-    current = _wide(logits).log_softmax(-1)
+    current = wide(logits).log_softmax(-1)
     entropy = -((adjusted - total.unsqueeze(-1)).exp() * current.gather(-1, reference_top_ids)).sum(-1)
     if reference_top_ids.shape[-1] < logits.shape[-1]:
         rest = current.scatter(-1, reference_top_ids, -torch.inf).logsumexp(-1)
         entropy = entropy - (reference_rest_logps - total).exp() * rest
-    return _mean(entropy, mask)
+    return answer_mean(entropy, mask)
 
 
 @register_objective("ceu", retain_loss="none", token_mean=True, check=not_negative("skip"))
@@ -50,11 +42,11 @@ def cross_entropy_unlearning(logits: Tensor, mask: Tensor, targets: Tensor, *, s
     CE-U, Yang 2025, arXiv 2503.01224, mean over answer tokens but the first `skip`, from which an answer can start in
     any direction; 0 for an answer that has no more. sg = no gradient.
     """
-    wide = _wide(logits)
-    target = wide.detach().scatter(-1, targets.unsqueeze(-1), -torch.inf).softmax(-1)
-    entropy = -(target * wide.log_softmax(-1)).sum(-1)
+    logits = wide(logits)
+    target = logits.detach().scatter(-1, targets.unsqueeze(-1), -torch.inf).softmax(-1)
+    entropy = -(target * logits.log_softmax(-1)).sum(-1)
     later = mask & (mask.long().cumsum(-1) > skip)
-    return _mean(entropy, later)
+    return answer_mean(entropy, later)
 
 
 @register_objective("pdu", requires_retain=True, token_mean=True)
@@ -64,5 +56,5 @@ def logit_flattening(logits: Tensor, mask: Tensor) -> Tensor:
     PDU, Entesari et al. 2025, arXiv 2506.05314. The method holds the retain loss at a limit by primal-dual steps of its
     weight: give `retain_limit`.
     """
-    wide = _wide(logits)
-    return _mean((wide.amax(-1) - wide.mean(-1)).square(), mask)
+    logits = wide(logits)
+    return answer_mean((logits.amax(-1) - logits.mean(-1)).square(), mask)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import atomic_write
-from ..logprobs import AnswerScores
+from ..logprobs import AnswerScores, wide
 
 
 @dataclass
@@ -33,8 +33,7 @@ class TopTokens:
 
     def keep(self, rows: list[int], scores: AnswerScores, k: int, *, with_target: bool) -> None:
         """Take the top `k` of `scores`, the target first if `with_target`."""
-        logits = scores.logits if scores.logits.dtype == torch.float64 else scores.logits.float()
-        logps = logits.log_softmax(-1)
+        logps = wide(scores.logits).log_softmax(-1)
         ranked = logps.scatter(-1, scores.targets.unsqueeze(-1), torch.inf) if with_target else logps
         ids = ranked.topk(min(k, logps.shape[-1]), dim=-1).indices
         top, rest = logps.gather(-1, ids), logps.scatter(-1, ids, -torch.inf).logsumexp(-1)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..logprobs import answer_mean
 from .registry import positive, register_objective
 
 
@@ -28,4 +29,4 @@ def misdirection(
         layer: decoder layer (from 0) whose output is steered; by default 7/32 of the depth, as published for 7B models.
     """
     squared = (hidden - steering * direction.to(hidden)).square().mean(-1)
-    return (squared * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return answer_mean(squared, mask)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..logprobs import answer_mean, wide
+
 RETAIN_LOSSES = ("none", "nll", "kl", "activations")
 
 
@@ -25,7 +27,7 @@ def retain_kl(logits: Tensor, mask: Tensor, reference_logps: Tensor, reference_i
         mask: True on answer tokens, `[B, K]`.
         reference_logps, reference_ids: top-k log-probabilities and token ids of the reference, `[B, K, k]`.
     """
-    current = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    current = wide(logits).log_softmax(-1)
     top = current.gather(-1, reference_ids)
     reference = reference_logps.to(top.dtype)
     divergence = (reference.exp() * (reference - top)).sum(-1)
@@ -37,7 +39,7 @@ def retain_kl(logits: Tensor, mask: Tensor, reference_logps: Tensor, reference_i
         # Where float rounding leaves no reference mass in the tail there is nothing to keep.
         tail = reference_rest * (reference_rest.log() - log_rest)
         divergence = divergence + torch.where(reference_rest > 1e-6, tail, torch.zeros_like(tail))
-    return (divergence * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return answer_mean(divergence, mask)
 
 
 def retain_activations(hidden: Tensor, mask: Tensor, reference_hidden: Tensor) -> Tensor:
@@ -50,4 +52,4 @@ def retain_activations(hidden: Tensor, mask: Tensor, reference_hidden: Tensor) -
         mask: True on answer tokens, `[B, K]`.
     """
     squared = (hidden - reference_hidden.to(hidden)).square().mean(-1)
-    return (squared * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return answer_mean(squared, mask)
