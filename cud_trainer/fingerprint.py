@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +28,12 @@ def model_fingerprint(model: nn.Module) -> str:
         stride = max(1, -(-flat.numel() // SAMPLES_PER_TENSOR))  # rounded up: the last values count, too
         digest.update(flat[::stride][:SAMPLES_PER_TENSOR].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def file_hash(path: str | Path) -> str:
+    """Hash of a file's bytes (16 hex digits)."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

@@ -429,6 +429,8 @@ def _results(
         "circuits": pictures,
         "conditions": conditions,
         "retain_weight_fit": fit,
+        "fit_note": "Fitted for each condition on a seed of its own, by the lowest mean forget probability at matched "
+        "retain utility.",
         "matched": matched,
         "findings": findings,
     }

@@ -46,7 +46,6 @@ def tradeoff(conditions: list[dict[str, Any]], matched: list[dict[str, Any]]) ->
     """Retain utility against what is left: hardest bucket (top), all forget samples (bottom); a column an objective."""
     objectives = _objectives(conditions)
     figure, axes = _figure(len(objectives), 2, sharex="col", sharey=True)
-    levels = {row["objective"]: row["retain_level"] for row in matched}
     for column, objective in enumerate(objectives):
         mine = [condition for condition in conditions if condition["objective"] == objective]
         for row, what in enumerate(("hardest bucket", "all forget samples")):
@@ -65,8 +64,8 @@ def tradeoff(conditions: list[dict[str, Any]], matched: list[dict[str, Any]]) ->
                         color=COLOURS[number % len(COLOURS)],
                         label=_name(condition) if seed == condition["seeds"][0] else None,
                     )
-            if objective in levels:
-                ax.axvline(levels[objective], color=GREY, linewidth=1, linestyle=":")
+            for level in (entry["retain_level"] for entry in matched if entry["objective"] == objective):
+                ax.axvline(level, color=GREY, linewidth=1, linestyle=":")
             ax.set_ylim(-0.02, 1.02)
             if column == 0:
                 ax.set_ylabel(f"left of {what}\n(answer probability)")

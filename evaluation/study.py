@@ -1,36 +1,40 @@
 """`cud study`: many unlearning runs that differ in chosen options, compared at matched retain utility.
 
-Every piece of work is a cell with a folder of its own, run by a process of its own (`evaluation.study_cell`): one that
+Every piece of work is a cell with a folder of its own, run in another process (`evaluation.study_cell`): one that
 fails, or whose process is killed, does not take the others with it. A finished cell is recognised by the fingerprint of
 everything its outcome depends on, and skipped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from trl import ModelConfig, TrlParser
 
 from cud_trainer import CUDConfig
-from cud_trainer.commands import DataArguments, load_tokenizer
+from cud_trainer.commands import DataArguments, load_samples, load_tokenizer
 from cud_trainer.data import check_disjoint, dataset_fingerprint, prepare_dataset
-from cud_trainer.difficulty.scores import merge_metrics
+from cud_trainer.difficulty.scores import DifficultyScores, merge_metrics
 from cud_trainer.files import write_json
-from cud_trainer.fingerprint import versions
+from cud_trainer.fingerprint import file_hash, versions
 
-TRAIN_FIELDS = {f.name for f in fields(CUDConfig)}
+SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
+TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
 # What a study sets itself.
 RESERVED = {
     "output_dir", "overwrite", "save_strategy", "eval_strategy", "report_to", "disable_tqdm", "push_to_hub",
@@ -46,9 +50,12 @@ class StudyArguments(DataArguments):
     """What `cud study` reads besides TRL's `ModelConfig` (model, adapter)."""
 
     output_dir: str = field(default="cud-study", metadata={"help": "Where the cells and the report go."})
-    grid: dict[str, Any] | str = field(
+    grid: Any = field(
         default_factory=dict,
-        metadata={"help": "Options of `cud train` with a list of values each; a cell for every combination."},
+        metadata={
+            "help": "Options of `cud train` with a list of values each; a cell for every combination. A list of such "
+            "mappings is their union."
+        },
     )
     train: dict[str, Any] | str = field(
         default_factory=dict, metadata={"help": "Options of `cud train` that all cells share."}
@@ -61,40 +68,83 @@ class StudyArguments(DataArguments):
     snapshot_every: int = field(
         default=1, metadata={"help": "Optimizer steps between two points of a trade-off curve."}
     )
+    utility_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Samples whose answer probability is the utility of a curve; better none that the retain loss "
+            "sees. Default: the retain set."
+        },
+    )
+    utility_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
+    utility_split: str = field(default="train", metadata={"help": "Its split."})
     retain_eval_samples: int = field(
-        default=200, metadata={"help": "Retain samples whose probability is the utility of a curve, evenly spaced."}
+        default=200, metadata={"help": "How many of them are measured at most, evenly spaced."}
     )
-    retain_level: float = field(
-        default=0.95, metadata={"help": "Conditions are compared at this share of the starting retain probability."}
+    retain_level: list[float] = field(
+        default_factory=lambda: [0.95],
+        metadata={
+            "help": "Conditions are compared at these shares of the starting utility, each tuned for each; curves and "
+            "samples are those of the first."
+        },
     )
+    relearn_samples: int = field(
+        default=0,
+        metadata={
+            "help": "From where a run has forgotten most at the first level, fine-tune on as many forget samples again "
+            "and see what comes back of the others."
+        },
+    )
+    relearn_steps: int = field(default=10, metadata={"help": "Steps of that."})
+    relearn_rate: float = field(default=1e-5, metadata={"help": "Its learning rate."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
     overwrite: bool = field(default=False, metadata={"help": "Replace cells that were run with other settings."})
 
     def __post_init__(self) -> None:
-        for name in ("grid", "train"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} must be a mapping of options, got {getattr(self, name)!r}")
-        if not self.grid:
-            raise ValueError(
-                "grid is empty: give options with a list of values, for example {schedule: [uniform, ...]}"
-            )
-        for name, values in self.grid.items():  # type: ignore[union-attr]
-            if not isinstance(values, list) or not values:
-                raise ValueError(f"grid: {name} needs a list of values, got {values!r}")
-            if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
-                raise ValueError(f"grid: {name} has a value twice: {values}")
-        for name in [*self.grid, *self.train]:
-            if name not in TRAIN_FIELDS or name in RESERVED:
-                why = "is set by the study itself" if name in RESERVED else "is no option of `cud train`"
-                raise ValueError(f"{name!r} {why}")
-        both = sorted(set(self.grid) & set(self.train))
-        if both:
-            raise ValueError(f"{both[0]!r} is both in grid and in train")
-        for name in ("workers", "snapshot_every", "retain_eval_samples", "n_buckets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.retain_level < 1:
+        if not isinstance(self.train, dict):
+            raise ValueError(f"train must be a mapping of options, got {self.train!r}")
+        for grid in self.grids:
+            if not isinstance(grid, dict):
+                raise ValueError(f"grid must be a mapping of options or a list of such, got {grid!r}")
+            if not grid:
+                raise ValueError(
+                    "grid is empty: give options with a list of values, for example {schedule: [uniform, ...]}"
+                )
+            for name, values in grid.items():
+                if not isinstance(values, list) or not values:
+                    raise ValueError(f"grid: {name} needs a list of values, got {values!r}")
+                if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+                    raise ValueError(f"grid: {name} has a value twice: {values}")
+            both = sorted(set(grid) & set(self.train))
+            if both:
+                raise ValueError(f"{both[0]!r} is both in grid and in train")
+            for name in [*grid, *self.train]:
+                if name not in TRAIN_FIELDS or name in RESERVED:
+                    why = "is set by the study itself" if name in RESERVED else "is no option of `cud train`"
+                    raise ValueError(f"{name!r} {why}")
+        for name, least in (
+            ("workers", 1), ("snapshot_every", 1), ("retain_eval_samples", 1), ("n_buckets", 1), ("relearn_steps", 1),
+            ("relearn_samples", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.relearn_rate > 0:
+            raise ValueError(f"relearn_rate must be positive, got {self.relearn_rate}")
+        if isinstance(self.retain_level, (int, float)):  # one level in a YAML file
+            self.retain_level = [self.retain_level]
+        if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
+
+    @property
+    def grids(self) -> list[dict[str, Any]]:
+        """The mappings whose combinations are the cells."""
+        return self.grid if isinstance(self.grid, list) and self.grid else [self.grid]
+
+    def load_utility(self) -> Dataset | None:
+        """The samples that measure utility, before they are thinned; `None` for the retain set."""
+        if self.utility_dataset is None and self.utility_config is None:
+            return None
+        source = self.utility_dataset or self.retain_dataset or self.forget_dataset or ""
+        return load_samples(source, self.utility_config, self.utility_split, None, "utility")
 
 
 @dataclass(frozen=True)
@@ -127,42 +177,62 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
     Raises:
         ValueError: for a combination that `CUDConfig` refuses, naming it.
     """
-    grid, train = dict(args.grid), dict(args.train)  # type: ignore[arg-type]
-    names = list(grid)
-    combinations = [dict(zip(names, values, strict=True)) for values in itertools.product(*grid.values())]
+    train = dict(args.train)  # type: ignore[arg-type]
+    combinations = [
+        dict(zip(grid, values, strict=True)) for grid in args.grids for values in itertools.product(*grid.values())
+    ]
     metrics: dict[str, list[str]] = {}
     configs = []
     for choices in combinations:
         options = {**train, **choices}
+        given = options.pop(SCORES, None)
         try:
             config = CUDConfig("unused", **{"report_to": "none", **options})
         except (ValueError, TypeError) as error:
             raise ValueError(f"cell {_named(choices)}: {error}") from None
         configs.append(config)
-        found = metrics.setdefault(_scores_key(options), [])
-        if config.difficulty is not None:
-            found += [config.difficulty, *config.schedule_metrics]
+        needed = [] if config.difficulty is None else [config.difficulty, *config.schedule_metrics]
+        if given is None:
+            metrics.setdefault(_scores_key(options), []).extend(needed)
+        else:
+            known = DifficultyScores.load(given)
+            lacking = [name for name in needed if name not in known.columns]
+            if lacking:
+                raise ValueError(
+                    f"cell {_named(choices)}: {given} has no metric {lacking[0]!r}; it has {known.metrics}"
+                )
     scores: dict[str, Cell] = {}
     runs = []
     for choices, config in zip(combinations, configs, strict=True):
         options = {**train, **choices}
+        given = options.pop(SCORES, None)
         key = _scores_key(options)
-        if config.difficulty is not None and key not in scores:
+        if config.difficulty is not None and given is None and key not in scores:
             own = {name: value for name, value in options.items() if name not in NOT_OF_SCORES}
             needed = merge_metrics(metrics[key][0], [*metrics[key][1:], "loss", "length"])
             settings = {**base, "kind": "scores", "options": own, "metrics": needed}
             number = hashlib.sha256(key.encode()).hexdigest()[:8]
             shared = {name: value for name, value in choices.items() if name not in NOT_OF_SCORES}
             scores[key] = Cell("scores", f"scores-{number}", shared, settings)
+        cell = None if given is not None else scores.get(key)
         settings = {
             **base, "kind": "run", "options": options, "snapshot_every": args.snapshot_every,
             "retain_eval_samples": args.retain_eval_samples,
-            "scores": scores[key].fingerprint if key in scores else None,
-            "scores_cell": scores[key].name if key in scores else None,
+            "scores": file_hash(given) if given is not None else cell.fingerprint if cell else None,
+            "scores_cell": cell.name if cell else None,
         }  # fmt: skip
+        if given is not None:
+            settings["scores_file"] = str(given)
+        if args.relearn_samples:
+            settings["relearn"] = {
+                "samples": args.relearn_samples, "steps": args.relearn_steps, "rate": args.relearn_rate,
+                "level": args.retain_level[0],
+            }  # fmt: skip
         runs.append(Cell("run", _named(choices), choices, settings))
     if len({cell.name for cell in runs}) < len(runs):  # values that differ in what a name cannot show
         runs = [Cell(c.kind, f"{c.name}-{c.fingerprint[:6]}", c.choices, c.settings) for c in runs]
+    if len({cell.name for cell in runs}) < len(runs):
+        raise ValueError("two mappings of grid have a combination in common")
     return list(scores.values()), runs
 
 
@@ -181,7 +251,7 @@ def _named(choices: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     """Entry point of `cud study`."""
-    from .study_report import write_study
+    from .study_report import first_seeds, reported, write_study
 
     args, model_args = TrlParser((StudyArguments, ModelConfig), prog="cud study").parse_args_and_config(argv)
     output = Path(args.output_dir)
@@ -191,12 +261,11 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"output directory {output} is not empty and holds no study; choose another one")
     forget, retain = args.load()
     tokenizer = load_tokenizer(model_args)
-    group = {**args.train, **args.grid}.get("group_column")
+    group = args.train.get("group_column")  # type: ignore[union-attr]
+    length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
     prepared = [
-        None
-        if part is None
-        else prepare_dataset(part, tokenizer, max_length=args.train.get("max_length", 1024), name=name)
-        for name, part in (("forget", forget), ("retain", retain))
+        None if part is None else prepare_dataset(part, tokenizer, max_length=length, name=name)
+        for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility()))
     ]
     if prepared[0] is not None and prepared[1] is not None:
         check_disjoint(prepared[0], prepared[1])
@@ -216,16 +285,20 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"another study is running in {output}") from None
     try:
         _check_kept(output, [*scores, *runs], args.overwrite)
-        shared = {"model": vars(model_args), "data": {f.name: getattr(args, f.name) for f in fields(DataArguments)}}
+        kept = [*fields(DataArguments), *(f for f in fields(StudyArguments) if f.name.startswith("utility_"))]
+        shared = {"model": vars(model_args), "data": {f.name: getattr(args, f.name) for f in kept}}
         write_json(output / "study.json", json.loads(json.dumps({"argv": argv, "shared": shared}, default=str)))
         started = time.time()
         failed = run_cells(scores, output, args)
         lost = {cell.name for cell in scores if cell.name in failed}
         ready = [cell for cell in runs if cell.settings["scores_cell"] not in lost]
         failed |= {c.name: "its difficulty scores failed" for c in runs if c not in ready}
+        failed |= run_cells(first_seeds(ready), output, args)
+        # The settings that lose on the first seed are in no figure: their other seeds are not run.
+        ready = reported(output, [cell for cell in ready if cell.name not in failed], args.retain_level, args.n_buckets)
         failed |= run_cells(ready, output, args)
         report = write_study(
-            output, [cell for cell in runs if cell.name not in failed], failed, retain_level=args.retain_level,
+            output, [cell for cell in ready if cell.name not in failed], failed, levels=args.retain_level,
             n_buckets=args.n_buckets, command="cud study " + " ".join(argv), seconds=time.time() - started,
             groups=list(forget[group]) if isinstance(group, str) else None,
         )  # fmt: skip
@@ -240,20 +313,15 @@ def main(argv: list[str]) -> int:
 
 def _model_identity(model_args: Any) -> dict[str, Any]:
     """Path and files of the model, and the adapter's options: cheap, and another one shows."""
-    found = {
+    found: dict[str, Any] = {
         key: value
         for key, value in vars(model_args).items()
         if isinstance(value, (str, int, float, bool, list, type(None)))
     }
     folder = Path(model_args.model_name_or_path)
     if folder.is_dir():
-        digest = hashlib.sha256()
-        for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin")):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        found["files"] = digest.hexdigest()[:16]
+        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin"))
+        found["files"] = {path.name: file_hash(path) for path in files}
     return found
 
 
@@ -295,7 +363,7 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 def run_cells(cells: list[Cell], output: Path, args: StudyArguments) -> dict[str, str]:
     """Run what is not finished, `workers` at a time; returns why cells failed, by name."""
     failed: dict[str, str] = {}
-    todo = []
+    todo: queue.SimpleQueue[Cell] = queue.SimpleQueue()
     for cell in cells:
         folder = output / "cells" / cell.name
         if (folder / "result.json").exists():
@@ -305,37 +373,80 @@ def run_cells(cells: list[Cell], output: Path, args: StudyArguments) -> dict[str
             folder / "cell.json",
             {"fingerprint": cell.fingerprint, "kind": cell.kind, "choices": cell.choices, "settings": cell.settings},
         )
-        todo.append(cell)
+        todo.put(cell)
     kind = cells[0].kind if cells else "run"
+    count = todo.qsize()
+    workers = min(args.workers, count)
     places = args.devices or [""]
+
+    def work(number: int) -> None:
+        with Worker(output, places[number % len(places)], args.workers) as worker:
+            while True:
+                try:
+                    cell = todo.get_nowait()
+                except queue.Empty:
+                    return
+                reason = worker.run(cell)
+                if reason is not None:
+                    failed[cell.name] = reason
+                bar.update()
+
     with (
-        ThreadPoolExecutor(args.workers) as pool,
-        tqdm(total=len(cells), initial=len(cells) - len(todo), desc=kind, unit="cell") as bar,
+        ThreadPoolExecutor(max(1, workers)) as pool,
+        tqdm(total=len(cells), initial=len(cells) - count, desc=kind, unit="cell") as bar,
     ):
-        started = {
-            pool.submit(_run_cell, output, cell, places[number % len(places)], args.workers): cell
-            for number, cell in enumerate(todo)
-        }
-        for future in as_completed(started):
-            reason = future.result()
-            if reason is not None:
-                failed[started[future].name] = reason
-            bar.update()
+        for future in [pool.submit(work, number) for number in range(workers)]:
+            future.result()
     return failed
 
 
-def _run_cell(output: Path, cell: Cell, device: str, workers: int) -> str | None:
-    """Run a cell in a process of its own; `None`, or why it failed in one line."""
-    folder = output / "cells" / cell.name
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    if device:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    with (folder / "log.txt").open("w") as log:
-        command = [sys.executable, "-m", "evaluation.study_cell", str(output), cell.name]
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
-    if (folder / "result.json").exists():
-        return None
-    lines = [line.strip() for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1][:300] if lines else "no output"
-    return f"{last} (exit code {done.returncode}; {folder / 'log.txt'})"
+class Worker:
+    """A process that works on one cell after the other (`evaluation.study_cell`), so that each need not import torch.
+
+    One that fails at a cell ends, and the next cell gets a new one. It ends, too, when this process does: its standard
+    input is then closed.
+
+    Args:
+        study: folder of the study.
+        device: for CUDA_VISIBLE_DEVICES; empty for all.
+        workers: how many share the cores.
+    """
+
+    def __init__(self, study: Path, device: str, workers: int) -> None:
+        self.study = study
+        self.environment = dict(os.environ)
+        self.environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+        if device:
+            self.environment["CUDA_VISIBLE_DEVICES"] = device
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.process is not None:
+            self.process.stdin.close()  # type: ignore[union-attr]
+            self.process.wait()
+
+    def run(self, cell: Cell) -> str | None:
+        """Have a cell done; `None`, or why it failed in one line."""
+        if self.process is None:
+            command = [sys.executable, "-m", "evaluation.study_cell", str(self.study)]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
+            )
+        folder = self.study / "cells" / cell.name
+        log = folder / "log.txt"
+        log.unlink(missing_ok=True)
+        with contextlib.suppress(BrokenPipeError):  # it died between two cells; the log says so
+            self.process.stdin.write(f"{cell.name}\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+        answer = self.process.stdout.readline()  # type: ignore[union-attr]
+        code = 0
+        if not answer:
+            code, self.process = self.process.wait(), None
+        if (folder / "result.json").exists():
+            return None
+        text = log.read_text(errors="replace") if log.exists() else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return f"{lines[-1][:300] if lines else 'no output'} (exit code {code}; {log})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +24,65 @@ from .study import TUNED, Cell
 BASE = "uniform"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a cell stands in a study.
+
+    Attributes:
+        panel: what is compared only within itself: the objective, and whatever else of the grid is neither tuned nor
+            part of a schedule.
+        schedule: with its options, and the metric where the grid has it beside scores made before.
+        tuning: learning rate and retain weight.
+        seed: of the run.
+    """
+
+    panel: str
+    schedule: str
+    tuning: tuple
+    seed: int
+
+
+def place(cell: Cell) -> Place:
+    """`Place` of a run cell."""
+    options = cell.settings["options"]
+    own = {"objective", "objective_args", "schedule", "schedule_args", "seed", *TUNED}
+    schedule = _with_options(options.get("schedule", BASE), options.get("schedule_args"))
+    if "scores_file" in cell.settings and "difficulty" in cell.choices:  # buckets are those of the file's first metric
+        own.add("difficulty")
+        schedule += f" by {options['difficulty']}"
+    others = {name: value for name, value in cell.choices.items() if name not in own}
+    objective = _with_options(options.get("objective", "npo"), options.get("objective_args"))
+    panel = ", ".join([objective, *(f"{key}={value}" for key, value in others.items())])
+    return Place(panel, schedule, tuple(options.get(name) for name in TUNED), int(options.get("seed", 42)))
+
+
 class Run:
     """What a finished run cell left behind."""
 
     def __init__(self, study: Path, cell: Cell, n_buckets: int) -> None:
         found = json.loads((study / "cells" / cell.name / "result.json").read_text())
         self.cell, self.seconds, self.diverged = cell, found["seconds"], found["diverged"]
+        where = place(cell)
+        self.panel, self.schedule, self.tuning, self.seed = where.panel, where.schedule, where.tuning, where.seed
         self.options = cell.settings["options"]
         self.steps, self.forget = np.array(found["steps"]), np.array(found["forget"])
         self.retain = None if found["retain"] is None else np.array(found["retain"])
         self.final = {name: {k: np.array(v) for k, v in part.items()} for name, part in found["final"].items()}
+        self.relearned: dict[str, Any] | None = found["relearned"]
         self.ids: list[str] = found["forget_ids"]
         self.scores: DifficultyScores | None = None
         self.bucket = np.zeros(len(self.ids), dtype=int)
+        given = cell.settings.get("scores_file")
         if cell.settings["scores_cell"] is not None:
-            loaded = DifficultyScores.load(study / "cells" / cell.settings["scores_cell"] / "scores.parquet")
-            self.scores = loaded.aligned(self.ids)
+            given = study / "cells" / cell.settings["scores_cell"] / "scores.parquet"
+        if given is not None:
+            self.scores = DifficultyScores.load(given).aligned(self.ids)
             self.bucket = self.scores.buckets(n=n_buckets)
 
     @property
-    def seed(self) -> int:
-        return int(self.options.get("seed", 42))
-
-    @property
-    def schedule(self) -> str:
-        return _with_options(self.options.get("schedule", BASE), self.options.get("schedule_args"))
-
-    @property
-    def panel(self) -> str:
-        """What is compared only within itself: the objective, and whatever else of the grid is neither tuned nor a
-        schedule."""
-        others = {
-            name: value for name, value in self.cell.choices.items()
-            if name not in ("objective", "objective_args", "schedule", "schedule_args", "seed", *TUNED)
-        }  # fmt: skip
-        name = _with_options(self.options.get("objective", "npo"), self.options.get("objective_args"))
-        return ", ".join([name, *(f"{key}={value}" for key, value in others.items())])
-
-    @property
-    def tuning(self) -> tuple:
-        return tuple(self.options.get(name) for name in TUNED)
+    def hardest(self) -> np.ndarray:
+        """Samples of the bucket predicted hardest (all, without scores), bool `[N]`."""
+        return self.bucket == self.bucket.max()
 
     def at(self, share: float) -> tuple[np.ndarray, float]:
         """Forget probability of each sample where the run has forgotten most at `share` of the starting retain
@@ -72,6 +92,43 @@ class Run:
         position = audit.matched_position(self.retain, self.forget.mean(1), share * self.retain[0])
         assert position is not None  # the start is above the level
         return audit.at_position(self.forget, position), float(audit.at_position(self.steps, position))
+
+
+def first_seeds(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that decide which settings are reported: of each schedule with several, those with its first seed."""
+    found = []
+    for group in _conditions([place(cell) for cell in cells]).values():
+        mine = [cells[number] for number in group]
+        settings = {place(cell).tuning for cell in mine}
+        found += [cell for cell in mine if len(settings) == 1 or place(cell).seed == place(mine[0]).seed]
+    return found
+
+
+def reported(study: Path, cells: Sequence[Cell], levels: Sequence[float], n_buckets: int) -> list[Cell]:
+    """The cells that figures are made of, given the results of `first_seeds`: those of the settings that are best on
+    the first seed at one of the levels, and the trials themselves."""
+    found = []
+    places = [place(cell) for cell in cells]
+    trials = {cell.name for cell in first_seeds(cells)}
+    for group in _conditions(places).values():
+        mine = [cells[number] for number in group]
+        runs = [Run(study, cell, n_buckets) for cell in mine if cell.name in trials]
+        best = {_best(runs, level).tuning for level in levels}
+        found += [cell for cell in mine if cell.name in trials or place(cell).tuning in best]
+    return found
+
+
+def _conditions(places: Sequence[Place]) -> dict[tuple[str, str], list[int]]:
+    """Positions by panel and schedule."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for number, where in enumerate(places):
+        found.setdefault((where.panel, where.schedule), []).append(number)
+    return found
+
+
+def _best(runs: Sequence[Run], level: float) -> Run:
+    """The run that leaves least of the hardest bucket at `level`."""
+    return min(runs, key=lambda run: float(run.at(level)[0][run.hardest].mean()))
 
 
 def _with_options(name: str, options: Any) -> str:
@@ -88,7 +145,7 @@ def write_study(
     cells: Sequence[Cell],
     failed: dict[str, str],
     *,
-    retain_level: float,
+    levels: Sequence[float],
     n_buckets: int,
     command: str,
     seconds: float,
@@ -104,47 +161,34 @@ def write_study(
     rows_of_samples: list[pd.DataFrame] = []
     for panel in dict.fromkeys(run.panel for run in runs):
         mine = [run for run in runs if run.panel == panel]
-        chosen: dict[str, list[Run]] = {}
-        for schedule in dict.fromkeys(run.schedule for run in mine):
-            same = [run for run in mine if run.schedule == schedule]
-            chosen[schedule], rows = _tune(same, retain_level, n_buckets, panel)
-            fits += rows
-        levels, lines = {}, []
-        for schedule, group in chosen.items():
-            found = [run.at(retain_level) for run in group]
-            levels[schedule] = np.mean([values for values, _ in found], axis=0)
-            hardest = group[0].bucket == n_buckets - 1
-            lines.append(
-                {
-                    "schedule": schedule,
-                    "retain_weight": group[0].options.get("retain_weight", 1.0),
-                    "learning_rate": group[0].options.get("learning_rate"),
-                    "forget": stats.bootstrap_mean(levels[schedule], seed=seed).as_dict(),
-                    "hardest_bucket": stats.bootstrap_mean(levels[schedule][hardest], seed=seed).as_dict(),
-                    "worst_quarter": float(np.mean([worst_quarter(values) for values, _ in found])),
-                    "steps": float(np.mean([step for _, step in found])),
-                    "seconds": float(np.mean([run.seconds for run in group])),
-                    "reason": "diverged later" if any(run.diverged for run in group) else None,
-                }
-            )
-            conditions.append(_condition(panel, schedule, group, n_buckets, seed))
-            frame = pd.DataFrame({"sample_id": group[0].ids, "left": levels[schedule], "bucket": group[0].bucket + 1})
-            rows_of_samples.append(frame.assign(panel=panel, schedule=schedule))
         begun = [run.retain[0] for run in mine if run.retain is not None]
         start = float(np.mean(begun)) if begun else float("nan")
-        entry: dict[str, Any] = {
-            "objective": panel,
-            "retain_level": retain_level * start,
-            "rows": lines,
-            "difference": None,
-        }
-        matched.append(entry)
+        compared = {}
+        for number, level in enumerate(levels):
+            chosen: dict[str, list[Run]] = {}
+            for schedule in dict.fromkeys(run.schedule for run in mine):
+                same = [run for run in mine if run.schedule == schedule]
+                chosen[schedule], rows = _tune(same, level, f"{panel}, at {level:g}")
+                fits += rows
+            compared[level] = chosen
+            left = _left(chosen, level)
+            lines = [_matched_row(schedule, group, left[schedule], level, seed) for schedule, group in chosen.items()]
+            matched.append({"objective": panel, "retain_level": level * start, "rows": lines, "difference": None})
+            if number:
+                continue
+            for schedule, group in chosen.items():
+                conditions.append(_condition(panel, schedule, group, n_buckets, seed))
+                values = {"sample_id": group[0].ids, "left": left[schedule], "bucket": group[0].bucket + 1}
+                rows_of_samples.append(pd.DataFrame(values).assign(panel=panel, schedule=schedule))
+        chosen = compared[levels[0]]
         if BASE in chosen and len(chosen) > 1:
-            extra, more = _differences(panel, chosen, levels, n_buckets, retain_level, seed)
+            extra, more = _differences(panel, compared, seed)
             tables.append(extra)
             findings += more
         elif len(chosen) > 1:
             findings.append(f"{panel}: no {BASE!r} in the grid to compare with")
+        if any(run.relearned for run in mine):
+            tables.append(_relearning(panel, chosen, levels[0], seed))
         uniform = chosen.get(BASE, [])
         if uniform and uniform[0].scores is not None:
             section = audit.difficulty_section(
@@ -157,7 +201,7 @@ def write_study(
         if groups is not None and uniform:
             scored = uniform[0].scores
             primary = None if scored is None else scored[scored.metrics[0]]
-            extra, line = sections.group_table(levels[BASE], groups, primary, seed)
+            extra, line = sections.group_table(_left(chosen, levels[0])[BASE], groups, primary, seed)
             tables.append({**extra, "id": f"groups-{len(tables)}", "title": f"By group: {panel}, {BASE}"})
             findings.append(f"{panel}, {BASE}: {line}")
     if failed:
@@ -190,80 +234,131 @@ def write_study(
         results["difficulty"] = {"note": note, "objectives": difficulty}
     if any(row["chosen"] for row in fits):
         results["retain_weight_fit"] = fits
+        results["fit_note"] = (
+            "Learning rate and retain weight of each schedule are those that leave least of the hardest bucket on the "
+            "first seed, at each level; figures are of the other seeds."
+        )
     return write_report(results, study, pd.concat(rows_of_samples, ignore_index=True))
 
 
-def _tune(runs: list[Run], retain_level: float, n_buckets: int, panel: str) -> tuple[list[Run], list[dict[str, Any]]]:
-    """The runs that are reported: with the learning rate and retain weight that are best on the first seed, the others.
+def _left(chosen: dict[str, list[Run]], level: float) -> dict[str, np.ndarray]:
+    """What each schedule leaves of each sample at `level`, mean over seeds, `[N]`."""
+    return {schedule: np.mean([run.at(level)[0] for run in group], axis=0) for schedule, group in chosen.items()}
+
+
+def _matched_row(schedule: str, group: list[Run], left: np.ndarray, level: float, seed: int) -> dict[str, Any]:
+    found = [run.at(level) for run in group]
+    return {
+        "schedule": schedule,
+        "retain_weight": group[0].options.get("retain_weight", 1.0),
+        "learning_rate": group[0].options.get("learning_rate"),
+        "forget": stats.bootstrap_mean(left, seed=seed).as_dict(),
+        "hardest_bucket": stats.bootstrap_mean(left[group[0].hardest], seed=seed).as_dict(),
+        "worst_quarter": float(np.mean([worst_quarter(values) for values, _ in found])),
+        "steps": float(np.mean([step for _, step in found])),
+        "seconds": float(np.mean([run.seconds * at / run.steps[-1] for run, (_, at) in zip(group, found, strict=True)])),
+        "reason": "diverged later" if any(run.diverged for run in group) else None,
+    }  # fmt: skip
+
+
+def _tune(runs: list[Run], level: float, panel: str) -> tuple[list[Run], list[dict[str, Any]]]:
+    """The runs that are reported: with the learning rate and retain weight that leave least of the hardest bucket on
+    the first seed, the other seeds.
 
     With one setting or one seed there is nothing to choose, or nothing to choose on: all (of the best setting) are.
     """
-    settings = list(dict.fromkeys(run.tuning for run in runs))
-    seeds = list(dict.fromkeys(run.seed for run in runs))
-    if len(settings) == 1:
+    if len({run.tuning for run in runs}) == 1:
         return runs, []
-    trial = [run for run in runs if run.seed == seeds[0]]
+    trial = [run for run in runs if run.seed == runs[0].seed]
+    best = _best(trial, level)
     rows = []
     for run in trial:
-        values, _ = run.at(retain_level)
+        values, _ = run.at(level)
         rows.append(
             {
                 "objective": f"{panel}, learning rate {run.options.get('learning_rate')}",
                 "schedule": run.schedule,
                 "retain_weight": run.options.get("retain_weight", 1.0),
                 "forget": float(values.mean()),
-                "hardest_bucket": float(values[run.bucket == n_buckets - 1].mean()),
-                "chosen": False,
+                "hardest_bucket": float(values[run.hardest].mean()),
+                "chosen": run is best,
             }
         )
-    best = int(np.argmin([row["forget"] for row in rows]))
-    rows[best]["chosen"] = True
-    same = [run for run in runs if run.tuning == trial[best].tuning]
-    return [run for run in same if run.seed != seeds[0]] or same, rows
+    same = [run for run in runs if run.tuning == best.tuning]
+    return [run for run in same if run.seed != trial[0].seed] or same, rows
 
 
 def _differences(
-    panel: str,
-    chosen: dict[str, list[Run]],
-    levels: dict[str, np.ndarray],
-    n_buckets: int,
-    retain_level: float,
-    seed: int,
+    panel: str, compared: dict[float, dict[str, list[Run]]], seed: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Every schedule less `uniform`, paired over samples, and by seed."""
-    base, rows, findings = levels[BASE], [], []
-    hardest = chosen[BASE][0].bucket == n_buckets - 1
-    tail = float(np.mean([worst_quarter(run.at(retain_level)[0]) for run in chosen[BASE]]))
-    for schedule, group in chosen.items():
-        if schedule == BASE:
-            continue
-        all_, hard = (
-            stats.paired_difference(levels[schedule][part], base[part], seed=seed)
-            for part in (np.ones(len(base), dtype=bool), hardest)
-        )
-        own = float(np.mean([worst_quarter(run.at(retain_level)[0]) for run in group]))
-        by_seed = [
-            float((run.at(retain_level)[0] - other.at(retain_level)[0])[hardest].mean())
-            for run in group for other in chosen[BASE] if run.seed == other.seed
-        ]  # fmt: skip
-        spread = f"{min(by_seed):.3f} to {max(by_seed):.3f}" if by_seed else sections.missing("no seed in common")
-        relative = 100 * hard.value / max(float(base[hardest].mean()), 1e-12)
-        rows.append((schedule, [hard.as_dict(), relative, spread, all_.as_dict(), own - tail]))
-        if hard.high < 0 and all_.low <= 0:
-            verdict = "less of the hardest bucket is left than with uniform"
-        else:
-            verdict = "more of it is left" if hard.low > 0 else "no gain beyond what other samples could change"
-        findings.append(
-            f"{panel}: {schedule} less {BASE} at matched retain utility, hardest bucket "
-            f"{audit.shown(hard.as_dict())}, all {audit.shown(all_.as_dict())}: {verdict}"
-        )
+    """Every schedule less `uniform` at every level, paired over samples, and by seed; findings for the first level."""
+    rows, findings = [], []
+    for level, chosen in compared.items():
+        left = _left(chosen, level)
+        base, hardest = left[BASE], chosen[BASE][0].hardest
+        tail = float(np.mean([worst_quarter(run.at(level)[0]) for run in chosen[BASE]]))
+        for schedule, group in chosen.items():
+            if schedule == BASE:
+                continue
+            all_, hard = (
+                stats.paired_difference(left[schedule][part], base[part], seed=seed)
+                for part in (np.ones(len(base), dtype=bool), hardest)
+            )
+            own = float(np.mean([worst_quarter(run.at(level)[0]) for run in group]))
+            by_seed = [
+                float((run.at(level)[0] - other.at(level)[0])[hardest].mean())
+                for run in group for other in chosen[BASE] if run.seed == other.seed
+            ]  # fmt: skip
+            spread = f"{min(by_seed):.3f} to {max(by_seed):.3f}" if by_seed else sections.missing("no seed in common")
+            relative = 100 * hard.value / max(float(base[hardest].mean()), 1e-12)
+            label = schedule if len(compared) == 1 else f"{schedule}, at {level:g}"
+            rows.append((label, [hard.as_dict(), relative, spread, all_.as_dict(), own - tail]))
+            if level != next(iter(compared)):
+                continue
+            if hard.high < 0 and all_.low <= 0:
+                verdict = "less of the hardest bucket is left than with uniform"
+            else:
+                verdict = "more of it is left" if hard.low > 0 else "no gain beyond what other samples could change"
+            findings.append(
+                f"{panel}: {schedule} less {BASE} at matched retain utility, hardest bucket "
+                f"{audit.shown(hard.as_dict())}, all {audit.shown(all_.as_dict())}: {verdict}"
+            )
     table = sections.table(
         f"differences-{panel}", f"{panel}: less {BASE}, at matched retain utility",
-        f"{len(rows)} schedules against {BASE}; intervals over samples, single seeds beside. The worst quarter is "
+        f"{len(rows)} comparisons with {BASE}; intervals over samples, single seeds beside. The worst quarter is "
         "picked by the result, for each condition its own.",
         ["hardest bucket", "relative, %", "hardest bucket, by seed", "all", "worst quarter by outcome"], rows,
     )  # fmt: skip
     return table, findings
+
+
+def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: int) -> dict[str, Any]:
+    """What comes back of samples that were not taught again, from the snapshot that has forgotten most at `level`."""
+    again: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    taught = np.zeros(len(next(iter(chosen.values()))[0].ids), dtype=bool)
+    for schedule, group in chosen.items():
+        found = [run.relearned for run in group if run.relearned]
+        if found:
+            before, after = (np.mean([one[key] for one in found], axis=0) for key in ("before", "after"))
+            again[schedule] = before, after
+            taught[found[0]["taught"]] = True
+    hardest = next(iter(chosen.values()))[0].hardest & ~taught
+    rows = []
+    for schedule, (before, after) in again.items():
+        cells: list[Any] = []
+        for part in (hardest, ~taught):
+            cells += [sections.mean(before[part], seed), sections.mean(after[part], seed)]
+            if schedule == BASE or BASE not in again:
+                cells.append(sections.missing("the base"))
+            else:
+                cells.append(stats.paired_difference(after[part], again[BASE][1][part], seed=seed).as_dict())
+        rows.append((schedule, cells))
+    columns = [f"{part}, {what}" for part in ("hardest bucket", "all") for what in ("before", "after", f"less {BASE}")]
+    return sections.table(
+        f"relearning-{panel}", f"{panel}: relearning",
+        f"Fine-tuning on {int(taught.sum())} of the forget samples again, from the last snapshot with {level:g} of the "
+        "starting utility at which least was left. Samples that were not taught.", columns, rows,
+    )  # fmt: skip
 
 
 def _best_predictor(panel: str, section: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cud_trainer.logprobs import answer_probability
@@ -35,20 +36,40 @@ class TradeoffCallback(TrainerCallback):
         pad_token_id: for batching.
         every: steps between snapshots.
         progress: called after every step with its number.
+        keep_at: keep the trainable weights of the snapshot that has forgotten most with at least this share of the
+            starting retain probability (`best`); `None` keeps none.
+
+    Attributes:
+        path: the snapshots so far.
+        best: number of the snapshot that is kept, and its weights by name, on the CPU.
     """
 
     def __init__(
-        self, forget: Dataset, retain: Dataset, *, pad_token_id: int, every: int = 1, progress: Any = None
+        self,
+        forget: Dataset,
+        retain: Dataset,
+        *,
+        pad_token_id: int,
+        every: int = 1,
+        progress: Any = None,
+        keep_at: float | None = None,
     ) -> None:
         self.path = Path()
+        self.best: tuple[int, dict[str, Tensor]] | None = None
         self._sets = forget, retain
-        self._pad_token_id, self._every, self._progress = pad_token_id, every, progress
+        self._pad_token_id, self._every, self._progress, self._keep_at = pad_token_id, every, progress, keep_at
 
     def _snapshot(self, model: Any, step: int) -> None:
         forget, retain = self._sets
         self.path.steps.append(step)
         self.path.forget.append(answer_probability(model, forget, pad_token_id=self._pad_token_id))
         self.path.retain.append(float(answer_probability(model, retain, pad_token_id=self._pad_token_id).mean()))
+        if self._keep_at is None or not self.path.retain[-1] >= self._keep_at * self.path.retain[0]:
+            return
+        left = [snapshot.mean() for snapshot in self.path.forget]
+        if self.best is None or left[-1] < left[self.best[0]]:
+            trained = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
+            self.best = len(left) - 1, trained
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

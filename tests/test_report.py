@@ -68,6 +68,7 @@ def example() -> dict:
         "before": {"forget": metrics(), "retain": metrics()},
         "difficulty": {"note": "a note", "objectives": sections},
         "conditions": conditions,
+        "fit_note": "how",
         "retain_weight_fit": [{"objective": "npo", "schedule": "uniform", "retain_weight": 1.0, "forget": 0.5,
                                "hardest_bucket": float("nan"), "chosen": True}],
         "matched": matched,

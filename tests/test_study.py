@@ -105,7 +105,7 @@ def test_comparison_by_hand(finished):
 
 def test_a_finished_study_is_only_reported_again(world, finished, monkeypatch):
     before = results(finished)
-    monkeypatch.setattr("evaluation.study.subprocess.run", lambda *a, **k: pytest.fail("a cell ran again"))
+    monkeypatch.setattr("evaluation.study.subprocess.Popen", lambda *a, **k: pytest.fail("a cell ran again"))
     assert main(config(world, finished)) == 0
     assert results(finished) == before
 
@@ -173,6 +173,12 @@ def test_other_settings_are_refused_unless_they_may_replace(world, finished, cap
         ({"grid": {"seed": [1]}, "workers": 0}, "workers must be at least 1"),
         ({"grid": {"seed": [1]}, "retain_level": 1.5}, "retain_level must be between 0 and 1"),
         ({"grid": {"seed": [1]}, "train": {"group_column": "x"}}, "forget dataset has no column 'x'"),
+        ({"grid": {"seed": [1]}, "retain_level": []}, "retain_level must be between 0 and 1"),
+        ({"grid": [{"seed": [1]}, {"seed": [1, 2]}]}, "two mappings of grid have a combination in common"),
+        ({"grid": [{"seed": [1]}, {}]}, "grid is empty"),
+        ({"grid": {"seed": [1]}, "relearn_samples": -1}, "relearn_samples must be at least 0"),
+        ({"grid": {"seed": [1]}, "utility_dataset": "nowhere.jsonl"}, "utility dataset nowhere.jsonl does not exist"),
+        ({"grid": {"difficulty_scores": ["no.parquet"]}}, "cannot read difficulty scores from no.parquet"),
     ],
 )
 def test_refusals_before_anything_runs(world, tmp_path, capsys, changes, message):
