@@ -19,7 +19,7 @@ from . import audit, sections
 from . import statistics as stats
 from .memorization import TOKEN_STATISTICS
 from .report import write_report
-from .study import TUNED, Cell
+from .study import SCORES, TUNED, Cell
 
 BASE = "uniform"
 
@@ -45,7 +45,7 @@ class Place:
 def place(cell: Cell) -> Place:
     """`Place` of a run cell."""
     options = cell.settings["options"]
-    own = {"objective", "objective_args", "schedule", "schedule_args", "seed", *TUNED}
+    own = {"objective", "objective_args", "schedule", "schedule_args", "seed", SCORES, *TUNED}
     schedule = _with_options(options.get("schedule", BASE), options.get("schedule_args"))
     if "scores_file" in cell.settings and "difficulty" in cell.choices:  # buckets are those of the file's first metric
         own.add("difficulty")
@@ -248,6 +248,7 @@ def _left(chosen: dict[str, list[Run]], level: float) -> dict[str, np.ndarray]:
 
 def _matched_row(schedule: str, group: list[Run], left: np.ndarray, level: float, seed: int) -> dict[str, Any]:
     found = [run.at(level) for run in group]
+    spent = [run.seconds * step / run.steps[-1] for run, (_, step) in zip(group, found, strict=True)]
     return {
         "schedule": schedule,
         "retain_weight": group[0].options.get("retain_weight", 1.0),
@@ -256,7 +257,7 @@ def _matched_row(schedule: str, group: list[Run], left: np.ndarray, level: float
         "hardest_bucket": stats.bootstrap_mean(left[group[0].hardest], seed=seed).as_dict(),
         "worst_quarter": float(np.mean([worst_quarter(values) for values, _ in found])),
         "steps": float(np.mean([step for _, step in found])),
-        "seconds": float(np.mean([run.seconds * at / run.steps[-1] for run, (_, at) in zip(group, found, strict=True)])),
+        "seconds": float(np.mean(spent)),
         "reason": "diverged later" if any(run.diverged for run in group) else None,
     }  # fmt: skip
 
