@@ -14,6 +14,7 @@ import pandas as pd
 
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.fingerprint import versions
+from cud_trainer.schedule import parse
 
 from . import audit, sections
 from . import statistics as stats
@@ -49,7 +50,8 @@ def place(cell: Cell) -> Place:
     schedule = _with_options(options.get("schedule", BASE), options.get("schedule_args"))
     if "scores_file" in cell.settings and "difficulty" in cell.choices:  # buckets are those of the file's first metric
         own.add("difficulty")
-        schedule += f" by {options['difficulty']}"
+        if any(part.metric == "difficulty" for part, _ in parse(options.get("schedule", BASE))):
+            schedule += f" by {options['difficulty']}"
     others = {name: value for name, value in cell.choices.items() if name not in own}
     objective = _with_options(options.get("objective", "npo"), options.get("objective_args"))
     panel = ", ".join([objective, *(f"{key}={value}" for key, value in others.items())])

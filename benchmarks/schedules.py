@@ -1,0 +1,130 @@
+"""Which schedule leaves less of the hard samples at equal retain utility: `cud study` on models that know their data.
+
+    python benchmarks/schedules.py --tofu locuslab/TOFU
+
+For every testbed (generated authors, and TOFU with a small Llama) and model seed, a model learns the data by heart; the
+difficulty of every forget sample is scored once for each objective and part (cross-fitted by author, calibration seed 0);
+then `cud study` runs benchmarks/schedules/*.yaml, and what it found is put together in benchmarks/results/schedules.*.
+Everything is kept in `--work_dir`: a killed run goes on there.
+
+In the studies `difficulty: calibration` is the oracle: what another uniform run of the same objective left of each
+sample. It bounds what a metric known before unlearning could give.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parent
+STUDIES = HERE / "schedules"
+METRICS = ("cud", "calibration", "circuit_mass", "grad_norm", "loss", "length")
+CALIBRATION_WEIGHT = 4.0
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A testbed: which data, and how long the model learns it."""
+
+    name: str
+    tofu: bool
+    epochs: int
+    batch: int
+
+
+BEDS = {"generated": Bed("generated", False, 20, 40), "tofu": Bed("tofu", True, 18, 40)}
+
+
+def prepare(args: argparse.Namespace, bed: Bed, seed: int) -> Path:
+    """Model and data of a testbed on disk, as `cud` reads them."""
+    sys.path.insert(0, str(HERE))
+    from difficulty import Cell, data, make_model
+
+    folder = Path(args.work_dir) / f"{bed.name}-{seed}"
+    options = argparse.Namespace(
+        tofu=args.tofu if bed.tofu else None, model=None, forget_config="forget10", forget=200, retain=800,
+        batch=bed.batch, epochs=bed.epochs, work_dir=str(folder),
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "model").exists():
+        make_model(options, Cell("model", seed))
+        os.replace(folder / f"model-{seed}-0", folder / "model")
+    testbed = data(options, seed)
+    for name in ("forget", "retain", "retain_eval"):
+        if not (folder / f"{name}.jsonl").exists():
+            getattr(testbed, name).to_json(folder / f"{name}.part")
+            os.replace(folder / f"{name}.part", folder / f"{name}.jsonl")
+    return folder
+
+
+def score(folder: Path, bed: Bed, objective: str, part: str) -> None:
+    """Difficulty of every forget sample for an objective, `scores-OBJECTIVE-PART.parquet`."""
+    from datasets import load_dataset
+    from difficulty import OBJECTIVES, PARTS
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cud_trainer import score_difficulty
+    from cud_trainer.calibration import CalibrationSettings
+    from cud_trainer.objectives import UnlearningLoss
+
+    path = folder / f"scores-{objective}-{part}.parquet"
+    if path.exists():
+        return
+    forget, retain = (
+        load_dataset("json", data_files=str(folder / f"{name}.jsonl"), split="train") for name in ("forget", "retain")
+    )
+    adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if part == "lora" else None
+    calibration = CalibrationSettings(
+        loss=UnlearningLoss(objective), retain_weight=CALIBRATION_WEIGHT, seed=0, max_passes=15, peft_config=adapter,
+        learning_rate=OBJECTIVES[objective][PARTS.index(part)], batch_size=50,
+    )  # fmt: skip
+    score_difficulty(
+        AutoModelForCausalLM.from_pretrained(folder / "model"), forget, AutoTokenizer.from_pretrained(folder / "model"),
+        metrics=METRICS, retain_dataset=retain, calibration=calibration, group_column="author", seed=0,
+        batch_size=bed.batch, progress=False,
+    ).save(path)  # fmt: skip
+
+
+def study(args: argparse.Namespace, folder: Path, name: str, settings: dict, objective: str) -> Path:
+    """Run the part of a study that is about one objective, in the folder of its testbed."""
+    output = f"{name}-{objective}"
+    part = {**settings, "grid": [grid for grid in settings["grid"] if grid["objective"] == [objective]]}
+    (folder / f"{output}.yaml").write_text(yaml.safe_dump(part, sort_keys=False))
+    command = [sys.executable, "-m", "cud_trainer.cli", "study", "--config", f"{output}.yaml"]
+    command += ["--output_dir", output, "--workers", str(args.workers)]
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    return folder / output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tofu", default="locuslab/TOFU", help="hub id or folder of TOFU")
+    parser.add_argument("--studies", nargs="+", default=sorted(path.stem for path in STUDIES.glob("*.yaml")))
+    parser.add_argument("--objectives", nargs="+", default=["graddiff", "npo", "simnpo", "ga"])
+    parser.add_argument("--model_seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work_dir", default="schedule-study")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "schedules")
+    args = parser.parse_args()
+    finished = []
+    for name, objective, seed in itertools.product(args.studies, args.objectives, args.model_seeds):
+        settings = yaml.safe_load((STUDIES / f"{name}.yaml").read_text())
+        bed = BEDS[name.split("-")[0]]
+        folder = prepare(args, bed, seed)
+        score(folder, bed, objective, "lora" if settings.get("use_peft") else "full")
+        finished.append((name, objective, seed, study(args, folder, name, settings, objective)))
+    from schedules_report import report
+
+    report(finished, args.output, "python benchmarks/schedules.py " + " ".join(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
