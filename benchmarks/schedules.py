@@ -3,9 +3,9 @@
     python benchmarks/schedules.py --tofu locuslab/TOFU
 
 For every testbed (generated authors, and TOFU with a small Llama) and model seed, a model learns the data by heart; the
-difficulty of every forget sample is scored once for each objective and part (cross-fitted by author, calibration seed 0);
-then `cud study` runs benchmarks/schedules/*.yaml, and what it found is put together in benchmarks/results/schedules.*.
-Everything is kept in `--work_dir`: a killed run goes on there.
+difficulty of every forget sample is scored once for each objective and part (cross-fitted by author, calibration seed
+0); then `cud study` runs benchmarks/schedules/*.yaml, and what it found is put together in
+benchmarks/results/schedules.*. Everything is kept in `--work_dir`: a killed run goes on there.
 
 In the studies `difficulty: calibration` is the oracle: what another uniform run of the same objective left of each
 sample. It bounds what a metric known before unlearning could give.

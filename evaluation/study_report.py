@@ -170,10 +170,10 @@ def write_study(
             chosen: dict[str, list[Run]] = {}
             for schedule in dict.fromkeys(run.schedule for run in mine):
                 same = [run for run in mine if run.schedule == schedule]
-                chosen[schedule], rows = _tune(same, level, f"{panel}, at {level:g}")
-                fits += rows
+                chosen[schedule] = tuned(same, level)
+                fits += _trials(same, chosen[schedule], level, panel)
             compared[level] = chosen
-            left = _left(chosen, level)
+            left = left_at(chosen, level)
             lines = [_matched_row(schedule, group, left[schedule], level, seed) for schedule, group in chosen.items()]
             matched.append({"objective": panel, "retain_level": level * start, "rows": lines, "difference": None})
             if number:
@@ -203,7 +203,7 @@ def write_study(
         if groups is not None and uniform:
             scored = uniform[0].scores
             primary = None if scored is None else scored[scored.metrics[0]]
-            extra, line = sections.group_table(_left(chosen, levels[0])[BASE], groups, primary, seed)
+            extra, line = sections.group_table(left_at(chosen, levels[0])[BASE], groups, primary, seed)
             tables.append({**extra, "id": f"groups-{len(tables)}", "title": f"By group: {panel}, {BASE}"})
             findings.append(f"{panel}, {BASE}: {line}")
     if failed:
@@ -243,7 +243,7 @@ def write_study(
     return write_report(results, study, pd.concat(rows_of_samples, ignore_index=True))
 
 
-def _left(chosen: dict[str, list[Run]], level: float) -> dict[str, np.ndarray]:
+def left_at(chosen: dict[str, list[Run]], level: float) -> dict[str, np.ndarray]:
     """What each schedule leaves of each sample at `level`, mean over seeds, `[N]`."""
     return {schedule: np.mean([run.at(level)[0] for run in group], axis=0) for schedule, group in chosen.items()}
 
@@ -264,31 +264,38 @@ def _matched_row(schedule: str, group: list[Run], left: np.ndarray, level: float
     }  # fmt: skip
 
 
-def _tune(runs: list[Run], level: float, panel: str) -> tuple[list[Run], list[dict[str, Any]]]:
+def tuned(runs: list[Run], level: float) -> list[Run]:
     """The runs that are reported: with the learning rate and retain weight that leave least of the hardest bucket on
     the first seed, the other seeds.
 
     With one setting or one seed there is nothing to choose, or nothing to choose on: all (of the best setting) are.
     """
     if len({run.tuning for run in runs}) == 1:
-        return runs, []
-    trial = [run for run in runs if run.seed == runs[0].seed]
-    best = _best(trial, level)
+        return runs
+    first = runs[0].seed
+    best = _best([run for run in runs if run.seed == first], level)
+    same = [run for run in runs if run.tuning == best.tuning]
+    return [run for run in same if run.seed != first] or same
+
+
+def _trials(runs: list[Run], chosen: list[Run], level: float, panel: str) -> list[dict[str, Any]]:
+    """A row for every setting that was tried on the first seed; none where there was one only."""
+    if len({run.tuning for run in runs}) == 1:
+        return []
     rows = []
-    for run in trial:
+    for run in (run for run in runs if run.seed == runs[0].seed):
         values, _ = run.at(level)
         rows.append(
             {
-                "objective": f"{panel}, learning rate {run.options.get('learning_rate')}",
+                "objective": f"{panel}, at {level:g}, learning rate {run.options.get('learning_rate')}",
                 "schedule": run.schedule,
                 "retain_weight": run.options.get("retain_weight", 1.0),
                 "forget": float(values.mean()),
                 "hardest_bucket": float(values[run.hardest].mean()),
-                "chosen": run is best,
+                "chosen": run.tuning == chosen[0].tuning,
             }
         )
-    same = [run for run in runs if run.tuning == best.tuning]
-    return [run for run in same if run.seed != trial[0].seed] or same, rows
+    return rows
 
 
 def _differences(
@@ -297,7 +304,7 @@ def _differences(
     """Every schedule less `uniform` at every level, paired over samples, and by seed; findings for the first level."""
     rows, findings = [], []
     for level, chosen in compared.items():
-        left = _left(chosen, level)
+        left = left_at(chosen, level)
         base, hardest = left[BASE], chosen[BASE][0].hardest
         tail = float(np.mean([worst_quarter(run.at(level)[0]) for run in chosen[BASE]]))
         for schedule, group in chosen.items():

@@ -15,7 +15,10 @@ import pytest
 import yaml
 from conftest import make_model, make_tokenizer, qa_dataset
 
+from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
+from cud_trainer.data import prepare_dataset
+from cud_trainer.logprobs import answer_probability
 from evaluation import audit
 from evaluation.study import StudyArguments, plan
 from evaluation.study_report import worst_quarter
@@ -101,6 +104,74 @@ def test_comparison_by_hand(finished):
     (table,) = [table for table in found["tables"] if table["id"].startswith("differences")]
     difference = (means["upweight_hard"] - means["uniform"])[hardest].mean()
     assert table["rows"][0]["cells"][0]["value"] == pytest.approx(difference)
+
+
+@pytest.fixture(scope="module")
+def tuned(world, tmp_path_factory):
+    """Two schedules, each with two learning rates on two seeds; scores made before, utility of a set of its own."""
+    root = tmp_path_factory.mktemp("tuned")
+    names = prepare_dataset(qa_dataset(12), make_tokenizer())["sample_id"]
+    columns = {"cud": np.arange(12.0), "loss": -np.arange(12.0), "length": np.ones(12) + np.arange(12) % 3}
+    DifficultyScores(list(names), columns).save(root / "scores.parquet")
+    qa_dataset(5, 300).to_json(root / "utility.jsonl")
+    common = {"difficulty_scores": [str(root / "scores.parquet")], "learning_rate": [0.0003, 0.003], "seed": [1, 2]}
+    grid = [
+        {**common, "schedule": ["uniform"], "difficulty": ["cud"]},
+        {**common, "schedule": ["upweight_hard"], "difficulty": ["cud", "loss"]},
+    ]
+    train = {"objective": "ga", "passes": 2, "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True}
+    settings = config(
+        world, root / "out", grid=grid, train=train, utility_dataset=str(root / "utility.jsonl"),
+        retain_level=[0.95, 0.5], relearn_samples=4, relearn_steps=2, relearn_rate=0.003,
+    )  # fmt: skip
+    assert main(settings) == 0
+    return root / "out"
+
+
+def test_only_what_is_reported_is_run(tuned):
+    cells = [json.loads(path.read_text()) for path in tuned.glob("cells/*/cell.json")]
+    rates = {schedule: {} for schedule in ("uniform cud", "upweight_hard cud", "upweight_hard loss")}
+    for cell in cells:
+        choices = cell["choices"]
+        rates[f"{choices['schedule']} {choices['difficulty']}"].setdefault(choices["seed"], set()).add(
+            choices["learning_rate"]
+        )
+    found = results(tuned)
+    for name, seeds in rates.items():
+        label = "uniform" if name == "uniform cud" else name.replace(" ", " by ")
+        best = {row["learning_rate"] for entry in found["matched"] for row in entry["rows"] if row["schedule"] == label}
+        assert seeds == {1: {0.0003, 0.003}, 2: best}, name
+
+
+def test_levels_utility_and_relearning(tuned):
+    found = results(tuned)
+    assert [entry["objective"] for entry in found["matched"]] == ["ga", "ga"]
+    (path, *_) = tuned.glob("cells/*schedule=uniform*seed=2*/result.json")
+    run = json.loads(path.read_text())
+    model, tokenizer = make_model(0), make_tokenizer()
+    utility = prepare_dataset(qa_dataset(5, 300), tokenizer)
+    start = answer_probability(model, utility, pad_token_id=0).mean()
+    assert run["retain"][0] == pytest.approx(start, rel=1e-5)
+    levels = [entry["retain_level"] for entry in found["matched"]]
+    assert levels == pytest.approx([0.95 * start, 0.5 * start], rel=1e-5)
+    again = run["relearned"]
+    kept = [i for i, value in enumerate(run["retain"]) if value >= 0.95 * run["retain"][0]]
+    best = min(kept, key=lambda i: np.mean(run["forget"][i]))
+    assert again["step"] == run["steps"][best] and len(again["taught"]) == 4
+    assert again["before"] == pytest.approx(run["forget"][best], rel=1e-4)  # the weights of that snapshot
+    assert np.mean([again["after"][i] - again["before"][i] for i in again["taught"]]) > 0
+    (table,) = [table for table in found["tables"] if table["id"].startswith("relearning")]
+    assert [row["label"] for row in table["rows"]] == ["uniform", "upweight_hard by cud", "upweight_hard by loss"]
+    (table,) = [table for table in found["tables"] if table["id"].startswith("differences")]
+    assert len(table["rows"]) == 4  # two schedules at two levels
+
+
+def test_scores_without_the_metric_are_refused(world, tuned, tmp_path, capsys):
+    scores = str(tuned.parent / "scores.parquet")
+    train = {"objective": "ga", "difficulty": "circuit_mass", "bf16": False, "use_cpu": True}
+    grid = {"difficulty_scores": [scores], "seed": [1]}
+    assert main(config(world, tmp_path / "out", grid=grid, train=train)) == 2
+    assert "has no metric 'circuit_mass'; it has ['cud', 'loss', 'length']" in capsys.readouterr().err
 
 
 def test_a_finished_study_is_only_reported_again(world, finished, monkeypatch):
