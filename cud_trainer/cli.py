@@ -20,6 +20,7 @@ COMMANDS = {
         "evaluation.study:main",
     ),
     "evaluate": ("measure by difficulty what a model still holds, and report", "evaluation.commands:evaluate"),
+    "import": ("the same report from results that open-unlearning has measured", "evaluation.open_unlearning:main"),
 }
 
 

@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from cud_trainer import DifficultyScores, score_difficulty, with_difficulty
 from cud_trainer.data import pad_batch, prepare_dataset
+from cud_trainer.integrations.trainers import own_draws
 from cud_trainer.logprobs import score_answers
 from cud_trainer.schedule import make_schedule
 
@@ -243,6 +244,35 @@ class TestTRL:
 def test_refusals(tmp_path, options, message):
     with pytest.raises((ValueError, KeyError), match=message):
         make(tmp_path / "out", **options)
+
+
+def test_draws_of_a_dataset_follow_from_seed_and_place():
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    draws = []
+    for seed, position in ((3, 0), (3, 1), (4, 0), (3, 0)):
+        with own_draws(seed, position):
+            draws.append(torch.rand(4))
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)  # the generator went on as if nothing had been
+    assert torch.equal(draws[0], draws[3])
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_what_is_not_weighted(tmp_path):
+    """`complete_loss` makes the loss of the step from the weighted mean."""
+
+    class WithRetain(Mine):
+        def complete_loss(self, model, inputs, loss):
+            self.weighted.append(loss.item())
+            return loss + 100
+
+    WithRetain.weighted = []
+    trainer = make(tmp_path / "out", schedule="upweight_hard", kind=WithRetain, num_train_epochs=1)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([loss + 100 for loss in WithRetain.weighted], rel=1e-5) and len(logged) == 3
 
 
 def test_refused_datasets(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,15 +23,32 @@ WEIGHT = "cud_weight"
 class _Scheduled(torch.utils.data.Dataset):
     """A dataset in the order of a schedule; dictionaries get their weight along."""
 
-    def __init__(self, dataset: Any, rows: np.ndarray, weight: np.ndarray | None) -> None:
-        self.dataset, self.rows, self.weight = dataset, rows, weight
+    def __init__(self, dataset: Any, rows: np.ndarray, weight: np.ndarray | None, seed: int) -> None:
+        self.dataset, self.rows, self.weight, self.seed = dataset, rows, weight, seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        item = self.dataset[int(self.rows[index])]
+        with own_draws(self.seed, index):
+            item = self.dataset[int(self.rows[index])]
         return item if self.weight is None else {**item, WEIGHT: float(self.weight[index])}
+
+
+@contextmanager
+def own_draws(seed: int, position: int) -> Iterator[None]:
+    """Let what a dataset draws from torch's generator (a retain partner, say) follow from seed and position alone.
+
+    So it is the same whatever the processes, workers and accumulation, and after a resume; the generator itself is put
+    back.
+    """
+    before = torch.get_rng_state()
+    (drawn,) = np.random.SeedSequence([seed, 6, position]).generate_state(1, np.uint64)
+    torch.default_generator.manual_seed(int(drawn >> np.uint64(1)))  # the CPU's only, unlike torch.manual_seed
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 class _Collator:
@@ -57,11 +75,14 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
     - `ids`: sample ids of `train_dataset`, in its order. By default its column `sample_id` or `id`, or, for datasets
       that `cud score` reads, the ids that it would give them;
     - `weights`: `"loss"` multiplies losses, for trainers with a method `per_sample_loss(model, inputs)` that returns
-      one loss per sample, `[B]`; `"sampling"` draws samples in proportion to their weight, with any trainer.
+      one loss per sample, `[B]`; `"sampling"` draws samples in proportion to their weight, with any trainer. What is
+      not to be weighted (a retain term) comes from a method `complete_loss(model, inputs, loss)`, if there is one: it
+      makes the loss of the step from the weighted mean.
 
     The number of passes is `num_train_epochs`; as with `CUDTrainer` the whole run is then one epoch over data in order,
     so that it is exact under accumulation, several processes, workers and resume. The last optimizer step is filled
-    with the first samples of one more pass.
+    with the first samples of one more pass. What a dataset draws at random follows from the seed and the place in the
+    run.
 
     Attributes of its instances: `schedule`, what is planned; `planned_ids`, with what fills the last step.
 
@@ -109,8 +130,7 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
                     "data (too long, or packed): difficulty no longer belongs to them"
                 )
             passes = int(self.args.num_train_epochs)
-            chunk = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-            chunk *= self.args.world_size
+            chunk = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             make = partial(
                 make_schedule, schedule, names, difficulty=values, seed=self.args.seed, **(schedule_args or {})
             )
@@ -135,7 +155,7 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
             if isinstance(dataset, Dataset):
                 # Here, since the base class only knows how to for its own kind of dataset, which this is wrapped in.
                 dataset = self._remove_unused_columns(dataset, description="training")
-            self.train_dataset: Any = _Scheduled(dataset, rows, weight if self._weighted else None)
+            self.train_dataset: Any = _Scheduled(dataset, rows, weight if self._weighted else None, self.args.seed)
             self.args.remove_unused_columns = False
             if self._weighted:
                 self.data_collator: Any = _Collator(self.data_collator)
@@ -152,7 +172,9 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
                 raise ValueError(
                     f"per_sample_loss must return one loss per sample, {tuple(weight.shape)}, not {tuple(losses.shape)}"
                 )
-            loss = (weight.to(losses.dtype) * losses).mean()
+            loss = (weight.to(losses) * losses).mean()
+            if hasattr(trainer_class, "complete_loss"):
+                loss = self.complete_loss(model, inputs, loss)
             wants_outputs = options.get("return_outputs") or (args and args[0] is True)
             return (loss, {"loss": loss}) if wants_outputs else loss
 

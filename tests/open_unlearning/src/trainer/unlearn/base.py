@@ -1,0 +1,5 @@
+from trainer.base import FinetuneTrainer
+
+
+class UnlearnTrainer(FinetuneTrainer):
+    pass
