@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from trl import ModelConfig, TrlParser
@@ -31,6 +32,7 @@ from cud_trainer.files import write_json
 from cud_trainer.fingerprint import versions
 
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)}
+SHARED_FIELDS = {f.name for kind in (DataArguments, ModelConfig) for f in fields(kind)}
 # What a study sets itself.
 RESERVED = {
     "output_dir", "overwrite", "save_strategy", "eval_strategy", "report_to", "disable_tqdm", "push_to_hub",
@@ -52,6 +54,10 @@ class StudyArguments(DataArguments):
     )
     train: dict[str, Any] | str = field(
         default_factory=dict, metadata={"help": "Options of `cud train` that all cells share."}
+    )
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "A YAML file of `cud train` whose options hold wherever the study does not say otherwise."},
     )
     workers: int = field(default=1, metadata={"help": "Cells at a time."})
     devices: list[str] = field(
@@ -179,18 +185,52 @@ def _named(choices: dict[str, Any]) -> str:
     return ",".join(parts)
 
 
+def read_arguments(argv: list[str]) -> tuple[StudyArguments, ModelConfig]:
+    """Options of a study; those of its recipe stand behind its own.
+
+    Raises:
+        ValueError: for a recipe that cannot be read or has an option that a study has no place for.
+    """
+    args, model_args = TrlParser((StudyArguments, ModelConfig), prog="cud study").parse_args_and_config(argv)
+    if args.recipe is not None:
+        recipe = _read_recipe(args.recipe)
+        parser = TrlParser((StudyArguments, ModelConfig), prog="cud study")
+        parser.set_defaults_with_config(**{name: value for name, value in recipe.items() if name in SHARED_FIELDS})
+        args, model_args = parser.parse_args_and_config(argv)
+        args.train = {
+            **{n: v for n, v in recipe.items() if n not in SHARED_FIELDS | RESERVED and n not in args.grid},
+            **args.train,
+        }
+    if args.natural_group is not None and "group_column" not in args.grid:
+        args.train.setdefault("group_column", args.natural_group)
+    return args, model_args
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {path} must contain a YAML mapping")
+    unknown = [name for name in recipe if name not in SHARED_FIELDS | TRAIN_FIELDS]
+    if unknown:
+        raise ValueError(f"recipe {path}: a study has no place for {unknown[0]!r}")
+    return recipe
+
+
 def main(argv: list[str]) -> int:
     """Entry point of `cud study`."""
     from .study_report import write_study
 
-    args, model_args = TrlParser((StudyArguments, ModelConfig), prog="cud study").parse_args_and_config(argv)
+    args, model_args = read_arguments(argv)
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output directory {output} is a file")
     if output.is_dir() and any(output.iterdir()) and not (output / "study.json").exists():
         raise ValueError(f"output directory {output} is not empty and holds no study; choose another one")
-    forget, retain = args.load()
     tokenizer = load_tokenizer(model_args)
+    forget, retain = args.load(tokenizer)
     group = {**args.train, **args.grid}.get("group_column")
     prepared = [
         None

@@ -27,8 +27,8 @@ def main(study: Path, name: str) -> None:
     shared = json.loads((study / "study.json").read_text())["shared"]
     known = {key: value for key, value in shared["model"].items() if key in ModelConfig.__dataclass_fields__}
     model_args = ModelConfig(**known)
-    forget, retain = DataArguments(**shared["data"]).load()
     tokenizer = load_tokenizer(model_args)
+    forget, retain = DataArguments(**shared["data"]).load(tokenizer)
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
     options = {
