@@ -21,10 +21,10 @@ def chunk_lengths(n: int, size: int) -> list[int]:
 def chunk_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, size: int, *, name: str = "forget") -> Dataset:
     """Cut every text into chunks of at most `size` tokens.
 
-    A row's tokens are those that `prepare_dataset` would give it, eos at the end. Its chunks are as few as fit and equal
-    in length to within one token, so there are no short tails to merge or to drop. Where the tokenizer begins a text
-    with a bos token, every chunk begins with one, which only in the first chunk is one of the row's own tokens. The
-    labelled tokens (`labels != -100`) of a row's chunks, joined, are the row's tokens.
+    A row's tokens are those that `prepare_dataset` gives it, eos at the end. Its chunks are as few as fit, equal in
+    length to within one token: there are no short tails to merge or to drop. Where the tokenizer begins a text with a
+    bos token, every chunk begins with one, which is one of the row's own tokens in the first chunk only. The labelled
+    tokens (`labels != -100`) of a row's chunks, joined, are the row's tokens.
 
     Args:
         dataset: with a column `text`, one document a row.
@@ -32,7 +32,7 @@ def chunk_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, size: int,
         name: what to call the dataset in errors.
 
     Returns:
-        Tokenised `Dataset` in the rows' order: `sample_id` (`ID#0`, `ID#1`, ... with the row's `sample_id` or `id`, else
+        Tokenised `Dataset` in the rows' order: `sample_id` (`ID#0`, `ID#1`, ... with the row's `sample_id` or `id`, or
         a hash of its content), `input_ids`, `labels`, `document` (the row's id), and the other columns of the rows.
 
     Raises:
@@ -48,7 +48,9 @@ def chunk_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, size: int,
     if DOCUMENT in dataset.column_names:
         raise ValueError(f"{name} dataset: its column {DOCUMENT!r} is in the way of the chunks'; rename it")
     named_by = id_column(dataset.column_names)
-    kept = [column for column in dataset.column_names if column not in ("text", "sample_id", "id", "input_ids", "labels")]
+    kept = [
+        column for column in dataset.column_names if column not in ("text", "sample_id", "id", "input_ids", "labels")
+    ]
     columns: dict[str, list] = {column: [] for column in ("sample_id", "input_ids", "labels", DOCUMENT, *kept)}
     documents = []
     for index, row in enumerate(dataset.with_format(None)):

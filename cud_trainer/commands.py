@@ -49,8 +49,8 @@ class DataArguments:
     chunk_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Cut plain texts (column `text`, a document a row) into chunks of at most that many tokens; each is "
-            "a sample. `max_*_samples` count documents. Folds never split a document (group_column 'document')."
+            "help": "Cut plain texts (column `text`, a document a row) into chunks of at most that many tokens; each "
+            "is a sample. `max_*_samples` count documents. Folds never split a document (group_column 'document')."
         },
     )
 
@@ -64,13 +64,17 @@ class DataArguments:
         source = self.retain_dataset or (self.forget_dataset if self.retain_config else None)
         if source is None:
             return forget, None
-        retain = self.read(
-            source, self.retain_config, self.retain_split, self.max_retain_samples, "retain", tokenizer
-        )
+        retain = self.read(source, self.retain_config, self.retain_split, self.max_retain_samples, "retain", tokenizer)
         return forget, retain
 
     def read(
-        self, source: str, name: str | None, split: str, limit: int | None, what: str, tokenizer: PreTrainedTokenizerBase
+        self,
+        source: str,
+        name: str | None,
+        split: str,
+        limit: int | None,
+        what: str,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> Dataset:
         """`load_samples`, texts cut into chunks if these arguments say so."""
         samples = load_samples(source, name, split, limit, what)

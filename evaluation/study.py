@@ -185,7 +185,7 @@ def _named(choices: dict[str, Any]) -> str:
     return ",".join(parts)
 
 
-def read_arguments(argv: list[str]) -> tuple[StudyArguments, ModelConfig]:
+def read_arguments(argv: list[str]) -> tuple[Any, Any]:
     """Options of a study; those of its recipe stand behind its own.
 
     Raises:
@@ -197,12 +197,10 @@ def read_arguments(argv: list[str]) -> tuple[StudyArguments, ModelConfig]:
         parser = TrlParser((StudyArguments, ModelConfig), prog="cud study")
         parser.set_defaults_with_config(**{name: value for name, value in recipe.items() if name in SHARED_FIELDS})
         args, model_args = parser.parse_args_and_config(argv)
-        args.train = {
-            **{n: v for n, v in recipe.items() if n not in SHARED_FIELDS | RESERVED and n not in args.grid},
-            **args.train,
-        }
+        own = {n: value for n, value in recipe.items() if n not in SHARED_FIELDS | RESERVED and n not in args.grid}
+        args.train = own | args.train
     if args.natural_group is not None and "group_column" not in args.grid:
-        args.train.setdefault("group_column", args.natural_group)
+        args.train = {"group_column": args.natural_group} | args.train
     return args, model_args
 
 
