@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .alternatives import with_alternatives
+from .chunks import DOCUMENT, chunk_texts
 from .circuits import check_architecture
 from .config import CUDConfig
 from .data import check_tokenizer, prepare_dataset
@@ -45,18 +46,46 @@ class DataArguments:
     )
     retain_split: str = field(default="train", metadata={"help": "Its split."})
     max_retain_samples: int | None = field(default=None, metadata={"help": "Use the first samples only."})
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut plain texts (column `text`, a document a row) into chunks of at most that many tokens; each "
+            "is a sample. `max_*_samples` count documents. Folds never split a document (group_column 'document')."
+        },
+    )
 
-    def load(self) -> tuple[Dataset, Dataset | None]:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
         """Forget and retain set; `ValueError` naming what cannot be loaded."""
         if not self.forget_dataset:
             raise ValueError("forget dataset is missing: give --forget_dataset")
-        forget = load_samples(
-            self.forget_dataset, self.forget_config, self.forget_split, self.max_forget_samples, "forget"
+        forget = self.read(
+            self.forget_dataset, self.forget_config, self.forget_split, self.max_forget_samples, "forget", tokenizer
         )
         source = self.retain_dataset or (self.forget_dataset if self.retain_config else None)
         if source is None:
             return forget, None
-        return forget, load_samples(source, self.retain_config, self.retain_split, self.max_retain_samples, "retain")
+        retain = self.read(source, self.retain_config, self.retain_split, self.max_retain_samples, "retain", tokenizer)
+        return forget, retain
+
+    def read(
+        self,
+        source: str,
+        name: str | None,
+        split: str,
+        limit: int | None,
+        what: str,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Dataset:
+        """`load_samples`, texts cut into chunks if these arguments say so."""
+        samples = load_samples(source, name, split, limit, what)
+        if self.chunk_tokens is None:
+            return samples
+        return chunk_texts(samples, tokenizer, self.chunk_tokens, name=what)
+
+    @property
+    def natural_group(self) -> str | None:
+        """The group column of folds when none is given: chunks belong to documents."""
+        return None if self.chunk_tokens is None else DOCUMENT
 
 
 @dataclass
@@ -140,8 +169,9 @@ def model_options(model_args: ModelConfig) -> dict[str, Any]:
 
 def _parse(first: type, argv: list[str], program: str) -> tuple[Any, CUDConfig, ModelConfig]:
     parser = TrlParser((first, CUDConfig, ModelConfig), prog=program)
-    parsed = parser.parse_args_and_config(argv)
-    return parsed[0], parsed[1], parsed[2]
+    data_args, args, model_args = parser.parse_args_and_config(argv)
+    args.group_column = args.group_column or data_args.natural_group
+    return data_args, args, model_args
 
 
 def train(argv: list[str]) -> int:
@@ -155,8 +185,8 @@ def train(argv: list[str]) -> int:
         begun = (SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE)
         check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=begun)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
-    forget, retain = data_args.load()
     tokenizer = load_tokenizer(model_args)
+    forget, retain = data_args.load(tokenizer)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
     trainer = CUDTrainer(
         model_args.model_name_or_path,
@@ -218,8 +248,8 @@ def score(argv: list[str]) -> int:
     check_new_file(data_args.output, args.overwrite)
     work_dir = data_args.work_dir or f"{data_args.output}.work"
     check_metrics(data_args.metrics, args.scoring_options()["metric_args"])
-    forget, retain = data_args.load()
     tokenizer = load_tokenizer(model_args)
+    forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
     if any(METRICS[name].needs_circuits for name in data_args.metrics):
         check_architecture(AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust))

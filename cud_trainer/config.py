@@ -121,7 +121,7 @@ class CUDConfig(SFTConfig):
     )
     trainable_layers: str | None = field(
         default=None,
-        metadata={"help": "Train these decoder layers only, for example '5-7' or '0,2,4-6'. By default all weights."},
+        metadata={"help": "Train these decoder layers only, for example '5-7' or '0,2,4-6'. By default ('none') all."},
     )
     difficulty: str | None = field(
         default="cud",
@@ -211,8 +211,9 @@ class CUDConfig(SFTConfig):
                 setattr(self, name, {})
             elif not isinstance(value, dict):
                 raise ValueError(f"{name} must be a dictionary, got {value!r}")
-        if self.difficulty in ("none", "None", ""):
-            self.difficulty = None
+        for name in ("difficulty", "trainable_layers"):  # how a command line takes back what a recipe sets
+            if getattr(self, name) in ("none", "None", ""):
+                setattr(self, name, None)
         loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.reference_top_k)  # type: ignore[arg-type]
         self.retain_loss = loss.retain_loss
         parse(self.schedule, self.schedule_args)  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def prepare_dataset(
         if named_by is not None and row[named_by] is None:
             raise ValueError(f"{name} sample {index} has no {named_by}")
         prompt, tokens = _tokenise(row, kind, tokenizer, where)
-        sample_id = str(row[named_by]) if named_by is not None else _content_id(tokens, prompt)
+        sample_id = str(row[named_by]) if named_by is not None else content_id(tokens, prompt)
         if named_by is None:
             where = f"{name} sample {sample_id} (row {index})"
         _check_answer(prompt, tokens, row, kind, max_length, where)
@@ -132,7 +132,7 @@ def prepare_dataset(
             rows[-1][COUNTERFACTUAL] = list(row[COUNTERFACTUAL])
         if kind == "tokenised" and all(row.get(column) is not None for column in ALTERNATIVES):
             rows[-1] |= {column: list(row[column]) for column in ALTERNATIVES}
-    _check_unique(ids, name)
+    check_unique(ids, name)
     if any(COUNTERFACTUAL in row for row in rows):
         without = next((ids[index] for index, row in enumerate(rows) if COUNTERFACTUAL not in row), None)
         if without is not None:
@@ -338,7 +338,7 @@ def _tokenise(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
             )
         return answers[0] if answers else len(labels), list(tokens)
     if kind == "text":
-        return 0, _with_eos(tokenizer(_filled(row["text"], "text", where))["input_ids"], tokenizer)
+        return 0, text_tokens(row["text"], tokenizer, where)
     if kind == "conversational":
         messages = row["messages"] or []
         if not isinstance(messages, list):
@@ -377,6 +377,12 @@ def _tokenise(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
         start = _chat(tokenizer, prompt, add_generation_prompt=True) if prompt else []
         full = _chat(tokenizer, [*prompt, *completion], add_generation_prompt=False)
     return _common_prefix(start, full), full
+
+
+def text_tokens(text: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    """Tokens of a plain text with eos at the end; `ValueError` naming `where` for an empty one."""
+    # A long text is no reason for a warning: what does not fit is an error later, or is cut into chunks.
+    return _with_eos(tokenizer(_filled(text, "text", where), verbose=False)["input_ids"], tokenizer)
 
 
 def _filled(value: Any, what: str, where: str) -> str:
@@ -487,7 +493,8 @@ def _check_answer(
         )
 
 
-def _check_unique(ids: list[str], name: str) -> None:
+def check_unique(ids: list[str], name: str) -> None:
+    """Raise `ValueError` naming the first id that is there twice."""
     first: dict[str, int] = {}
     for index, sample_id in enumerate(ids):
         if sample_id in first:
@@ -498,7 +505,8 @@ def _check_unique(ids: list[str], name: str) -> None:
         first[sample_id] = index
 
 
-def _content_id(tokens: list[int], prompt: int) -> str:
+def content_id(tokens: list[int], prompt: int = 0) -> str:
+    """Hash of tokens and of where the answer starts, 16 hex digits: the id of a sample that has no other."""
     return hashlib.sha256(f"{prompt}|{tokens}".encode()).hexdigest()[:16]
 
 

@@ -141,12 +141,12 @@ def evaluate(argv: list[str]) -> int:
 
     args, model_args = TrlParser((EvaluateArguments, ModelConfig), prog="cud evaluate").parse_args_and_config(argv)
     check_output_dir(args.output_dir, overwrite=args.overwrite)
-    raw = dict(zip(("forget", "retain"), args.load(), strict=True))
+    tokenizer = load_tokenizer(model_args)
+    raw = dict(zip(("forget", "retain"), args.load(tokenizer), strict=True))
     for name in ("neighbour", "holdout"):
         source, config, split = (getattr(args, f"{name}_{kind}") for kind in ("dataset", "config", "split"))
         if source or config:
-            raw[name] = load_samples(source or args.forget_dataset, config, split, None, name)
-    tokenizer = load_tokenizer(model_args)
+            raw[name] = args.read(source or args.forget_dataset, config, split, None, name, tokenizer)
     sets = {
         name: prepare_dataset(part, tokenizer, max_length=args.max_length, name=name)
         for name, part in raw.items()

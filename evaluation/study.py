@@ -21,13 +21,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser
 
 from cud_trainer import CUDConfig
-from cud_trainer.commands import DataArguments, load_samples, load_tokenizer
+from cud_trainer.commands import DataArguments, load_tokenizer
 from cud_trainer.data import check_disjoint, dataset_fingerprint, prepare_dataset
 from cud_trainer.difficulty.scores import DifficultyScores, merge_metrics
 from cud_trainer.files import write_json
@@ -35,6 +37,7 @@ from cud_trainer.fingerprint import file_hash, versions
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
+SHARED_FIELDS = {f.name for kind in (DataArguments, ModelConfig) for f in fields(kind)}
 # What a study sets itself.
 RESERVED = {
     "output_dir", "overwrite", "save_strategy", "eval_strategy", "report_to", "disable_tqdm", "push_to_hub",
@@ -59,6 +62,10 @@ class StudyArguments(DataArguments):
     )
     train: dict[str, Any] | str = field(
         default_factory=dict, metadata={"help": "Options of `cud train` that all cells share."}
+    )
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "A YAML file of `cud train` whose options hold wherever the study does not say otherwise."},
     )
     workers: int = field(default=1, metadata={"help": "Cells at a time."})
     devices: list[str] = field(
@@ -139,12 +146,12 @@ class StudyArguments(DataArguments):
         """The mappings whose combinations are the cells."""
         return self.grid if isinstance(self.grid, list) and self.grid else [self.grid]
 
-    def load_utility(self) -> Dataset | None:
+    def load_utility(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         """The samples that measure utility, before they are thinned; `None` for the retain set."""
         if self.utility_dataset is None and self.utility_config is None:
             return None
         source = self.utility_dataset or self.retain_dataset or self.forget_dataset or ""
-        return load_samples(source, self.utility_config, self.utility_split, None, "utility")
+        return self.read(source, self.utility_config, self.utility_split, None, "utility", tokenizer)
 
 
 @dataclass(frozen=True)
@@ -249,23 +256,62 @@ def _named(choices: dict[str, Any]) -> str:
     return ",".join(parts)
 
 
+def read_arguments(argv: list[str]) -> tuple[Any, Any]:
+    """Options of a study; those of its recipe stand behind its own.
+
+    Raises:
+        ValueError: for a recipe that cannot be read or has an option that a study has no place for.
+    """
+    args, model_args = TrlParser((StudyArguments, ModelConfig), prog="cud study").parse_args_and_config(argv)
+    if args.recipe is not None:
+        recipe = _read_recipe(args.recipe)
+        parser = TrlParser((StudyArguments, ModelConfig), prog="cud study")
+        parser.set_defaults_with_config(**{name: value for name, value in recipe.items() if name in SHARED_FIELDS})
+        args, model_args = parser.parse_args_and_config(argv)
+        _behind(args, {name: value for name, value in recipe.items() if name not in SHARED_FIELDS | RESERVED})
+    if args.natural_group is not None:
+        _behind(args, {"group_column": args.natural_group})
+    return args, model_args
+
+
+def _behind(args: StudyArguments, options: dict[str, Any]) -> None:
+    """Options of `cud train` that hold where neither the grid nor `train` has them."""
+    in_a_grid = {name for grid in args.grids for name in grid}
+    args.train = {name: value for name, value in options.items() if name not in in_a_grid} | args.train  # type: ignore[operator]
+    for grid in args.grids:  # what another mapping of the grid has cannot stand in `train`
+        grid.update({name: [options[name]] for name in in_a_grid if name in options and name not in grid})
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {path} must contain a YAML mapping")
+    unknown = [name for name in recipe if name not in SHARED_FIELDS | TRAIN_FIELDS]
+    if unknown:
+        raise ValueError(f"recipe {path}: a study has no place for {unknown[0]!r}")
+    return recipe
+
+
 def main(argv: list[str]) -> int:
     """Entry point of `cud study`."""
     from .study_report import first_seeds, reported, write_study
 
-    args, model_args = TrlParser((StudyArguments, ModelConfig), prog="cud study").parse_args_and_config(argv)
+    args, model_args = read_arguments(argv)
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output directory {output} is a file")
     if output.is_dir() and any(output.iterdir()) and not (output / "study.json").exists():
         raise ValueError(f"output directory {output} is not empty and holds no study; choose another one")
-    forget, retain = args.load()
     tokenizer = load_tokenizer(model_args)
+    forget, retain = args.load(tokenizer)
     group = args.train.get("group_column")  # type: ignore[union-attr]
     length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
     prepared = [
         None if part is None else prepare_dataset(part, tokenizer, max_length=length, name=name)
-        for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility()))
+        for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility(tokenizer)))
     ]
     if prepared[0] is not None and prepared[1] is not None:
         check_disjoint(prepared[0], prepared[1])

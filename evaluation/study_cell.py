@@ -40,8 +40,8 @@ def main(study: Path, name: str) -> None:
     model_args = ModelConfig(**known)
     # The grid is of no use here, but must be there.
     data = StudyArguments(**shared["data"], grid={"seed": [0]})
-    forget, retain = data.load()
     tokenizer = load_tokenizer(model_args)
+    forget, retain = data.load(tokenizer)
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
     options = {
@@ -51,7 +51,7 @@ def main(study: Path, name: str) -> None:
     args = CUDConfig(str(work / "run"), **options, overwrite=True)
     started = time.time()
     work_on = _scores if cell["kind"] == "scores" else _run
-    result = work_on(study, folder, cell, args, forget, retain, tokenizer, model_args, data.load_utility())
+    result = work_on(study, folder, cell, args, forget, retain, tokenizer, model_args, data.load_utility(tokenizer))
     shutil.rmtree(work, ignore_errors=True)
     write_json(folder / "result.json", {**result, "seconds": time.time() - started, "fingerprint": cell["fingerprint"]})
 

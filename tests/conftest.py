@@ -77,3 +77,18 @@ def qa_dataset(n: int, start: int = 0) -> Dataset:
             for i in range(start, start + n)
         ]
     )
+
+
+@pytest.fixture
+def cells_in_process(monkeypatch):
+    """Cells of a study run in this process: their own would spend most of the time on imports."""
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    from evaluation import study, study_cell
+
+    def run(command, **_):
+        study_cell.main(Path(command[-2]), command[-1])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run, STDOUT=None))

@@ -3,16 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import make_model, make_tokenizer, qa_dataset
 
 from cud_trainer.cli import COMMANDS, main
 from cud_trainer.difficulty import DifficultyScores
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -151,24 +147,3 @@ def test_help(command, capsys):
 def test_usage_needs_no_torch():
     code = "import sys; from cud_trainer.cli import main; main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-def test_tofu_recipe_runs_from_a_folder_of_the_same_layout(world, tmp_path):
-    """The recipe as it stands, on a folder with TOFU's configurations: only sizes are overridden."""
-    tofu = tmp_path / "tofu"
-    tofu.mkdir()
-    qa_dataset(8).to_json(tofu / "forget01.json")
-    qa_dataset(12, 100).to_json(tofu / "retain90.json")
-    (tofu / "README.md").write_text(
-        "---\nconfigs:\n- {config_name: forget01, data_files: forget01.json}\n"
-        "- {config_name: retain90, data_files: retain90.json}\n---\n"
-    )
-    command = [
-        "train", "--config", str(RECIPES / "tofu_forget01_npo_lora.yaml"), "--forget_dataset", str(tofu),
-        "--model_name_or_path", str(world / "model"), "--output_dir", str(tmp_path / "out"), "--bf16", "false",
-        "--passes", "2", "--max_retain_samples", "9", "--use_cpu", "true",
-    ]  # fmt: skip
-    assert main(command) == 0
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    table = DifficultyScores.load(tmp_path / "out" / "difficulty.parquet")
-    assert table.metrics[0] == "cud" and np.isfinite(table["cud"]).all()

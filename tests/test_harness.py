@@ -15,6 +15,7 @@ from conftest import make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from scipy import stats as scipy_stats
+from sklearn.metrics import roc_auc_score
 
 from cud_trainer import score_difficulty
 from cud_trainer.cli import main
@@ -94,6 +95,8 @@ class TestByHand:
         # members have the lower scores: AUC 1
         assert privacy.attack_auc(np.array([0.1, 0.2]), np.array([0.3, 0.4])) == 1.0
         assert privacy.attack_auc(np.array([0.1, 0.4]), np.array([0.2, 0.3])) == 0.5
+        one, two = (np.random.default_rng(seed).integers(0, 9, 20) for seed in (0, 1))  # with ties
+        assert privacy.attack_auc(one, two) == pytest.approx(roc_auc_score(np.repeat([0, 1], 20), np.r_[one, two]))
         assert privacy.privleak(1.0) == pytest.approx(-100) and privacy.privleak(0.5) == 0
         assert privacy.privleak(0.9, 0.6) == pytest.approx(100 * (0.1 - 0.4) / 0.4)
         interval = privacy.attack_interval(np.arange(50.0), np.arange(50.0) + 10, n_boot=200)
