@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 HEADING = "## Unlearning"
@@ -9,7 +10,10 @@ BUCKET = "forget_prob/bucket_"
 
 
 def unlearning_section(trainer: Any) -> str:
-    """Method, schedule, difficulty metric, and what evaluations and training steps last saw. No forget text.
+    """Method, schedule, difficulty metric, and what evaluations and training steps last saw.
+
+    Residual memorisation by difficulty bucket, and of the utility the retain probability or, where nothing was
+    evaluated, the retain loss. No forget text, no sample id.
 
     Args:
         trainer: a `CUDTrainer`.
@@ -29,7 +33,10 @@ def unlearning_section(trainer: Any) -> str:
         "seed": args.seed,
     }
     lines = [HEADING, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings.items()), ""]
-    measured = next((entry for entry in reversed(history) if "eval_forget_prob" in entry), None)
+    ended = any("train_runtime" in entry for entry in history)
+    best = trainer.state.best_global_step if ended and args.load_best_model_at_end else None  # whose weights are back
+    evaluated = [entry for entry in history if "eval_forget_prob" in entry and best in (None, entry["step"])]
+    measured = evaluated[-1] if evaluated else None
     if measured is not None:
         found = {key.removeprefix("eval_"): value for key, value in measured.items()}
         lines.append(f"Answer probability, measured at step {measured['step']}:")
@@ -51,10 +58,19 @@ def unlearning_section(trainer: Any) -> str:
         lines.append(f"| difficulty bucket {number}{side} | {found[key]:.4f} |")
     if "retain_prob" in found:
         lines.append(f"| retain set | {found['retain_prob']:.4f} |")
+    elif "retain_loss" in found:
+        lines += ["", f"Retain loss ({args.retain_loss}) of the last training steps: {found['retain_loss']:.4f}."]
     return "\n".join([*lines, ""])
 
 
 def _named(name: str, options: Any) -> str:
-    shown = ", ".join(f"{key}={value}" for key, value in (options or {}).items())
+    shown = ", ".join(f"{key}={_value(value)}" for key, value in (options or {}).items())
     text = f"{name} ({shown})" if shown else name
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _value(value: Any) -> Any:
+    """An option as a stranger may see it: no ids of samples that were given, no folders of this machine."""
+    if isinstance(value, dict):
+        return "given"
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

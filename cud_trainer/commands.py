@@ -198,7 +198,11 @@ def train(argv: list[str]) -> int:
         difficulty_scores=scores,
     )
     trainer.train(resume_from_checkpoint=resume)
+    measured = {entry["step"] for entry in trainer.state.log_history if "eval_forget_prob" in entry}
+    if not args.load_best_model_at_end and trainer.state.global_step not in measured:
+        trainer.evaluate()  # for the model card
     trainer.save_model(args.output_dir)
+    trainer.create_model_card(model_name=Path(args.hub_model_id or args.output_dir).name)
     if args.push_to_hub:
         trainer.push_to_hub()
     last = [entry for entry in trainer.state.log_history if "forget_prob" in entry]

@@ -36,6 +36,10 @@ class CUDConfig(SFTConfig):
 
     target_forget_prob, max_retain_loss, eval_retain_samples, log_update_share
 
+    > Parameters that control what leaves the machine
+
+    hub_difficulty
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` 1e-5,
     > `num_train_epochs` 1 (use `passes`), `train_sampling_strategy` `"sequential"` (the order is in the data),
@@ -195,6 +199,13 @@ class CUDConfig(SFTConfig):
         metadata={
             "help": "Log which share of the update every difficulty bucket has, from the gradient norm of each sample "
             "in the batches of logging steps."
+        },
+    )
+    hub_difficulty: bool = field(
+        default=False,
+        metadata={
+            "help": "Upload difficulty scores and schedule with the model. Their sample ids hide the text, but whoever "
+            "has a text can tell from them that it was to be forgotten."
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers.trainer
 from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
@@ -63,6 +64,9 @@ SCORES_FILE = "difficulty.parquet"
 SCHEDULE_FILE = "schedule.parquet"
 REFERENCE_FILE = "reference.safetensors"
 WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
+# What does not go to the hub with a model: `reference.safetensors` has the likely tokens of memorised answers.
+NEVER_UPLOADED = (REFERENCE_FILE, f"{WORK_DIR}/*", ".*.tmp")
+UPLOADED_IF_ASKED = (SCORES_FILE, SCHEDULE_FILE)
 VOID_WEIGHTS = (
     "{what}, clipping and Adam divide by the size of the gradient, and the weights of this schedule, which differ "
     "between optimizer steps more than within them, come to nothing. Use larger batches, or a random order."
@@ -736,6 +740,30 @@ class CUDTrainer(SFTTrainer):
             section = unlearning_section(self)
             atomic_write(path, lambda temporary: temporary.write_text(f"{text}\n\n{section}", encoding="utf-8"))
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class, without the files that tell about single samples.
+
+        `reference.safetensors` and unfinished scores are never uploaded, `difficulty.parquet` and `schedule.parquet`
+        with `args.hub_difficulty`. The same holds for uploads of checkpoints during training.
+        """
+        with self._private_files_stay():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self._private_files_stay():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextmanager
+    def _private_files_stay(self) -> Iterator[None]:
+        """Uploads of the base class leave files out. It gives no way to say which: all go through its `hf_api`."""
+        original = transformers.trainer.hf_api
+        ignored = NEVER_UPLOADED if self.args.hub_difficulty else NEVER_UPLOADED + UPLOADED_IF_ASKED
+        transformers.trainer.hf_api = lambda: _Uploads(original(), ignored)
+        try:
+            yield
+        finally:
+            transformers.trainer.hf_api = original
+
     def _check_weights(self) -> None:
         """Raise `DivergenceError` when a weight is no longer finite: such a checkpoint must not be written."""
         sums = [parameter.detach().sum() for parameter in self.model.parameters() if parameter.requires_grad]
@@ -754,6 +782,20 @@ class CUDTrainer(SFTTrainer):
             if self._clipped == 5:
                 logger.warning(VOID_WEIGHTS.format(what=f"With gradients above max_grad_norm={limit:g} at every step"))
         super().log(logs, start_time)
+
+
+class _Uploads:
+    """The hub's API, with files that folders are uploaded without."""
+
+    def __init__(self, api: Any, ignored: tuple[str, ...]) -> None:
+        self._api, self._ignored = api, ignored
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._api, name)
+
+    def upload_folder(self, *, ignore_patterns: list[str] | str | None = None, **options: Any) -> Any:
+        given = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or ())
+        return self._api.upload_folder(ignore_patterns=[*given, *self._ignored], **options)
 
 
 class _RunState(TrainerCallback):

@@ -307,7 +307,8 @@ def build_testbed(
 
     Args:
         seed: of the text and of which samples are repeated.
-        n_forget_authors, n_retain_authors: at least 1 each.
+        n_forget_authors: at least 1.
+        n_retain_authors: at least 1.
         facts_per_author: 1 to `FACTS_AVAILABLE`.
         repeats: how often the forget samples occur per epoch, in turn over a random order of the samples, each at
             least 1. Retain samples occur once.

@@ -32,7 +32,8 @@ class TradeoffCallback(TrainerCallback):
     """Records a `Path` while a trainer runs.
 
     Args:
-        forget, retain: prepared datasets; `retain` should not be what the retain loss trains on.
+        forget: prepared dataset.
+        retain: prepared dataset; not what the retain loss trains on.
         pad_token_id: for batching.
         every: steps between snapshots.
         progress: called after every step with its number.

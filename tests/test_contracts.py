@@ -92,6 +92,21 @@ def test_model_card_hooks():
         assert hasattr(SFTTrainer, name)
 
 
+def test_uploads_go_through_one_function():
+    """`CUDTrainer` stands between the Trainer and the hub there, so that files about single samples stay here."""
+    assert callable(transformers.trainer.hf_api)
+    module = inspect.getsource(inspect.getmodule(Trainer))
+    methods = [inspect.getsource(getattr(Trainer, name)) for name in ("push_to_hub", "_push_from_checkpoint")]
+    assert [source.count("hf_api().upload_folder(") for source in methods] == [1, 2]
+    assert module.count("upload_folder(") == 3  # there is no other way
+    for other in ("upload_file(", "create_commit(", "upload_large_folder(", "self.model.push_to_hub("):
+        assert other not in module
+    base = inspect.getsource(inspect.getmodule(SFTTrainer)) + inspect.getsource(
+        inspect.getmodule(SFTTrainer.__mro__[1])
+    )
+    assert "hf_api" not in base and "upload" not in base and "def push_to_hub" not in base
+
+
 def test_dropout_can_be_disabled():
     from trl.trainer import disable_dropout_in_model
 

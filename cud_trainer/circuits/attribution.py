@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -324,14 +325,15 @@ def attribute_dataset(
     batch_bytes: int = BATCH_BYTES,
     work: WorkDir | None = None,
     progress: bool = True,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Graph]:
     """Edge scores of every sample of a prepared dataset, computed by all processes together.
 
     Args:
-        batch_size, batch_bytes: bounds of a batch, see `cud_trainer.data.plan_batches`.
+        batch_size: samples of a batch at most.
+        batch_bytes: memory of a batch at most, see `cud_trainer.data.plan_batches`.
         work: keeps finished batches.
-        options: of `edge_attributions`; `baseline="mean"` takes the means over `prepared`.
+        **options: of `edge_attributions`; `baseline="mean"` takes the means over `prepared`.
 
     Returns:
         `(edges [N, n_edges] float32, mean answer log-probs [N], answer lengths [N], graph)`, rows in dataset order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -74,16 +75,17 @@ def faithfulness(
     *,
     n_random: int = 5,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> Faithfulness:
     """Share of the metric that circuits keep, beside random circuits of the same size.
 
     Args:
-        model, batch: as for `edge_attributions`.
+        model: as for `edge_attributions`.
+        batch: the same.
         circuits: True on each sample's edges, bool `[B, n_edges]` (as `select_circuits` returns).
         n_random: random circuits per sample, edges drawn uniformly.
         seed: of these.
-        options: `baseline`, `metric`, `means`, `ungroup_kv` of `edge_attributions`.
+        **options: `baseline`, `metric`, `means`, `ungroup_kv` of `edge_attributions`.
 
     Raises:
         ValueError: as `edge_attributions`, and for circuits that do not fit the batch or the graph.
@@ -120,14 +122,15 @@ def dataset_faithfulness(
     batch_bytes: int = BATCH_BYTES,
     seed: int = 0,
     progress: bool = True,
-    **options,
+    **options: Any,
 ) -> Faithfulness:
     """`faithfulness` of every sample of a prepared dataset, rows in dataset order.
 
     Args:
         circuits: bool `[N, n_edges]`.
-        batch_size, batch_bytes: bounds of a batch, see `cud_trainer.data.plan_batches`.
-        options: of `faithfulness`; `baseline="mean"` takes the means over `prepared`.
+        batch_size: samples of a batch at most.
+        batch_bytes: memory of a batch at most, see `cud_trainer.data.plan_batches`.
+        **options: of `faithfulness`; `baseline="mean"` takes the means over `prepared`.
 
     Raises:
         ValueError: as `faithfulness`.

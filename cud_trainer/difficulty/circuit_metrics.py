@@ -125,12 +125,19 @@ def cud(
     Args:
         variant: `"calibrated"`, `"log"` or `"paper"`, see `CUDSettings`; by default `"calibrated"`, or `"log"` where
             the anchors are given or agreed on and there is nothing to fit.
-        vector, k, distance, anchor_share, selection, prune, features: see `CUDSettings`. Without `features`, gradients
-            are left out where single samples have none (quantised weights).
+        vector: see `CUDSettings`.
+        k: see `CUDSettings`.
+        distance: see `CUDSettings`.
+        anchor_share: see `CUDSettings`.
+        selection: see `CUDSettings`.
+        prune: see `CUDSettings`.
+        features: see `CUDSettings`. Without them, gradients are left out where single samples have none (quantised
+            weights).
         anchors: `"calibration"` (the samples a short unlearning run leaves least and most memorised), `"agreement"`
             (those that several unlearning methods agree on, as published), a dict `{"easy": [ids], "hard": [ids]}` of
             forget samples, or the path of a saved anchor bank.
-        methods, at_least: for `"agreement"`: objectives to calibrate with, a run each, and how many must agree.
+        methods: for `"agreement"`: objectives to calibrate with, a run each.
+        at_least: for `"agreement"`: how many of them must agree.
         save_anchors: write the anchor bank of the whole forget set to this path (not with a bank as `anchors`).
 
     Raises:

@@ -196,7 +196,8 @@ def cud_scores(
 
     Args:
         edges: edge scores of the samples, `[N, E]`.
-        easy, hard: edge scores of the anchor samples, `[n, E]`; they must not contain the samples scored.
+        easy: edge scores of the easy anchor samples, `[n, E]`; none of the samples scored may be among them.
+        hard: the same of the hard ones.
         standardisation: for log-magnitude vectors, mean and deviation `[E]` (default: those of the anchor samples).
         graph: of the edges; needed for greedy selection and pruning.
     """

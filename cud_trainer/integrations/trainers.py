@@ -12,12 +12,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
+from trl import KTOConfig
 
 from ..data import FORMATS, id_column, prepare_dataset
 from ..difficulty import DifficultyScores
 from ..schedule import Schedule, make_schedule, parse
 
 WEIGHT = "cud_weight"
+MISMATCHED = "KL_completion_ids"  # of KTOTrainer: the completion of another sample, for its KL term
 
 
 class _Scheduled(torch.utils.data.Dataset):
@@ -49,6 +51,20 @@ def own_draws(seed: int, position: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+class _Mismatched(_Scheduled):
+    """For KTO: a sample is mismatched with the completion of its neighbour in the batch, as that is served."""
+
+    def __init__(self, dataset: Any, rows: np.ndarray, weight: np.ndarray | None, seed: int, batch_size: int) -> None:
+        super().__init__(dataset, rows, weight, seed)
+        self.batch_size = batch_size
+
+    def __getitem__(self, index: int) -> Any:
+        start = index - index % self.batch_size
+        neighbour = start + (index - start - 1) % self.batch_size
+        completion = self.dataset[int(self.rows[neighbour])]["completion_ids"]
+        return {**super().__getitem__(index), MISMATCHED: completion}
 
 
 class _Collator:
@@ -121,6 +137,7 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
             _check_dataset(given)
             names = _ids(given, ids, options.get("processing_class"))
             values = _difficulty(difficulty, names, parts, metric)
+            _check_pairs(options.get("args", args[1] if len(args) > 1 else None))
             super().__init__(*args, **options)
             _check_arguments(self.args)
             dataset: Any = self.train_dataset
@@ -155,7 +172,12 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
             if isinstance(dataset, Dataset):
                 # Here, since the base class only knows how to for its own kind of dataset, which this is wrapped in.
                 dataset = self._remove_unused_columns(dataset, description="training")
-            self.train_dataset: Any = _Scheduled(dataset, rows, weight if self._weighted else None, self.args.seed)
+            shown = weight if self._weighted else None
+            if MISMATCHED in (getattr(dataset, "column_names", None) or ()):
+                batch = self.args.train_batch_size
+                self.train_dataset: Any = _Mismatched(dataset, rows, shown, self.args.seed, batch)
+            else:
+                self.train_dataset = _Scheduled(dataset, rows, shown, self.args.seed)
             self.args.remove_unused_columns = False
             if self._weighted:
                 self.data_collator: Any = _Collator(self.data_collator)
@@ -190,6 +212,15 @@ def _check_dataset(dataset: Any) -> None:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
         raise ValueError(
             f"an order needs a dataset with positions, not {type(dataset).__name__}: use a map-style dataset"
+        )
+
+
+def _check_pairs(args: Any) -> None:
+    """Raise `ValueError` for what KTO would compute from pairs in the order of the data."""
+    if isinstance(args, KTOConfig) and args.precompute_ref_log_probs and args.loss_type != "apo_zero_unpaired":
+        raise ValueError(
+            "precompute_ref_log_probs is not supported with KTO: its KL term needs the reference of the pairs that are "
+            "served, which it would compute for those in the order of the data"
         )
 
 

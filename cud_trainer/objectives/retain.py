@@ -25,7 +25,8 @@ def retain_kl(logits: Tensor, mask: Tensor, reference_logps: Tensor, reference_i
     Args:
         logits: `[B, K, V]` of the current model.
         mask: True on answer tokens, `[B, K]`.
-        reference_logps, reference_ids: top-k log-probabilities and token ids of the reference, `[B, K, k]`.
+        reference_logps: top-k log-probabilities of the reference, `[B, K, k]`.
+        reference_ids: the tokens that they belong to, `[B, K, k]`.
     """
     current = wide(logits).log_softmax(-1)
     top = current.gather(-1, reference_ids)
@@ -48,7 +49,8 @@ def retain_activations(hidden: Tensor, mask: Tensor, reference_hidden: Tensor) -
     Li et al. 2024, arXiv 2403.03218, eq. 2.
 
     Args:
-        hidden, reference_hidden: output of decoder layer l, `[B, K, d]`.
+        hidden: output of decoder layer l, `[B, K, d]`.
+        reference_hidden: the same before unlearning.
         mask: True on answer tokens, `[B, K]`.
     """
     squared = (hidden - reference_hidden.to(hidden)).square().mean(-1)

@@ -77,8 +77,9 @@ class Schedule:
         share: the mean over every global batch, in whatever micro-batches, is the weighted mean over its real rows.
 
         Args:
-            forget_lengths, retain_lengths: answer tokens of each sample. If given, that mean is one over tokens:
+            forget_lengths: answer tokens of each forget sample. If given, that mean is one over tokens:
                 `sum w_i n_i L_i / sum w_i n_i` for a loss L that is itself a mean over the tokens of a sample.
+            retain_lengths: the same of the retain samples.
         """
         forget_position = {sample_id: index for index, sample_id in enumerate(forget_ids)}
         count = len(self)

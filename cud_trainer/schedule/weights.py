@@ -17,7 +17,8 @@ def scaled_to_mean_one(values: np.ndarray, low: float, high: float) -> np.ndarra
 
     Args:
         values: positive, `[N]`.
-        low, high: with `low <= 1 <= high`.
+        low: smallest weight, at most 1.
+        high: largest weight, at least 1.
     """
     return from_logs(np.log(values), low, high)
 
@@ -64,7 +65,8 @@ def upweight_hard(
     Args:
         form: `"linear"`: `1 + strength (2 r - 1)`; `"softmax"`: `∝ exp(strength (2 r - 1))`; `"power"`:
             `∝ r^strength`.
-        low, high: limits of the last two.
+        low: smallest weight of the last two.
+        high: largest weight of the last two.
     """
     return _by_rank(rank(difficulty), form, strength, low, high)
 
