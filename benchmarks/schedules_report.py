@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from evaluation import statistics as stats
 from evaluation.plots import COLOURS, STYLES
-from evaluation.study import SCORES, Cell
+from evaluation.study import Cell
 from evaluation.study_report import BASE, Run, left_at, reported, tuned, worst_quarter
 
 SEED = 0
@@ -27,8 +27,8 @@ def runs_of(folder: Path, levels: list[float]) -> list[Run]:
     for path in sorted(folder.glob("cells/*/result.json")):
         found = json.loads(path.with_name("cell.json").read_text())
         settings = found["settings"]
-        if SCORES in settings["options"]:
-            settings["scores_file"] = str(folder.parent / settings["options"][SCORES])
+        if "scores_file" in settings:  # relative to where the study ran
+            settings["scores_file"] = str(folder.parent / settings["scores_file"])
         cells.append(Cell(found["kind"], path.parent.name, found["choices"], settings))
     cells.sort(key=lambda cell: (cell.settings["options"]["seed"], cell.name))
     return [Run(folder, cell, 4) for cell in reported(folder, cells, levels, 4)]

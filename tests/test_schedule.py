@@ -399,6 +399,16 @@ class TestDynamic:
         assert stop([0.1, 0.2, 0.21, 0.9], [1, 1, 1, 1]) == [0, 0, 1, 1]
         assert stop([0.25, 0.29, 0.31, 0.9], [0, 0, 0, 0]) == [0, 0, 1, 1]  # between the two it stays as it is
 
+    def test_joint_stop_looks_at_the_mean(self):
+        def factors(p, factor):
+            return SCHEDULES["joint_stop"].function(self.state(p, factor), target=0.2, back=1.5).tolist()
+
+        assert factors([0.9, 0.1], [1.0, 1.0]) == [1.0, 1.0]  # mean 0.5
+        assert factors([0.3, 0.1], [1.0, 1.0]) == [0.0, 0.0]  # 0.2: done, the hard one with it
+        assert factors([0.4, 0.1], [0.0, 0.0]) == [0.0, 0.0]  # 0.25: stays away
+        assert factors([0.4, 0.1], [1.0, 1.0]) == [1.0, 1.0]  # and had not left
+        assert factors([0.6, 0.1], [0.0, 0.0]) == [1.0, 1.0]  # 0.35: back
+
     def test_dynamic_and_self_paced(self):
         p = [0.1, 0.2, 0.4, 0.8]
         found = SCHEDULES["dynamic"].function(self.state(p), power=1.0, low=0.0, high=99.0)

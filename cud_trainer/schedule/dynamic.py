@@ -58,6 +58,19 @@ def per_sample_stop(state: RunState, *, target: float = 0.1, back: float = 1.5) 
     return np.where(p <= target, 0.0, np.where(p > back * target, 1.0, state.factor))
 
 
+@register_schedule("joint_stop", "dynamic", metric=None, check=_check_stop)
+def joint_stop(state: RunState, *, target: float = 0.1, back: float = 1.5) -> np.ndarray:
+    """All samples leave the forget loss at once, when their mean answer probability has reached `target`.
+
+    Early stopping with the retain loss going on: what `per_sample_stop` is to be compared with. They come back when the
+    mean is above `back * target` again.
+    """
+    mean = state.probability.mean()
+    if target < mean <= back * target:
+        return state.factor
+    return np.full(len(state.logps), float(mean > target))
+
+
 def _check_dynamic(owner: str, **options: Any) -> None:
     within(0, np.inf, "power")(owner, **options)
     within(1, np.inf, "every")(owner, **options)
