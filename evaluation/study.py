@@ -331,9 +331,16 @@ def _run_cell(output: Path, cell: Cell, device: str, workers: int) -> str | None
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     if device:
         environment["CUDA_VISIBLE_DEVICES"] = device
-    with (folder / "log.txt").open("w") as log:
-        command = [sys.executable, "-m", "evaluation.study_cell", str(output), cell.name]
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    command = [sys.executable, "-m", "evaluation.study_cell", str(output), cell.name]
+    inherited, held = os.pipe()  # nothing is written: that it is closed tells the cell that this process is gone
+    try:
+        with (folder / "log.txt").open("w") as log:
+            done = subprocess.run(
+                command, stdin=inherited, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+            )
+    finally:
+        os.close(inherited)
+        os.close(held)
     if (folder / "result.json").exists():
         return None
     lines = [line.strip() for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .parent import end_with_parent
+
 
 def main(study: Path, name: str) -> None:
     from transformers.utils.logging import set_verbosity
@@ -113,6 +115,7 @@ def _run(
 
 
 if __name__ == "__main__":
+    end_with_parent()
     try:
         main(Path(sys.argv[1]), sys.argv[2])
     except ValueError as error:
