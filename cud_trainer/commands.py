@@ -8,9 +8,10 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .alternatives import with_alternatives
+from .arguments import parse_options
 from .circuits import check_architecture
 from .config import CUDConfig
 from .data import check_tokenizer, prepare_dataset
@@ -19,7 +20,7 @@ from .files import check_new_file, check_output_dir
 from .passes import remove_work
 from .scoring import check_metrics, score_difficulty
 from .trainable import train_only
-from .trainer import REFERENCE_FILE, SCHEDULE_FILE, SCORES_FILE, WORK_DIR, CUDTrainer
+from .trainer import CUDTrainer, begun
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -139,9 +140,8 @@ def model_options(model_args: ModelConfig) -> dict[str, Any]:
 
 
 def _parse(first: type, argv: list[str], program: str) -> tuple[Any, CUDConfig, ModelConfig]:
-    parser = TrlParser((first, CUDConfig, ModelConfig), prog=program)
-    parsed = parser.parse_args_and_config(argv)
-    return parsed[0], parsed[1], parsed[2]
+    data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program)
+    return data_args, args, model_args
 
 
 def train(argv: list[str]) -> int:
@@ -151,9 +151,8 @@ def train(argv: list[str]) -> int:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if args.process_index == 0:
-        # Left by a start that was killed before the first checkpoint; the trainer checks them.
-        begun = (SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE)
-        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=begun)
+        known = begun(args.output_dir)
+        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=known)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     forget, retain = data_args.load()
     tokenizer = load_tokenizer(model_args)

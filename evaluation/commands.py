@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
+from cud_trainer.arguments import parse_options
 from cud_trainer.circuits import CircuitTable, dataset_faithfulness
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands import DataArguments, load_samples, load_tokenizer, model_options
@@ -139,7 +140,7 @@ def evaluate(argv: list[str]) -> int:
     """Entry point of `cud evaluate`."""
     from .report import write_report
 
-    args, model_args = TrlParser((EvaluateArguments, ModelConfig), prog="cud evaluate").parse_args_and_config(argv)
+    args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate")
     check_output_dir(args.output_dir, overwrite=args.overwrite)
     raw = dict(zip(("forget", "retain"), args.load(), strict=True))
     for name in ("neighbour", "holdout"):

@@ -7,6 +7,7 @@ everything its outcome depends on, and skipped.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -21,13 +22,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from cud_trainer import CUDConfig
+from cud_trainer.arguments import parse_options
 from cud_trainer.commands import DataArguments, load_tokenizer
 from cud_trainer.data import check_disjoint, dataset_fingerprint, prepare_dataset
 from cud_trainer.difficulty.scores import merge_metrics
-from cud_trainer.files import write_json
+from cud_trainer.files import holds_something, remove_leftovers, write_json
 from cud_trainer.fingerprint import versions
 
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)}
@@ -183,11 +185,11 @@ def main(argv: list[str]) -> int:
     """Entry point of `cud study`."""
     from .study_report import write_study
 
-    args, model_args = TrlParser((StudyArguments, ModelConfig), prog="cud study").parse_args_and_config(argv)
+    args, model_args = parse_options((StudyArguments, ModelConfig), argv, "cud study")
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output directory {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not (output / "study.json").exists():
+    if holds_something(output, [".lock"]) and not (output / "study.json").exists():
         raise ValueError(f"output directory {output} is not empty and holds no study; choose another one")
     forget, retain = args.load()
     tokenizer = load_tokenizer(model_args)
@@ -215,6 +217,7 @@ def main(argv: list[str]) -> int:
     except Timeout:
         raise ValueError(f"another study is running in {output}") from None
     try:
+        remove_leftovers(output)
         _check_kept(output, [*scores, *runs], args.overwrite)
         shared = {"model": vars(model_args), "data": {f.name: getattr(args, f.name) for f in fields(DataArguments)}}
         write_json(output / "study.json", json.loads(json.dumps({"argv": argv, "shared": shared}, default=str)))
@@ -343,6 +346,8 @@ def _run_cell(output: Path, cell: Cell, device: str, workers: int) -> str | None
         os.close(held)
     if (folder / "result.json").exists():
         return None
+    if done.returncode == errno.ENOSPC:
+        return f"the disk is full: cannot write to {folder}"
     lines = [line.strip() for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1][:300] if lines else "no output"
     return f"{last} (exit code {done.returncode}; {folder / 'log.txt'})"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -118,6 +121,14 @@ if __name__ == "__main__":
     end_with_parent()
     try:
         main(Path(sys.argv[1]), sys.argv[2])
-    except ValueError as error:
-        print(" ".join(str(error).split()))
+    except Exception as error:
+        from cud_trainer.cli import one_line
+        from cud_trainer.files import disk_full
+
+        if not (isinstance(error, (ValueError, OSError)) or disk_full(error)):
+            raise
+        with contextlib.suppress(OSError):
+            print(one_line(error), flush=True)
+        if disk_full(error):  # the log may have no room for that line
+            os._exit(errno.ENOSPC)
         sys.exit(2)
