@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from datasets.utils import logging as datasets_logging
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .alternatives import with_alternatives
@@ -20,7 +23,7 @@ from .files import check_new_file, check_output_dir
 from .passes import remove_work
 from .scoring import check_metrics, score_difficulty
 from .trainable import train_only
-from .trainer import CUDTrainer, begun
+from .trainer import CUDTrainer, begun, load_causal_lm
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -100,16 +103,32 @@ def load_samples(source: str, name: str | None, split: str, limit: int | None, w
         if path.suffix in READERS:
             if not path.is_file():
                 raise ValueError(f"{what} dataset {source} does not exist")
-            dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            if path.stat().st_size == 0:
+                raise ValueError("it is empty")
+            with _silent_datasets():
+                dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
         else:
             dataset = load_dataset(source, name, split=split)
-    except ValueError as error:
-        raise ValueError(f"cannot load the {what} dataset {source!r}: {error}") from None
     except Exception as error:  # datasets raises its own errors, those of its readers and those of the hub
-        raise ValueError(f"cannot load the {what} dataset {source!r}: {type(error).__name__}: {error}") from None
+        cause: BaseException = error  # what the reader said says more than "an error occurred"
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        named = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+        raise ValueError(f"cannot load the {what} dataset {source!r}: {named}{str(cause)[:500]}") from None
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     return dataset
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """Its log repeats, in many lines, the error that it raises."""
+    before = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(before)
 
 
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
@@ -191,9 +210,9 @@ def score_model(
 ) -> DifficultyScores:
     """Load the model and score it as `args` say; `options` are further ones of `score_difficulty`."""
     trust = bool(getattr(model_args, "trust_remote_code", False))
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, trust_remote_code=trust, **model_options(model_args)
-    ).to(args.device)
+    model = load_causal_lm(str(model_args.model_name_or_path), trust_remote_code=trust, **model_options(model_args)).to(
+        args.device
+    )
     if args.trainable_layers is not None:  # what calibration trains
         train_only(model, args.trainable_layers)
     options = {**args.scoring_options(get_peft_config(model_args)), **options}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -431,7 +432,7 @@ class CUDTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(output)
             if resume_from_checkpoint is None:
-                raise ValueError(f"there is no checkpoint to resume from in {output}")
+                raise ValueError(f"there is no complete checkpoint to resume from in {output}")
         if resume_from_checkpoint:
             state = self._resume_state(Path(resume_from_checkpoint))
             self._served = list(state["served"])
@@ -883,4 +884,12 @@ def _load_model(name: str, args: CUDConfig) -> nn.Module:
     # As in TRL: full precision weights unless asked otherwise, mixed precision comes from `bf16`.
     options.setdefault("dtype", "float32")
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    return load_causal_lm(name, **options)
+
+
+def load_causal_lm(name: str, **options: Any) -> nn.Module:
+    """`AutoModelForCausalLM.from_pretrained`; `ValueError` naming what cannot be loaded."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load a model from {name!r}: {str(error)[:500]}") from error

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from cud_trainer.arguments import parse_options
@@ -22,6 +23,7 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.fingerprint import model_fingerprint, versions
 from cud_trainer.logprobs import answer_probability
+from cud_trainer.trainer import load_causal_lm
 
 from . import audit, harness, robustness, sections
 from .memorization import true_answers
@@ -129,8 +131,8 @@ def load_model(path: str, options: dict[str, Any]) -> Any:
 
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an adapter of another base model
+            model = load_causal_lm(path, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model
         raise ValueError(f"cannot load a model from {path!r}: {str(error)[:500]}") from None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,24 +153,33 @@ class DifficultyScores:
             frame = read_table(Path(path))
             names = [name for name in frame.columns if name not in RESERVED]
             own = {name: frame[name].to_numpy(dtype=float) for name in names}
-            return cls(frame["sample_id"].tolist(), own, frame["fold"].to_numpy() if "fold" in frame else None)
+            fold = frame["fold"].to_numpy() if "fold" in frame else None
+            return cls._read(path, frame["sample_id"].tolist(), own, fold, {})
         table, header = read_parquet(path, "difficulty scores")
         if header.get("format") != FORMAT_VERSION:
             raise ValueError(f"{path} has format {header.get('format')}, this version reads {FORMAT_VERSION}")
-        names, provenance = header.get("metrics"), header.get("provenance")
-        if not isinstance(names, list) or not isinstance(provenance, dict):
+        listed, provenance = header.get("metrics"), header.get("provenance")
+        if not isinstance(listed, list) or not isinstance(provenance, dict):
             raise ValueError(f"{path} holds no difficulty scores: metrics or provenance are missing in its header")
-        for name in ["sample_id", *names]:
+        for name in ["sample_id", *listed]:
             if name not in table.column_names or table[name].null_count:
                 raise ValueError(f"{path} has no column {name!r}, or one with gaps; it has {table.column_names}")
             kind = table[name].type
             if name != "sample_id" and not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
                 raise ValueError(f"column {name!r} of {path} holds no numbers")
-        columns = {name: table[name].to_numpy() for name in names}
+        columns = {name: table[name].to_numpy() for name in listed}
         fold = table["fold"].to_numpy() if "fold" in table.column_names else None
-        scores = cls(table["sample_id"].to_pylist(), columns, fold, provenance)
+        scores = cls._read(path, table["sample_id"].to_pylist(), columns, fold, provenance)
         scores.check_provenance(**expected)
         return scores
+
+    @classmethod
+    def _read(cls, path: str | Path, *parts: Any) -> DifficultyScores:
+        """From what stands in a file; an error names it."""
+        try:
+            return cls(*parts)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def published(
