@@ -10,6 +10,7 @@ import pytest
 from conftest import make_model, make_tokenizer, qa_dataset
 from test_cli import data, train
 from test_study import config, results
+from test_trainer import make_trainer
 
 from cud_trainer.cli import main
 from cud_trainer.difficulty import DifficultyScores
@@ -89,6 +90,25 @@ class TestSimulated:
         with pytest.raises(DiskFullError, match=r"the disk is full: cannot write .*a\.json"):
             write_json(path, {"a": 2})
         assert files(tmp_path) == {"a.json": before}
+
+    def test_a_model_is_saved_whole_or_not_at_all(self, tmp_path, monkeypatch):
+        trainer = make_trainer(tmp_path / "out", save_strategy="no")
+        trainer.save_model(str(tmp_path / "model"))
+        before = files(tmp_path / "model")
+        save = type(trainer.model).save_pretrained
+
+        def half(model, folder, **options):
+            save(model, folder, **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(type(trainer.model), "save_pretrained", half)
+        with pytest.raises(DiskFullError):
+            trainer.save_model(str(tmp_path / "model"))
+        assert files(tmp_path / "model") == before
+        monkeypatch.undo()
+        (tmp_path / "model" / "model-00001-of-00002.safetensors").write_bytes(b"of a save in other pieces")
+        trainer.save_model(str(tmp_path / "model"))
+        assert files(tmp_path / "model").keys() == before.keys()
 
     @pytest.mark.parametrize("text", ["I/O error: No space left on device (os error 28)", "Disk quota exceeded"])
     def test_errors_of_libraries(self, tmp_path, text):
