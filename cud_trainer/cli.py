@@ -35,6 +35,21 @@ def usage() -> str:
     )
 
 
+def one_line(error: BaseException, most: int = 1000) -> str:
+    """What an error says, in one line of at most `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def _end_progress_bars() -> None:
+    """An error does not stand at the end of a bar's line."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; bad input is one line on stderr and exit code 2 (CUD_TRACEBACK=1 shows where it came from)."""
     argv = sys.argv[1:] if argv is None else argv
@@ -52,10 +67,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return pkgutil.resolve_name(COMMANDS[name][1])(rest) or 0
-    except ValueError as error:
-        if os.environ.get("CUD_TRACEBACK"):
+    except Exception as error:
+        from .files import disk_full
+
+        # Anything else is a bug, and its traceback the report of it.
+        if os.environ.get("CUD_TRACEBACK") or not (isinstance(error, (ValueError, OSError)) or disk_full(error)):
             raise
-        print(f"cud {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _end_progress_bars()
+        print(f"cud {name}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"cud {name}: interrupted", file=sys.stderr)

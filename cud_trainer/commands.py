@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from datasets.utils import logging as datasets_logging
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .alternatives import with_alternatives
+from .arguments import parse_options
 from .chunks import DOCUMENT, chunk_texts
 from .circuits import check_architecture
 from .config import CUDConfig
@@ -20,7 +24,7 @@ from .files import check_new_file, check_output_dir
 from .passes import remove_work
 from .scoring import check_metrics, score_difficulty
 from .trainable import train_only
-from .trainer import REFERENCE_FILE, SCHEDULE_FILE, SCORES_FILE, WORK_DIR, CUDTrainer
+from .trainer import CUDTrainer, begun, load_causal_lm
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -128,16 +132,32 @@ def load_samples(source: str, name: str | None, split: str, limit: int | None, w
         if path.suffix in READERS:
             if not path.is_file():
                 raise ValueError(f"{what} dataset {source} does not exist")
-            dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            if path.stat().st_size == 0:
+                raise ValueError("it is empty")
+            with _silent_datasets():
+                dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
         else:
             dataset = load_dataset(source, name, split=split)
-    except ValueError as error:
-        raise ValueError(f"cannot load the {what} dataset {source!r}: {error}") from None
     except Exception as error:  # datasets raises its own errors, those of its readers and those of the hub
-        raise ValueError(f"cannot load the {what} dataset {source!r}: {type(error).__name__}: {error}") from None
+        cause: BaseException = error  # what the reader said says more than "an error occurred"
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        named = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+        raise ValueError(f"cannot load the {what} dataset {source!r}: {named}{str(cause)[:500]}") from None
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     return dataset
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """Its log repeats, in many lines, the error that it raises."""
+    before = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(before)
 
 
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
@@ -168,8 +188,7 @@ def model_options(model_args: ModelConfig) -> dict[str, Any]:
 
 
 def _parse(first: type, argv: list[str], program: str) -> tuple[Any, CUDConfig, ModelConfig]:
-    parser = TrlParser((first, CUDConfig, ModelConfig), prog=program)
-    data_args, args, model_args = parser.parse_args_and_config(argv)
+    data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program)
     args.group_column = args.group_column or data_args.natural_group
     return data_args, args, model_args
 
@@ -181,9 +200,8 @@ def train(argv: list[str]) -> int:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if args.process_index == 0:
-        # Left by a start that was killed before the first checkpoint; the trainer checks them.
-        begun = (SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE)
-        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=begun)
+        known = begun(args.output_dir)
+        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=known)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     tokenizer = load_tokenizer(model_args)
     forget, retain = data_args.load(tokenizer)
@@ -226,9 +244,9 @@ def score_model(
 ) -> DifficultyScores:
     """Load the model and score it as `args` say; `options` are further ones of `score_difficulty`."""
     trust = bool(getattr(model_args, "trust_remote_code", False))
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, trust_remote_code=trust, **model_options(model_args)
-    ).to(args.device)
+    model = load_causal_lm(str(model_args.model_name_or_path), trust_remote_code=trust, **model_options(model_args)).to(
+        args.device
+    )
     if args.trainable_layers is not None:  # what calibration trains
         train_only(model, args.trainable_layers)
     options = {**args.scoring_options(get_peft_config(model_args)), **options}

@@ -246,8 +246,9 @@ class CUDConfig(SFTConfig):
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
         if not 0 < self.calibration_share <= 1:
             raise ValueError(f"calibration_share must be in (0, 1], got {self.calibration_share!r}")
-        if not self.retain_weight >= 0:
-            raise ValueError(f"retain_weight must not be negative, got {self.retain_weight!r}")
+        for name in ("retain_weight", "learning_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must not be negative, nor infinite, got {getattr(self, name)!r}")
         self._refuse_what_breaks_the_order()
 
     def _check_objective(self, loss: UnlearningLoss) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -127,16 +128,19 @@ def prepare_dataset(
             rival = _counterfactual(row, kind, counterfactual_column, tokenizer, prompt, tokens, where)
             rows[-1][COUNTERFACTUAL] = rival
         elif kind == "tokenised" and row.get(COUNTERFACTUAL) is not None:
+            _check_tokens(row[COUNTERFACTUAL], COUNTERFACTUAL, tokenizer, where)
             if len(row[COUNTERFACTUAL]) != len(tokens):
                 raise ValueError(f"{where}: {COUNTERFACTUAL} and input_ids differ in length")
             rows[-1][COUNTERFACTUAL] = list(row[COUNTERFACTUAL])
         if kind == "tokenised" and all(row.get(column) is not None for column in ALTERNATIVES):
+            for column, extra in zip(ALTERNATIVES, ((), (IGNORE_INDEX,)), strict=True):
+                _check_tokens(row[column], column, tokenizer, where, *extra)
             rows[-1] |= {column: list(row[column]) for column in ALTERNATIVES}
     check_unique(ids, name)
-    if any(COUNTERFACTUAL in row for row in rows):
-        without = next((ids[index] for index, row in enumerate(rows) if COUNTERFACTUAL not in row), None)
-        if without is not None:
-            raise ValueError(f"{name} sample {without!r} has no {COUNTERFACTUAL}, others have")
+    for column in (COUNTERFACTUAL, *ALTERNATIVES):
+        without = [sample_id for sample_id, row in zip(ids, rows, strict=True) if column not in row]
+        if without and len(without) < len(rows):
+            raise ValueError(f"{name} sample {without[0]!r} has no {column}, others have")
 
     columns: dict[str, list] = {key: [row[key] for row in rows] for key in rows[0]}
     for column in keep_columns:
@@ -327,6 +331,8 @@ def _tokenise(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
         tokens, labels = row["input_ids"], row["labels"]
         if tokens is None or labels is None:
             raise ValueError(f"{where}: its {'labels' if labels is None else 'input_ids'} are missing")
+        _check_tokens(tokens, "input_ids", tokenizer, where)
+        _check_tokens(labels, "labels", tokenizer, where, IGNORE_INDEX)
         if len(labels) != len(tokens):
             raise ValueError(f"{where}: labels and input_ids differ in length")
         answers = [position for position, label in enumerate(labels) if label != IGNORE_INDEX]
@@ -366,7 +372,7 @@ def _tokenise(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
         full = _with_eos(tokenizer(prompt + completion)["input_ids"], tokenizer)
     else:
         for message in [*prompt, *(completion or [])]:
-            if not isinstance(message, dict) or not message.get("role"):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
                 raise ValueError(f"{where}: a message must have a role and a content, got {_keys(message)}")
         if not completion or completion[-1]["role"] != "assistant":
             raise ValueError(f"{where}: the last message must be the assistant's, it is what will be forgotten")
@@ -374,8 +380,11 @@ def _tokenise(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
         if not tokenizer.chat_template:
             raise ValueError(f"{where}: the data is conversational but the tokenizer has no chat template")
         # An opening with no user turn has no generation prompt to share with the full chat.
-        start = _chat(tokenizer, prompt, add_generation_prompt=True) if prompt else []
-        full = _chat(tokenizer, [*prompt, *completion], add_generation_prompt=False)
+        try:
+            start = _chat(tokenizer, prompt, add_generation_prompt=True) if prompt else []
+            full = _chat(tokenizer, [*prompt, *completion], add_generation_prompt=False)
+        except (TemplateError, TypeError) as error:  # TypeError: content that is no text
+            raise ValueError(f"{where}: the chat template refuses it: {str(error)[:200]}") from None
     return _common_prefix(start, full), full
 
 
@@ -383,6 +392,19 @@ def text_tokens(text: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> li
     """Tokens of a plain text with eos at the end; `ValueError` naming `where` for an empty one."""
     # A long text is no reason for a warning: what does not fit is an error later, or is cut into chunks.
     return _with_eos(tokenizer(_filled(text, "text", where), verbose=False)["input_ids"], tokenizer)
+
+
+def _check_tokens(tokens: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: str, *also: int) -> None:
+    """Raise `ValueError` unless `tokens` are a list of the tokenizer's token ids, or of what else is allowed."""
+    if not isinstance(tokens, list):
+        raise ValueError(f"{where}: its {column} are no list")
+    for position, token in enumerate(tokens):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ValueError(f"{where}: {column} has a {type(token).__name__} at position {position}, no token id")
+        if token not in also and not 0 <= token < len(tokenizer):
+            raise ValueError(
+                f"{where}: {column} has {token} at position {position}, the tokenizer has {len(tokenizer)} tokens"
+            )
 
 
 def _filled(value: Any, what: str, where: str) -> str:

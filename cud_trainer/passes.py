@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data import pad_samples
-from .files import atomic_write, write_json
+from .files import atomic_write, holds_something, remove_leftovers, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -69,15 +69,17 @@ class WorkDir:
         if record.exists():
             try:
                 found = json.loads(record.read_text(encoding="utf-8"))
-            except (OSError, json.JSONDecodeError) as error:
+            except (OSError, ValueError) as error:
                 return f"cannot read {record}: {error}"
+            if not isinstance(found, dict):
+                return f"{record} holds no settings; remove the work directory or choose another one"
             differs = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
             if differs:
                 shown = "; ".join(
                     f"{key}: there {found.get(key)!r}, here {identity.get(key)!r}" for key in sorted(differs)
                 )
                 return f"work directory {self.path} belongs to another run ({shown}); remove it or choose another one"
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif holds_something(self.path):
             return f"work directory {self.path} holds something else; choose another one"
         else:
             write_json(record, identity)
@@ -106,6 +108,7 @@ def remove_work(path: str | Path) -> None:
     path = Path(path)
     for file in [*path.glob("*.safetensors"), path / "run.json"]:
         file.unlink(missing_ok=True)
+    remove_leftovers(path)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
 

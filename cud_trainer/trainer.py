@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import torch
 import transformers.trainer
 from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +28,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer import disable_dropout_in_model
@@ -47,7 +50,7 @@ from .difficulty import DifficultyScores
 from .difficulty.gradients import GradientRecorder
 from .difficulty.scores import merge_metrics
 from .difficulty.weights import weight_matrices
-from .files import atomic_write, check_output_dir, write_json
+from .files import DiskFullError, atomic_write, check_output_dir, full_disk_named, holds_something, write_json
 from .fingerprint import model_fingerprint
 from .logprobs import answer_probability
 from .objectives import LossTerms, Reference
@@ -431,9 +434,9 @@ class CUDTrainer(SFTTrainer):
         """
         output = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+            resume_from_checkpoint = last_checkpoint(output)
             if resume_from_checkpoint is None:
-                raise ValueError(f"there is no checkpoint to resume from in {output}")
+                raise ValueError(f"there is no complete checkpoint to resume from in {output}")
         if resume_from_checkpoint:
             state = self._resume_state(Path(resume_from_checkpoint))
             self._served = list(state["served"])
@@ -444,9 +447,8 @@ class CUDTrainer(SFTTrainer):
             if self.is_world_process_zero() and not self._started and not self.args.overwrite:
                 made = {SCORES_FILE, WORK_DIR, REFERENCE_FILE}
                 if self._same_schedule(output / SCHEDULE_FILE):  # a run that was killed before its first checkpoint
-                    made.add(SCHEDULE_FILE)
-                others = [p.name for p in output.iterdir() if p.name not in made] if output.is_dir() else []
-                if others:
+                    made = begun(output)
+                if holds_something(output, made):
                     check_output_dir(output)
         self._started = True
         self._records.clear()
@@ -469,7 +471,7 @@ class CUDTrainer(SFTTrainer):
     def _back_to_the_last_checkpoint(self) -> str:
         """Load the weights that were saved last, and say so."""
         output = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        last = last_checkpoint(output)
         if last is None:
             return "No checkpoint was saved: the weights are those of the diverged run."
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -764,6 +766,39 @@ class CUDTrainer(SFTTrainer):
         finally:
             transformers.trainer.hf_api = original
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in the base class, but complete or not at all: into a folder beside it, then file by file to its place."""
+        target = Path(output_dir if output_dir is not None else self.args.output_dir)
+        staging = target / f".model.{os.getpid()}.tmp"
+        try:
+            with full_disk_named(target):
+                if self.args.should_save and (target / "README.md").is_file():  # PEFT adds to it
+                    staging.mkdir(parents=True)
+                    shutil.copy(target / "README.md", staging)
+                super()._save(str(staging), state_dict)
+                made = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
+                stale = target.glob("model*.safetensors*") if made else ()
+                for path in [path for path in stale if path.relative_to(target) not in made]:
+                    path.unlink()  # weights that were saved in another number of files
+                for name in sorted(made):
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(staging / name, target / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in the base class; one that cannot be written whole is removed."""
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            (checkpoint / STATE_FILE).unlink(missing_ok=True)  # until it is whole again
+        try:
+            with full_disk_named(checkpoint):
+                super()._save_checkpoint(model, trial)
+        except DiskFullError:
+            if self.is_world_process_zero():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+
     def _check_weights(self) -> None:
         """Raise `DivergenceError` when a weight is no longer finite: such a checkpoint must not be written."""
         sums = [parameter.detach().sum() for parameter in self.model.parameters() if parameter.requires_grad]
@@ -815,12 +850,33 @@ class _RunState(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
-            write_json(checkpoint / STATE_FILE, self.trainer._checkpoint_state())
+            try:
+                write_json(checkpoint / STATE_FILE, self.trainer._checkpoint_state())
+            except DiskFullError:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                raise
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._flush()
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The last complete checkpoint in `output`: one whose writing was cut short has no state of ours yet."""
+    found = [path.parent for path in output.glob(f"checkpoint-*/{STATE_FILE}") if path.parent.name[11:].isdecimal()]
+    return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
+
+
+def begun(output: str | Path) -> set[str]:
+    """Names in `output` of what a run leaves that ended before its first checkpoint was whole; the trainer checks
+    that it was the same run."""
+    output = Path(output)
+    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE}
+    if (output / SCHEDULE_FILE).exists():
+        cut_short = {path.name for path in output.glob("checkpoint-*") if not (path / STATE_FILE).exists()}
+        names |= {"README.md", *cut_short}
+    return names
 
 
 def _check_may_start(args: CUDConfig) -> None:
@@ -829,7 +885,7 @@ def _check_may_start(args: CUDConfig) -> None:
     output = Path(args.output_dir)
     known = output.is_dir() and ((output / SCORES_FILE).exists() or any(output.glob("checkpoint-*")))
     resume = bool(args.resume_from_checkpoint) or known
-    check_output_dir(output, overwrite=args.overwrite, resume=resume, known=(WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE))
+    check_output_dir(output, overwrite=args.overwrite, resume=resume, known=begun(output))
 
 
 def _needed_metrics(args: CUDConfig) -> list[str]:
@@ -870,4 +926,12 @@ def _load_model(name: str, args: CUDConfig) -> nn.Module:
     # As in TRL: full precision weights unless asked otherwise, mixed precision comes from `bf16`.
     options.setdefault("dtype", "float32")
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    return load_causal_lm(name, **options)
+
+
+def load_causal_lm(name: str, **options: Any) -> nn.Module:
+    """`AutoModelForCausalLM.from_pretrained`; `ValueError` naming what cannot be loaded."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load a model from {name!r}: {str(error)[:500]}") from error

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from trl import ModelConfig
 
+from cud_trainer.arguments import parse_options
 from cud_trainer.circuits import CircuitTable, dataset_faithfulness
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands import DataArguments, load_samples, load_tokenizer, model_options
@@ -21,6 +23,7 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.fingerprint import model_fingerprint, versions
 from cud_trainer.logprobs import answer_probability
+from cud_trainer.trainer import load_causal_lm
 
 from . import audit, harness, robustness, sections
 from .memorization import true_answers
@@ -128,8 +131,8 @@ def load_model(path: str, options: dict[str, Any]) -> Any:
 
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an adapter of another base model
+            model = load_causal_lm(path, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model
         raise ValueError(f"cannot load a model from {path!r}: {str(error)[:500]}") from None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
@@ -139,7 +142,7 @@ def evaluate(argv: list[str]) -> int:
     """Entry point of `cud evaluate`."""
     from .report import write_report
 
-    args, model_args = TrlParser((EvaluateArguments, ModelConfig), prog="cud evaluate").parse_args_and_config(argv)
+    args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate")
     check_output_dir(args.output_dir, overwrite=args.overwrite)
     tokenizer = load_tokenizer(model_args)
     raw = dict(zip(("forget", "retain"), args.load(tokenizer), strict=True))

@@ -114,9 +114,9 @@ class Outcome:
 
 def main(argv: list[str]) -> int:
     """Entry point of `cud demo`."""
-    from trl import TrlParser
+    from cud_trainer.arguments import parse_options
 
-    (args,) = TrlParser((DemoArguments,), prog="cud demo").parse_args_and_config(argv)
+    (args,) = parse_options((DemoArguments,), argv, "cud demo")
     check_output_dir(args.output_dir, overwrite=args.overwrite)
     report = run_demo(args, command="cud demo " + " ".join(argv))
     for line in report["findings"]:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from trl import TrlParser
 
+from cud_trainer.arguments import parse_options
 from cud_trainer.commands import load_samples
 from cud_trainer.data import detect_format, id_column, question_and_answer
 from cud_trainer.difficulty import DifficultyScores
@@ -325,7 +325,7 @@ def main(argv: list[str]) -> int:
     """Entry point of `cud import`."""
     from .report import write_report
 
-    (args,) = TrlParser((ImportArguments,), prog="cud import").parse_args_and_config(argv)
+    (args,) = parse_options((ImportArguments,), argv, "cud import")
     check_output_dir(args.output_dir, overwrite=args.overwrite)
     scores = DifficultyScores.load(args.scores) if args.scores else None
     if scores is not None:

@@ -8,6 +8,7 @@ everything its outcome depends on, and skipped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -21,18 +22,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from cud_trainer import CUDConfig
+from cud_trainer.arguments import parse_options, read_yaml
 from cud_trainer.commands import DataArguments, load_tokenizer
 from cud_trainer.data import check_disjoint, dataset_fingerprint, prepare_dataset
 from cud_trainer.difficulty.scores import DifficultyScores, merge_metrics
-from cud_trainer.files import write_json
+from cud_trainer.files import holds_something, remove_leftovers, write_json
 from cud_trainer.fingerprint import file_hash, versions
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
@@ -262,12 +263,12 @@ def read_arguments(argv: list[str]) -> tuple[Any, Any]:
     Raises:
         ValueError: for a recipe that cannot be read or has an option that a study has no place for.
     """
-    args, model_args = TrlParser((StudyArguments, ModelConfig), prog="cud study").parse_args_and_config(argv)
+    kinds = (StudyArguments, ModelConfig)
+    args, model_args = parse_options(kinds, argv, "cud study")
     if args.recipe is not None:
         recipe = _read_recipe(args.recipe)
-        parser = TrlParser((StudyArguments, ModelConfig), prog="cud study")
-        parser.set_defaults_with_config(**{name: value for name, value in recipe.items() if name in SHARED_FIELDS})
-        args, model_args = parser.parse_args_and_config(argv)
+        shared = {name: value for name, value in recipe.items() if name in SHARED_FIELDS}
+        args, model_args = parse_options(kinds, argv, "cud study", shared)
         _behind(args, {name: value for name, value in recipe.items() if name not in SHARED_FIELDS | RESERVED})
     if args.natural_group is not None:
         _behind(args, {"group_column": args.natural_group})
@@ -283,12 +284,7 @@ def _behind(args: StudyArguments, options: dict[str, Any]) -> None:
 
 
 def _read_recipe(path: str) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the recipe {path}: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"recipe {path} must contain a YAML mapping")
+    recipe = read_yaml(path)
     unknown = [name for name in recipe if name not in SHARED_FIELDS | TRAIN_FIELDS]
     if unknown:
         raise ValueError(f"recipe {path}: a study has no place for {unknown[0]!r}")
@@ -303,7 +299,7 @@ def main(argv: list[str]) -> int:
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output directory {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not (output / "study.json").exists():
+    if holds_something(output, [".lock"]) and not (output / "study.json").exists():
         raise ValueError(f"output directory {output} is not empty and holds no study; choose another one")
     tokenizer = load_tokenizer(model_args)
     forget, retain = args.load(tokenizer)
@@ -330,6 +326,7 @@ def main(argv: list[str]) -> int:
     except Timeout:
         raise ValueError(f"another study is running in {output}") from None
     try:
+        remove_leftovers(output)
         _check_kept(output, [*scores, *runs], args.overwrite)
         kept = [*fields(DataArguments), *(f for f in fields(StudyArguments) if f.name.startswith("utility_"))]
         shared = {"model": vars(model_args), "data": {f.name: getattr(args, f.name) for f in kept}}
@@ -493,6 +490,8 @@ class Worker:
             code, self.process = self.process.wait(), None
         if (folder / "result.json").exists():
             return None
+        if code == errno.ENOSPC:
+            return f"the disk is full: cannot write to {folder}"
         text = log.read_text(errors="replace") if log.exists() else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return f"{lines[-1][:300] if lines else 'no output'} (exit code {code}; {log})"

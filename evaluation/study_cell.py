@@ -6,6 +6,8 @@ the process ends, so that no cell starts from what another left behind.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import json
 import logging
@@ -20,6 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from cud_trainer.cli import one_line
+from cud_trainer.files import disk_full
 
 
 def main(study: Path, name: str) -> None:
@@ -172,13 +177,18 @@ def serve(study: Path) -> None:
     answers = os.fdopen(os.dup(1), "w")
     threading.Thread(target=listen, daemon=True).start()
     while (name := names.get()) is not None:
-        with (study / "cells" / name / "log.txt").open("w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
         try:
+            with (study / "cells" / name / "log.txt").open("w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
             main(study, name)
-        except ValueError as error:
-            print(" ".join(str(error).split()), flush=True)
+        except Exception as error:
+            if not (isinstance(error, (ValueError, OSError)) or disk_full(error)):
+                raise
+            with contextlib.suppress(OSError):
+                print(one_line(error), flush=True)
+            if disk_full(error):  # the log may have no room for that line
+                os._exit(errno.ENOSPC)
             sys.exit(2)
         gc.collect()
         if torch.accelerator.is_available():

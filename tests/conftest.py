@@ -82,13 +82,6 @@ def qa_dataset(n: int, start: int = 0) -> Dataset:
 @pytest.fixture
 def cells_in_process(monkeypatch):
     """Cells of a study run in this process: their own would spend most of the time on imports."""
-    from pathlib import Path
-    from types import SimpleNamespace
-
     from evaluation import study, study_cell
 
-    def run(command, **_):
-        study_cell.main(Path(command[-2]), command[-1])
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    monkeypatch.setattr(study.Worker, "run", lambda worker, cell: study_cell.main(worker.study, cell.name))

@@ -12,8 +12,10 @@ from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
+
+from cud_trainer.trainer import STATE_FILE, last_checkpoint
 
 
 def test_trl_averages_the_lists_in_metrics_on_log(monkeypatch):
@@ -117,9 +119,17 @@ def test_dropout_can_be_disabled():
 
 def test_checkpoint_folders(tmp_path):
     assert PREFIX_CHECKPOINT_DIR == "checkpoint"
-    for step in (2, 10):
+    for step in (2, 10, 30):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+        if step < 30:  # the last one was cut short
+            (tmp_path / f"checkpoint-{step}" / STATE_FILE).touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_everything_is_saved_through_two_methods():
+    assert list(inspect.signature(Trainer._save).parameters) == ["self", "output_dir", "state_dict"]
+    assert list(inspect.signature(SFTTrainer._save_checkpoint).parameters) == ["self", "model", "trial"]
+    assert "self._save(output_dir" in inspect.getsource(Trainer.save_model)
 
 
 def test_taking_an_adapter_off_needs_what_calibration_puts_back():

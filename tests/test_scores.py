@@ -51,11 +51,11 @@ class TestTable:
             DifficultyScores.load(path)
 
     def test_nothing_is_left_of_a_write_that_failed(self, tmp_path, monkeypatch):
-        def fail(table, path):
+        def fail(table, path, **options):
             path.write_bytes(b"half")
             raise OSError("disk full")
 
-        monkeypatch.setattr("cud_trainer.difficulty.scores.pq.write_table", fail)
+        monkeypatch.setattr("cud_trainer.files.pq.write_table", fail)
         with pytest.raises(OSError, match="disk full"):
             make().save(tmp_path / "scores.parquet")
         with pytest.raises(TypeError, match="not JSON"):

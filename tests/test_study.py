@@ -1,12 +1,7 @@
 """`cud study`: cells, what is skipped, killed, failed and refused, and the comparison at matched utility."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -179,29 +174,6 @@ def test_a_finished_study_is_only_reported_again(world, finished, monkeypatch):
     monkeypatch.setattr("evaluation.study.subprocess.Popen", lambda *a, **k: pytest.fail("a cell ran again"))
     assert main(config(world, finished)) == 0
     assert results(finished) == before
-
-
-def test_killed_and_resumed_it_is_the_same(world, finished, tmp_path):
-    command = [sys.executable, "-m", "cud_trainer.cli", *config(world, tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for wait in (4, 14):
-        started = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        time.sleep(wait)
-        os.killpg(started.pid, signal.SIGKILL)  # the cells' processes, too
-        started.wait()
-    assert main(config(world, tmp_path / "out")) == 0
-    again, straight = results(tmp_path / "out"), results(finished)
-    assert again == straight
-
-
-def test_a_second_study_in_the_folder_is_refused(world, finished, capsys):
-    from filelock import FileLock
-
-    with FileLock(finished / ".lock"):
-        assert main(config(world, finished)) == 2
-    assert "another study is running in" in capsys.readouterr().err
 
 
 def test_a_failing_cell_is_listed_and_stops_nothing(world, tmp_path, capsys):

@@ -70,6 +70,13 @@ class CircuitTable:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["circuits"])
                 edges = file.get_tensor("edges")
-            return cls(header["ids"], edges, Graph(**header["graph"]), header["settings"])
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"cannot read circuits from {path}: {error}") from None
+            graph = Graph(**header["graph"])
+            if not isinstance(header["ids"], list) or not isinstance(header["settings"], dict):
+                raise ValueError("its header is not that of circuits")
+            if not all(isinstance(value, int) and 0 <= value < 10_000 for value in asdict(graph).values()):
+                raise ValueError(f"its graph is {graph}")
+            if not bool(torch.isfinite(edges).all()):
+                raise ValueError("an edge score is not finite")
+            return cls(header["ids"], edges, graph, header["settings"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"cannot read circuits from {path}: {str(error)[:300]}") from None

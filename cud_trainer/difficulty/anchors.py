@@ -69,9 +69,24 @@ class AnchorBank:
                 header = json.loads((file.metadata() or {})["anchors"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             features = {name.split("/")[1]: tensors.pop(name) for name in list(tensors) if name.startswith("features/")}
-            return cls(**tensors, **header, features=features)
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"cannot read an anchor bank from {path}: {error}") from None
+            bank = cls(**tensors, **header, features=features)
+            bank._check_shapes()
+            return bank
+        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"cannot read an anchor bank from {path}: {str(error)[:300]}") from None
+
+    def _check_shapes(self) -> None:
+        """Raise `ValueError` or `TypeError` when a part does not fit the others."""
+        count = len(self.ids)
+        if not isinstance(self.ids, list) or not isinstance(self.graph, str) or not isinstance(self.settings, dict):
+            raise ValueError("its header is not that of an anchor bank")
+        sized = {"edges": (self.edges, 2), "residual": (self.residual, 1), "side": (self.side, 1)}
+        sized |= {f"features/{name}": (values, 2) for name, values in self.features.items()}
+        for name, (values, dimensions) in sized.items():
+            if values.ndim != dimensions or len(values) != count:
+                raise ValueError(f"{name} of shape {list(values.shape)} does not fit {count} samples")
+            if name != "residual" and not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{name} holds values that are not finite")
 
     def check(self, graph: str, settings: dict[str, Any]) -> None:
         """Raise `ValueError` unless circuits with this graph and these settings are comparable to the bank's."""

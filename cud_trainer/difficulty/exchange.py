@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,34 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix == ".csv":
             frame = pd.read_csv(path, dtype={"sample_id": str}, float_precision="round_trip")
         else:
-            frame = pd.DataFrame(
-                [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            )
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise ValueError(f"cannot read difficulty scores from {path}: {error}") from None
+            frame = pd.DataFrame(_json_rows(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read difficulty scores from {path}: {str(error)[:300]}") from None
     if "sample_id" not in frame or frame["sample_id"].isna().any():
         raise ValueError(f"{path} has no column sample_id, or one with gaps; it has {list(frame.columns)}")
     for column in frame.columns:
         if column != "sample_id" and not pd.api.types.is_numeric_dtype(frame[column]):
             raise ValueError(f"column {column!r} of {path} holds no numbers")
     return frame.assign(sample_id=frame["sample_id"].astype(str))
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; `ValueError` naming the line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no JSON object")
+        for name, value in row.items():
+            if isinstance(value, (dict, list)) or (isinstance(value, str) and name != "sample_id"):
+                raise ValueError(f"line {number}: {name!r} is no number")
+        rows.append(row)
+    return rows
 
 
 def read_published(path: Path, ids: Sequence[str], *, higher: str = "harder") -> np.ndarray:
@@ -69,7 +85,7 @@ def read_published(path: Path, ids: Sequence[str], *, higher: str = "harder") ->
         if str(name) in position:
             return position[str(name)]
         text = str(name).strip()
-        if text.isdigit() and int(text) < len(ids):
+        if text.isdecimal() and len(text) < 20 and int(text) < len(ids):
             return int(text)
         raise ValueError(f"{path} names {name!r}, which is neither a sample id nor a position below {len(ids)}")
 
@@ -88,6 +104,9 @@ def read_published(path: Path, ids: Sequence[str], *, higher: str = "harder") ->
         return values
     found = _load(path)
     if isinstance(found, Mapping) and set(found) == {"easy", "hard"}:
+        for side, names in found.items():
+            if not isinstance(names, (list, tuple)):
+                raise ValueError(f"{path}: {side!r} is a {type(names).__name__}, no list of samples")
         values = np.full(len(ids), 0.5)
         sides = {side: {row_of(name) for name in found[side]} for side in ("easy", "hard")}
         if sides["easy"] & sides["hard"]:
@@ -115,11 +134,14 @@ def read_published(path: Path, ids: Sequence[str], *, higher: str = "harder") ->
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".pt":
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            return found.float().numpy() if isinstance(found, torch.Tensor) else found
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                return found.float().numpy() if isinstance(found, torch.Tensor) else found
+            except Exception as error:  # a damaged file makes torch's unpickler raise nearly anything
+                raise ValueError(f"{type(error).__name__}: {error}") from None
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {str(error)[:200]}") from None
     raise ValueError(f"published scores are read from .pt, .json and .txt files, not from {path.name!r}")
 
@@ -127,6 +149,10 @@ def _load(path: Path) -> Any:
 def _number(value: Any, path: Path) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, (bool, str)) or not np.isscalar(value) or not np.isfinite(value):
-        raise ValueError(f"{path} has {value!r} where a finite number belongs")
-    return float(value)  # type: ignore[arg-type]
+    try:
+        number = float(value) if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else np.nan
+    except (OverflowError, TypeError):  # an integer beyond all floats, a complex number
+        number = np.nan
+    if not np.isfinite(number):
+        raise ValueError(f"{path} has {str(value)[:40]!r} where a finite number belongs")
+    return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 from ..data import id_column, rows_by_id
-from ..files import atomic_write, check_new_file
+from ..files import atomic_write, check_new_file, read_parquet, write_parquet
 from .exchange import TABLES, read_published, read_table, write_table
 
-METADATA_KEY = b"cud_trainer"
 RESERVED = ("sample_id", "fold", "bucket")
 FORMAT_VERSION = 1
 
@@ -141,8 +138,7 @@ class DifficultyScores:
             return atomic_write(path, lambda temporary: write_table(self.to_pandas(), temporary, suffix))
         table = pa.Table.from_pandas(self.to_pandas(), preserve_index=False)
         header = {"format": FORMAT_VERSION, "metrics": self.metrics, "provenance": self.provenance}
-        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(header).encode()})
-        return atomic_write(path, lambda temporary: pq.write_table(table, temporary))
+        return write_parquet(path, table, header)
 
     @classmethod
     def load(cls, path: str | Path, **expected: Any) -> DifficultyScores:
@@ -157,23 +153,33 @@ class DifficultyScores:
             frame = read_table(Path(path))
             names = [name for name in frame.columns if name not in RESERVED]
             own = {name: frame[name].to_numpy(dtype=float) for name in names}
-            return cls(frame["sample_id"].tolist(), own, frame["fold"].to_numpy() if "fold" in frame else None)
-        try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"cannot read difficulty scores from {path}: {error}") from None
-        metadata = (table.schema.metadata or {}).get(METADATA_KEY)
-        if metadata is None:
-            raise ValueError(f"{path} holds no difficulty scores (a parquet file without their header)")
-        header = json.loads(metadata)
-        if header["format"] != FORMAT_VERSION:
-            raise ValueError(f"{path} has format {header['format']}, this version reads {FORMAT_VERSION}")
-        frame = table.to_pandas()
-        columns = {name: frame[name].to_numpy() for name in header["metrics"]}
-        fold = frame["fold"].to_numpy() if "fold" in frame else None
-        scores = cls(frame["sample_id"].tolist(), columns, fold, header["provenance"])
+            fold = frame["fold"].to_numpy() if "fold" in frame else None
+            return cls._read(path, frame["sample_id"].tolist(), own, fold, {})
+        table, header = read_parquet(path, "difficulty scores")
+        if header.get("format") != FORMAT_VERSION:
+            raise ValueError(f"{path} has format {header.get('format')}, this version reads {FORMAT_VERSION}")
+        listed, provenance = header.get("metrics"), header.get("provenance")
+        if not isinstance(listed, list) or not isinstance(provenance, dict):
+            raise ValueError(f"{path} holds no difficulty scores: metrics or provenance are missing in its header")
+        for name in ["sample_id", *listed]:
+            if name not in table.column_names or table[name].null_count:
+                raise ValueError(f"{path} has no column {name!r}, or one with gaps; it has {table.column_names}")
+            kind = table[name].type
+            if name != "sample_id" and not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+                raise ValueError(f"column {name!r} of {path} holds no numbers")
+        columns = {name: table[name].to_numpy() for name in listed}
+        fold = table["fold"].to_numpy() if "fold" in table.column_names else None
+        scores = cls._read(path, table["sample_id"].to_pylist(), columns, fold, provenance)
         scores.check_provenance(**expected)
         return scores
+
+    @classmethod
+    def _read(cls, path: str | Path, *parts: Any) -> DifficultyScores:
+        """From what stands in a file; an error names it."""
+        try:
+            return cls(*parts)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def published(

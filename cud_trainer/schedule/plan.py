@@ -16,13 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ..files import atomic_write, check_new_file
+from ..files import check_new_file, read_parquet, write_parquet
 from .orders import Turn
 from .registry import Part, parse
-
-METADATA_KEY = b"cud_trainer"
 
 
 @dataclass(frozen=True)
@@ -129,15 +126,13 @@ class Schedule:
         if self.retain_id is not None:
             columns["retain_id"] = self.retain_id.tolist()
         header = {"name": self.name, "settings": self.settings, "hash": self.hash, "dynamic": self.dynamic}
-        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(header).encode()})
-        return atomic_write(path, lambda temporary: pq.write_table(table, temporary))
+        return write_parquet(path, pa.table(columns), header)
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
         """Read what `save` wrote; `ValueError` for a missing, foreign or altered file."""
+        table, header = read_parquet(path, "a schedule")
         try:
-            table = pq.read_table(path)
-            header = json.loads((table.schema.metadata or {})[METADATA_KEY])
             retain = table["retain_id"].to_pylist() if "retain_id" in table.column_names else None
             schedule = cls(
                 header["name"],
@@ -147,12 +142,11 @@ class Schedule:
                 header["settings"],
                 tuple((name, options) for name, options in header.get("dynamic", [])),
             )
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
-            raise ValueError(f"cannot read a schedule from {path}: {error}") from None
-        if schedule.hash != header["hash"]:
-            raise ValueError(
-                f"schedule {path} was altered: its hash is {schedule.hash}, its header says {header['hash']}"
-            )
+            found, said = schedule.hash, header["hash"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # columns or entries of another kind
+            raise ValueError(f"cannot read a schedule from {path}: {type(error).__name__}: {error}") from None
+        if found != said:
+            raise ValueError(f"schedule {path} was altered: its hash is {found}, its header says {said}")
         return schedule
 
 

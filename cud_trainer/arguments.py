@@ -1,0 +1,171 @@
+"""Options from the command line and a YAML file; whatever is wrong with them is one `ValueError`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import types
+from collections.abc import Hashable, Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+
+def parse_options(
+    kinds: Sequence[type], argv: Sequence[str], program: str, defaults: dict[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """An instance of every dataclass of `kinds`, from `argv` and the YAML file of `--config` in it.
+
+    Args:
+        defaults: options that hold where neither has them.
+
+    Raises:
+        ValueError: for an unknown option, a value of another type, or a file that cannot be read, naming it.
+    """
+    parser = _Parser(kinds, prog=program)
+    parser.set_defaults_with_config(**(defaults or {}))
+    return parser.parse_args_and_config(argv)
+
+
+class _Parser(TrlParser):
+    """TRL's parser, with errors to catch, mappings as JSON on the command line, and a YAML file that is checked."""
+
+    def __init__(self, kinds: Sequence[type], **kwargs: Any) -> None:
+        super().__init__(kinds, **kwargs)
+        self.hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        for action in self._actions:
+            if get_origin(action.type) is dict:
+                action.type = _mapping
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *_: Any, **__: Any) -> tuple[Any, ...]:
+        configs, rest = [], iter(args or ())
+        kept = []
+        for text in rest:
+            if text == "--config":
+                configs.append(next(rest, ""))
+            elif text.startswith("--config="):
+                configs.append(text.removeprefix("--config="))
+            else:
+                kept.append(text)
+        if len(configs) > 1:
+            raise ValueError("--config is given twice")
+        if configs:
+            self.set_defaults_with_config(**self._read(configs[0]))
+        namespace, unknown = self.parse_known_args(kept)
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}" if unknown[0][:1] == "-" else f"stray {unknown[0]!r}")
+        given = vars(namespace)
+        return tuple(
+            kind(**{name: given[name] for name, field in kind.__dataclass_fields__.items() if field.init})
+            for kind in self.dataclass_types
+        )
+
+    def _read(self, path: str) -> dict[str, Any]:
+        """The options of a YAML file, each of the type of its field."""
+        config = read_yaml(path)
+        variables = config.pop("env", None) or {}  # as in TRL
+        if not isinstance(variables, dict):
+            raise ValueError(f"{path}: env must be a mapping of environment variables, got {variables!r}")
+        known = {action.dest for action in self._actions} - {"help"}
+        for name, value in config.items():
+            if name not in known:
+                raise ValueError(f"{path}: unknown option {name!r}")
+            if isinstance(value, str) and not _fits(value, self.hints[name]) and not _fits([value], self.hints[name]):
+                continue  # the parser converts it, as on the command line
+            if not _fits(value, self.hints[name]):
+                if not _fits([value], self.hints[name]):
+                    raise ValueError(f"{path}: {name} must be {_described(self.hints[name])}, got {value!r}")
+                config[name] = [value]
+        for name, value in variables.items():
+            if not name or "=" in name or "\0" in f"{name}{value}":
+                raise ValueError(f"{path}: env has {name!r}, which is no name of an environment variable")
+            os.environ[name] = str(value)
+        return config
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, of plain values: strings, numbers, booleans, null, lists and mappings.
+
+    Raises:
+        ValueError: naming the file, when it is missing, no YAML in UTF-8, no mapping, or has a key twice.
+    """
+    try:
+        found = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), Loader=_Loader)
+        json.dumps(found)
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot read the configuration {path!r}: it is not UTF-8") from None
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read the configuration {path!r}: {str(error)[:300]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"configuration {path!r} must be a mapping of options, it is a {type(found).__name__}")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Without dates, and without silently taking the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is no string", key.start_mark)
+            if name in names:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A mapping on the command line, as JSON."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError('not a JSON object such as {"beta": 0.1}')
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a YAML file is one of this type; a number may stand without its decimal point."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, (int, float))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return value in [one.value for one in hint]
+    return isinstance(hint, type) and isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_described(one) for one in inner))
+    if origin is list:
+        return f"a list of {_described(inner[0])}"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    return "a mapping" if origin is dict or hint is dict else words.get(hint, getattr(hint, "__name__", str(hint)))
