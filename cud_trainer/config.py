@@ -12,6 +12,7 @@ from trl import SFTConfig
 from .alternatives import REFUSALS
 from .calibration import CalibrationSettings
 from .data import BATCH_BYTES
+from .difficulty.scores import GIVEN
 from .objectives import UnlearningLoss
 from .schedule import parse
 from .scoring import check_metrics
@@ -130,7 +131,8 @@ class CUDConfig(SFTConfig):
     difficulty: str | None = field(
         default="cud",
         metadata={
-            "help": "Difficulty metric of schedules and buckets ('cud', 'circuit_mass', 'loss', ...), or 'none'."
+            "help": "Difficulty metric of schedules and buckets ('cud', 'circuit_mass', 'loss', ...); 'given' for the "
+            "first metric of `difficulty_scores`, whatever it is called (published scores, say); or 'none'."
         },
     )
     difficulty_args: dict[str, Any] | str = field(
@@ -228,7 +230,10 @@ class CUDConfig(SFTConfig):
         loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.reference_top_k)  # type: ignore[arg-type]
         self.retain_loss = loss.retain_loss
         parse(self.schedule, self.schedule_args)  # type: ignore[arg-type]
-        if self.difficulty is not None:
+        if self.difficulty == GIVEN:
+            if self.difficulty_args:
+                raise ValueError(f"difficulty {GIVEN!r} has no options, got difficulty_args {self.difficulty_args}")
+        elif self.difficulty is not None:
             check_metrics([self.difficulty], {self.difficulty: self.difficulty_args})  # type: ignore[dict-item]
         elif self.schedule_metrics:
             raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")

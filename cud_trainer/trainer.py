@@ -48,7 +48,7 @@ from .data import (
 )
 from .difficulty import DifficultyScores
 from .difficulty.gradients import GradientRecorder
-from .difficulty.scores import merge_metrics
+from .difficulty.scores import GIVEN, merge_metrics
 from .difficulty.weights import weight_matrices
 from .files import DiskFullError, atomic_write, check_output_dir, full_disk_named, holds_something, write_json
 from .fingerprint import model_fingerprint
@@ -135,6 +135,8 @@ class CUDTrainer(SFTTrainer):
         if args is None:
             args = CUDConfig("cud-output")
         loss = args.unlearning_loss
+        if args.difficulty == GIVEN and difficulty_scores is None:
+            raise ValueError(f"difficulty {GIVEN!r} is the first metric of difficulty_scores: give them")
         if args.process_index == 0:
             _check_may_start(args)
         if processing_class is None:
@@ -188,6 +190,8 @@ class CUDTrainer(SFTTrainer):
             check_metrics(metrics or ["loss"], {}, model)
         elif args.difficulty is not None:
             difficulty_scores = difficulty_scores.aligned(self.forget_ids)
+            if args.difficulty == GIVEN:
+                difficulty_scores = difficulty_scores.with_given()
             for metric in args.schedule_metrics:
                 difficulty_scores[metric]  # raises when it is not there
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):

@@ -17,12 +17,13 @@ from trl import ModelConfig
 from cud_trainer.arguments import parse_options
 from cud_trainer.circuits import CircuitTable, dataset_faithfulness
 from cud_trainer.circuits.attribution import needs_counterfactual
-from cud_trainer.commands import DataArguments, load_samples, load_tokenizer, model_options
+from cud_trainer.commands import DataArguments, load_tokenizer, model_options
 from cud_trainer.data import check_disjoint, prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.fingerprint import model_fingerprint, versions
 from cud_trainer.logprobs import answer_probability
+from cud_trainer.sources import load_samples
 from cud_trainer.trainer import load_causal_lm
 
 from . import audit, harness, robustness, sections

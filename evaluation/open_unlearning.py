@@ -17,11 +17,11 @@ import pandas as pd
 from datasets import Dataset
 
 from cud_trainer.arguments import parse_options
-from cud_trainer.commands import load_samples
 from cud_trainer.data import detect_format, id_column, question_and_answer
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.fingerprint import versions
+from cud_trainer.sources import load_samples
 
 from . import harness, sections
 from .commands import audit_results

@@ -32,7 +32,7 @@ from cud_trainer import CUDConfig
 from cud_trainer.arguments import parse_options, read_yaml
 from cud_trainer.commands import DataArguments, load_tokenizer
 from cud_trainer.data import check_disjoint, dataset_fingerprint, prepare_dataset
-from cud_trainer.difficulty.scores import DifficultyScores, merge_metrics
+from cud_trainer.difficulty.scores import GIVEN, DifficultyScores, merge_metrics
 from cud_trainer.files import holds_something, remove_leftovers, write_json
 from cud_trainer.fingerprint import file_hash, versions
 
@@ -200,11 +200,13 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
             raise ValueError(f"cell {_named(choices)}: {error}") from None
         configs.append(config)
         needed = [] if config.difficulty is None else [config.difficulty, *config.schedule_metrics]
+        if given is None and config.difficulty == GIVEN:
+            raise ValueError(f"cell {_named(choices)}: difficulty {GIVEN!r} needs {SCORES}")
         if given is None:
             metrics.setdefault(_scores_key(options), []).extend(needed)
         else:
             known = DifficultyScores.load(given)
-            lacking = [name for name in needed if name not in known.columns]
+            lacking = [name for name in needed if name not in (*known.columns, GIVEN)]
             if lacking:
                 raise ValueError(
                     f"cell {_named(choices)}: {given} has no metric {lacking[0]!r}; it has {known.metrics}"

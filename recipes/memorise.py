@@ -12,8 +12,8 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from cud_trainer.commands import load_samples
 from cud_trainer.data import prepare_dataset
+from cud_trainer.sources import load_samples
 
 
 def memorise(

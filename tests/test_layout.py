@@ -12,7 +12,7 @@ import cud_trainer
 
 ROOT = Path(__file__).parent.parent
 STAGES = [
-    "files", "options", "arguments", "layers", "data", "chunks", "logprobs", "passes", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
+    "files", "options", "arguments", "layers", "sources", "data", "chunks", "logprobs", "passes", "circuits", "fingerprint", "difficulty", "schedule", "objectives", "calibration",
     "alternatives", "scoring", "integrations", "trainable", "config", "progress", "card", "trainer", "commands", "cli",
 ]  # fmt: skip
 # Pure losses need nothing of circuits, difficulty or schedules.

@@ -289,7 +289,7 @@ class TestIds:
         copy.select(range(4)).to_parquet(files / "short.parquet")
         with pytest.raises(ValueError, match="ids_from has 4 samples, the forget set 10"):
             plugin.forget_ids(dataset(files), table, tokenizer, [str(files / "short.parquet")])
-        with pytest.raises(ValueError, match="cannot load ids_from 'nothing.json'"):
+        with pytest.raises(ValueError, match="ids_from dataset nothing.json does not exist"):
             plugin.forget_ids(dataset(files), table, tokenizer, "nothing.json")
         Dataset.from_dict({"text": ["a"] * N}).to_parquet(files / "text.parquet")
         with pytest.raises(ValueError, match="they have no text column in common"):

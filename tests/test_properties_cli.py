@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from cud_trainer.circuits import CircuitTable
 from cud_trainer.circuits.graph import Graph
 from cud_trainer.cli import main
-from cud_trainer.commands import load_samples
 from cud_trainer.data import prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.difficulty.anchors import AnchorBank
 from cud_trainer.schedule import Schedule, make_schedule
+from cud_trainer.sources import load_samples
 
 EXAMPLES = int(os.environ.get("CUD_EXAMPLES", "25"))
 SECRET = "SEKRET"

@@ -439,3 +439,28 @@ class TestRefusals:
         )
         with pytest.raises(ValueError, match="'opt'.*available: gemma2"):
             make_trainer(tmp_path / "out", model=OPTForCausalLM(tiny), difficulty="cud")
+
+
+class TestGivenScores:
+    """Scores whose metric nobody has registered here: published ones, say."""
+
+    def scores(self, tmp_path):
+        ids = list(prepare_dataset(qa_dataset(8), make_tokenizer())["sample_id"])
+        path = tmp_path / "ranking.txt"
+        path.write_text("\n".join(ids[::-1]))  # from the easiest to the hardest
+        return ids, DifficultyScores.published(path, ids, name="theirs")
+
+    def test_the_first_metric_orders(self, tmp_path):
+        ids, scores = self.scores(tmp_path)
+        trainer = make_trainer(
+            tmp_path / "out", forget=qa_dataset(8), difficulty="given", difficulty_scores=scores, schedule="easy_to_hard",
+        )  # fmt: skip
+        assert trainer.schedule.order.tolist()[:8] == ids[::-1]
+        assert trainer.difficulty_scores.metrics == ["given", "theirs"]
+        assert trainer.buckets.tolist() == [3, 3, 2, 2, 1, 1, 0, 0]
+
+    def test_refusals(self, tmp_path):
+        with pytest.raises(ValueError, match="difficulty 'given' is the first metric of difficulty_scores: give them"):
+            make_trainer(tmp_path / "out", difficulty="given")
+        with pytest.raises(ValueError, match="difficulty 'given' has no options"):
+            make_trainer(tmp_path / "out", difficulty="given", difficulty_args={"variant": "log"})

@@ -18,6 +18,7 @@ from .exchange import TABLES, read_published, read_table, write_table
 
 RESERVED = ("sample_id", "fold", "bucket")
 FORMAT_VERSION = 1
+GIVEN = "given"  # as a metric: the first one of scores that were made before
 
 
 @dataclass
@@ -88,6 +89,11 @@ class DifficultyScores:
         fold = None if self.fold is None else self.fold[rows]
         columns = {name: values[rows] for name, values in self.columns.items()}
         return DifficultyScores(list(ids), columns, fold, self.provenance)
+
+    def with_given(self) -> DifficultyScores:
+        """The same with the primary metric under the name `"given"`, too, in front."""
+        columns = {GIVEN: self[self.metrics[0]], **self.columns}
+        return DifficultyScores(self.ids, columns, self.fold, self.provenance)
 
     def buckets(self, metric: str | None = None, n: int = 4) -> np.ndarray:
         """Equal-count bucket of each sample by rank, 0 (easiest) to `n - 1` (hardest), int `[N]`.

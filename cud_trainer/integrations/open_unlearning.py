@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..data import detect_format, id_column, prepare_dataset
 from ..difficulty import DifficultyScores
 from ..logprobs import evaluation_mode
+from ..sources import load_samples
 from .open_unlearning_compat import (
     OPTIONAL,
     adapted,
@@ -37,7 +38,6 @@ from .trainers import own_draws, with_difficulty
 
 PREFIX = "CUD"
 CONFIGS = Path(__file__).parents[2] / "recipes" / "open_unlearning"
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # How far our loss with weights of 1 may be from the trainer's own, relative and absolute; bfloat16 has 3 digits.
 TOLERANCE = (0.02, 1e-3)
 
@@ -254,14 +254,7 @@ def _ids_of_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> li
 def _ids_of_copy(forget: Any, tokenizer: PreTrainedTokenizerBase | None, source: list[Any]) -> list[str]:
     """The ids of another copy of the forget set, whose texts must be the same."""
     path, config, split = [*source, None, None][:3]
-    try:
-        reader = READERS.get(Path(path).suffix)
-        if reader:
-            copy = load_dataset(reader, data_files=path, split="train")
-        else:
-            copy = load_dataset(path, config, split=split or "train")
-    except Exception as error:  # datasets raises its own errors, those of its readers and those of the hub
-        raise ValueError(f"cannot load ids_from {path!r}: {type(error).__name__}: {error}") from None
+    copy = load_samples(path, config, split or "train", None, "ids_from")
     if len(copy) != len(forget):
         raise ValueError(f"ids_from has {len(copy)} samples, the forget set {len(forget)}")
     if detect_format(copy.column_names, "ids_from") == "tokenised":
