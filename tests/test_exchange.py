@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import qa_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from cud_trainer import DifficultyScores
 
@@ -92,6 +94,36 @@ class TestPublished:
         assert self.read(tmp_path / "ranking.txt") == pytest.approx([2 / 3, 1 / 3, 0.0, 1.0])
         assert DifficultyScores.published(tmp_path / "list.json", IDS, name="mine").metrics == ["mine"]
 
+    def test_as_the_authors_of_cud_publish_them(self, tmp_path):
+        (tmp_path / "NPO_easy.txt").write_text("1,3\n")
+        (tmp_path / "NPO_hard.txt").write_text("0")
+        assert self.read({side: tmp_path / f"NPO_{side}.txt" for side in ("easy", "hard")}) == [1.0, 0.0, 0.5, 0.0]
+        (tmp_path / "ranking.txt").write_text("2,1,0,3")
+        assert self.read(tmp_path / "ranking.txt") == pytest.approx([2 / 3, 1 / 3, 0.0, 1.0])
+        (tmp_path / "loss.csv").write_text("method,order\nNPO,3\nNPO,0\nNPO,1\nNPO,2\nRMU,0\nRMU,1\nRMU,2\nRMU,3\n")
+        scores = DifficultyScores.published(tmp_path / "loss.csv", IDS)
+        assert scores.metrics == ["NPO", "RMU"]
+        assert scores["NPO"].tolist() == pytest.approx(
+            [2 / 3, 1 / 3, 0.0, 1.0]
+        )  # lowest loss afterwards first: hardest
+        assert scores["RMU"].tolist() == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0])
+        torch.save({"loss": torch.tensor([1.0, 2.0, 3.0, 4.0]), "step": 7}, tmp_path / "vector.pt")
+        assert self.read(tmp_path / "vector.pt", higher="easier") == [-1.0, -2.0, -3.0, -4.0]
+        with pytest.raises(ValueError, match="files of easy and hard samples are"):
+            self.read({"easy": tmp_path / "NPO_easy.txt"})
+
+    def test_their_rankings_of_tofu(self, tmp_path):
+        """The rankings that they publish, as they say them: methods agree little."""
+        path = Path(__file__).parents[2] / "shared" / "data" / "tofu_difficulty" / "forget10_llama32_1b_orders.txt"
+        if not path.is_file():
+            pytest.skip("the published rankings are not on this machine")
+        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        text = "".join(f"{method},{sample}\n" for method, *order in rows for sample in order)
+        (tmp_path / "loss.csv").write_text(f"method,order\n{text}")
+        scores = DifficultyScores.published(tmp_path / "loss.csv", [str(row) for row in range(400)])
+        for a, b, agreement in (("GradDiff", "NPO", 0.31), ("GradDiff", "RMU", 0.33), ("NPO", "RMU", -0.06)):
+            assert spearmanr(scores[a], scores[b]).statistic == pytest.approx(agreement, abs=0.006)
+
     def test_nothing_in_a_file_is_run(self, tmp_path):
         class Evil:
             def __reduce__(self):
@@ -116,7 +148,9 @@ class TestPublished:
             ("f.json", '[1, 2, "x", 4]', "has 'x' where a finite number belongs"),
             ("g.json", '{"easy": ["a"], "hard": ["a"]}', "calls sample 'a' both easy and hard"),
             ("h.json", "{broken", "cannot read"),
-            ("i.npy", "", "are read from .pt, .json and .txt files, not from 'i.npy'"),
+            ("j.csv", "method,loss\nNPO,1\n", "has no columns method and order"),
+            ("k.csv", "method,order\nNPO,1\n", "ranks 1 different samples of 4"),
+            ("i.npy", "", "are read from .pt, .json, .txt and .csv files, not from 'i.npy'"),
         ],
     )  # fmt: skip
     def test_refusals(self, tmp_path, name, content, message):

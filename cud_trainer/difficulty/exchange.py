@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 TABLES = (".csv", ".jsonl")
+VECTORS = ("score", "scores", "loss", "losses", "difficulty", "cud")  # what others call a vector of scores
 
 
 def write_table(frame: pd.DataFrame, path: Path, suffix: str) -> None:
@@ -62,15 +63,26 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_published(path: Path, ids: Sequence[str], *, higher: str = "harder") -> np.ndarray:
-    """Difficulty of `ids` from a score file of another project, `[N]`, higher = harder.
+def read_published(
+    source: str | Path | Mapping[str, str | Path],
+    ids: Sequence[str],
+    *,
+    name: str = "published",
+    higher: str = "harder",
+) -> dict[str, np.ndarray]:
+    """Difficulty of `ids` from score files of another project: metric name -> `[N]`, higher = harder.
 
-    - `.pt`: a tensor or list with a number per sample, in the order of `ids`, or a dictionary from id, or position, to
-      number (loaded without running any code in it);
-    - `.txt`: a sample id, or its position, per line, from the easiest to the hardest; the score is the rank in [0, 1];
-    - `.json`: a list or dictionary as in `.pt`, or `{"easy": [...], "hard": [...]}`: 0, 1, and 0.5 for all others.
+    - `.pt`, `.json`: a number per sample in the order of `ids` (a list or tensor, or a dictionary with one under a name
+      of `VECTORS`), or a dictionary from id, or position, to number; nothing in a `.pt` is run;
+    - `.json` `{"easy": [...], "hard": [...]}`, or `{"easy": path, "hard": path}` of two text files: 0, 1, and 0.5 for
+      all others;
+    - `.txt`: ids, or positions, on lines or between commas, from the easiest to the hardest; the score is the rank in
+      [0, 1];
+    - `.csv` with columns `method` and `order`: for every method the samples by loss after unlearning, lowest (hardest)
+      first, as the authors of CUD publish them; a metric per method, the rank in [0, 1].
 
     Args:
+        name: of the metric, where the file has none.
         higher: `"harder"` or `"easier"`: what a larger number means there. Not for rankings and lists.
 
     Raises:
@@ -78,57 +90,93 @@ def read_published(path: Path, ids: Sequence[str], *, higher: str = "harder") ->
     """
     if higher not in ("harder", "easier"):
         raise ValueError(f"higher must be 'harder' or 'easier', got {higher!r}")
-    position = {str(name): row for row, name in enumerate(ids)}
-
-    def row_of(name: Any) -> int:
-        """Where an id, or else a position, stands."""
-        if str(name) in position:
-            return position[str(name)]
-        text = str(name).strip()
-        if text.isdecimal() and len(text) < 20 and int(text) < len(ids):
-            return int(text)
-        raise ValueError(f"{path} names {name!r}, which is neither a sample id nor a position below {len(ids)}")
-
+    if isinstance(source, Mapping):
+        if set(source) != {"easy", "hard"}:
+            raise ValueError(f"files of easy and hard samples are {{'easy': ..., 'hard': ...}}, got {sorted(source)}")
+        lists = {side: _text_ids(Path(path)) for side, path in source.items()}
+        return {name: _sides(lists, ids, ", ".join(str(path) for path in source.values()))}
+    path = Path(source)
     if path.suffix == ".txt":
+        return {name: _ranks(_text_ids(path), ids, path)}
+    if path.suffix == ".csv":
         try:
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            table = pd.read_csv(path, dtype=str)
+        except (OSError, ValueError, pd.errors.ParserError) as error:
             raise ValueError(f"cannot read {path}: {error}") from None
-        rows = [row_of(name) for name in names]
-        if sorted(rows) != list(range(len(ids))):
-            raise ValueError(
-                f"{path} ranks {len(set(rows))} different samples of {len(ids)}: a ranking needs each once"
-            )
-        values = np.empty(len(ids))
-        values[rows] = np.linspace(0, 1, len(ids)) if len(ids) > 1 else 0.5
-        return values
+        if not {"method", "order"} <= set(table.columns) or table[["method", "order"]].isna().any(axis=None):
+            raise ValueError(f"{path} has no columns method and order, or gaps in them; it has {list(table.columns)}")
+        return {
+            str(method): 1 - _ranks(part["order"].tolist(), ids, path)
+            for method, part in table.groupby("method", sort=False)
+        }
     found = _load(path)
     if isinstance(found, Mapping) and set(found) == {"easy", "hard"}:
-        for side, names in found.items():
-            if not isinstance(names, (list, tuple)):
-                raise ValueError(f"{path}: {side!r} is a {type(names).__name__}, no list of samples")
-        values = np.full(len(ids), 0.5)
-        sides = {side: {row_of(name) for name in found[side]} for side in ("easy", "hard")}
-        if sides["easy"] & sides["hard"]:
-            both = ids[min(sides["easy"] & sides["hard"])]
-            raise ValueError(f"{path} calls sample {both!r} both easy and hard")
-        values[list(sides["easy"])], values[list(sides["hard"])] = 0.0, 1.0
-        return values
+        return {name: _sides(found, ids, path)}
+    vectors = [key for key in VECTORS if isinstance(found, Mapping) and key in found and key not in ids]
+    if vectors:
+        found = found[vectors[0]]
     if isinstance(found, Mapping):
         values = np.full(len(ids), np.nan)
-        for name, value in found.items():
-            values[row_of(name)] = _number(value, path)
+        rows = _rows(list(found), ids, path)
+        values[rows] = [_number(value, path) for value in found.values()]
         missing = np.flatnonzero(np.isnan(values))
         if missing.size:
             raise ValueError(f"{path} has no score for {missing.size} samples, the first is {ids[missing[0]]!r}")
     else:
-        flat = found.reshape(-1) if isinstance(found, np.ndarray) else found
+        flat = found.float().numpy() if isinstance(found, torch.Tensor) else found
+        flat = flat.reshape(-1) if isinstance(flat, np.ndarray) else flat
         if not isinstance(flat, (np.ndarray, list, tuple)):
             raise ValueError(f"{path} holds a {type(found).__name__}, no scores")
         values = np.array([_number(value, path) for value in flat])
         if len(values) != len(ids):
             raise ValueError(f"{path} has {len(values)} scores for {len(ids)} samples")
-    return values if higher == "harder" else -values
+    return {name: values if higher == "harder" else -values}
+
+
+def _rows(names: Sequence[Any], ids: Sequence[str], path: Any) -> list[int]:
+    """Where ids, or else positions, stand."""
+    position = {str(name): row for row, name in enumerate(ids)}
+    rows = []
+    for name in names:
+        text = str(name).strip()
+        if str(name) in position:
+            rows.append(position[str(name)])
+        elif text.isdecimal() and len(text) < 20 and int(text) < len(ids):
+            rows.append(int(text))
+        else:
+            raise ValueError(f"{path} names {name!r}, which is neither a sample id nor a position below {len(ids)}")
+    return rows
+
+
+def _text_ids(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    return [part.strip() for line in text.splitlines() for part in line.split(",") if part.strip()]
+
+
+def _ranks(names: Sequence[Any], ids: Sequence[str], path: Any) -> np.ndarray:
+    """Rank in [0, 1] of every sample in a list of all of them, 0 for the first."""
+    rows = _rows(names, ids, path)
+    if sorted(rows) != list(range(len(ids))):
+        raise ValueError(f"{path} ranks {len(set(rows))} different samples of {len(ids)}: a ranking needs each once")
+    values = np.empty(len(ids))
+    values[rows] = np.linspace(0, 1, len(ids)) if len(ids) > 1 else 0.5
+    return values
+
+
+def _sides(lists: Mapping[str, Any], ids: Sequence[str], path: Any) -> np.ndarray:
+    """0 for easy samples, 1 for hard ones, 0.5 for all others."""
+    for side, names in lists.items():
+        if not isinstance(names, (list, tuple)):
+            raise ValueError(f"{path}: {side!r} is a {type(names).__name__}, no list of samples")
+    easy, hard = (set(_rows(lists[side], ids, path)) for side in ("easy", "hard"))
+    if easy & hard:
+        raise ValueError(f"{path} calls sample {ids[min(easy & hard)]!r} both easy and hard")
+    values = np.full(len(ids), 0.5)
+    values[list(easy)], values[list(hard)] = 0.0, 1.0
+    return values
 
 
 def _load(path: Path) -> Any:
@@ -143,7 +191,7 @@ def _load(path: Path) -> Any:
             return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {str(error)[:200]}") from None
-    raise ValueError(f"published scores are read from .pt, .json and .txt files, not from {path.name!r}")
+    raise ValueError(f"published scores are read from .pt, .json, .txt and .csv files, not from {path.name!r}")
 
 
 def _number(value: Any, path: Path) -> float:

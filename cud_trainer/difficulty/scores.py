@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,11 +189,18 @@ class DifficultyScores:
 
     @classmethod
     def published(
-        cls, path: str | Path, ids: Sequence[str], *, name: str = "published", higher: str = "harder"
+        cls,
+        source: str | Path | Mapping[str, str | Path],
+        ids: Sequence[str],
+        *,
+        name: str = "published",
+        higher: str = "harder",
     ) -> DifficultyScores:
-        """Scores of another project (`.pt`, `.json`, `.txt`) for the samples `ids`; see `exchange.read_published`."""
-        values = read_published(Path(path), list(map(str, ids)), higher=higher)
-        return cls(list(map(str, ids)), {name: values}, provenance={"source": Path(path).name})
+        """Scores of another project (`.pt`, `.json`, `.txt`, `.csv`) for the samples `ids`; see `read_published`."""
+        ids = list(map(str, ids))
+        columns = read_published(source, ids, name=name, higher=higher)
+        files = list(source.values()) if isinstance(source, Mapping) else [source]
+        return cls(ids, columns, provenance={"source": ", ".join(Path(path).name for path in files)})
 
     def join(self, dataset: Dataset, ids: Sequence[str] | None = None) -> Dataset:
         """`dataset` with a column `difficulty_<metric>` for every metric.
