@@ -248,7 +248,7 @@ def test_configurations(world, tmp_path_factory, capsys, command, wrong, draw):
     path.write_bytes("\n".join(lines).encode() + (b"\n# \xff" if how == "bytes" else b""))
     place = ["--output", str(output)] if command == "score" else ["--output_dir", str(output)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluation.study._run_cell", lambda *a: "not run here")
+        patch.setattr("evaluation.study.Worker.run", lambda *a: "not run here")
         patch.chdir(folder)
         checked(capsys, [command, "--config", str(path), *place], output, (0, 1, 2) if command == "study" else (0, 2))
     if how != "value":
