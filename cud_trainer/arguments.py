@@ -38,7 +38,7 @@ class _Parser(TrlParser):
         super().__init__(kinds, **kwargs)
         self.hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         for action in self._actions:
-            if get_origin(action.type) is dict:
+            if get_origin(action.type) is dict or action.type is Any:
                 action.type = _mapping
 
     def error(self, message: str) -> NoReturn:

@@ -224,8 +224,10 @@ class CUDConfig(SFTConfig):
                 setattr(self, name, {})
             elif not isinstance(value, dict):
                 raise ValueError(f"{name} must be a dictionary, got {value!r}")
+        if self.difficulty == "":
+            self.difficulty = None
         for name in ("difficulty", "trainable_layers"):  # how a command line takes back what a recipe sets
-            if getattr(self, name) in ("none", "None", ""):
+            if getattr(self, name) in ("none", "None"):
                 setattr(self, name, None)
         loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.reference_top_k)  # type: ignore[arg-type]
         self.retain_loss = loss.retain_loss

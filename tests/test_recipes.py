@@ -31,7 +31,7 @@ STUDIES = ["study.yaml", "sweep.yaml"]
 RUNS = sorted(
     str(path.relative_to(RECIPES))
     for path in RECIPES.rglob("*.yaml")
-    if path.parent.name != "accelerate" and path.name not in STUDIES
+    if path.relative_to(RECIPES).parts[0] not in ("accelerate", "open_unlearning") and path.name not in STUDIES
 )
 # Tiny and on the CPU: sizes only, and a cheap difficulty where another test runs the recipe's own.
 SMALL = (
@@ -402,9 +402,9 @@ def test_studies_are_valid_plans(world, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot read the recipe"),
-        ("[1, 2]", "must contain a YAML mapping"),
-        ("a: [", "cannot read the recipe"),
+        (None, "cannot read the configuration"),
+        ("[1, 2]", "must be a mapping of options"),
+        ("a: [", "cannot read the configuration"),
         ("objective: npo\nmagic: 1", "a study has no place for 'magic'"),
     ],
 )
