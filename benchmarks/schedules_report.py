@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from evaluation import statistics as stats
-from evaluation.plots import COLOURS, STYLES
+from evaluation.plots import COLOURS
 from evaluation.study import Cell
 from evaluation.study_report import BASE, Run, left_at, reported, tuned, worst_quarter
 
@@ -14,11 +15,14 @@ SEED = 0
 NOTE = (
     "Every schedule has its learning rate and retain weight tuned on the same grid, on the first seed, for the level "
     "it is compared at; figures are means over the other seeds. Hardest: the quarter ranked hardest before unlearning "
-    "by cross-fitted CUD. Change: against `uniform`, percent. Worst: the worst quarter by outcome, picked by the "
+    "by cross-fitted CUD. Change: against `uniform`, percent (absolute where `uniform` leaves "
+    "less than 0.01). Worst: the worst quarter by outcome, picked by the "
     "result. Intervals: 95%, paired over samples; they say nothing about other models. `by calibration` is the oracle: "
-    "it knows what another uniform run left of each sample."
+    "it knows what another uniform run left of each sample. Seconds: wall time, with other work on the machine."
 )
-DRAWN = ("uniform", "inverse_mass", "upweight_hard by cud", "per_sample_stop", "upweight_hard+per_sample_stop by cud")
+DRAWN = ("uniform", "inverse_mass", "upweight_hard by loss", "upweight_hard by cud", "dynamic", "joint_stop",
+         "per_sample_stop")  # fmt: skip
+MARKERS = ("o", "s", "^", "v")
 
 
 def runs_of(folder: Path, levels: list[float]) -> list[Run]:
@@ -72,9 +76,7 @@ def conditions(runs: list[Run], level: float) -> list[dict]:
         if again:
             rest = hardest.copy()
             rest[again[0]["taught"]] = False
-            row["relearned"] = (
-                sum(sum(one["after"][i] for i in rest.nonzero()[0]) for one in again) / rest.sum() / len(again)
-            )
+            row["relearned"] = float(np.mean([np.array(one["after"])[rest].mean() for one in again]))
         rows.append(row)
     return rows
 
@@ -107,10 +109,14 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
     picture(entries).savefig(output.with_suffix(".png"), dpi=110)
 
 
-def percent(change: dict[str, float] | None) -> str:
-    if change is None:
+def percent(row: dict) -> str:
+    """The change in percent; absolute where `uniform` leaves next to nothing."""
+    if "hardest_change" not in row:
         return ""
-    return f"{change['value']:+.0f} [{change['low']:+.0f}, {change['high']:+.0f}]"
+    base = row["hardest"]["value"] - row["hardest_less_uniform"]["value"]
+    form, change = (".0f", row["hardest_change"]) if base >= 0.01 else (".3f", row["hardest_less_uniform"])
+    shown = f"{change['value']:+{form}} [{change['low']:+{form}}, {change['high']:+{form}}]"
+    return shown if base >= 0.01 else f"{shown}, absolute"
 
 
 def markdown(entries: list[dict], command: str) -> str:
@@ -127,13 +133,13 @@ def markdown(entries: list[dict], command: str) -> str:
             "|---" * (2 * len(levels) + 5) + "|",
         ]  # fmt: skip
         first = next(iter(entry["levels"]))
-        for row in entry["levels"][first]:
+        for row in sorted(entry["levels"][first], key=lambda row: row["schedule"] != BASE):
             at = {
                 level: next(r for r in entry["levels"][level] if r["schedule"] == row["schedule"]) for level in levels
             }
             cells = [f"`{row['schedule']}`"]
             cells += [f"{at[level]['hardest']['value']:.3f} ({at[level]['all']['value']:.3f})" for level in levels]
-            cells += [percent(at[level].get("hardest_change")) for level in levels]
+            cells += [percent(at[level]) for level in levels]
             relearned = f"{row['relearned']:.3f}" if "relearned" in row else ""
             cells += [f"{row['worst_quarter']:.3f}", f"{row['steps']:.0f}", f"{row['seconds']:.0f}", relearned]
             lines.append("| " + " | ".join(cells) + " |")
@@ -142,28 +148,24 @@ def markdown(entries: list[dict], command: str) -> str:
 
 
 def picture(entries: list[dict]) -> Figure:
-    """Tuned trade-off curves: share of the starting utility against what is left of the hardest quarter."""
-    figure = Figure(figsize=(3.6 * len(entries), 3.4), layout="constrained")
+    """What is left of the hardest quarter at each level, a row per schedule."""
+    figure = Figure(figsize=(2.2 + 2.3 * len(entries), 0.42 * len(DRAWN) + 1.5), layout="constrained")
     axes = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
     for ax, entry in zip(axes, entries, strict=True):
-        levels = sorted(entry["levels"], key=float)
-        for number, schedule in enumerate(DRAWN):
-            rows = [next((r for r in entry["levels"][level] if r["schedule"] == schedule), None) for level in levels]
-            if any(row is None for row in rows):
-                continue
+        for number, level in enumerate(sorted(entry["levels"], key=float)):
+            found = {row["schedule"]: row["hardest"] for row in entry["levels"][level]}
+            rows = [(y, found[schedule]) for y, schedule in enumerate(DRAWN) if schedule in found]
             ax.errorbar(
-                [float(level) for level in levels], [row["hardest"]["value"] for row in rows],
-                yerr=[
-                    [row["hardest"]["value"] - row["hardest"]["low"] for row in rows],
-                    [row["hardest"]["high"] - row["hardest"]["value"] for row in rows],
-                ],
-                linestyle=STYLES[number % len(STYLES)], color=COLOURS[number % len(COLOURS)], marker=".", capsize=2,
-                label=schedule,
+                [row["value"] for _, row in rows], [y + 0.2 * number for y, _ in rows],
+                xerr=[[row["value"] - row["low"] for _, row in rows], [row["high"] - row["value"] for _, row in rows]],
+                fmt=MARKERS[number], color=COLOURS[number], capsize=2, label=f"{float(level):.0%} of the utility kept",
             )  # fmt: skip
-        ax.set_title(f"{entry['objective']}\n{entry['testbed']}, model {entry['model_seed']}", fontsize=9)
-        ax.set_xlabel("share of the utility that is kept")
+        ax.set_title(f"{entry['objective']}\n{entry['testbed']}", fontsize=9)
+        ax.set_xlim(-0.03, 1.03)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
-    axes[0].set_ylabel("left of the hardest quarter\n(answer probability)")
-    axes[0].legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=6.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    axes[0].set_yticks(range(len(DRAWN)), DRAWN)
+    axes[0].invert_yaxis()
+    figure.supxlabel("answer probability left of the hardest quarter (predicted before unlearning)", fontsize=9)
     return figure
