@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from evaluation import statistics as stats
 from evaluation.plots import COLOURS
 from evaluation.study import Cell
-from evaluation.study_report import BASE, Run, left_at, reported, tuned, worst_quarter
+from evaluation.study_report import BASE, Run, first_seeds, left_at, reported, tuned, worst_quarter
 
 SEED = 0
 NOTE = (
@@ -35,7 +35,7 @@ def runs_of(folder: Path, levels: list[float]) -> list[Run]:
             settings["scores_file"] = str(folder.parent / settings["scores_file"])
         cells.append(Cell(found["kind"], path.parent.name, found["choices"], settings))
     cells.sort(key=lambda cell: (cell.settings["options"]["seed"], cell.name))
-    return [Run(folder, cell, 4) for cell in reported(folder, cells, levels, 4)]
+    return [Run(folder, cell, 4) for cell in reported(folder, cells, first_seeds(cells), levels, 4)]
 
 
 def interval(values: stats.Interval, base: float) -> dict[str, float]:

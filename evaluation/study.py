@@ -338,9 +338,11 @@ def main(argv: list[str]) -> int:
         lost = {cell.name for cell in scores if cell.name in failed}
         ready = [cell for cell in runs if cell.settings["scores_cell"] not in lost]
         failed |= {c.name: "its difficulty scores failed" for c in runs if c not in ready}
-        failed |= run_cells(first_seeds(ready), output, args)
+        tried = first_seeds(ready)
+        failed |= run_cells(tried, output, args)
         # The settings that lose on the first seed are in no figure: their other seeds are not run.
-        ready = reported(output, [cell for cell in ready if cell.name not in failed], args.retain_level, args.n_buckets)
+        tried, ready = ([cell for cell in part if cell.name not in failed] for part in (tried, ready))
+        ready = reported(output, ready, tried, args.retain_level, args.n_buckets)
         failed |= run_cells(ready, output, args)
         report = write_study(
             output, [cell for cell in ready if cell.name not in failed], failed, levels=args.retain_level,

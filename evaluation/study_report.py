@@ -106,17 +106,23 @@ def first_seeds(cells: Sequence[Cell]) -> list[Cell]:
     return found
 
 
-def reported(study: Path, cells: Sequence[Cell], levels: Sequence[float], n_buckets: int) -> list[Cell]:
-    """The cells that figures are made of, given the results of `first_seeds`: those of the settings that are best on
-    the first seed at one of the levels, and the trials themselves."""
+def reported(
+    study: Path, cells: Sequence[Cell], tried: Sequence[Cell], levels: Sequence[float], n_buckets: int
+) -> list[Cell]:
+    """The cells that figures are made of: `tried`, and those of the settings that are best among them at one of the
+    levels. A schedule of which nothing was tried has none.
+
+    Args:
+        tried: finished cells out of those that `first_seeds` names.
+    """
     found = []
-    places = [place(cell) for cell in cells]
-    trials = {cell.name for cell in first_seeds(cells)}
-    for group in _conditions(places).values():
+    trials = {cell.name for cell in tried}
+    for group in _conditions([place(cell) for cell in cells]).values():
         mine = [cells[number] for number in group]
         runs = [Run(study, cell, n_buckets) for cell in mine if cell.name in trials]
-        best = {_best(runs, level).tuning for level in levels}
-        found += [cell for cell in mine if cell.name in trials or place(cell).tuning in best]
+        if runs:
+            best = {_best(runs, level).tuning for level in levels}
+            found += [cell for cell in mine if cell.name in trials or place(cell).tuning in best]
     return found
 
 

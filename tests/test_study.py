@@ -15,8 +15,8 @@ from cud_trainer.cli import main
 from cud_trainer.data import prepare_dataset
 from cud_trainer.logprobs import answer_probability
 from evaluation import audit
-from evaluation.study import StudyArguments, plan
-from evaluation.study_report import worst_quarter
+from evaluation.study import Cell, StudyArguments, plan
+from evaluation.study_report import first_seeds, reported, worst_quarter
 
 ROOT = Path(__file__).parent.parent
 
@@ -136,6 +136,20 @@ def test_only_what_is_reported_is_run(tuned):
         label = "uniform" if name == "uniform cud" else name.replace(" ", " by ")
         best = {row["learning_rate"] for entry in found["matched"] for row in entry["rows"] if row["schedule"] == label}
         assert seeds == {1: {0.0003, 0.003}, 2: best}, name
+
+
+def test_a_schedule_whose_trials_failed_is_left_out(tuned):
+    cells = []
+    for path in sorted(tuned.glob("cells/*/cell.json")):
+        found = json.loads(path.read_text())
+        cells.append(Cell(found["kind"], path.parent.name, found["choices"], found["settings"]))
+    cells.sort(key=lambda cell: cell.settings["options"]["seed"])
+    tried = first_seeds(cells)
+    assert len(tried) == 6 and {cell.settings["options"]["seed"] for cell in tried} == {1}
+    uniform = [cell for cell in tried if cell.choices["schedule"] == "uniform"]
+    kept = reported(tuned, cells, uniform, [0.95, 0.5], 4)
+    assert {cell.choices["schedule"] for cell in kept} == {"uniform"} and len(kept) > len(uniform)
+    assert reported(tuned, cells, [], [0.95], 4) == []
 
 
 def test_levels_utility_and_relearning(tuned):
