@@ -32,8 +32,11 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def file_hash(path: str | Path) -> str:
     """Hash of a file's bytes (16 hex digits)."""
+    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

@@ -137,8 +137,6 @@ class StudyArguments(DataArguments):
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.relearn_rate > 0:
             raise ValueError(f"relearn_rate must be positive, got {self.relearn_rate}")
-        if isinstance(self.retain_level, (int, float)):  # one level in a YAML file
-            self.retain_level = [self.retain_level]
         if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
 
@@ -190,6 +188,7 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
         dict(zip(grid, values, strict=True)) for grid in args.grids for values in itertools.product(*grid.values())
     ]
     metrics: dict[str, list[str]] = {}
+    files: dict[str, tuple[list[str], str]] = {}  # metrics and hash of scores made before, by path
     configs = []
     for choices in combinations:
         options = {**train, **choices}
@@ -205,12 +204,12 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
         if given is None:
             metrics.setdefault(_scores_key(options), []).extend(needed)
         else:
-            known = DifficultyScores.load(given)
-            lacking = [name for name in needed if name not in (*known.columns, GIVEN)]
+            if given not in files:
+                files[given] = DifficultyScores.load(given).metrics, file_hash(given)
+            known = files[given][0]
+            lacking = [name for name in needed if name not in (*known, GIVEN)]
             if lacking:
-                raise ValueError(
-                    f"cell {_named(choices)}: {given} has no metric {lacking[0]!r}; it has {known.metrics}"
-                )
+                raise ValueError(f"cell {_named(choices)}: {given} has no metric {lacking[0]!r}; it has {known}")
     scores: dict[str, Cell] = {}
     runs = []
     for choices, config in zip(combinations, configs, strict=True):
@@ -228,7 +227,7 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
         settings = {
             **base, "kind": "run", "options": options, "snapshot_every": args.snapshot_every,
             "retain_eval_samples": args.retain_eval_samples,
-            "scores": file_hash(given) if given is not None else cell.fingerprint if cell else None,
+            "scores": files[given][1] if given is not None else cell.fingerprint if cell else None,
             "scores_cell": cell.name if cell else None,
         }  # fmt: skip
         if given is not None:

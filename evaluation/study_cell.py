@@ -35,7 +35,7 @@ def main(study: Path, name: str) -> None:
     from cud_trainer.commands import load_tokenizer
     from cud_trainer.files import write_json
 
-    from .study import SCORES, StudyArguments
+    from .study import StudyArguments
 
     set_verbosity(logging.ERROR)
     folder = study / "cells" / name
@@ -51,7 +51,7 @@ def main(study: Path, name: str) -> None:
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
     options = {
         "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
-        **{key: value for key, value in cell["settings"]["options"].items() if key != SCORES},
+        **cell["settings"]["options"],
     }  # fmt: skip
     args = CUDConfig(str(work / "run"), **options, overwrite=True)
     started = time.time()
