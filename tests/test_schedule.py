@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -420,6 +421,30 @@ class TestDynamic:
         assert paced(self.state(p, progress=0.9), start=0.5, until=0.5).tolist() == [1, 1, 1, 1]
         middle = paced(self.state(p[::-1], progress=0.25), start=0.5, until=0.5)  # c = sqrt(0.5 * 0.75 + 0.25) = 0.79
         np.testing.assert_allclose(middle, [1, 1, 1, 1])
+
+    def test_odds(self):
+        p = np.array([0.1, 0.5, 0.9, 0.999])
+        found = SCHEDULES["odds"].function(self.state(p), power=1.0, low=0.0, high=1e9)
+        np.testing.assert_allclose(found, (p / (1 - p)) / np.mean(p / (1 - p)))
+        found = SCHEDULES["odds"].function(self.state(p))
+        assert found.mean() == pytest.approx(1) and (np.diff(found) >= 0).all() and found[0] == pytest.approx(0.05)
+        small = np.array([1e-4, 2e-4, 3e-4])  # where little is left it is `dynamic`
+        one, other = (
+            SCHEDULES[name].function(self.state(small), power=2.0, low=0.0, high=9.0) for name in ("odds", "dynamic")
+        )
+        np.testing.assert_allclose(one, other, rtol=1e-3)
+        assert np.isfinite(SCHEDULES["odds"].function(self.state([1.0, 1.0, 0.5]))).all()  # 1 - p is 0
+        old = SCHEDULES["odds"].function(self.state(p, [1, 2, 3, 4], step=3), every=2)
+        assert old.tolist() == [1, 2, 3, 4]
+
+    def test_an_odds_weight_evens_out_the_pull_on_saturated_samples(self):
+        """Of a softmax over two, d log p / d logit is 1 - p: with power 1 all pulls are proportional to p."""
+        logits = torch.tensor([1.0, 3.0, 6.0], dtype=torch.float64, requires_grad=True)
+        logps = torch.nn.functional.logsigmoid(logits)
+        (pull,) = torch.autograd.grad(logps.sum(), logits)
+        p = logps.detach().exp().numpy()
+        factor = SCHEDULES["odds"].function(self.state(p), power=1.0, low=0.0, high=1e9)
+        np.testing.assert_allclose(factor * pull.numpy() / p, (factor * pull.numpy() / p)[0])
 
     def test_runs_and_resumes(self):
         parts = (("per_sample_stop", {"target": 0.3}), ("dynamic", {"every": 2}))

@@ -90,6 +90,22 @@ def dynamic(state: RunState, *, power: float = 1.0, low: float = 0.25, high: flo
     return from_logs(power * state.logps, low, high)
 
 
+@register_schedule("odds", "dynamic", metric=None, check=_check_dynamic)
+def odds(state: RunState, *, power: float = 2.0, low: float = 0.05, high: float = 20.0, every: int = 1) -> np.ndarray:
+    """Difficulty estimated anew: factor proportional to the current `(p / (1 - p))^power`, clipped, mean 1.
+
+    As `dynamic` where little is left. Where almost everything is, the gradient of a sample is about proportional to
+    `1 - p`: what is known best would be pushed least, and this makes up for it.
+
+    Args:
+        every: optimizer steps between two estimates.
+    """
+    if state.step % int(every):
+        return state.factor
+    wrong = -np.expm1(np.minimum(state.logps, -1e-12))  # 1 - p, kept off 0
+    return from_logs(power * (state.logps - np.log(wrong)), low, high)
+
+
 def _check_self_paced(owner: str, **options: Any) -> None:
     within(0, 1, "start", "until", open_low=True)(owner, **options)
     within(1, np.inf, "every")(owner, **options)
