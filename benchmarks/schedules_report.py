@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
 from evaluation import statistics as stats
 from evaluation.plots import COLOURS
 from evaluation.study import Cell
@@ -20,8 +21,9 @@ NOTE = (
     "result. Intervals: 95%, paired over samples; they say nothing about other models. `by calibration` is the oracle: "
     "it knows what another uniform run left of each sample. Seconds: wall time, with other work on the machine."
 )
-DRAWN = ("uniform", "inverse_mass", "upweight_hard by loss", "upweight_hard by cud", "dynamic", "joint_stop",
-         "per_sample_stop")  # fmt: skip
+WITH_STOP = f"{DEFAULT_SCHEDULE}+per_sample_stop"
+DRAWN = (BASE, "joint_stop", "inverse_mass", "upweight_hard", DEFAULT_WITHOUT_DIFFICULTY, f"{DEFAULT_SCHEDULE} by loss",
+         DEFAULT_SCHEDULE, "per_sample_stop", WITH_STOP)  # fmt: skip
 MARKERS = ("o", "s", "^", "v")
 
 
@@ -121,8 +123,40 @@ def percent(row: dict) -> str:
     return shown if base >= 0.01 else f"{shown}, absolute"
 
 
+def named(rows: list[dict], schedule: str) -> dict | None:
+    """The row of a schedule; where several metrics were tried, of the one by CUD."""
+    return next((row for row in rows if row["schedule"] in (schedule, f"{schedule} by cud")), None)
+
+
+def summary(entries: list[dict]) -> list[str]:
+    """The default schedule against `uniform`, a line for every study and level."""
+    lines = [
+        f"`{DEFAULT_SCHEDULE}`, the default (difficulty: CUD), against `uniform`, and two others: without difficulty "
+        f"(`{DEFAULT_WITHOUT_DIFFICULTY}`), and `{WITH_STOP}`. All: difference of the mean over all samples.", "",
+        "| testbed, model | objective | utility kept | uniform | default | change, % | without difficulty, % | "
+        "with stop, % | all: uniform | all: difference | relearned: uniform | default |",
+        "|---" * 12 + "|",
+    ]  # fmt: skip
+    for entry in entries:
+        for level, rows in sorted(entry["levels"].items(), reverse=True):
+            names = (BASE, DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY, WITH_STOP)
+            base, best, without, stopped = (named(rows, name) for name in names)
+            if base is None or best is None:
+                continue
+            cells = [f"{entry['testbed']}, {entry['model_seed']}", entry["objective"], f"{float(level):.0%}"]
+            cells += [f"{row['hardest']['value']:.3f}" for row in (base, best)]
+            cells += [percent(row) if row else "" for row in (best, without, stopped)]
+            cells.append(f"{base['all']['value']:.3f}")
+            less = best["all_less_uniform"]
+            cells.append(f"{less['value']:+.3f} [{less['low']:+.3f}, {less['high']:+.3f}]")
+            at_first = level == next(iter(entry["levels"]))
+            cells += [f"{row['relearned']:.3f}" if at_first and "relearned" in row else "" for row in (base, best)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def markdown(entries: list[dict], command: str) -> str:
-    lines = ["# Schedules at equal retain utility", "", f"`{command}`", "", NOTE, ""]
+    lines = ["# Schedules at equal retain utility", "", f"`{command}`", "", NOTE, "", *summary(entries)]
     for entry in entries:
         title = f"{entry['testbed']}, {entry['objective']}, model {entry['model_seed']}"
         levels = sorted(entry["levels"], reverse=True)
@@ -150,24 +184,28 @@ def markdown(entries: list[dict], command: str) -> str:
 
 
 def picture(entries: list[dict]) -> Figure:
-    """What is left of the hardest quarter at each level, a row per schedule."""
-    figure = Figure(figsize=(2.2 + 2.3 * len(entries), 0.42 * len(DRAWN) + 1.5), layout="constrained")
-    axes = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
-    for ax, entry in zip(axes, entries, strict=True):
+    """What is left of the hardest quarter at each level, a row per schedule, a column per study."""
+    columns = min(4, len(entries))
+    lines = -(-len(entries) // columns)
+    figure = Figure(figsize=(3.2 + 2.3 * columns, (0.36 * len(DRAWN) + 1.2) * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    for ax in axes[len(entries) :]:
+        ax.set_axis_off()
+    for ax, entry in zip(axes, entries, strict=False):
         for number, level in enumerate(sorted(entry["levels"], key=float)):
-            found = {row["schedule"]: row["hardest"] for row in entry["levels"][level]}
-            rows = [(y, found[schedule]) for y, schedule in enumerate(DRAWN) if schedule in found]
+            found = [(y, named(entry["levels"][level], schedule)) for y, schedule in enumerate(DRAWN)]
+            rows = [(y, row["hardest"]) for y, row in found if row is not None]
             ax.errorbar(
                 [row["value"] for _, row in rows], [y + 0.2 * number for y, _ in rows],
                 xerr=[[row["value"] - row["low"] for _, row in rows], [row["high"] - row["value"] for _, row in rows]],
                 fmt=MARKERS[number], color=COLOURS[number], capsize=2, label=f"{float(level):.0%} of the utility kept",
             )  # fmt: skip
-        ax.set_title(f"{entry['objective']}\n{entry['testbed']}", fontsize=9)
+        ax.set_title(f"{entry['objective']}\n{entry['testbed']}, model {entry['model_seed']}", fontsize=9)
         ax.set_xlim(-0.03, 1.03)
+        ax.set_yticks(range(len(DRAWN)), DRAWN)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.legend(fontsize=6.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    axes[0].set_yticks(range(len(DRAWN)), DRAWN)
     axes[0].invert_yaxis()
     figure.supxlabel("answer probability left of the hardest quarter (predicted before unlearning)", fontsize=9)
     return figure

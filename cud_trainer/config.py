@@ -18,6 +18,10 @@ from .schedule import parse
 from .scoring import check_metrics
 from .trainable import layer_range
 
+# What left least of the hard samples at equal utility, with most objectives (benchmarks/results/schedules.md).
+DEFAULT_WITHOUT_DIFFICULTY = "odds"
+DEFAULT_SCHEDULE = f"upweight_hard+{DEFAULT_WITHOUT_DIFFICULTY}"
+
 
 @dataclass
 class CUDConfig(SFTConfig):
@@ -168,12 +172,13 @@ class CUDConfig(SFTConfig):
         default=None,
         metadata={"help": "Column of the forget dataset (author, topic) whose groups are never split over folds."},
     )
-    schedule: str = field(
-        default="uniform",
+    schedule: str | None = field(
+        default=None,
         metadata={
             "help": "How difficulty acts: an order ('uniform', 'easy_to_hard', 'competence', ...), weights "
-            "('inverse_mass', 'upweight_hard', ...), weights that follow the run ('per_sample_stop', 'dynamic', "
-            "'self_paced'), or several joined by '+'."
+            "('inverse_mass', 'upweight_hard', ...), weights that follow the run ('per_sample_stop', 'odds', "
+            "'dynamic', ...), or several joined by '+'. Default: 'upweight_hard+odds', or 'odds' where difficulty is "
+            "'none'."
         },
     )
     schedule_args: dict[str, Any] | str = field(
@@ -229,6 +234,8 @@ class CUDConfig(SFTConfig):
         for name in ("difficulty", "trainable_layers"):  # how a command line takes back what a recipe sets
             if getattr(self, name) in ("none", "None"):
                 setattr(self, name, None)
+        if self.schedule is None:
+            self.schedule = DEFAULT_SCHEDULE if self.difficulty is not None else DEFAULT_WITHOUT_DIFFICULTY
         loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.reference_top_k)  # type: ignore[arg-type]
         self.retain_loss = loss.retain_loss
         parse(self.schedule, self.schedule_args)  # type: ignore[arg-type]

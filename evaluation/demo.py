@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from cud_trainer.calibration import CalibrationSettings
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
+from cud_trainer.config import DEFAULT_SCHEDULE
 from cud_trainer.data import prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
@@ -49,7 +50,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "graddiff": {"learning_rate": 1e-3, "passes": 12},
     "npo": {"learning_rate": 1e-3, "passes": 12},
 }
-SCHEDULES = ("uniform", "inverse_mass")
+SCHEDULES = ("uniform", DEFAULT_SCHEDULE)
 
 
 @dataclass

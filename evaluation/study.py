@@ -213,7 +213,7 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
     scores: dict[str, Cell] = {}
     runs = []
     for choices, config in zip(combinations, configs, strict=True):
-        options = {**train, **choices}
+        options = {**train, **choices, "schedule": config.schedule}  # the default, too: another version's may differ
         given = options.pop(SCORES, None)
         key = _scores_key(options)
         if config.difficulty is not None and given is None and key not in scores:

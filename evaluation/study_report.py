@@ -47,10 +47,10 @@ def place(cell: Cell) -> Place:
     """`Place` of a run cell."""
     options = cell.settings["options"]
     own = {"objective", "objective_args", "schedule", "schedule_args", "seed", SCORES, *TUNED}
-    schedule = _with_options(options.get("schedule", BASE), options.get("schedule_args"))
+    schedule = _with_options(options["schedule"], options.get("schedule_args"))
     if "scores_file" in cell.settings and "difficulty" in cell.choices:  # buckets are those of the file's first metric
         own.add("difficulty")
-        if any(part.metric == "difficulty" for part, _ in parse(options.get("schedule", BASE))):
+        if any(part.metric == "difficulty" for part, _ in parse(options["schedule"])):
             schedule += f" by {options['difficulty']}"
     others = {name: value for name, value in cell.choices.items() if name not in own}
     objective = _with_options(options.get("objective", "npo"), options.get("objective_args"))
