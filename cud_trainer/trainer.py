@@ -208,7 +208,7 @@ class CUDTrainer(SFTTrainer):
         if args.difficulty in values:
             values["difficulty"] = values[args.difficulty]
         self.schedule: Schedule = make_schedule(
-            args.schedule,
+            args.schedule,  # type: ignore[arg-type]
             self.forget_ids,
             difficulty=values,
             retain_ids=retain_ids,

@@ -16,7 +16,7 @@ from cud_trainer.data import prepare_dataset
 from cud_trainer.logprobs import answer_probability
 from evaluation import audit
 from evaluation.study import Cell, StudyArguments, plan
-from evaluation.study_report import first_seeds, reported, worst_quarter
+from evaluation.study_report import first_seeds, place, reported, worst_quarter
 
 ROOT = Path(__file__).parent.parent
 
@@ -258,6 +258,16 @@ def test_recipe_is_a_study():
     train = {**recipe["train"], "bf16": False, "use_cpu": True}
     scores, runs = plan(StudyArguments(grid=recipe["grid"], train=train), {})
     assert (len(scores), len(runs)) == (6, 54)
+
+
+def test_cells_name_the_default_schedule():
+    """The default of another version may be another: what was run then is not taken for it, nor called `uniform`."""
+    grid = {"learning_rate": [1e-4, 1e-3]}
+    train = {"difficulty": "loss", "bf16": False, "use_cpu": True}
+    cells = plan(StudyArguments(grid=grid, train=train), {})[1]
+    assert {place(cell).schedule for cell in cells} == {"upweight_hard+odds"}
+    named = plan(StudyArguments(grid=grid, train={**train, "schedule": "upweight_hard+odds"}), {})[1]
+    assert [cell.fingerprint for cell in cells] == [cell.fingerprint for cell in named]
 
 
 def test_scores_are_shared_by_what_they_do_not_depend_on():

@@ -368,6 +368,18 @@ class TestScores:
                 schedule="inverse_mass",
             )
 
+    def test_default_schedule(self, tmp_path):
+        """What benchmarks/results/schedules.md found best; without a metric, what needs none. A name given stays."""
+        options = {"schedule": None, "difficulty": "loss"}
+        assert config(tmp_path, **options).schedule == "upweight_hard+odds"
+        assert config(tmp_path, **options).schedule_metrics == ["loss"]
+        assert config(tmp_path, **{**options, "difficulty": "none"}).schedule == "odds"
+        assert config(tmp_path, difficulty="none", schedule="uniform").schedule == "uniform"
+        named = config(tmp_path, **options, schedule_args={"odds": {"power": 1.0}})
+        assert named.schedule == "upweight_hard+odds"
+        with pytest.raises(ValueError, match="schedule 'odds' needs power in"):
+            config(tmp_path, **options, schedule_args={"odds": {"power": -1.0}})
+
     def test_difficulty_none_costs_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr("cud_trainer.trainer.score_difficulty", lambda *a, **k: pytest.fail("computed"))
         trainer = make_trainer(tmp_path / "out", difficulty="none", schedule="uniform")
