@@ -19,7 +19,7 @@ from .scoring import check_metrics
 from .trainable import layer_range
 
 # What left least of the hard samples at equal utility, with most objectives (benchmarks/results/schedules.md).
-DEFAULT_WITHOUT_DIFFICULTY = "odds"
+DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
 DEFAULT_SCHEDULE = f"upweight_hard+{DEFAULT_WITHOUT_DIFFICULTY}"
 
 
@@ -177,8 +177,8 @@ class CUDConfig(SFTConfig):
         metadata={
             "help": "How difficulty acts: an order ('uniform', 'easy_to_hard', 'competence', ...), weights "
             "('inverse_mass', 'upweight_hard', ...), weights that follow the run ('per_sample_stop', 'odds', "
-            "'dynamic', ...), or several joined by '+'. Default: 'upweight_hard+odds', or 'odds' where difficulty is "
-            "'none'."
+            "'dynamic', ...), or several joined by '+'. Default: 'upweight_hard+odds+per_sample_stop'; without "
+            "'upweight_hard' where difficulty is 'none'."
         },
     )
     schedule_args: dict[str, Any] | str = field(

@@ -371,12 +371,12 @@ class TestScores:
     def test_default_schedule(self, tmp_path):
         """What benchmarks/results/schedules.md found best; without a metric, what needs none. A name given stays."""
         options = {"schedule": None, "difficulty": "loss"}
-        assert config(tmp_path, **options).schedule == "upweight_hard+odds"
+        assert config(tmp_path, **options).schedule == "upweight_hard+odds+per_sample_stop"
         assert config(tmp_path, **options).schedule_metrics == ["loss"]
-        assert config(tmp_path, **{**options, "difficulty": "none"}).schedule == "odds"
+        assert config(tmp_path, **{**options, "difficulty": "none"}).schedule == "odds+per_sample_stop"
         assert config(tmp_path, difficulty="none", schedule="uniform").schedule == "uniform"
         named = config(tmp_path, **options, schedule_args={"odds": {"power": 1.0}})
-        assert named.schedule == "upweight_hard+odds"
+        assert named.schedule == "upweight_hard+odds+per_sample_stop"
         with pytest.raises(ValueError, match="schedule 'odds' needs power in"):
             config(tmp_path, **options, schedule_args={"odds": {"power": -1.0}})
 
