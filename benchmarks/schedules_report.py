@@ -132,8 +132,8 @@ def summary(entries: list[dict]) -> list[str]:
     """The default schedule against `uniform`, a line for every study and level."""
     lines = [
         f"`{DEFAULT_SCHEDULE}`, the default (difficulty: CUD), against `uniform`, and two others: without difficulty "
-        f"(`{DEFAULT_WITHOUT_DIFFICULTY}`), and without the stop (`{WITHOUT_STOP}`). All: difference of the mean over all "
-        "samples.", "",
+        f"(`{DEFAULT_WITHOUT_DIFFICULTY}`), and without the stop (`{WITHOUT_STOP}`). All: difference of the mean over "
+        "all samples.", "",
         "| testbed, model | objective | utility kept | uniform | default | change, % | without difficulty, % | "
         "without stop, % | all: uniform | all: difference | relearned: uniform | default |",
         "|---" * 12 + "|",
