@@ -171,12 +171,11 @@ def markdown(entries: list[dict], command: str) -> str:
         ]  # fmt: skip
         first = next(iter(entry["levels"]))
         for row in sorted(entry["levels"][first], key=lambda row: row["schedule"] != BASE):
-            at = {
-                level: next(r for r in entry["levels"][level] if r["schedule"] == row["schedule"]) for level in levels
-            }
+            same = [[r for r in entry["levels"][level] if r["schedule"] == row["schedule"]] for level in levels]
+            at = [found[0] if found else None for found in same]  # no figure at a level whose settings were not run
             cells = [f"`{row['schedule']}`"]
-            cells += [f"{at[level]['hardest']['value']:.3f} ({at[level]['all']['value']:.3f})" for level in levels]
-            cells += [percent(at[level]) for level in levels]
+            cells += [f"{r['hardest']['value']:.3f} ({r['all']['value']:.3f})" if r else "" for r in at]
+            cells += [percent(r) if r else "" for r in at]
             relearned = f"{row['relearned']:.3f}" if "relearned" in row else ""
             cells += [f"{row['worst_quarter']:.3f}", f"{row['steps']:.0f}", f"{row['seconds']:.0f}", relearned]
             lines.append("| " + " | ".join(cells) + " |")
