@@ -22,8 +22,6 @@ NOTE = (
     "it knows what another uniform run left of each sample. Seconds: wall time, with other work on the machine."
 )
 WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop")
-DRAWN = (BASE, "joint_stop", "inverse_mass", "upweight_hard", "per_sample_stop", WITHOUT_STOP,
-         DEFAULT_WITHOUT_DIFFICULTY, f"{DEFAULT_SCHEDULE} by loss", DEFAULT_SCHEDULE)  # fmt: skip
 MARKERS = ("o", "s", "^", "v")
 
 
@@ -184,28 +182,36 @@ def markdown(entries: list[dict], command: str) -> str:
 
 
 def picture(entries: list[dict]) -> Figure:
-    """What is left of the hardest quarter at each level, a row per schedule, a column per study."""
-    columns = min(4, len(entries))
-    lines = -(-len(entries) // columns)
-    figure = Figure(figsize=(3.2 + 2.3 * columns, (0.36 * len(DRAWN) + 1.2) * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
-    for ax in axes[len(entries) :]:
-        ax.set_axis_off()
-    for ax, entry in zip(axes, entries, strict=False):
-        for number, level in enumerate(sorted(entry["levels"], key=float)):
-            found = [(y, named(entry["levels"][level], schedule)) for y, schedule in enumerate(DRAWN)]
-            rows = [(y, row["hardest"]) for y, row in found if row is not None]
-            ax.errorbar(
-                [row["value"] for _, row in rows], [y + 0.2 * number for y, _ in rows],
-                xerr=[[row["value"] - row["low"] for _, row in rows], [row["high"] - row["value"] for _, row in rows]],
-                fmt=MARKERS[number], color=COLOURS[number], capsize=2, label=f"{float(level):.0%} of the utility kept",
-            )  # fmt: skip
-        ax.set_title(f"{entry['objective']}\n{entry['testbed']}, model {entry['model_seed']}", fontsize=9)
-        ax.set_xlim(-0.03, 1.03)
-        ax.set_yticks(range(len(DRAWN)), DRAWN)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
-        ax.legend(fontsize=6.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    axes[0].invert_yaxis()
-    figure.supxlabel("answer probability left of the hardest quarter (predicted before unlearning)", fontsize=9)
+    """What `uniform` (hollow) and the default (filled) leave of the hardest quarter; a line per study."""
+    levels = sorted({level for entry in entries for level in entry["levels"]}, key=float)
+    figure = Figure(figsize=(9, 0.5 * len(entries) + 1.3), layout="constrained")
+    ax = figure.subplots()
+    for line, entry in enumerate(entries):
+        for number, level in enumerate(levels):
+            rows = [named(entry["levels"].get(level, []), name) for name in (BASE, DEFAULT_SCHEDULE)]
+            if None in rows:
+                continue
+            y, colour = line + 0.22 * (number - 1), COLOURS[number]
+            values = [row["hardest"]["value"] for row in rows]
+            ax.plot(values, [y, y], color=colour, linewidth=1, alpha=0.5)
+            for row, value, face in zip(rows, values, ("white", colour), strict=True):
+                ends = [[value - row["hardest"]["low"]], [row["hardest"]["high"] - value]]
+                ax.errorbar(
+                    [value], [y], xerr=ends, fmt=MARKERS[number], color=colour, markerfacecolor=face, markersize=5,
+                    capsize=2, elinewidth=0.8,
+                )  # fmt: skip
+    for number, level in enumerate(levels):
+        ax.plot([], [], MARKERS[number], color=COLOURS[number], label=f"{float(level):.0%} of the utility kept")
+    ax.set_yticks(
+        range(len(entries)), [f"{e['objective']}, {e['testbed']}, model {e['model_seed']}" for e in entries], fontsize=8
+    )
+    ax.invert_yaxis()
+    ax.set_xlim(-0.03, 1.03)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.legend(fontsize=8, frameon=False, ncols=len(levels), loc="upper center", bbox_to_anchor=(0.5, 1.08))
+    ax.set_xlabel(
+        f"answer probability left of the quarter predicted to be hardest: {BASE} (hollow), {DEFAULT_SCHEDULE} (filled)",
+        fontsize=8,
+    )
     return figure
