@@ -91,7 +91,7 @@ def dynamic(state: RunState, *, power: float = 1.0, low: float = 0.25, high: flo
 
 
 @register_schedule("odds", "dynamic", metric=None, check=_check_dynamic)
-def odds(state: RunState, *, power: float = 2.0, low: float = 0.05, high: float = 20.0, every: int = 1) -> np.ndarray:
+def odds(state: RunState, *, power: float = 1.0, low: float = 0.05, high: float = 20.0, every: int = 1) -> np.ndarray:
     """Difficulty estimated anew: factor proportional to the current `(p / (1 - p))^power`, clipped, mean 1.
 
     As `dynamic` where little is left. Where almost everything is, the gradient of a sample is about proportional to
