@@ -215,7 +215,7 @@ def picture(entries: list[dict]) -> Figure:
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.legend(fontsize=8, frameon=False, ncols=len(levels), loc="upper center", bbox_to_anchor=(0.5, 1.08))
     ax.set_xlabel(
-        f"answer probability left of the quarter predicted to be hardest: {BASE} (hollow), {DEFAULT_SCHEDULE} (filled)",
+        f"answer probability left of the quarter predicted to be hardest\n{BASE} (hollow), {DEFAULT_SCHEDULE} (filled)",
         fontsize=8,
     )
     return figure
