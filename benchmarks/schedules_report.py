@@ -22,7 +22,8 @@ NOTE = (
     "it knows what another uniform run left of each sample. Seconds: wall time, with other work on the machine."
 )
 TWO = ' {"odds": {"power": 2}}'  # what was tried first, and with more controls
-WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop") + TWO
+WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop")
+WITH_TWO = [name + TWO for name in (DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY, WITHOUT_STOP)]
 MARKERS = ("o", "s", "^", "v")
 
 
@@ -112,9 +113,9 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
     picture(entries).savefig(output.with_suffix(".png"), dpi=110)
 
 
-def percent(row: dict) -> str:
-    """The change in percent; absolute where `uniform` leaves next to nothing."""
-    if "hardest_change" not in row:
+def percent(row: dict | None) -> str:
+    """The change in percent; absolute where `uniform` leaves next to nothing; nothing of what was not run."""
+    if row is None or "hardest_change" not in row:
         return ""
     base = row["hardest"]["value"] - row["hardest_less_uniform"]["value"]
     form, change = (".0f", row["hardest_change"]) if base >= 0.01 else (".3f", row["hardest_less_uniform"])
@@ -125,6 +126,11 @@ def percent(row: dict) -> str:
 def named(rows: list[dict], schedule: str) -> dict | None:
     """The row of a schedule; where several metrics were tried, of the one by CUD."""
     return next((row for row in rows if row["schedule"] in (schedule, f"{schedule} by cud")), None)
+
+
+def default(rows: list[dict]) -> dict | None:
+    """The row of the default schedule; where that was not run, of the one with power 2."""
+    return named(rows, DEFAULT_SCHEDULE) or named(rows, DEFAULT_SCHEDULE + TWO)
 
 
 def summary(entries: list[dict]) -> list[str]:
@@ -140,14 +146,13 @@ def summary(entries: list[dict]) -> list[str]:
     ]  # fmt: skip
     for entry in entries:
         for level, rows in sorted(entry["levels"].items(), reverse=True):
-            names = (BASE, DEFAULT_SCHEDULE, DEFAULT_SCHEDULE + TWO, DEFAULT_WITHOUT_DIFFICULTY + TWO, WITHOUT_STOP)
-            base, best, *others = (named(rows, name) for name in names)
-            best = best or others[0]
+            base, best = named(rows, BASE), default(rows)
             if base is None or best is None:
                 continue
             cells = [f"{entry['testbed']}, {entry['model_seed']}", entry["objective"], f"{float(level):.0%}"]
             cells += [f"{row['hardest']['value']:.3f}" for row in (base, best)]
-            cells += [percent(row) if row else "" for row in (best, *others)]
+            cells.append(percent(best))
+            cells += [percent(named(rows, name)) for name in WITH_TWO]
             cells.append(f"{base['all']['value']:.3f}")
             less = best["all_less_uniform"]
             cells.append(f"{less['value']:+.3f} [{less['low']:+.3f}, {less['high']:+.3f}]")
@@ -176,7 +181,7 @@ def markdown(entries: list[dict], command: str) -> str:
             at = [found[0] if found else None for found in same]  # no figure at a level whose settings were not run
             cells = [f"`{row['schedule']}`"]
             cells += [f"{r['hardest']['value']:.3f} ({r['all']['value']:.3f})" if r else "" for r in at]
-            cells += [percent(r) if r else "" for r in at]
+            cells += [percent(r) for r in at]
             relearned = f"{row['relearned']:.3f}" if "relearned" in row else ""
             cells += [f"{row['worst_quarter']:.3f}", f"{row['steps']:.0f}", f"{row['seconds']:.0f}", relearned]
             lines.append("| " + " | ".join(cells) + " |")
@@ -192,7 +197,7 @@ def picture(entries: list[dict]) -> Figure:
     for line, entry in enumerate(entries):
         for number, level in enumerate(levels):
             found = entry["levels"].get(level, [])
-            rows = [named(found, BASE), named(found, DEFAULT_SCHEDULE) or named(found, DEFAULT_SCHEDULE + TWO)]
+            rows = [named(found, BASE), default(found)]
             if None in rows:
                 continue
             y, colour = line + 0.22 * (number - 1), COLOURS[number]
