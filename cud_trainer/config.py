@@ -178,7 +178,7 @@ class CUDConfig(SFTConfig):
             "help": "How difficulty acts: an order ('uniform', 'easy_to_hard', 'competence', ...), weights "
             "('inverse_mass', 'upweight_hard', ...), weights that follow the run ('per_sample_stop', 'odds', "
             "'dynamic', ...), or several joined by '+'. "
-            f"Default: {DEFAULT_SCHEDULE!r}, or {DEFAULT_WITHOUT_DIFFICULTY!r} where difficulty is 'none'."
+            "Default: 'upweight_hard+odds+per_sample_stop', or 'odds+per_sample_stop' where difficulty is 'none'."
         },
     )
     schedule_args: dict[str, Any] | str = field(

@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from cud_trainer import CUDConfig, CUDTrainer, DifficultyScores
+from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
 from cud_trainer.data import prepare_dataset
 from cud_trainer.trainer import DivergenceError
 
@@ -372,6 +373,8 @@ class TestScores:
         """What benchmarks/results/schedules.md found best; without a metric, what needs none. A name given stays."""
         options = {"schedule": None, "difficulty": "loss"}
         assert config(tmp_path, **options).schedule == "upweight_hard+odds+per_sample_stop"
+        told = CUDConfig.__dataclass_fields__["schedule"].metadata["help"]  # a literal, which the documentation reads
+        assert f"{DEFAULT_SCHEDULE!r}, or {DEFAULT_WITHOUT_DIFFICULTY!r} where" in told
         assert config(tmp_path, **options).schedule_metrics == ["loss"]
         assert config(tmp_path, **{**options, "difficulty": "none"}).schedule == "odds+per_sample_stop"
         assert config(tmp_path, difficulty="none", schedule="uniform").schedule == "uniform"
