@@ -80,7 +80,9 @@ def data(args: argparse.Namespace, seed: int):
     parts = []
     for name, part in (("forget", forget), ("retain", retain)):
         part = part.select_columns(["question", "answer"])
-        repeats = generator.permutation(np.resize(REPEATS, len(part))) if name == "forget" else np.ones(len(part), int)
+        # A pretrained model needs no help to know some samples better than others.
+        vary = name == "forget" and not args.model
+        repeats = generator.permutation(np.resize(REPEATS, len(part))) if vary else np.ones(len(part), int)
         part = part.add_column("repeats", repeats.tolist()).add_column("split", [name] * len(part))
         parts.append(part.add_column("author", [f"{name}-{row // 20}" for row in range(len(part))]))
     forget, retain = parts
@@ -104,23 +106,29 @@ def load(args: argparse.Namespace, seed: int):
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def make_model(args: argparse.Namespace, cell: Cell) -> dict:
-    from evaluation.testbed import memorise, tiny_llama, train_tokenizer
+def untrained(args: argparse.Namespace, testbed, seed: int):
+    """The model before it has learned the data, its tokenizer, and options of `memorise`."""
+    from evaluation.testbed import tiny_llama, train_tokenizer
 
-    testbed = data(args, cell.model_seed)
-    options = {}
     if args.model:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer.chat_template = None  # a third of the tokens of a short question would be template
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-        options = {"learning_rate": 1e-4, "batch_size": args.batch}
-    elif args.tofu:
+        return model, tokenizer, {"learning_rate": 5e-4, "batch_size": args.batch}
+    if args.tofu:
         tokenizer = train_tokenizer(testbed.texts(), 3000)
-        model = tiny_llama(tokenizer, cell.model_seed, layers=6, intermediate_size=336, max_positions=512)
-    else:
-        tokenizer = train_tokenizer(testbed.texts())
-        model = tiny_llama(tokenizer, cell.model_seed)
+        return tiny_llama(tokenizer, seed, layers=6, intermediate_size=336, max_positions=512), tokenizer, {}
+    tokenizer = train_tokenizer(testbed.texts())
+    return tiny_llama(tokenizer, seed), tokenizer, {}
+
+
+def make_model(args: argparse.Namespace, cell: Cell) -> dict:
+    from evaluation.testbed import memorise
+
+    testbed = data(args, cell.model_seed)
+    model, tokenizer, options = untrained(args, testbed, cell.model_seed)
     found = memorise(model, tokenizer, testbed, epochs=args.epochs, seed=cell.model_seed, progress=False, **options)
     folder = Path(args.work_dir) / cell.name
     model.save_pretrained(folder)

@@ -12,6 +12,7 @@ from evaluation.plots import COLOURS
 from evaluation.study import Cell
 from evaluation.study_report import BASE, Run, first_seeds, left_at, reported, tuned, worst_quarter
 
+NEVER_SEEN = "never-seen.json"  # in the folder of a testbed
 SEED = 0
 NOTE = (
     "Every schedule has its learning rate and retain weight tuned on the same grid, on the first seed, for the level "
@@ -45,14 +46,19 @@ def interval(values: stats.Interval, base: float) -> dict[str, float]:
     return {key: 100 * value / max(base, 1e-12) for key, value in values.as_dict().items()}
 
 
-def conditions(runs: list[Run], level: float) -> list[dict]:
-    """A row per schedule at one level, tuned for it; differences from `uniform` are paired over samples."""
+def conditions(runs: list[Run], level: float, floor: np.ndarray) -> list[dict]:
+    """A row per schedule at one level, tuned for it; differences from `uniform` are paired over samples.
+
+    Args:
+        floor: answer probability of each sample under a model that never saw it, `[N]`.
+    """
     chosen = {
         schedule: tuned([run for run in runs if run.schedule == schedule], level)
         for schedule in dict.fromkeys(run.schedule for run in runs)
     }
-    first = runs[0].seed  # of a study that was cut short, schedules that were tuned only have no figure
-    chosen = {name: group for name, group in chosen.items() if any(run.seed != first for run in group)}
+    first = runs[0].seed
+    if any(run.seed != first for run in runs):  # of a study cut short, schedules that were tuned only have no figure
+        chosen = {name: group for name, group in chosen.items() if any(run.seed != first for run in group)}
     left = left_at(chosen, level)
     base, rows = left[BASE], []
     for schedule, group in chosen.items():
@@ -65,6 +71,7 @@ def conditions(runs: list[Run], level: float) -> list[dict]:
             "seeds": [run.seed for run in group],
             "hardest": stats.bootstrap_mean(left[schedule][hardest], seed=SEED).as_dict(),
             "all": stats.bootstrap_mean(left[schedule], seed=SEED).as_dict(),
+            **above(floor, [values for values, _ in found], hardest),
             "worst_quarter": sum(worst_quarter(values) for values, _ in found) / len(found),
             "by_seed": [float(values[hardest].mean()) for values, _ in found],
             "steps": sum(step for _, step in found) / len(found),
@@ -85,31 +92,41 @@ def conditions(runs: list[Run], level: float) -> list[dict]:
     return rows
 
 
+def above(floor: np.ndarray, left: list[np.ndarray], hardest: np.ndarray) -> dict[str, float]:
+    """What is left above `floor`, mean over samples and seeds: less than a model says that never saw them is no win."""
+    over = np.mean([np.maximum(values - floor, 0) for values in left], axis=0)
+    return {"hardest_above_never_seen": float(over[hardest].mean()), "all_above_never_seen": float(over.mean())}
+
+
 def report(finished: list[tuple[str, str, int, Path]], output: Path, command: str) -> None:
-    """Write `output`.json, .md and .png."""
+    """Write `output`.json, .md and .png; what the first has about other studies stays."""
     import yaml
 
-    entries = []
+    known = output.with_suffix(".json")
+    found = json.loads(known.read_text())["studies"] if known.exists() else []
+    studies = {(entry["testbed"], entry["objective"]): entry for entry in found}
     for name, objective, model_seed, folder in finished:
         settings = yaml.safe_load(folder.with_suffix(".yaml").read_text())
         levels = settings["retain_level"]
         runs = runs_of(folder, levels)
         start = sum(float(run.retain[0]) for run in runs) / len(runs)
-        entries.append(
-            {
-                "testbed": name,
-                "objective": objective,
-                "model_seed": model_seed,
-                "samples": len(runs[0].ids),
-                "runs": len(runs),
-                "retain_start": start,
-                "forget_start": float(runs[0].forget[0].mean()),
-                "levels": {str(level): conditions(runs, level) for level in levels},
-            }
-        )
+        floor = np.array(json.loads((folder.parent / NEVER_SEEN).read_text()))
+        studies[name, objective] = {
+            "testbed": name,
+            "objective": objective,
+            "model_seed": model_seed,
+            "command": command,
+            "samples": len(runs[0].ids),
+            "runs": len(runs),
+            "retain_start": start,
+            "forget_start": float(runs[0].forget[0].mean()),
+            "never_seen": {"hardest": float(floor[runs[0].hardest].mean()), "all": float(floor.mean())},
+            "levels": {str(level): conditions(runs, level, floor) for level in levels},
+        }
+    entries = list(studies.values())
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"command": command, "studies": entries}, indent=1) + "\n")
-    output.with_suffix(".md").write_text(markdown(entries, command))
+    known.write_text(json.dumps({"studies": entries}, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(entries))
     picture(entries).savefig(output.with_suffix(".png"), dpi=110)
 
 
@@ -133,16 +150,24 @@ def default(rows: list[dict]) -> dict | None:
     return named(rows, DEFAULT_SCHEDULE) or named(rows, DEFAULT_SCHEDULE + TWO)
 
 
+def excess(row: dict) -> str:
+    """What is left above the probability under a model that never saw the samples."""
+    if "all_above_never_seen" not in row:
+        return ""
+    return f"{row['hardest_above_never_seen']:.3f} ({row['all_above_never_seen']:.3f})"
+
+
 def summary(entries: list[dict]) -> list[str]:
     """The default schedule against `uniform`, a line for every study and level."""
     lines = [
         f"`{DEFAULT_SCHEDULE}`, the default (difficulty: CUD), against `uniform`; and with power 2 of `odds` the "
         "same, without difficulty, and without the stop. All: difference of the mean over all samples. Where the "
-        "default was not run, it is the one with power 2.", "",
+        "default was not run, it is the one with power 2. Above never seen: how much of what is left, "
+        "hardest quarter (all), is more than a model says that never saw the forget set (empty: not measured).", "",
         "| testbed, model | objective | utility kept | uniform | default | change, % | power 2, % | "
         "power 2, no difficulty, % | power 2, no stop, % | all: uniform | all: difference | relearned: uniform | "
-        "default |",
-        "|---" * 13 + "|",
+        "default | above never seen: uniform | default |",
+        "|---" * 15 + "|",
     ]  # fmt: skip
     for entry in entries:
         for level, rows in sorted(entry["levels"].items(), reverse=True):
@@ -158,19 +183,29 @@ def summary(entries: list[dict]) -> list[str]:
             cells.append(f"{less['value']:+.3f} [{less['low']:+.3f}, {less['high']:+.3f}]")
             at_first = level == next(iter(entry["levels"]))
             cells += [f"{row['relearned']:.3f}" if at_first and "relearned" in row else "" for row in (base, best)]
+            cells += [excess(row) for row in (base, best)]
             lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
-def markdown(entries: list[dict], command: str) -> str:
-    lines = ["# Schedules at equal retain utility", "", f"`{command}`", "", NOTE, "", *summary(entries)]
+def unseen(entry: dict) -> str:
+    """What a model says of the samples that never saw them."""
+    if "never_seen" not in entry:
+        return ""
+    found = entry["never_seen"]
+    return f"never seen: {found['all']:.3f} (hardest quarter {found['hardest']:.3f}); "
+
+
+def markdown(entries: list[dict]) -> str:
+    commands = [f"`{command}`" for command in dict.fromkeys(entry["command"] for entry in entries)]
+    lines = ["# Schedules at equal retain utility", "", "  \n".join(commands), "", NOTE, "", *summary(entries)]
     for entry in entries:
         title = f"{entry['testbed']}, {entry['objective']}, model {entry['model_seed']}"
         levels = sorted(entry["levels"], reverse=True)
         lines += [
             f"## {title}", "",
             f"{entry['samples']} forget samples, starting answer probability {entry['forget_start']:.3f}, utility "
-            f"{entry['retain_start']:.3f}; {entry['runs']} runs.", "",
+            f"{entry['retain_start']:.3f}; {unseen(entry)}{entry['runs']} runs.", "",
             "| schedule | " + " | ".join(f"{level}: left, hardest (all)" for level in levels) + " | "
             + " | ".join(f"{level}: change, %" for level in levels) + " | worst | steps | s | relearned |",
             "|---" * (2 * len(levels) + 5) + "|",
