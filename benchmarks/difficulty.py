@@ -2,7 +2,7 @@
 
     python benchmarks/difficulty.py --output benchmarks/results/difficulty                      # generated authors
     python benchmarks/difficulty.py --tofu locuslab/TOFU --output benchmarks/results/difficulty-tofu
-    python benchmarks/difficulty.py --tofu locuslab/TOFU --model HuggingFaceTB/SmolLM2-135M-Instruct --epochs 6 \
+    python benchmarks/difficulty.py --tofu locuslab/TOFU --model HuggingFaceTB/SmolLM2-135M-Instruct --epochs 4 \
         --forget_config forget05 --retain 400 --objectives graddiff npo --batch 8 --rate_scale 0.1 --output smollm2
 
 For every model seed: a small Llama (or `--model`, for a night) learns the data by heart; every metric is computed on
