@@ -258,13 +258,20 @@ class TestLoss:
         assert len({round(value, 8) for value in sums}) == 3
 
     def test_reference_is_scored_in_the_precision_of_the_run(self, tmp_path):
+        trainers = {
+            name: make_trainer(tmp_path / name, model=make_model(0), bf16=name != "float32", save_strategy="no")
+            for name in ("float32", "bfloat16", "mixed")
+        }
+        trainers["mixed"].reference = trainers["float32"].reference
         first = {}
-        for bf16 in (False, True):
-            trainer = make_trainer(tmp_path / str(bf16), model=make_model(0), bf16=bf16, save_strategy="no")
+        for name, trainer in trainers.items():
             trainer.train()
-            first[bf16] = trainer.state.log_history[0]
-            assert first[bf16]["forget_loss"] == pytest.approx(20 * math.log(2), abs=1e-5)  # the log-ratio is 0
-        assert abs(first[True]["retain_loss"] - first[False]["retain_loss"]) > 1e-6  # bfloat16 was really used
+            first[name] = trainer.state.log_history[0]
+        off = {name: abs(entry["forget_loss"] - 20 * math.log(2)) for name, entry in first.items()}
+        assert off["float32"] < 1e-5  # the log-ratio is 0
+        # Some CPUs round bfloat16 differently in batches of another shape; another precision is further off.
+        assert off["bfloat16"] < off["mixed"] / 2
+        assert abs(first["bfloat16"]["retain_loss"] - first["float32"]["retain_loss"]) > 1e-6  # it was really used
 
     def test_kl_of_the_unchanged_model_is_zero(self, tmp_path):
         trainer = make_trainer(tmp_path / "out", retain_loss="kl", reference_top_k=5, save_strategy="no")
