@@ -59,9 +59,8 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray) -> list[dict]:
         schedule: tuned([run for run in runs if run.schedule == schedule], level)
         for schedule in dict.fromkeys(run.schedule for run in runs)
     }
-    first = runs[0].seed
-    if any(run.seed != first for run in runs):  # of a study cut short, schedules that were tuned only have no figure
-        chosen = {name: group for name, group in chosen.items() if any(run.seed != first for run in group)}
+    first = runs[0].seed  # of a study that was cut short, schedules that were tuned only have no figure
+    chosen = {name: group for name, group in chosen.items() if any(run.seed != first for run in group)}
     left = left_at(chosen, level)
     base, rows = left[BASE], []
     for schedule, group in chosen.items():
