@@ -258,8 +258,13 @@ class TestLoss:
         assert len({round(value, 8) for value in sums}) == 3
 
     def test_reference_is_scored_in_the_precision_of_the_run(self, tmp_path):
+        # One sample at a time, so that the batches are the same on both sides: some CPUs round bfloat16 differently in
+        # batches of another shape.
+        alone = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "passes": 1}
         trainers = {
-            name: make_trainer(tmp_path / name, model=make_model(0), bf16=name != "float32", save_strategy="no")
+            name: make_trainer(
+                tmp_path / name, model=make_model(0), bf16=name != "float32", save_strategy="no", **alone
+            )
             for name in ("float32", "bfloat16", "mixed")
         }
         trainers["mixed"].reference = trainers["float32"].reference
@@ -268,9 +273,8 @@ class TestLoss:
             trainer.train()
             first[name] = trainer.state.log_history[0]
         off = {name: abs(entry["forget_loss"] - 20 * math.log(2)) for name, entry in first.items()}
-        assert off["float32"] < 1e-5  # the log-ratio is 0
-        # Some CPUs round bfloat16 differently in batches of another shape; another precision is further off.
-        assert off["bfloat16"] < off["mixed"] / 2
+        assert max(off["float32"], off["bfloat16"]) < 1e-5  # the log-ratio is 0
+        assert off["mixed"] > 1e-4
         assert abs(first["bfloat16"]["retain_loss"] - first["float32"]["retain_loss"]) > 1e-6  # it was really used
 
     def test_kl_of_the_unchanged_model_is_zero(self, tmp_path):
