@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -124,16 +124,23 @@ def untrained(args: argparse.Namespace, testbed, seed: int):
     return tiny_llama(tokenizer, seed), tokenizer, {}
 
 
-def make_model(args: argparse.Namespace, cell: Cell) -> dict:
+def memorised(args: argparse.Namespace, testbed, seed: int, train=None):
+    """A model that has learned the data (`train` instead of all of it) by heart, its tokenizer, its losses by epoch."""
     from evaluation.testbed import memorise
 
-    testbed = data(args, cell.model_seed)
-    model, tokenizer, options = untrained(args, testbed, cell.model_seed)
-    found = memorise(model, tokenizer, testbed, epochs=args.epochs, seed=cell.model_seed, progress=False, **options)
+    model, tokenizer, options = untrained(args, testbed, seed)
+    if train is not None:
+        testbed = replace(testbed, train=train)
+    found = memorise(model, tokenizer, testbed, epochs=args.epochs, seed=seed, progress=False, **options)
+    return model, tokenizer, found.losses
+
+
+def make_model(args: argparse.Namespace, cell: Cell) -> dict:
+    model, tokenizer, losses = memorised(args, data(args, cell.model_seed), cell.model_seed)
     folder = Path(args.work_dir) / cell.name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "losses": found.losses}
+    return {"parameters": sum(p.numel() for p in model.parameters()), "losses": losses}
 
 
 def score(args: argparse.Namespace, cell: Cell) -> dict:

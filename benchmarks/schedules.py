@@ -2,11 +2,11 @@
 
     python benchmarks/schedules.py --tofu locuslab/TOFU
 
-For every testbed (two worlds of generated authors, and TOFU with a small Llama), a model learns the data by heart, and
-another one all but the forget set; the difficulty of every forget sample is scored once for each objective and part
-(cross-fitted by author, calibration seed 0); then `cud study` runs benchmarks/schedules/*.yaml, and what it found is
-put together in benchmarks/results/schedules.*, in place of what stood there about the same studies. Everything is kept
-in `--work_dir`: a killed run goes on there.
+For every testbed (two worlds of generated authors, TOFU with a small Llama, and TOFU with SmolLM2), a model learns the
+data by heart, and another one all but the forget set; the difficulty of every forget sample is scored once for each
+objective and part (cross-fitted by author, calibration seed 0); then `cud study` runs benchmarks/schedules/*.yaml, and
+what it found is put together in benchmarks/results/schedules.*, in place of what stood there about the same studies.
+Everything is kept in `--work_dir`: a killed run goes on there.
 
 In the studies `difficulty: calibration` is the oracle: what another uniform run of the same objective left of each
 sample. It bounds what a metric known before unlearning could give.
@@ -17,7 +17,7 @@ import itertools
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,27 @@ SEEDS = {"generated-second": 1}  # of world and model; 0 of all other studies
 
 @dataclass(frozen=True)
 class Bed:
-    """A testbed: which data, and how long the model learns it."""
+    """A testbed: which data, and how long which model learns it (by default a small Llama from scratch)."""
 
     name: str
     tofu: bool
     epochs: int
     batch: int
+    forget_config: str = "forget10"
+    retain: int = 800
+    model: str | None = None
+    rate_scale: float = 1.0  # times the learning rates of calibration
+    passes: int = 15  # of calibration at most
 
 
-BEDS = {"generated": Bed("generated", False, 20, 40), "tofu": Bed("tofu", True, 18, 40)}
+BEDS = {
+    "generated": Bed("generated", False, 20, 40),
+    "tofu": Bed("tofu", True, 18, 40),
+    "smollm2": Bed(
+        "smollm2", True, 4, 8, forget_config="forget05", retain=200, model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        rate_scale=4.0, passes=5,
+    ),
+}  # fmt: skip
 
 
 def prepare(args: argparse.Namespace, bed: Bed, seed: int) -> Path:
@@ -53,8 +65,9 @@ def prepare(args: argparse.Namespace, bed: Bed, seed: int) -> Path:
 
     folder = Path(args.work_dir) / f"{bed.name}-{seed}"
     options = argparse.Namespace(
-        tofu=args.tofu if bed.tofu else None, model=None, forget_config="forget10", forget=200, retain=800,
-        batch=bed.batch, epochs=bed.epochs, work_dir=str(folder),
+        tofu=args.tofu if bed.tofu else None, model=bed.model and (args.smollm2 or bed.model),
+        forget_config=bed.forget_config, forget=200, retain=bed.retain, batch=bed.batch, epochs=bed.epochs,
+        work_dir=str(folder),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
@@ -72,15 +85,13 @@ def prepare(args: argparse.Namespace, bed: Bed, seed: int) -> Path:
 
 def never_seen(options: argparse.Namespace, testbed: Any, seed: int) -> list[float]:
     """Answer probability of every forget sample under a model that learned all but the forget set."""
-    from difficulty import untrained
+    from difficulty import memorised
 
     from cud_trainer.data import prepare_dataset
     from cud_trainer.logprobs import answer_probability
-    from evaluation.testbed import memorise
 
-    model, tokenizer, training = untrained(options, testbed, seed)
-    rest = replace(testbed, train=testbed.train.filter(lambda split: split != "forget", input_columns="split"))
-    memorise(model, tokenizer, rest, epochs=options.epochs, seed=seed, progress=False, **training)
+    rest = testbed.train.filter(lambda split: split != "forget", input_columns="split")
+    model, tokenizer, _ = memorised(options, testbed, seed, rest)
     forget = prepare_dataset(testbed.forget, tokenizer, name="forget")
     return answer_probability(model, forget, pad_token_id=int(tokenizer.pad_token_id)).tolist()
 
@@ -104,8 +115,9 @@ def score(folder: Path, bed: Bed, objective: str, part: str) -> None:
     )
     adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if part == "lora" else None
     calibration = CalibrationSettings(
-        loss=UnlearningLoss(objective), retain_weight=CALIBRATION_WEIGHT, seed=0, max_passes=15, peft_config=adapter,
-        learning_rate=OBJECTIVES[objective][PARTS.index(part)], batch_size=50,
+        loss=UnlearningLoss(objective), retain_weight=CALIBRATION_WEIGHT, seed=0, max_passes=bed.passes,
+        learning_rate=OBJECTIVES[objective][PARTS.index(part)] * bed.rate_scale, batch_size=bed.batch + 10,
+        peft_config=adapter,
     )  # fmt: skip
     score_difficulty(
         AutoModelForCausalLM.from_pretrained(folder / "model"), forget, AutoTokenizer.from_pretrained(folder / "model"),
@@ -130,6 +142,7 @@ def study(args: argparse.Namespace, folder: Path, name: str, settings: dict, obj
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu", default="locuslab/TOFU", help="hub id or folder of TOFU")
+    parser.add_argument("--smollm2", help="folder of SmolLM2-135M-Instruct; by default from the hub")
     parser.add_argument("--studies", nargs="+", default=sorted(path.stem for path in STUDIES.glob("*.yaml")))
     parser.add_argument("--objectives", nargs="+", default=["graddiff", "npo", "simnpo", "ga"])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -17,10 +17,11 @@ SEED = 0
 NOTE = (
     "Every schedule has its learning rate and retain weight tuned on the same grid, on the first seed, for the level "
     "it is compared at; figures are means over the other seeds (`tofu-default`: over all, with the settings that "
-    "`tofu-full` chose). Hardest: the quarter ranked hardest before unlearning by cross-fitted CUD. Change: against "
-    "`uniform`, percent (absolute where `uniform` leaves less than 0.01). Worst: the worst quarter by outcome, picked "
-    "by the result. Intervals: 95%, paired over samples; they say nothing about other models. `by calibration` is the "
-    "oracle: it knows what another uniform run left of each sample. Seconds: wall time, with other work on the machine."
+    "`tofu-full` chose; `smollm2-lora`: there is one seed only). Hardest: the quarter ranked hardest before unlearning "
+    "by cross-fitted CUD. Change: against `uniform`, percent (absolute where `uniform` leaves less than 0.01). Worst: "
+    "the worst quarter by outcome, picked by the result. Intervals: 95%, paired over samples; they say nothing about "
+    "other models. `by calibration` is the oracle: it knows what another uniform run left of each sample. Seconds: "
+    "wall time, with other work on the machine."
 )
 TWO = ' {"odds": {"power": 2}}'  # what was tried first, and with more controls
 WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop")
@@ -49,18 +50,19 @@ def interval(values: stats.Interval, base: float) -> dict[str, float]:
     return {key: 100 * value / max(base, 1e-12) for key, value in values.as_dict().items()}
 
 
-def conditions(runs: list[Run], level: float, floor: np.ndarray) -> list[dict]:
+def conditions(runs: list[Run], level: float, floor: np.ndarray | None) -> list[dict]:
     """A row per schedule at one level, tuned for it; differences from `uniform` are paired over samples.
 
     Args:
-        floor: answer probability of each sample under a model that never saw it, `[N]`.
+        floor: answer probability of each sample under a model that never saw it, `[N]`; `None` if not measured.
     """
     chosen = {
         schedule: tuned([run for run in runs if run.schedule == schedule], level)
         for schedule in dict.fromkeys(run.schedule for run in runs)
     }
-    first = runs[0].seed  # of a study that was cut short, schedules that were tuned only have no figure
-    chosen = {name: group for name, group in chosen.items() if any(run.seed != first for run in group)}
+    first = runs[0].seed
+    if any(run.seed != first for run in runs):  # of a study cut short, schedules that were tuned only have no figure
+        chosen = {name: group for name, group in chosen.items() if any(run.seed != first for run in group)}
     left = left_at(chosen, level)
     base, rows = left[BASE], []
     for schedule, group in chosen.items():
@@ -73,7 +75,7 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray) -> list[dict]:
             "seeds": [run.seed for run in group],
             "hardest": stats.bootstrap_mean(left[schedule][hardest], seed=SEED).as_dict(),
             "all": stats.bootstrap_mean(left[schedule], seed=SEED).as_dict(),
-            **above(floor, [values for values, _ in found], hardest),
+            **({} if floor is None else above(floor, [values for values, _ in found], hardest)),
             "worst_quarter": sum(worst_quarter(values) for values, _ in found) / len(found),
             "by_seed": [float(values[hardest].mean()) for values, _ in found],
             "steps": sum(step for _, step in found) / len(found),
@@ -112,7 +114,8 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
         levels = settings["retain_level"]
         runs = runs_of(folder, levels)
         start = sum(float(run.retain[0]) for run in runs) / len(runs)
-        floor = np.array(json.loads((folder.parent / NEVER_SEEN).read_text()))
+        path = folder.parent / NEVER_SEEN
+        floor = np.array(json.loads(path.read_text())) if path.exists() else None
         studies[name, objective] = {
             "testbed": name,
             "objective": objective,
@@ -122,9 +125,11 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
             "runs": len(runs),
             "retain_start": start,
             "forget_start": float(runs[0].forget[0].mean()),
-            "never_seen": {"hardest": float(floor[runs[0].hardest].mean()), "all": float(floor.mean())},
             "levels": {str(level): conditions(runs, level, floor) for level in levels},
         }
+        if floor is not None:
+            said = {"hardest": float(floor[runs[0].hardest].mean()), "all": float(floor.mean())}
+            studies[name, objective]["never_seen"] = said
     entries = list(studies.values())
     output.parent.mkdir(parents=True, exist_ok=True)
     known.write_text(json.dumps({"studies": entries}, indent=1) + "\n")
