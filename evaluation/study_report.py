@@ -304,6 +304,16 @@ def _trials(runs: list[Run], chosen: list[Run], level: float, panel: str) -> lis
     return rows
 
 
+def verdict(hardest: stats.Interval, everything: stats.Interval) -> str:
+    """In words: what is left less what `uniform` leaves, of the hardest bucket and of the whole forget set."""
+    if hardest.low > 0:
+        return "more of the hardest bucket is left"
+    if not hardest.high < 0:
+        return "no gain beyond what other samples could change"
+    paid = ", but more of the whole forget set" if everything.low > 0 else ""
+    return f"less of the hardest bucket is left than with {BASE}{paid}"
+
+
 def _differences(
     panel: str, compared: dict[float, dict[str, list[Run]]], seed: int
 ) -> tuple[dict[str, Any], list[str]]:
@@ -331,13 +341,9 @@ def _differences(
             rows.append((label, [hard.as_dict(), relative, spread, all_.as_dict(), own - tail]))
             if level != next(iter(compared)):
                 continue
-            if hard.high < 0 and all_.low <= 0:
-                verdict = "less of the hardest bucket is left than with uniform"
-            else:
-                verdict = "more of it is left" if hard.low > 0 else "no gain beyond what other samples could change"
             findings.append(
                 f"{panel}: {schedule} less {BASE} at matched retain utility, hardest bucket "
-                f"{audit.shown(hard.as_dict())}, all {audit.shown(all_.as_dict())}: {verdict}"
+                f"{audit.shown(hard.as_dict())}, all {audit.shown(all_.as_dict())}: {verdict(hard, all_)}"
             )
     table = sections.table(
         f"differences-{panel}", f"{panel}: less {BASE}, at matched retain utility",

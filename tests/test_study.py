@@ -15,8 +15,9 @@ from cud_trainer.cli import main
 from cud_trainer.data import prepare_dataset
 from cud_trainer.logprobs import answer_probability
 from evaluation import audit
+from evaluation.statistics import Interval
 from evaluation.study import Cell, StudyArguments, plan
-from evaluation.study_report import first_seeds, place, reported, worst_quarter
+from evaluation.study_report import first_seeds, place, reported, verdict, worst_quarter
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,6 +174,22 @@ def test_levels_utility_and_relearning(tuned):
     assert [row["label"] for row in table["rows"]] == ["uniform", "upweight_hard by cud", "upweight_hard by loss"]
     (table,) = [table for table in found["tables"] if table["id"].startswith("differences")]
     assert len(table["rows"]) == 4  # two schedules at two levels
+
+
+@pytest.mark.parametrize(
+    ("hardest", "everything", "expected"),
+    [
+        ((-0.2, -0.1), (-0.1, 0.1), "less of the hardest bucket is left than with uniform"),
+        ((-0.2, -0.1), (0.1, 0.2), "less of the hardest bucket is left than with uniform, but more of the whole"),
+        ((-0.2, 0.1), (-0.2, -0.1), "no gain"),
+        ((0.1, 0.2), (-0.2, -0.1), "more of the hardest bucket is left"),
+        ((np.nan, np.nan), (np.nan, np.nan), "no gain"),
+    ],
+)
+def test_verdict(hardest, everything, expected):
+    found = verdict(*(Interval(sum(ends) / 2, *ends) for ends in (hardest, everything)))
+    assert found.startswith(expected)
+    assert ("whole forget set" in found) == ("whole" in expected)
 
 
 def test_scores_without_the_metric_are_refused(world, tuned, tmp_path, capsys):
