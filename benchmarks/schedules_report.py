@@ -130,6 +130,10 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
         if floor is not None:
             said = {"hardest": float(floor[runs[0].hardest].mean()), "all": float(floor.mean())}
             studies[name, objective]["never_seen"] = said
+        known_before = json.loads((folder / "results.json").read_text()).get("difficulty")
+        if known_before:
+            rows = known_before["objectives"][0]["rows"]
+            studies[name, objective]["predictors"] = {row["metric"]: row["spearman"] for row in rows}
     entries = list(studies.values())
     output.parent.mkdir(parents=True, exist_ok=True)
     known.write_text(json.dumps({"studies": entries}, indent=1) + "\n")
@@ -204,6 +208,16 @@ def unseen(entry: dict) -> str:
     return f"never seen: {found['all']:.3f} (hardest quarter {found['hardest']:.3f}); "
 
 
+def predicted(entry: dict) -> list[str]:
+    """How well each score, known before, ranks what the `uniform` runs left."""
+    if "predictors" not in entry:
+        return []
+    found = [
+        f"{name} {rho['value']:.3f} [{rho['low']:.3f}, {rho['high']:.3f}]" for name, rho in entry["predictors"].items()
+    ]
+    return [f"Spearman with what the `uniform` runs left (CUD cross-fitted by author): {', '.join(found)}.", ""]
+
+
 def markdown(entries: list[dict]) -> str:
     commands = [f"`{command}`" for command in dict.fromkeys(entry["command"] for entry in entries)]
     lines = ["# Schedules at equal retain utility", "", "  \n".join(commands), "", NOTE, "", *summary(entries)]
@@ -214,6 +228,7 @@ def markdown(entries: list[dict]) -> str:
             f"## {title}", "",
             f"{entry['samples']} forget samples, starting answer probability {entry['forget_start']:.3f}, utility "
             f"{entry['retain_start']:.3f}; {unseen(entry)}{entry['runs']} runs.", "",
+            *predicted(entry),
             "| schedule | " + " | ".join(f"{level}: left, hardest (all)" for level in levels) + " | "
             + " | ".join(f"{level}: change, %" for level in levels) + " | worst | steps | s | relearned |",
             "|---" * (2 * len(levels) + 5) + "|",
