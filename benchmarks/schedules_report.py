@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
+from evaluation import audit
 from evaluation import statistics as stats
 from evaluation.plots import COLOURS
 from evaluation.study import Cell
@@ -212,9 +213,7 @@ def predicted(entry: dict) -> list[str]:
     """How well each score, known before, ranks what the `uniform` runs left."""
     if "predictors" not in entry:
         return []
-    found = [
-        f"{name} {rho['value']:.3f} [{rho['low']:.3f}, {rho['high']:.3f}]" for name, rho in entry["predictors"].items()
-    ]
+    found = [f"{name} {audit.shown(rho)}" for name, rho in entry["predictors"].items()]
     return [f"Spearman with what the `uniform` runs left (CUD cross-fitted by author): {', '.join(found)}.", ""]
 
 
