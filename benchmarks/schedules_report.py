@@ -11,18 +11,18 @@ from evaluation import audit
 from evaluation import statistics as stats
 from evaluation.plots import COLOURS
 from evaluation.study import Cell
-from evaluation.study_report import BASE, Run, first_seeds, left_at, reported, tuned, worst_quarter
+from evaluation.study_report import BASE, Run, first_seeds, leading, left_at, reported, tuned, worst_quarter
 
 NEVER_SEEN = "never-seen.json"  # in the folder of a testbed
 SEED = 0
 NOTE = (
     "Every schedule has its learning rate and retain weight tuned on the same grid, on the first seed, for the level "
-    "it is compared at; figures are means over the other seeds (`tofu-default`: over all, with the settings that "
-    "`tofu-full` chose; `smollm2-lora`: there is one seed only). Hardest: the quarter ranked hardest before unlearning "
-    "by cross-fitted CUD. Change: against `uniform`, percent (absolute where `uniform` leaves less than 0.01). Worst: "
-    "the worst quarter by outcome, picked by the result. Intervals: 95%, paired over samples; they say nothing about "
-    "other models. `by calibration` is the oracle: it knows what another uniform run left of each sample. Seconds: "
-    "wall time, with other work on the machine."
+    "it is compared at; figures are means over the other seeds (`generated-simnpo`: tuned on the first three; `tofu-"
+    "default`: over all, with the settings that `tofu-full` chose; `smollm2-lora`: there is one seed only). Hardest: "
+    "the quarter ranked hardest before unlearning by cross-fitted CUD. Change: against `uniform`, percent (absolute "
+    "where `uniform` leaves less than 0.01). Worst: the worst quarter by outcome, picked by the result. Intervals: "
+    "95%, paired over samples; they say nothing about other models. `by calibration` is the oracle: it knows what "
+    "another uniform run left of each sample. Seconds: wall time, with other work on the machine."
 )
 TWO = ' {"odds": {"power": 2}}'  # what was tried first, and with more controls
 WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop")
@@ -33,7 +33,7 @@ CONTROLS = [
 MARKERS = ("o", "s", "^", "v")
 
 
-def runs_of(folder: Path, levels: list[float]) -> list[Run]:
+def runs_of(folder: Path, levels: list[float], tuning_seeds: int) -> list[Run]:
     """The finished runs of a study that figures are made of."""
     cells = []
     for path in sorted(folder.glob("cells/*/result.json")):
@@ -43,7 +43,8 @@ def runs_of(folder: Path, levels: list[float]) -> list[Run]:
             settings["scores_file"] = str(folder.parent / settings["scores_file"])
         cells.append(Cell(found["kind"], path.parent.name, found["choices"], settings))
     cells.sort(key=lambda cell: (cell.settings["options"]["seed"], cell.name))
-    return [Run(folder, cell, 4) for cell in reported(folder, cells, first_seeds(cells), levels, 4)]
+    tried = first_seeds(cells, tuning_seeds)
+    return [Run(folder, cell, 4) for cell in reported(folder, cells, tried, levels, 4)]
 
 
 def interval(values: stats.Interval, base: float) -> dict[str, float]:
@@ -51,19 +52,19 @@ def interval(values: stats.Interval, base: float) -> dict[str, float]:
     return {key: 100 * value / max(base, 1e-12) for key, value in values.as_dict().items()}
 
 
-def conditions(runs: list[Run], level: float, floor: np.ndarray | None) -> list[dict]:
+def conditions(runs: list[Run], level: float, floor: np.ndarray | None, tuning_seeds: int) -> list[dict]:
     """A row per schedule at one level, tuned for it; differences from `uniform` are paired over samples.
 
     Args:
         floor: answer probability of each sample under a model that never saw it, `[N]`; `None` if not measured.
     """
     chosen = {
-        schedule: tuned([run for run in runs if run.schedule == schedule], level)
+        schedule: tuned([run for run in runs if run.schedule == schedule], level, tuning_seeds)
         for schedule in dict.fromkeys(run.schedule for run in runs)
     }
-    first = runs[0].seed
-    if any(run.seed != first for run in runs):  # of a study cut short, schedules that were tuned only have no figure
-        chosen = {name: group for name, group in chosen.items() if any(run.seed != first for run in group)}
+    first = leading([run.seed for run in runs], tuning_seeds)
+    if any(run.seed not in first for run in runs):  # of a study cut short, schedules only tuned have no figure
+        chosen = {name: group for name, group in chosen.items() if any(run.seed not in first for run in group)}
     left = left_at(chosen, level)
     base, rows = left[BASE], []
     for schedule, group in chosen.items():
@@ -113,7 +114,8 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
     for name, objective, model_seed, folder in finished:
         settings = yaml.safe_load(folder.with_suffix(".yaml").read_text())
         levels = settings["retain_level"]
-        runs = runs_of(folder, levels)
+        tuning_seeds = settings.get("tuning_seeds", 1)
+        runs = runs_of(folder, levels, tuning_seeds)
         start = sum(float(run.retain[0]) for run in runs) / len(runs)
         path = folder.parent / NEVER_SEEN
         floor = np.array(json.loads(path.read_text())) if path.exists() else None
@@ -126,7 +128,7 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
             "runs": len(runs),
             "retain_start": start,
             "forget_start": float(runs[0].forget[0].mean()),
-            "levels": {str(level): conditions(runs, level, floor) for level in levels},
+            "levels": {str(level): conditions(runs, level, floor, tuning_seeds) for level in levels},
         }
         if floor is not None:
             said = {"hardest": float(floor[runs[0].hardest].mean()), "all": float(floor.mean())}
@@ -247,7 +249,10 @@ def markdown(entries: list[dict]) -> str:
 
 
 def picture(entries: list[dict]) -> Figure:
-    """What `uniform` (hollow) and the default (filled) leave of the hardest quarter; a line per study."""
+    """What `uniform` (hollow) and the default (filled) leave of the hardest quarter; a line per study that has both."""
+    entries = [
+        entry for entry in entries if any(named(rows, BASE) and default(rows) for rows in entry["levels"].values())
+    ]
     levels = sorted({level for entry in entries for level in entry["levels"]}, key=float)
     figure = Figure(figsize=(9, 0.5 * len(entries) + 1.3), layout="constrained")
     ax = figure.subplots()

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import queue
 import subprocess
@@ -95,6 +96,13 @@ class StudyArguments(DataArguments):
             "samples are those of the first."
         },
     )
+    tuning_seeds: int = field(
+        default=1,
+        metadata={
+            "help": "Learning rate and retain weight are chosen on so many of the first seeds of the grid, and the "
+            "others are reported. More than one where what is left at a level differs much from seed to seed."
+        },
+    )
     relearn_samples: int = field(
         default=0,
         metadata={
@@ -131,7 +139,7 @@ class StudyArguments(DataArguments):
                     raise ValueError(f"{name!r} {why}")
         for name, least in (
             ("workers", 1), ("snapshot_every", 1), ("retain_eval_samples", 1), ("n_buckets", 1), ("relearn_steps", 1),
-            ("relearn_samples", 0),
+            ("relearn_samples", 0), ("tuning_seeds", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -139,6 +147,12 @@ class StudyArguments(DataArguments):
             raise ValueError(f"relearn_rate must be positive, got {self.relearn_rate}")
         if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
+        for grid in self.grids if self.tuning_seeds > 1 else []:
+            seeds, settings = len(grid.get("seed", [0])), math.prod(len(grid.get(name, [0])) for name in TUNED)
+            if settings > 1 and seeds <= self.tuning_seeds:
+                raise ValueError(
+                    f"tuning_seeds {self.tuning_seeds} leaves no seed to report on: {seeds} in a mapping of grid"
+                )
 
     @property
     def grids(self) -> list[dict[str, Any]]:
@@ -337,15 +351,16 @@ def main(argv: list[str]) -> int:
         lost = {cell.name for cell in scores if cell.name in failed}
         ready = [cell for cell in runs if cell.settings["scores_cell"] not in lost]
         failed |= {c.name: "its difficulty scores failed" for c in runs if c not in ready}
-        tried = first_seeds(ready)
+        tried = first_seeds(ready, args.tuning_seeds)
         failed |= run_cells(tried, output, args)
-        # The settings that lose on the first seed are in no figure: their other seeds are not run.
+        # The settings that lose on the first seeds are in no figure: their other seeds are not run.
         tried, ready = ([cell for cell in part if cell.name not in failed] for part in (tried, ready))
         ready = reported(output, ready, tried, args.retain_level, args.n_buckets)
         failed |= run_cells(ready, output, args)
         report = write_study(
             output, [cell for cell in ready if cell.name not in failed], failed, levels=args.retain_level,
             n_buckets=args.n_buckets, command="cud study " + " ".join(argv), seconds=time.time() - started,
+            tuning_seeds=args.tuning_seeds,
             groups=list(forget[group]) if isinstance(group, str) else None,
         )  # fmt: skip
     finally:

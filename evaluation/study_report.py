@@ -96,13 +96,14 @@ class Run:
         return audit.at_position(self.forget, position), float(audit.at_position(self.steps, position))
 
 
-def first_seeds(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that decide which settings are reported: of each schedule with several, those with its first seed."""
+def first_seeds(cells: Sequence[Cell], tuning_seeds: int = 1) -> list[Cell]:
+    """The cells that decide which settings are reported: of each schedule with several, those with its first seeds."""
     found = []
     for group in _conditions([place(cell) for cell in cells]).values():
         mine = [cells[number] for number in group]
         settings = {place(cell).tuning for cell in mine}
-        found += [cell for cell in mine if len(settings) == 1 or place(cell).seed == place(mine[0]).seed]
+        first = leading([place(cell).seed for cell in mine], tuning_seeds)
+        found += [cell for cell in mine if len(settings) == 1 or place(cell).seed in first]
     return found
 
 
@@ -121,7 +122,7 @@ def reported(
         mine = [cells[number] for number in group]
         runs = [Run(study, cell, n_buckets) for cell in mine if cell.name in trials]
         if runs:
-            best = {_best(runs, level).tuning for level in levels}
+            best = {_best(runs, level) for level in levels}
             found += [cell for cell in mine if cell.name in trials or place(cell).tuning in best]
     return found
 
@@ -134,9 +135,25 @@ def _conditions(places: Sequence[Place]) -> dict[tuple[str, str], list[int]]:
     return found
 
 
-def _best(runs: Sequence[Run], level: float) -> Run:
-    """The run that leaves least of the hardest bucket at `level`."""
-    return min(runs, key=lambda run: float(run.at(level)[0][run.hardest].mean()))
+def leading(seeds: Sequence[int], count: int) -> list[int]:
+    """The first `count` different seeds."""
+    return list(dict.fromkeys(seeds))[:count]
+
+
+def _by_tuning(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
+    found: dict[tuple, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.tuning, []).append(run)
+    return found
+
+
+def _best(runs: Sequence[Run], level: float) -> tuple:
+    """Learning rate and retain weight whose runs leave least of the hardest bucket at `level`, on average."""
+    left = {
+        tuning: float(np.mean([run.at(level)[0][run.hardest].mean() for run in group]))
+        for tuning, group in _by_tuning(runs).items()
+    }
+    return min(left, key=lambda tuning: left[tuning])
 
 
 def _with_options(name: str, options: Any) -> str:
@@ -157,6 +174,7 @@ def write_study(
     n_buckets: int,
     command: str,
     seconds: float,
+    tuning_seeds: int = 1,
     groups: list[Any] | None = None,
 ) -> Path | None:
     """Write the report of the finished runs into `study`; `None` when there is none."""
@@ -176,8 +194,8 @@ def write_study(
             chosen: dict[str, list[Run]] = {}
             for schedule in dict.fromkeys(run.schedule for run in mine):
                 same = [run for run in mine if run.schedule == schedule]
-                chosen[schedule] = tuned(same, level)
-                fits += _trials(same, chosen[schedule], level, panel)
+                chosen[schedule] = tuned(same, level, tuning_seeds)
+                fits += _trials(same, chosen[schedule], level, panel, tuning_seeds)
             compared[level] = chosen
             left = left_at(chosen, level)
             lines = [_matched_row(schedule, group, left[schedule], level, seed) for schedule, group in chosen.items()]
@@ -242,9 +260,10 @@ def write_study(
         results["difficulty"] = {"note": note, "objectives": difficulty}
     if any(row["chosen"] for row in fits):
         results["retain_weight_fit"] = fits
+        seeds = "the first seed" if tuning_seeds == 1 else f"the first {tuning_seeds} seeds"
         results["fit_note"] = (
-            "Learning rate and retain weight of each schedule are those that leave least of the hardest bucket on the "
-            "first seed, at each level; figures are of the other seeds."
+            "Learning rate and retain weight of each schedule are those that leave least of the hardest bucket on "
+            f"{seeds}, at each level; figures are of the other seeds."
         )
     return write_report(results, study, pd.concat(rows_of_samples, ignore_index=True))
 
@@ -270,27 +289,29 @@ def _matched_row(schedule: str, group: list[Run], left: np.ndarray, level: float
     }  # fmt: skip
 
 
-def tuned(runs: list[Run], level: float) -> list[Run]:
+def tuned(runs: list[Run], level: float, tuning_seeds: int = 1) -> list[Run]:
     """The runs that are reported: with the learning rate and retain weight that leave least of the hardest bucket on
-    the first seed, the other seeds.
+    the first `tuning_seeds` seeds, the other seeds.
 
     With one setting or one seed there is nothing to choose, or nothing to choose on: all (of the best setting) are.
     """
     if len({run.tuning for run in runs}) == 1:
         return runs
-    first = runs[0].seed
-    best = _best([run for run in runs if run.seed == first], level)
-    same = [run for run in runs if run.tuning == best.tuning]
-    return [run for run in same if run.seed != first] or same
+    first = leading([run.seed for run in runs], tuning_seeds)
+    best = _best([run for run in runs if run.seed in first], level)
+    same = [run for run in runs if run.tuning == best]
+    return [run for run in same if run.seed not in first] or same
 
 
-def _trials(runs: list[Run], chosen: list[Run], level: float, panel: str) -> list[dict[str, Any]]:
-    """A row for every setting that was tried on the first seed; none where there was one only."""
+def _trials(runs: list[Run], chosen: list[Run], level: float, panel: str, tuning_seeds: int) -> list[dict[str, Any]]:
+    """A row for every setting that was tried, mean over the first seeds; none where there was one only."""
     if len({run.tuning for run in runs}) == 1:
         return []
+    first = leading([run.seed for run in runs], tuning_seeds)
     rows = []
-    for run in (run for run in runs if run.seed == runs[0].seed):
-        values, _ = run.at(level)
+    for tuning, group in _by_tuning([run for run in runs if run.seed in first]).items():
+        run = group[0]
+        values = np.mean([one.at(level)[0] for one in group], axis=0)
         rows.append(
             {
                 "objective": f"{panel}, at {level:g}, learning rate {run.options.get('learning_rate')}",
@@ -298,7 +319,7 @@ def _trials(runs: list[Run], chosen: list[Run], level: float, panel: str) -> lis
                 "retain_weight": run.options.get("retain_weight", 1.0),
                 "forget": float(values.mean()),
                 "hardest_bucket": float(values[run.hardest].mean()),
-                "chosen": run.tuning == chosen[0].tuning,
+                "chosen": tuning == chosen[0].tuning,
             }
         )
     return rows

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_dataset
 from cud_trainer.logprobs import answer_probability
-from evaluation import audit
+from evaluation import audit, study_report
 from evaluation.statistics import Interval
 from evaluation.study import Cell, StudyArguments, plan
 from evaluation.study_report import first_seeds, place, reported, verdict, worst_quarter
@@ -147,10 +148,32 @@ def test_a_schedule_whose_trials_failed_is_left_out(tuned):
     cells.sort(key=lambda cell: cell.settings["options"]["seed"])
     tried = first_seeds(cells)
     assert len(tried) == 6 and {cell.settings["options"]["seed"] for cell in tried} == {1}
+    assert {cell.name for cell in first_seeds(cells, 2)} == {cell.name for cell in cells}
     uniform = [cell for cell in tried if cell.choices["schedule"] == "uniform"]
     kept = reported(tuned, cells, uniform, [0.95, 0.5], 4)
     assert {cell.choices["schedule"] for cell in kept} == {"uniform"} and len(kept) > len(uniform)
     assert reported(tuned, cells, [], [0.95], 4) == []
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is left after a made-up run, of two samples of which the second is the hardest."""
+
+    tuning: str
+    seed: int
+    left: float
+    hardest = np.array([False, True])
+
+    def at(self, level):
+        return np.array([0.0, self.left]), 1.0
+
+
+@pytest.mark.parametrize(("tuning_seeds", "best", "reported_on"), [(1, "lucky once", [2, 3]), (2, "steady", [3])])
+def test_settings_are_chosen_on_the_first_seeds_and_reported_on_the_others(tuning_seeds, best, reported_on):
+    runs = [Outcome("lucky once", seed, left) for seed, left in ((1, 0.1), (2, 0.9), (3, 0.9))]
+    runs += [Outcome("steady", seed, 0.3) for seed in (1, 2, 3)]
+    kept = study_report.tuned(runs, 0.95, tuning_seeds)
+    assert {run.tuning for run in kept} == {best} and [run.seed for run in kept] == reported_on
 
 
 def test_levels_utility_and_relearning(tuned):
@@ -251,6 +274,8 @@ def test_other_settings_are_refused_unless_they_may_replace(world, finished, cap
         ({"grid": [{"seed": [1]}, {"seed": [1, 2]}]}, "two mappings of grid have a combination in common"),
         ({"grid": [{"seed": [1]}, {}]}, "grid is empty"),
         ({"grid": {"seed": [1]}, "relearn_samples": -1}, "relearn_samples must be at least 0"),
+        ({"grid": {"seed": [1]}, "tuning_seeds": 0}, "tuning_seeds must be at least 1"),
+        ({"grid": {"seed": [1, 2], "retain_weight": [1, 4]}, "tuning_seeds": 2}, "leaves no seed to report on: 2 in"),
         ({"grid": {"seed": [1]}, "utility_dataset": "nowhere.jsonl"}, "utility dataset nowhere.jsonl does not exist"),
         ({"grid": {"difficulty_scores": ["no.parquet"]}}, "cannot read difficulty scores from no.parquet"),
     ],
