@@ -52,11 +52,11 @@ def interval(values: stats.Interval, base: float) -> dict[str, float]:
     return {key: 100 * value / max(base, 1e-12) for key, value in values.as_dict().items()}
 
 
-def conditions(runs: list[Run], level: float, floor: np.ndarray | None, tuning_seeds: int) -> list[dict]:
+def conditions(runs: list[Run], level: float, floor: np.ndarray, tuning_seeds: int) -> list[dict]:
     """A row per schedule at one level, tuned for it; differences from `uniform` are paired over samples.
 
     Args:
-        floor: answer probability of each sample under a model that never saw it, `[N]`; `None` if not measured.
+        floor: answer probability of each sample under a model that never saw it, `[N]`.
     """
     chosen = {
         schedule: tuned([run for run in runs if run.schedule == schedule], level, tuning_seeds)
@@ -77,7 +77,7 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray | None, tuning_s
             "seeds": [run.seed for run in group],
             "hardest": stats.bootstrap_mean(left[schedule][hardest], seed=SEED).as_dict(),
             "all": stats.bootstrap_mean(left[schedule], seed=SEED).as_dict(),
-            **({} if floor is None else above(floor, [values for values, _ in found], hardest)),
+            **above(floor, [values for values, _ in found], hardest),
             "worst_quarter": sum(worst_quarter(values) for values, _ in found) / len(found),
             "by_seed": [float(values[hardest].mean()) for values, _ in found],
             "steps": sum(step for _, step in found) / len(found),
@@ -117,8 +117,7 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
         tuning_seeds = settings.get("tuning_seeds", 1)
         runs = runs_of(folder, levels, tuning_seeds)
         start = sum(float(run.retain[0]) for run in runs) / len(runs)
-        path = folder.parent / NEVER_SEEN
-        floor = np.array(json.loads(path.read_text())) if path.exists() else None
+        floor = np.array(json.loads((folder.parent / NEVER_SEEN).read_text()))
         studies[name, objective] = {
             "testbed": name,
             "objective": objective,
@@ -128,11 +127,9 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
             "runs": len(runs),
             "retain_start": start,
             "forget_start": float(runs[0].forget[0].mean()),
+            "never_seen": {"hardest": float(floor[runs[0].hardest].mean()), "all": float(floor.mean())},
             "levels": {str(level): conditions(runs, level, floor, tuning_seeds) for level in levels},
         }
-        if floor is not None:
-            said = {"hardest": float(floor[runs[0].hardest].mean()), "all": float(floor.mean())}
-            studies[name, objective]["never_seen"] = said
         known_before = json.loads((folder / "results.json").read_text()).get("difficulty")
         if known_before:
             rows = known_before["objectives"][0]["rows"]
