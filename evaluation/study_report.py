@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from .report import write_report
 from .study import SCORES, TUNED, Cell
 
 BASE = "uniform"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ class Run:
 def first_seeds(cells: Sequence[Cell], tuning_seeds: int = 1) -> list[Cell]:
     """The cells that decide which settings are reported: of each schedule with several, those with its first seeds."""
     found = []
-    for group in _conditions([place(cell) for cell in cells]).values():
-        mine = [cells[number] for number in group]
+    for mine in _grouped(cells, _condition_of).values():
         settings = {place(cell).tuning for cell in mine}
         first = leading([place(cell).seed for cell in mine], tuning_seeds)
         found += [cell for cell in mine if len(settings) == 1 or place(cell).seed in first]
@@ -118,8 +118,7 @@ def reported(
     """
     found = []
     trials = {cell.name for cell in tried}
-    for group in _conditions([place(cell) for cell in cells]).values():
-        mine = [cells[number] for number in group]
+    for mine in _grouped(cells, _condition_of).values():
         runs = [Run(study, cell, n_buckets) for cell in mine if cell.name in trials]
         if runs:
             best = {_best(runs, level) for level in levels}
@@ -127,12 +126,21 @@ def reported(
     return found
 
 
-def _conditions(places: Sequence[Place]) -> dict[tuple[str, str], list[int]]:
-    """Positions by panel and schedule."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for number, where in enumerate(places):
-        found.setdefault((where.panel, where.schedule), []).append(number)
+def _grouped(items: Sequence[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
+    """Items by what `key` says of them, both in the order of their first appearance."""
+    found: dict[Any, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
     return found
+
+
+def _condition_of(cell: Cell) -> tuple[str, str]:
+    where = place(cell)
+    return where.panel, where.schedule
+
+
+def _tuning_of(run: Run) -> tuple:
+    return run.tuning
 
 
 def leading(seeds: Sequence[int], count: int) -> list[int]:
@@ -140,18 +148,11 @@ def leading(seeds: Sequence[int], count: int) -> list[int]:
     return list(dict.fromkeys(seeds))[:count]
 
 
-def _by_tuning(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
-    found: dict[tuple, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.tuning, []).append(run)
-    return found
-
-
 def _best(runs: Sequence[Run], level: float) -> tuple:
     """Learning rate and retain weight whose runs leave least of the hardest bucket at `level`, on average."""
     left = {
         tuning: float(np.mean([run.at(level)[0][run.hardest].mean() for run in group]))
-        for tuning, group in _by_tuning(runs).items()
+        for tuning, group in _grouped(runs, _tuning_of).items()
     }
     return min(left, key=lambda tuning: left[tuning])
 
@@ -309,7 +310,7 @@ def _trials(runs: list[Run], chosen: list[Run], level: float, panel: str, tuning
         return []
     first = leading([run.seed for run in runs], tuning_seeds)
     rows = []
-    for tuning, group in _by_tuning([run for run in runs if run.seed in first]).items():
+    for tuning, group in _grouped([run for run in runs if run.seed in first], _tuning_of).items():
         run = group[0]
         values = np.mean([one.at(level)[0] for one in group], axis=0)
         rows.append(
