@@ -16,6 +16,7 @@ ROWS = {
     "GradDiff, LoRA": ("generated-lora", "graddiff"),
     "GradDiff, TOFU": ("tofu-default", "graddiff"),
     "GradDiff, SmolLM2, LoRA": ("smollm2-lora", "graddiff"),
+    "GradDiff, SmolLM2, LoRA, 80 steps": ("smollm2-long", "graddiff"),
     "NPO": ("generated-full", "npo"),
     "NPO, second model": ("generated-second", "npo"),
     "NPO, LoRA": ("generated-lora", "npo"),
