@@ -19,10 +19,11 @@ NOTE = (
     "Every schedule has its learning rate and retain weight tuned on the same grid, on the first seed, for the level "
     "it is compared at; figures are means over the other seeds (`generated-simnpo`: tuned on the first three; "
     "`tofu-default`: over all, with the settings that `tofu-full` chose; `smollm2-lora` and `smollm2-long`: there is "
-    "one seed only). Hardest: the quarter ranked hardest before unlearning by cross-fitted CUD. Change: against `uniform`, percent "
-    "(absolute where `uniform` leaves less than 0.01). Worst: the worst quarter by outcome, picked by the result. "
-    "Intervals: 95%, paired over samples; they say nothing about other models. `by calibration` is the oracle: it "
-    "knows what another uniform run left of each sample. Seconds: wall time, with other work on the machine."
+    "one seed only). Hardest: the quarter ranked hardest before unlearning by cross-fitted CUD. Change: against "
+    "`uniform`, percent (absolute where `uniform` leaves less than 0.01). Worst: the worst quarter by outcome, picked "
+    "by the result. Intervals: 95%, paired over samples; they say nothing about other models. `by calibration` is the "
+    "oracle: it knows what another uniform run left of each sample. Seconds: wall time, with other work on the "
+    "machine."
 )
 TWO = ' {"odds": {"power": 2}}'  # what was tried first, and with more controls
 WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop")
@@ -31,6 +32,7 @@ CONTROLS = [
     *(name + TWO for name in (DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY, WITHOUT_STOP)),
 ]
 MARKERS = ("o", "s", "^", "v")
+OBJECTIVES = ("graddiff", "npo", "ga", "simnpo")
 
 
 def runs_of(folder: Path, levels: list[float], tuning_seeds: int) -> list[Run]:
@@ -248,15 +250,18 @@ def markdown(entries: list[dict]) -> str:
 def picture(entries: list[dict]) -> Figure:
     """What `uniform` (hollow) and the default (filled) leave of the hardest quarter; a line per study that has both."""
     entries = [
-        entry for entry in entries if any(named(rows, BASE) and default(rows) for rows in entry["levels"].values())
+        entry
+        for entry in entries
+        if any(named(rows, BASE) and named(rows, DEFAULT_SCHEDULE) for rows in entry["levels"].values())
     ]
+    entries.sort(key=lambda entry: OBJECTIVES.index(entry["objective"]))
     levels = sorted({level for entry in entries for level in entry["levels"]}, key=float)
-    figure = Figure(figsize=(9, 0.5 * len(entries) + 1.3), layout="constrained")
+    figure = Figure(figsize=(9, 0.42 * len(entries) + 1.2), layout="constrained")
     ax = figure.subplots()
     for line, entry in enumerate(entries):
         for number, level in enumerate(levels):
             found = entry["levels"].get(level, [])
-            rows = [named(found, BASE), default(found)]
+            rows = [named(found, BASE), named(found, DEFAULT_SCHEDULE)]
             if None in rows:
                 continue
             y, colour = line + 0.22 * (number - 1), COLOURS[number]
@@ -273,11 +278,11 @@ def picture(entries: list[dict]) -> Figure:
     ax.set_yticks(
         range(len(entries)), [f"{e['objective']}, {e['testbed']}, model {e['model_seed']}" for e in entries], fontsize=8
     )
-    ax.invert_yaxis()
+    ax.set_ylim(len(entries) - 0.5, -0.5)
     ax.set_xlim(-0.03, 1.03)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
-    ax.legend(fontsize=8, frameon=False, ncols=len(levels), loc="upper center", bbox_to_anchor=(0.5, 1.08))
+    ax.legend(fontsize=8, frameon=False, ncols=len(levels), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     ax.set_xlabel(
         f"answer probability left of the quarter predicted to be hardest\n{BASE} (hollow), {DEFAULT_SCHEDULE} (filled)",
         fontsize=8,
