@@ -24,6 +24,7 @@ ROWS = {
     "GA": ("generated-full", "ga"),
     "GA, second model": ("generated-second", "ga"),
     "GA, LoRA": ("generated-lora", "ga"),
+    "GA, TOFU": ("tofu-others", "ga"),
     "SimNPO": ("generated-simnpo", "simnpo"),
     "SimNPO, LoRA": ("generated-lora", "simnpo"),
 }
