@@ -15,6 +15,7 @@ ROWS = {
     "GradDiff, second model": ("generated-second", "graddiff"),
     "GradDiff, LoRA": ("generated-lora", "graddiff"),
     "GradDiff, TOFU": ("tofu-default", "graddiff"),
+    "GradDiff, TOFU, LoRA": ("tofu-lora", "graddiff"),
     "GradDiff, SmolLM2, LoRA": ("smollm2-lora", "graddiff"),
     "GradDiff, SmolLM2, LoRA, 80 steps": ("smollm2-long", "graddiff"),
     "NPO": ("generated-full", "npo"),
