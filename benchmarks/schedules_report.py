@@ -1,6 +1,7 @@
 """What the studies of `schedules.py` found, as JSON, Markdown and a picture."""
 
 import json
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from evaluation import audit
 from evaluation import statistics as stats
 from evaluation.plots import COLOURS
 from evaluation.study import Cell
-from evaluation.study_report import BASE, Run, first_seeds, leading, left_at, reported, tuned, worst_quarter
+from evaluation.study_report import BASE, Run, first_seeds, grouped, leading, left_at, reported, tuned, worst_quarter
 
 NEVER_SEEN = "never-seen.json"  # in the folder of a testbed
 SEED = 0
@@ -32,7 +33,6 @@ CONTROLS = [
     *(name + TWO for name in (DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY, WITHOUT_STOP)),
 ]
 MARKERS = ("o", "s", "^", "v")
-OBJECTIVES = ("graddiff", "npo", "ga", "simnpo")
 
 
 def runs_of(folder: Path, levels: list[float], tuning_seeds: int) -> list[Run]:
@@ -60,10 +60,8 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray, tuning_seeds: i
     Args:
         floor: answer probability of each sample under a model that never saw it, `[N]`.
     """
-    chosen = {
-        schedule: tuned([run for run in runs if run.schedule == schedule], level, tuning_seeds)
-        for schedule in dict.fromkeys(run.schedule for run in runs)
-    }
+    by_schedule = grouped(runs, attrgetter("schedule"))
+    chosen = {schedule: tuned(group, level, tuning_seeds) for schedule, group in by_schedule.items()}
     first = leading([run.seed for run in runs], tuning_seeds)
     if any(run.seed not in first for run in runs):  # of a study cut short, schedules only tuned have no figure
         chosen = {name: group for name, group in chosen.items() if any(run.seed not in first for run in group)}
@@ -254,7 +252,7 @@ def picture(entries: list[dict]) -> Figure:
         for entry in entries
         if any(named(rows, BASE) and named(rows, DEFAULT_SCHEDULE) for rows in entry["levels"].values())
     ]
-    entries.sort(key=lambda entry: OBJECTIVES.index(entry["objective"]))
+    entries = [entry for group in grouped(entries, itemgetter("objective")).values() for entry in group]
     levels = sorted({level for entry in entries for level in entry["levels"]}, key=float)
     figure = Figure(figsize=(9, 0.42 * len(entries) + 1.2), layout="constrained")
     ax = figure.subplots()

@@ -6,6 +6,7 @@ import datetime
 import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,7 +101,7 @@ class Run:
 def first_seeds(cells: Sequence[Cell], tuning_seeds: int = 1) -> list[Cell]:
     """The cells that decide which settings are reported: of each schedule with several, those with its first seeds."""
     found = []
-    for mine in _grouped(cells, _condition_of).values():
+    for mine in grouped(cells, _condition_of).values():
         settings = {place(cell).tuning for cell in mine}
         first = leading([place(cell).seed for cell in mine], tuning_seeds)
         found += [cell for cell in mine if len(settings) == 1 or place(cell).seed in first]
@@ -118,7 +119,7 @@ def reported(
     """
     found = []
     trials = {cell.name for cell in tried}
-    for mine in _grouped(cells, _condition_of).values():
+    for mine in grouped(cells, _condition_of).values():
         runs = [Run(study, cell, n_buckets) for cell in mine if cell.name in trials]
         if runs:
             best = {_best(runs, level) for level in levels}
@@ -126,7 +127,7 @@ def reported(
     return found
 
 
-def _grouped(items: Sequence[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
+def grouped(items: Sequence[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
     """Items by what `key` says of them, both in the order of their first appearance."""
     found: dict[Any, list[T]] = {}
     for item in items:
@@ -139,10 +140,6 @@ def _condition_of(cell: Cell) -> tuple[str, str]:
     return where.panel, where.schedule
 
 
-def _tuning_of(run: Run) -> tuple:
-    return run.tuning
-
-
 def leading(seeds: Sequence[int], count: int) -> list[int]:
     """The first `count` different seeds."""
     return list(dict.fromkeys(seeds))[:count]
@@ -152,7 +149,7 @@ def _best(runs: Sequence[Run], level: float) -> tuple:
     """Learning rate and retain weight whose runs leave least of the hardest bucket at `level`, on average."""
     left = {
         tuning: float(np.mean([run.at(level)[0][run.hardest].mean() for run in group]))
-        for tuning, group in _grouped(runs, _tuning_of).items()
+        for tuning, group in grouped(runs, attrgetter("tuning")).items()
     }
     return min(left, key=lambda tuning: left[tuning])
 
@@ -186,15 +183,13 @@ def write_study(
     conditions: list[dict[str, Any]] = []
     matched, fits, findings, tables, difficulty = [], [], [], [], []
     rows_of_samples: list[pd.DataFrame] = []
-    for panel in dict.fromkeys(run.panel for run in runs):
-        mine = [run for run in runs if run.panel == panel]
+    for panel, mine in grouped(runs, attrgetter("panel")).items():
         begun = [run.retain[0] for run in mine if run.retain is not None]
         start = float(np.mean(begun)) if begun else float("nan")
         compared = {}
         for number, level in enumerate(levels):
             chosen: dict[str, list[Run]] = {}
-            for schedule in dict.fromkeys(run.schedule for run in mine):
-                same = [run for run in mine if run.schedule == schedule]
+            for schedule, same in grouped(mine, attrgetter("schedule")).items():
                 chosen[schedule] = tuned(same, level, tuning_seeds)
                 fits += _trials(same, chosen[schedule], level, panel, tuning_seeds)
             compared[level] = chosen
@@ -310,7 +305,7 @@ def _trials(runs: list[Run], chosen: list[Run], level: float, panel: str, tuning
         return []
     first = leading([run.seed for run in runs], tuning_seeds)
     rows = []
-    for tuning, group in _grouped([run for run in runs if run.seed in first], _tuning_of).items():
+    for tuning, group in grouped([run for run in runs if run.seed in first], attrgetter("tuning")).items():
         run = group[0]
         values = np.mean([one.at(level)[0] for one in group], axis=0)
         rows.append(
