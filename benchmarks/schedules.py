@@ -43,16 +43,16 @@ class Bed:
     forget_config: str = "forget10"
     retain: int = 800
     model: str | None = None
-    rate_scale: float = 1.0  # times the learning rates of calibration
+    lora_scale: float = 1.0  # times the learning rates of calibration with LoRA
     passes: int = 15  # of calibration at most
 
 
 BEDS = {
     "generated": Bed("generated", False, 20, 40),
-    "tofu": Bed("tofu", True, 18, 40),
+    "tofu": Bed("tofu", True, 18, 40, lora_scale=5.0),
     "smollm2": Bed(
         "smollm2", True, 4, 8, forget_config="forget05", retain=200, model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        rate_scale=4.0, passes=5,
+        lora_scale=4.0, passes=5,
     ),
 }  # fmt: skip
 
@@ -114,10 +114,10 @@ def score(folder: Path, bed: Bed, objective: str, part: str) -> None:
         load_dataset("json", data_files=str(folder / f"{name}.jsonl"), split="train") for name in ("forget", "retain")
     )
     adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if part == "lora" else None
+    rate = OBJECTIVES[objective][PARTS.index(part)] * (bed.lora_scale if adapter else 1.0)
     calibration = CalibrationSettings(
         loss=UnlearningLoss(objective), retain_weight=CALIBRATION_WEIGHT, seed=0, max_passes=bed.passes,
-        learning_rate=OBJECTIVES[objective][PARTS.index(part)] * bed.rate_scale, batch_size=bed.batch + 10,
-        peft_config=adapter,
+        learning_rate=rate, batch_size=bed.batch + 10, peft_config=adapter,
     )  # fmt: skip
     score_difficulty(
         AutoModelForCausalLM.from_pretrained(folder / "model"), forget, AutoTokenizer.from_pretrained(folder / "model"),
