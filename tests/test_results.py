@@ -15,7 +15,8 @@ ROWS = {
     "GradDiff, second model": ("generated-second", "graddiff"),
     "GradDiff, LoRA": ("generated-lora", "graddiff"),
     "GradDiff, TOFU": ("tofu-default", "graddiff"),
-    "GradDiff, TOFU, LoRA": ("tofu-lora", "graddiff"),
+    "GradDiff, TOFU, LoRA": ("tofu-lora-long", "graddiff"),
+    "GradDiff, TOFU, LoRA, 30 steps": ("tofu-lora", "graddiff"),
     "GradDiff, SmolLM2, LoRA": ("smollm2-lora", "graddiff"),
     "GradDiff, SmolLM2, LoRA, 80 steps": ("smollm2-long", "graddiff"),
     "NPO": ("generated-full", "npo"),
@@ -28,6 +29,7 @@ ROWS = {
     "GA, TOFU": ("tofu-others", "ga"),
     "SimNPO": ("generated-simnpo", "simnpo"),
     "SimNPO, LoRA": ("generated-lora", "simnpo"),
+    "SimNPO, TOFU": ("tofu-others", "simnpo"),
 }
 
 
