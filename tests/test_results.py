@@ -27,6 +27,7 @@ ROWS = {
     "GA, second model": ("generated-second", "ga"),
     "GA, LoRA": ("generated-lora", "ga"),
     "GA, TOFU": ("tofu-others", "ga"),
+    "GA, TOFU, LoRA": ("tofu-lora-long", "ga"),
     "SimNPO": ("generated-simnpo", "simnpo"),
     "SimNPO, LoRA": ("generated-lora", "simnpo"),
     "SimNPO, TOFU": ("tofu-others", "simnpo"),
