@@ -23,6 +23,7 @@ ROWS = {
     "NPO, second model": ("generated-second", "npo"),
     "NPO, LoRA": ("generated-lora", "npo"),
     "NPO, TOFU": ("tofu-default", "npo"),
+    "NPO, TOFU, LoRA": ("tofu-lora-long", "npo"),
     "GA": ("generated-full", "ga"),
     "GA, second model": ("generated-second", "ga"),
     "GA, LoRA": ("generated-lora", "ga"),
