@@ -19,12 +19,12 @@ SEED = 0
 NOTE = (
     "Every schedule has its learning rate and retain weight tuned on the same grid, on the first seed, for the level "
     "it is compared at; figures are means over the other seeds (`generated-simnpo`: tuned on the first three; "
-    "`tofu-default`: over all, with the settings that `tofu-full` chose; `smollm2-lora` and `smollm2-long`: there is "
-    "one seed only). Hardest: the quarter ranked hardest before unlearning by cross-fitted CUD. Change: against "
-    "`uniform`, percent (absolute where `uniform` leaves less than 0.01). Worst: the worst quarter by outcome, picked "
-    "by the result. Intervals: 95%, paired over samples; they say nothing about other models. `by calibration` is the "
-    "oracle: it knows what another uniform run left of each sample. Seconds: wall time, with other work on the "
-    "machine."
+    "`tofu-default` and `tofu-stop`: over all, with the settings that `tofu-full` chose; `smollm2-lora` and "
+    "`smollm2-long`: there is one seed only). Hardest: the quarter ranked hardest before unlearning by cross-fitted "
+    "CUD. Change: against `uniform`, percent (absolute where `uniform` leaves less than 0.01). Worst: the worst "
+    "quarter by outcome, picked by the result. Intervals: 95%, paired over samples; they say nothing about other "
+    "models. `by calibration` is the oracle: it knows what another uniform run left of each sample. Seconds: wall "
+    "time, with other work on the machine."
 )
 TWO = ' {"odds": {"power": 2}}'  # what was tried first, and with more controls
 WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop")
