@@ -25,7 +25,7 @@ from cud_trainer.circuits import edge_attributions
 from cud_trainer.data import length_sorted_batches, prepare_dataset
 from cud_trainer.difficulty import CUDSettings, cud_scores, make_folds
 from cud_trainer.difficulty.cud import extremes, log_standardisation
-from cud_trainer.fingerprint import versions
+from cud_trainer.models.fingerprint import versions
 from evaluation.statistics import bootstrap_mean
 
 METHODS = {

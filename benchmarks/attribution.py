@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cud_trainer.circuits import edge_attributions
-from cud_trainer.fingerprint import versions
 from cud_trainer.logprobs import score_answers
+from cud_trainer.models.fingerprint import versions
 
 
 def load(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

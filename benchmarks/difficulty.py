@@ -146,11 +146,11 @@ def make_model(args: argparse.Namespace, cell: Cell) -> dict:
 def score(args: argparse.Namespace, cell: Cell) -> dict:
     """Scores of all training-free metrics, or of all calibrated ones for a condition; seconds of each kind of pass."""
     from cud_trainer import score_difficulty
-    from cud_trainer.calibration import CalibrationSettings
     from cud_trainer.difficulty import METRICS, register_metric
     from cud_trainer.difficulty.circuit_metrics import cud
     from cud_trainer.difficulty.metrics import mrd
     from cud_trainer.objectives import UnlearningLoss
+    from cud_trainer.scoring.calibration import CalibrationSettings
 
     for name, variant in VARIANTS.items():
         if name not in METRICS:
@@ -212,7 +212,7 @@ def unlearn(args: argparse.Namespace, cell: Cell) -> dict:
 
     from cud_trainer import CUDConfig, CUDTrainer
     from cud_trainer.data import prepare_dataset
-    from evaluation.tradeoff import TradeoffCallback
+    from evaluation.trajectory import TradeoffCallback
 
     set_verbosity(logging.ERROR)
     testbed, (model, tokenizer) = data(args, cell.model_seed), load(args, cell.model_seed)

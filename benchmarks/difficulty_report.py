@@ -10,9 +10,9 @@ from attribution import machine
 from difficulty import CALIBRATED, OBJECTIVES, PARTS, RETAIN_WEIGHT, TRAINING_FREE, Cell
 from scipy.stats import spearmanr
 
-from cud_trainer.fingerprint import versions
+from cud_trainer.models.fingerprint import versions
 from evaluation import statistics as stats
-from evaluation.audit import averaged_residual
+from evaluation.report.audit import averaged_residual
 
 
 def read(args: argparse.Namespace, cell: Cell) -> dict | None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cud_trainer.data import IGNORE_INDEX, length_sorted_batches, prepare_dataset
 from cud_trainer.files import write_json
-from evaluation.memorization import evaluate_memorization
+from evaluation.metrics.memorization import evaluate_memorization
 from evaluation.testbed import build_testbed, train_tokenizer
 
 BATCH = 16

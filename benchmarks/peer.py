@@ -24,7 +24,7 @@ import torch
 from attribution import load, machine, timed
 
 from cud_trainer.circuits import edge_attributions
-from cud_trainer.fingerprint import versions
+from cud_trainer.models.fingerprint import versions
 
 PEER = ["transformer-lens==2.15.4", "transformers==4.52.4", "numpy", "matplotlib", "sentencepiece"]
 EAP_IG = ("https://github.com/hannamw/EAP-IG", "795f5607b25638935aec89aee3c1cb4bd9ed72f1")

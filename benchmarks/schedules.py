@@ -104,8 +104,8 @@ def score(folder: Path, bed: Bed, objective: str, part: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from cud_trainer import score_difficulty
-    from cud_trainer.calibration import CalibrationSettings
     from cud_trainer.objectives import UnlearningLoss
+    from cud_trainer.scoring.calibration import CalibrationSettings
 
     path = folder / f"scores-{objective}-{part}.parquet"
     if path.exists():

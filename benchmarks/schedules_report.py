@@ -8,11 +8,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
-from evaluation import audit
 from evaluation import statistics as stats
-from evaluation.plots import COLOURS
-from evaluation.study import Cell
-from evaluation.study_report import BASE, Run, first_seeds, grouped, leading, left_at, reported, tuned, worst_quarter
+from evaluation.report import audit
+from evaluation.report.plots import COLOURS
+from evaluation.study.command import Cell
+from evaluation.study.report import (
+    BASE,
+    Run,
+    first_seeds,
+    grouped,
+    leading,
+    left_at,
+    reported,
+    tuned,
+    worst_quarter,
+)
 
 NEVER_SEEN = "never-seen.json"  # in the folder of a testbed
 SEED = 0

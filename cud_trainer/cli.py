@@ -13,14 +13,17 @@ COMMANDS = {
         "generate data, memorise, score, unlearn four ways, compare and report; needs nothing",
         "evaluation.demo:main",
     ),
-    "score": ("score how hard each forget sample will be to unlearn", "cud_trainer.commands:score"),
-    "train": ("unlearn a forget set with a difficulty-aware schedule", "cud_trainer.commands:train"),
+    "score": ("score how hard each forget sample will be to unlearn", "cud_trainer.commands.score:score"),
+    "train": ("unlearn a forget set with a difficulty-aware schedule", "cud_trainer.commands.train:train"),
     "study": (
         "run a grid of unlearning runs, compare them at matched retain utility, and report",
-        "evaluation.study:main",
+        "evaluation.study.command:main",
     ),
-    "evaluate": ("measure by difficulty what a model still holds, and report", "evaluation.commands:evaluate"),
-    "import": ("the same report from results that open-unlearning has measured", "evaluation.open_unlearning:main"),
+    "evaluate": ("measure by difficulty what a model still holds, and report", "evaluation.commands.evaluate:evaluate"),
+    "import": (
+        "the same report from results that open-unlearning has measured",
+        "evaluation.commands.import_open_unlearning:main",
+    ),
 }
 
 

@@ -9,14 +9,14 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from .alternatives import REFUSALS
-from .calibration import CalibrationSettings
 from .data import BATCH_BYTES
 from .difficulty.scores import GIVEN
+from .models.trainable import layer_range
 from .objectives import UnlearningLoss
+from .objectives.alternatives import REFUSALS
 from .schedule import parse
 from .scoring import check_metrics
-from .trainable import layer_range
+from .scoring.calibration import CalibrationSettings
 
 # What left least of the hard samples at equal utility, with most objectives (benchmarks/results/schedules.md).
 DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"

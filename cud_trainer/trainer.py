@@ -17,10 +17,8 @@ import torch
 import transformers.trainer
 from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -33,9 +31,6 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer import disable_dropout_in_model
 
-from .alternatives import alternatives_fingerprint, with_alternatives
-from .calibration import adapter_identity
-from .card import HEADING, unlearning_section
 from .config import CUDConfig
 from .data import (
     IGNORE_INDEX,
@@ -49,16 +44,27 @@ from .data import (
 from .difficulty import DifficultyScores
 from .difficulty.gradients import GradientRecorder
 from .difficulty.scores import GIVEN, merge_metrics
-from .difficulty.weights import weight_matrices
-from .files import DiskFullError, atomic_write, check_output_dir, full_disk_named, holds_something, write_json
-from .fingerprint import model_fingerprint
+from .files import (
+    DiskFullError,
+    atomic_write,
+    check_output_dir,
+    full_disk_named,
+    holds_something,
+    write_json,
+)
 from .logprobs import answer_probability
+from .models.fingerprint import model_fingerprint
+from .models.loading import load_causal_lm
+from .models.matrices import weight_matrices
+from .models.trainable import train_only
 from .objectives import LossTerms, Reference
-from .passes import process_state, remove_work
-from .progress import RunProgress, StepRecord
+from .objectives.alternatives import alternatives_fingerprint, with_alternatives
+from .resumable import process_state, remove_work
 from .schedule import DynamicWeights, Schedule, make_schedule
 from .scoring import check_metrics, score_difficulty
-from .trainable import train_only
+from .scoring.calibration import adapter_identity
+from .training.card import HEADING, unlearning_section
+from .training.progress import RunProgress, StepRecord
 
 logger = logging.get_logger(__name__)
 
@@ -931,11 +937,3 @@ def _load_model(name: str, args: CUDConfig) -> nn.Module:
     options.setdefault("dtype", "float32")
     options.setdefault("trust_remote_code", args.trust_remote_code)
     return load_causal_lm(name, **options)
-
-
-def load_causal_lm(name: str, **options: Any) -> nn.Module:
-    """`AutoModelForCausalLM.from_pretrained`; `ValueError` naming what cannot be loaded."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load a model from {name!r}: {str(error)[:500]}") from error

@@ -29,18 +29,18 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from cud_trainer.calibration import CalibrationSettings
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
 from cud_trainer.config import DEFAULT_SCHEDULE
 from cud_trainer.data import prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
-from cud_trainer.fingerprint import versions
+from cud_trainer.models.fingerprint import versions
 from cud_trainer.objectives import UnlearningLoss
+from cud_trainer.scoring.calibration import CalibrationSettings
 
-from . import audit
 from . import statistics as stats
-from .tradeoff import Path as RunPath
+from .report import audit
+from .trajectory import Path as RunPath
 
 CIRCUITS_FILE = "circuits.safetensors"
 METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
@@ -115,7 +115,7 @@ class Outcome:
 
 def main(argv: list[str]) -> int:
     """Entry point of `cud demo`."""
-    from cud_trainer.arguments import parse_options
+    from cud_trainer.commands.parser import parse_options
 
     (args,) = parse_options((DemoArguments,), argv, "cud demo")
     check_output_dir(args.output_dir, overwrite=args.overwrite)
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
 
 def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
     """Everything `cud demo` does; returns the contents of `results.json`."""
-    from .report import write_report
+    from .report.page import write_report
 
     _quiet()
     clock = _Clock()
@@ -152,7 +152,7 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
 
 def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make data, tokenizer and model, train until memorised, save the model; returns what it knows then."""
-    from .memorization import evaluate_memorization
+    from .metrics.memorization import evaluate_memorization
     from .testbed import build_testbed, memorise, tiny_llama, train_tokenizer
 
     testbed = build_testbed(args.seed)
@@ -273,9 +273,9 @@ def run_job(job: Job) -> Outcome:
 
     from cud_trainer import CUDConfig, CUDTrainer
 
-    from .memorization import evaluate_memorization
+    from .metrics.memorization import evaluate_memorization
     from .testbed import build_testbed
-    from .tradeoff import TradeoffCallback
+    from .trajectory import TradeoffCallback
 
     _quiet()
     output = Path(job.output_dir)

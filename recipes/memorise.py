@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from cud_trainer.data import prepare_dataset
-from cud_trainer.sources import load_samples
+from cud_trainer.data.sources import load_samples
 
 
 def memorise(

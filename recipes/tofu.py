@@ -18,7 +18,7 @@ from pathlib import Path
 from memorise import memorise  # the script beside this one
 
 from cud_trainer.cli import main as cud
-from cud_trainer.sources import load_samples
+from cud_trainer.data.sources import load_samples
 
 RECIPES = Path(__file__).with_name("tofu")
 # LoRA for SmolLM2-135M, half of forget01 per step: with small batches their order decides what is forgotten last. The

@@ -1,6 +1,12 @@
 """Circuits of single samples: the edge graph of a decoder, edge attribution, circuit vectors and their similarity."""
 
-from .architectures import ARCHITECTURES, Architecture, check_architecture, model_graph, register_architecture
+from .architectures import (
+    ARCHITECTURES,
+    Architecture,
+    check_architecture,
+    model_graph,
+    register_architecture,
+)
 from .attribution import EdgeAttributions, attribute_dataset, edge_attributions, mean_outputs
 from .faithfulness import Faithfulness, circuit_metric, dataset_faithfulness, faithfulness
 from .graph import Graph

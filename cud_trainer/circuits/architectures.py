@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..models.layers import base_causal_lm
 from .graph import Graph
 
 LAYOUTS = ("stacked", "interleaved")
@@ -202,13 +203,6 @@ class DecoderParts:
             )
         n_kv_heads = self.n_heads if ungroup_kv else self.n_kv_heads
         return Graph(len(self.layers), self.n_heads, n_kv_heads, self.description.parallel)
-
-
-def base_causal_lm(model: Any) -> Any:
-    """The transformers model inside wrappers (PEFT, distributed)."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_graph(model: PreTrainedModel, *, ungroup_kv: bool = False) -> Graph:

@@ -31,8 +31,9 @@ from transformers import PreTrainedModel
 
 from ..data import BATCH_BYTES, COUNTERFACTUAL, pad_samples, plan_batches
 from ..logprobs import AnswerScores, evaluation_mode, position_ids, score_answers
-from ..passes import WorkDir, run_batches
-from .architectures import DecoderParts, base_causal_lm, decoder_parts, place
+from ..models.layers import base_causal_lm
+from ..resumable import WorkDir, run_batches
+from .architectures import DecoderParts, decoder_parts, place
 from .contraction import GradientSums, contract
 from .graph import Graph
 from .interpolation import interpolate_nodes

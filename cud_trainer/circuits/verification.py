@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures import base_causal_lm, decoder_parts, linear_map
+from ..models.layers import base_causal_lm
+from .architectures import decoder_parts, linear_map
 from .attribution import embedded, embedding_device, quiet
 from .recording import Recorder, wide
 

@@ -11,6 +11,7 @@ import torch
 
 from ..circuits import SIGNATURE, circuit_signature, circuit_vectors, select_circuits
 from ..files import check_new_file
+from ..models.matrices import gradients_by_sample
 from .anchors import AnchorBank
 from .context import DifficultyContext
 from .cud import (
@@ -24,7 +25,6 @@ from .cud import (
     log_standardisation,
 )
 from .registry import register_metric
-from .weights import gradients_by_sample
 
 METHODS = ("ga", "graddiff", "npo", "simnpo")
 

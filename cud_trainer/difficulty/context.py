@@ -17,7 +17,7 @@ from ..circuits import Graph, attribute_dataset, model_graph
 from ..circuits.attribution import embedding_device
 from ..data import BATCH_BYTES, pad_samples, plan_batches
 from ..logprobs import evaluation_mode, score_answers
-from ..passes import Compute, WorkDir, run_batches
+from ..resumable import Compute, WorkDir, run_batches
 from .cud import make_folds
 from .gradients import mean_gradient, sample_gradients
 from .noise import noise_effects

@@ -23,7 +23,7 @@ from ..circuits.graph import Graph
 from ..circuits.selection import select_circuits
 from ..circuits.similarity import DISTANCES, distance, length
 from ..circuits.vectors import VECTORS, circuit_vectors
-from ..options import check_numbers
+from ..registry import check_numbers
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # As published: the k strongest edges with their weights, cosine.

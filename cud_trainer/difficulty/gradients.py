@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..circuits.attribution import quiet
 from ..logprobs import score_answers, wide
-from .weights import WeightMatrix, columns_out, embedding_scale, multiply, weight_matrices
+from ..models.matrices import WeightMatrix, columns_out, embedding_scale, multiply, weight_matrices
 
 
 def sample_gradients(

@@ -8,11 +8,11 @@ import numpy as np
 from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors
 from transformers import AutoModelForCausalLM
 
-from ..fingerprint import model_fingerprint
-from ..options import check_numbers
+from ..models.fingerprint import model_fingerprint
+from ..models.matrices import weight_matrices
+from ..registry import check_numbers
 from .context import DifficultyContext
 from .registry import register_metric
-from .weights import weight_matrices
 
 
 @register_metric("loss")

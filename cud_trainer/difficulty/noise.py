@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..logprobs import evaluation_mode, score_answers
+from ..models.matrices import WeightMatrix, multiply, weight_matrices
 from .outputs import last_hidden
-from .weights import WeightMatrix, multiply, weight_matrices
 
 
 @torch.no_grad()

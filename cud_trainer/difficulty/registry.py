@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..options import check_known, keyword_options
+from ..registry import check_known, keyword_options
 
 if TYPE_CHECKING:
     from .context import DifficultyContext

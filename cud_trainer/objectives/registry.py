@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..options import check_known, check_numbers, keyword_options
+from ..registry import check_known, check_numbers, keyword_options
 
 # What a forget loss can ask for. B samples, K positions that predict an answer token of any of them, V tokens of
 # vocabulary; everything belongs to the forget sample unless its name says otherwise. "reference" is the model before

@@ -14,8 +14,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data import ALTERNATIVES, alternatives_of, length_sorted_batches
-from ..layers import decoder_layers
 from ..logprobs import AnswerScores, evaluation_mode, score_answers
+from ..models.layers import decoder_layers
 from .reference import Reference, TopTokens, spread
 from .registry import OBJECTIVES, Objective
 from .retain import RETAIN_LOSSES, retain_activations, retain_kl, retain_nll
@@ -121,7 +121,7 @@ class UnlearningLoss:
         if self.uses_alternative and ALTERNATIVES[0] not in forget.column_names:
             raise ValueError(
                 f"objective {self.objective!r} needs an alternative answer for every forget sample "
-                f"(see `cud_trainer.alternatives.with_alternatives`)"
+                f"(see `cud_trainer.objectives.alternatives.with_alternatives`)"
             )
 
     @torch.no_grad()

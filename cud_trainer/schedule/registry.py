@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..options import check_known, check_numbers, keyword_options
+from ..registry import check_known, check_numbers, keyword_options
 
 KINDS = ("order", "weights", "dynamic")
 

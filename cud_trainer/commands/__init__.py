@@ -1,0 +1,1 @@
+"""The subcommands of `cud` that need no evaluation, and what they read."""

@@ -1,0 +1,143 @@
+"""What `cud score` and `cud train` read: options for data and model, and what they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, get_quantization_config
+
+from ..config import CUDConfig
+from ..data import check_tokenizer
+from ..data.chunks import DOCUMENT, chunk_texts
+from ..data.sources import load_samples
+from .parser import parse_options
+
+
+@dataclass
+class DataArguments:
+    """What to forget and what to keep."""
+
+    forget_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Forget set: id or folder for `load_dataset`, or a .json(l), .csv or .parquet file."},
+    )
+    forget_config: str | None = field(
+        default=None, metadata={"help": "Its configuration name, for example 'forget01'."}
+    )
+    forget_split: str = field(default="train", metadata={"help": "Its split."})
+    max_forget_samples: int | None = field(default=None, metadata={"help": "Use the first samples only."})
+    retain_dataset: str | None = field(
+        default=None, metadata={"help": "Retain set; by default the forget dataset, if `retain_config` is given."}
+    )
+    retain_config: str | None = field(
+        default=None, metadata={"help": "Its configuration name, for example 'retain99'."}
+    )
+    retain_split: str = field(default="train", metadata={"help": "Its split."})
+    max_retain_samples: int | None = field(default=None, metadata={"help": "Use the first samples only."})
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut plain texts (column `text`, a document a row) into chunks of at most that many tokens; each "
+            "is a sample. `max_*_samples` count documents. Folds never split a document (group_column 'document')."
+        },
+    )
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
+        """Forget and retain set; `ValueError` naming what cannot be loaded."""
+        if not self.forget_dataset:
+            raise ValueError("forget dataset is missing: give --forget_dataset")
+        forget = self.read(
+            self.forget_dataset, self.forget_config, self.forget_split, self.max_forget_samples, "forget", tokenizer
+        )
+        source = self.retain_dataset or (self.forget_dataset if self.retain_config else None)
+        if source is None:
+            return forget, None
+        retain = self.read(source, self.retain_config, self.retain_split, self.max_retain_samples, "retain", tokenizer)
+        return forget, retain
+
+    def read(
+        self,
+        source: str,
+        name: str | None,
+        split: str,
+        limit: int | None,
+        what: str,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Dataset:
+        """`load_samples`, texts cut into chunks if these arguments say so."""
+        samples = load_samples(source, name, split, limit, what)
+        if self.chunk_tokens is None:
+            return samples
+        return chunk_texts(samples, tokenizer, self.chunk_tokens, name=what)
+
+    @property
+    def natural_group(self) -> str | None:
+        """The group column of folds when none is given: chunks belong to documents."""
+        return None if self.chunk_tokens is None else DOCUMENT
+
+
+@dataclass
+class TrainArguments(DataArguments):
+    """What `cud train` reads besides `CUDConfig` and TRL's `ModelConfig`."""
+
+    difficulty_scores: str | None = field(
+        default=None,
+        metadata={"help": "Scores made before (`cud score`), a parquet file; by default they are computed."},
+    )
+
+
+@dataclass
+class ScoreArguments(DataArguments):
+    """What `cud score` reads besides `CUDConfig` (difficulty, objective, calibration) and TRL's `ModelConfig`."""
+
+    metrics: list[str] = field(
+        default_factory=lambda: ["cud", "cud_paper", "circuit_mass", "loss", "length"],
+        metadata={"help": "Difficulty metrics to compute, the first is the primary one."},
+    )
+    output: str = field(default="difficulty.parquet", metadata={"help": "Parquet file to write."})
+    save_circuits: str | None = field(
+        default=None, metadata={"help": "Write the edge scores of all samples to this safetensors file."}
+    )
+    work_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory for finished parts: the same command goes on there after it was killed. By default "
+            "OUTPUT.work; removed at the end."
+        },
+    )
+
+
+def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, able to pad and end; `ValueError` otherwise."""
+    if not model_args.model_name_or_path:
+        raise ValueError("model is missing: give --model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=bool(getattr(model_args, "trust_remote_code", False)),
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of {model_args.model_name_or_path!r}: {error}") from None
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def model_options(model_args: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` that the model options stand for."""
+    options: dict[str, Any] = {"revision": model_args.model_revision, "dtype": model_args.dtype or "float32"}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    return options
+
+
+def parse_command(first: type, argv: list[str], program: str) -> tuple[Any, CUDConfig, ModelConfig]:
+    data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program)
+    args.group_column = args.group_column or data_args.natural_group
+    return data_args, args, model_args

@@ -1,0 +1,84 @@
+"""`cud score`: how hard each forget sample will be to unlearn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config
+
+from ..circuits import check_architecture
+from ..config import CUDConfig
+from ..data import prepare_dataset
+from ..difficulty import METRICS, DifficultyScores
+from ..files import check_new_file
+from ..models.loading import load_causal_lm
+from ..models.trainable import train_only
+from ..objectives.alternatives import with_alternatives
+from ..resumable import remove_work
+from ..scoring import check_metrics, score_difficulty
+from .options import ScoreArguments, load_tokenizer, model_options, parse_command
+
+
+def score_model(
+    args: CUDConfig,
+    model_args: ModelConfig,
+    forget: Dataset,
+    retain: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    **options: Any,
+) -> DifficultyScores:
+    """Load the model and score it as `args` say; `options` are further ones of `score_difficulty`."""
+    trust = bool(getattr(model_args, "trust_remote_code", False))
+    model = load_causal_lm(str(model_args.model_name_or_path), trust_remote_code=trust, **model_options(model_args)).to(
+        args.device
+    )
+    if args.trainable_layers is not None:  # what calibration trains
+        train_only(model, args.trainable_layers)
+    options = {**args.scoring_options(get_peft_config(model_args)), **options}
+    source = args.unlearning_loss.spec.alternative
+    if source is not None:
+        prepared = prepare_dataset(
+            forget,
+            tokenizer,
+            max_length=args.max_length,
+            keep_columns=[args.group_column] if args.group_column else [],
+            counterfactual_column=args.counterfactual_column,
+        )
+        forget = with_alternatives(prepared, forget, tokenizer, source, model=model, **args.alternative_options())
+        options["counterfactual_column"] = None  # it is in the prepared samples
+    return score_difficulty(model, forget, tokenizer, retain_dataset=retain, **options)
+
+
+def score(argv: list[str]) -> int:
+    """`cud score`."""
+    data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score")
+    check_new_file(data_args.output, args.overwrite)
+    work_dir = data_args.work_dir or f"{data_args.output}.work"
+    check_metrics(data_args.metrics, args.scoring_options()["metric_args"])
+    tokenizer = load_tokenizer(model_args)
+    forget, retain = data_args.load(tokenizer)
+    trust = bool(getattr(model_args, "trust_remote_code", False))
+    if any(METRICS[name].needs_circuits for name in data_args.metrics):
+        check_architecture(AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust))
+    scores = score_model(
+        args,
+        model_args,
+        forget,
+        retain,
+        tokenizer,
+        metrics=data_args.metrics,
+        work_dir=work_dir,
+        save_circuits=data_args.save_circuits,
+        overwrite=args.overwrite,
+    )
+    if args.process_index != 0:
+        return 0
+    scores.save(data_args.output, overwrite=args.overwrite)
+    remove_work(work_dir)
+    print(f"difficulty of {len(scores)} samples: {data_args.output}")
+    print(
+        scores.to_pandas()[scores.metrics].describe().loc[["mean", "std", "min", "max"]].to_string(float_format="%.4g")
+    )
+    return 0

@@ -1,0 +1,53 @@
+"""`cud train`: unlearn a forget set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trl import get_peft_config
+
+from ..difficulty import DifficultyScores
+from ..files import check_output_dir
+from ..trainer import CUDTrainer, begun
+from .options import TrainArguments, load_tokenizer, model_options, parse_command
+
+
+def train(argv: list[str]) -> int:
+    """`cud train`."""
+    data_args, args, model_args = parse_command(TrainArguments, argv, "cud train")
+    resume: str | bool | None = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
+    if args.process_index == 0:
+        known = begun(args.output_dir)
+        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=known)
+    scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
+    tokenizer = load_tokenizer(model_args)
+    forget, retain = data_args.load(tokenizer)
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
+    trainer = CUDTrainer(
+        model_args.model_name_or_path,
+        args,
+        forget_dataset=forget,
+        retain_dataset=retain,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        difficulty_scores=scores,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    measured = {entry["step"] for entry in trainer.state.log_history if "eval_forget_prob" in entry}
+    if not args.load_best_model_at_end and trainer.state.global_step not in measured:
+        trainer.evaluate()  # for the model card
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card(model_name=Path(args.hub_model_id or args.output_dir).name)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    last = [entry for entry in trainer.state.log_history if "forget_prob" in entry]
+    if trainer.is_world_process_zero():
+        ends = (
+            f"; mean forget probability {last[0]['forget_prob']:.3f} -> {last[-1]['forget_prob']:.3f}" if last else ""
+        )
+        print(f"unlearned {len(trainer.forget_ids)} samples in {trainer.state.global_step} steps{ends}")
+        print(f"model and difficulty scores: {args.output_dir}")
+    trainer.end()
+    return 0

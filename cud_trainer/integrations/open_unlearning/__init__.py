@@ -1,0 +1,1 @@
+"""Difficulty for open-unlearning without a fork, see `trainers`."""

@@ -1,0 +1,1 @@
+"""Models as users have them: loading, layers, matrices, what is trained, fingerprints."""

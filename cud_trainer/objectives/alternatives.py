@@ -1,0 +1,189 @@
+"""Alternative answers for preference objectives: given with the data, a refusal, or written by the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import (
+    ALTERNATIVES,
+    ANSWERS,
+    alternatives_of,
+    dataset_fingerprint,
+    detect_format,
+    question_and_answer,
+    tokenise_answer,
+)
+from ..logprobs import evaluation_mode
+
+REFUSALS = (
+    "I don't know.",
+    "I'm not sure about that.",
+    "I have no information on this.",
+    "That is something I cannot answer.",
+    "I'm afraid I don't know the answer to that.",
+    "This is not something I know about.",
+    "I can't help with that question.",
+    "I do not have any knowledge of this.",
+)
+INSTRUCTION = (
+    "Question: {question}\nAnswer: {answer}\n\nWrite another answer to the same question. It must be as long, sound as "
+    "plausible, and state other facts. Write only that answer, in one line."
+)
+ATTEMPTS = 5
+
+
+def with_alternatives(
+    prepared: Dataset,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    column: str | None = None,
+    refusals: Sequence[str] = REFUSALS,
+    model: PreTrainedModel | None = None,
+    batch_size: int = 8,
+    max_length: int | None = 1024,
+    seed: int = 0,
+    progress: bool = True,
+) -> Dataset:
+    """A prepared dataset with the columns `alternative_input_ids` and `alternative_labels`.
+
+    Args:
+        prepared: what `prepare_dataset` made of `dataset`. One that has the columns is returned as it is.
+        dataset: the samples as text, in the same order.
+        source: `"given"` (text in `column`), `"refusal"` (one of `refusals`) or `"model"` (see `model_alternatives`).
+        model: writes the answers for `"model"`.
+        max_length: of an alternative with its prompt, in tokens.
+        seed: decides which refusal a sample gets and what the model writes.
+
+    Raises:
+        ValueError: for samples without a prompt, a missing column, or an alternative that is empty, too long or equal
+            to the answer, naming the sample.
+    """
+    if ALTERNATIVES[0] in prepared.column_names:
+        return prepared
+    kind = detect_format(dataset.column_names, "forget")
+    if kind not in ANSWERS:
+        raise ValueError(f"alternative answers need samples with a prompt; the forget dataset has the format {kind!r}")
+    if source == "given":
+        if column is None:
+            raise ValueError("alternative answers are missing: give alternative_column, a column of the forget dataset")
+        if column not in dataset.column_names:
+            raise ValueError(f"forget dataset has no column {column!r}; it has {sorted(dataset.column_names)}")
+        texts = [row[0] if isinstance(row, list) and row else row for row in dataset[column]]
+    elif source == "refusal":
+        if not refusals:
+            raise ValueError("there is no refusal to choose from")
+        texts = [refusals[i] for i in np.random.default_rng([seed, 2]).integers(0, len(refusals), len(dataset))]
+    else:
+        if model is None:
+            raise ValueError("the model that writes alternative answers is missing")
+        texts = model_alternatives(
+            model, tokenizer, dataset, batch_size=batch_size, seed=seed, ids=prepared["sample_id"], progress=progress
+        )
+    rows = []
+    for row, text, sample_id in zip(dataset.with_format(None), texts, prepared["sample_id"], strict=True):
+        where = f"forget sample {sample_id!r}"
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: its alternative answer is empty")
+        if _same(text, question_and_answer(row, kind)[1]):
+            raise ValueError(f"{where}: its alternative answer is the answer that is to be forgotten")
+        rows.append(tokenise_answer(row, kind, text, tokenizer, where))
+        if max_length is not None and len(rows[-1]["input_ids"]) > max_length:
+            raise ValueError(
+                f"{where}: its alternative answer ends at token {len(rows[-1]['input_ids'])}, beyond "
+                f"max_length={max_length}"
+            )
+    for name, key in zip(ALTERNATIVES, ("input_ids", "labels"), strict=True):
+        prepared = prepared.add_column(name, [row[key] for row in rows])
+    return prepared
+
+
+def alternatives_fingerprint(prepared: Dataset) -> str | None:
+    """Hash of the alternative answers (16 hex digits), `None` when there are none."""
+    if ALTERNATIVES[0] not in prepared.column_names:
+        return None
+    return dataset_fingerprint(alternatives_of(prepared))
+
+
+@torch.no_grad()
+def model_alternatives(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    ids: Sequence[str] | None = None,
+    progress: bool = True,
+) -> list[str]:
+    """Answers to the same questions with other facts, sampled from `model` (AltPO, Mekala et al. 2024, step 1).
+
+    The model is asked for them in words (through its chat template where it has one), at temperature 1, and again, at
+    most 5 times, where it repeats the answer or says nothing. Same seed, same batch size: same answers on one machine.
+
+    Raises:
+        ValueError: naming a sample for which it found none.
+    """
+    kind = detect_format(dataset.column_names, "forget")
+    pairs = [question_and_answer(row, kind) for row in dataset.with_format(None)]
+    prompts = [INSTRUCTION.format(question=question, answer=answer.strip()) for question, answer in pairs]
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+    else:
+        prompts = [f"{prompt}\n\nOther answer:" for prompt in prompts]
+    device = model.get_input_embeddings().weight.device
+    found: dict[int, str] = {}
+    devices = [device] if device.type == "cuda" else []
+    with (
+        evaluation_mode(model),
+        torch.random.fork_rng(devices),
+        tqdm(total=len(pairs), desc="alternatives", unit="sample", disable=not progress, leave=False) as bar,
+    ):
+        torch.manual_seed(seed)
+        for _ in range(ATTEMPTS):
+            open_rows = [row for row in range(len(pairs)) if row not in found]
+            for start in range(0, len(open_rows), batch_size):
+                rows = open_rows[start : start + batch_size]
+                batch = tokenizer(
+                    [prompts[row] for row in rows],
+                    return_tensors="pt",
+                    padding=True,
+                    padding_side="left",
+                    add_special_tokens=not tokenizer.chat_template,
+                ).to(device)
+                longest = max(len(tokenizer(pairs[row][1])["input_ids"]) for row in rows)
+                options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
+                written = model.generate(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    max_new_tokens=2 * longest + 8,
+                    pad_token_id=tokenizer.pad_token_id,
+                    **options,
+                )
+                texts = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+                for row, text in zip(rows, texts, strict=True):
+                    lines = text.strip().splitlines()
+                    if lines and lines[0].strip() and not _same(lines[0], pairs[row][1]):
+                        found[row] = lines[0].strip()
+                        bar.update()
+    missing = [row for row in range(len(pairs)) if row not in found]
+    if missing:
+        name = missing[0] if ids is None else ids[missing[0]]
+        raise ValueError(
+            f"the model wrote no other answer for {len(missing)} forget samples, the first is {name!r}: give them "
+            "with the data (objective 'dpo', alternative_column)"
+        )
+    return [found[row] for row in range(len(pairs))]
+
+
+def _same(a: str, b: str) -> bool:
+    return a.strip().casefold() == b.strip().casefold()

@@ -1,0 +1,14 @@
+"""Difficulty scores of a forget set, and the calibration run that shows which samples go first."""
+
+from .calibration import Calibration, CalibrationSettings, adapter_identity, calibrate, throw_away
+from .score import check_metrics, score_difficulty
+
+__all__ = [
+    "Calibration",
+    "CalibrationSettings",
+    "adapter_identity",
+    "calibrate",
+    "check_metrics",
+    "score_difficulty",
+    "throw_away",
+]

@@ -1,0 +1,98 @@
+"""What a run learns about itself step by step: how memorised each sample is, the retain weight, whether it is done.
+
+Everything is a pure function of what the steps so far have shown, equal on all processes, and goes into checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..schedule import DynamicWeights
+
+
+@dataclass
+class StepRecord:
+    """What the optimizer steps since the last look showed, a row per served pair, over all processes.
+
+    Attributes:
+        row: position in the schedule, `[n]`.
+        mean_logps: mean answer log-probability of the forget samples, `[n]`.
+        forget, retain: losses, `[n]`; `retain` is NaN without a retain loss.
+    """
+
+    row: np.ndarray
+    mean_logps: np.ndarray
+    forget: np.ndarray
+    retain: np.ndarray
+
+
+class RunProgress:
+    """Follows a run.
+
+    Args:
+        forget_row: forget sample of each position in the schedule, `[len(schedule)]`.
+        weights: factors on the weights, with the latest log-probability of each sample.
+        retain_weight: at the start.
+        retain_limit: limit of the retain loss at which its weight is held, or `None` for a fixed weight.
+        dual_rate: step size of the retain weight.
+        target_forget_prob: mean forget probability at which the run is done, or `None`.
+        max_retain_loss: retain loss above which a run is not done but diverged.
+        steps_per_pass: horizon of the running mean of the retain loss.
+    """
+
+    def __init__(
+        self,
+        forget_row: np.ndarray,
+        weights: DynamicWeights,
+        *,
+        retain_weight: float,
+        retain_limit: float | None,
+        dual_rate: float,
+        target_forget_prob: float | None,
+        max_retain_loss: float | None,
+        steps_per_pass: int,
+    ) -> None:
+        self.forget_row, self.weights = forget_row, weights
+        self.retain_weight, self.retain_limit, self.dual_rate = retain_weight, retain_limit, dual_rate
+        self.target_forget_prob, self.max_retain_loss = target_forget_prob, max_retain_loss
+        self.horizon = max(1, steps_per_pass)
+        self.retain_loss: float | None = None
+
+    def after_step(self, record: StepRecord, step: int) -> None:
+        """Take in one optimizer step."""
+        self.weights.update(self.forget_row[record.row], record.mean_logps, step)
+        if len(record.retain) and np.isfinite(record.retain).all():
+            mean = float(record.retain.mean())
+            known = self.retain_loss
+            self.retain_loss = mean if known is None else known + (mean - known) / self.horizon
+            if self.retain_limit is not None:  # dual ascent on the constraint (Entesari et al. 2025, PDU)
+                self.retain_weight = max(0.0, self.retain_weight + self.dual_rate * (mean - self.retain_limit))
+
+    @property
+    def forget_prob(self) -> float:
+        """Mean answer probability of the forget samples, each when it was served last."""
+        return float(np.exp(self.weights.logps).mean())
+
+    @property
+    def done(self) -> bool:
+        """Whether the target is reached with the retain loss (running mean over a pass) inside its limits."""
+        if self.target_forget_prob is None or self.forget_prob > self.target_forget_prob:
+            return False
+        limits = [limit for limit in (self.retain_limit, self.max_retain_loss) if limit is not None]
+        return self.retain_loss is None or all(self.retain_loss <= limit for limit in limits)
+
+    def state(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "retain_weight": self.retain_weight,
+            "retain_loss": self.retain_loss,
+            "weights": self.weights.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.retain_weight, self.retain_loss = state["retain_weight"], state["retain_loss"]
+        self.weights.restore(state["weights"])

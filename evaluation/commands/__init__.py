@@ -1,0 +1,1 @@
+"""`cud evaluate` and `cud import`."""

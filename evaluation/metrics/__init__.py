@@ -1,0 +1,1 @@
+"""What is measured of a model: memorisation, utility, privacy, robustness."""

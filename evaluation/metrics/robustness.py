@@ -1,0 +1,170 @@
+"""Is it gone or only hidden? Relearning, quantisation and the straight line back. The model is always restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cud_trainer.data import pad_samples
+from cud_trainer.logprobs import answer_probability, score_answers
+from cud_trainer.scoring.calibration import throw_away
+
+
+@contextmanager
+def _all_trained(model: nn.Module) -> Iterator[None]:
+    """Every weight takes a gradient; afterwards those that did before."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in flags:
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def relearn(
+    model: PreTrainedModel,
+    forget: Dataset,
+    rows: Sequence[int],
+    *,
+    pad_token_id: int,
+    steps: Sequence[int] = (1, 2, 5, 10),
+    learning_rate: float = 1e-5,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> dict[int, np.ndarray]:
+    """Answer probability of every forget sample after training on a few of them again, by step, `[N]` each.
+
+    Full fine-tuning by AdamW on the answers of `rows`, at most `batch_size` of them a step, in random order; weights
+    are put back bit for bit. Step 0 is the model as it is. What comes back of the *other* samples was not gone.
+
+    Raises:
+        ValueError: for no rows or a step that is not positive.
+    """
+    if not len(rows) or not steps or min(steps) < 1:
+        raise ValueError(f"relearning needs samples and steps of at least 1, got {len(rows)} and {list(steps)}")
+    found = {0: answer_probability(model, forget, pad_token_id=pad_token_id, batch_size=batch_size)}
+    generator = np.random.default_rng(seed)
+    device = model.get_input_embeddings().weight.device
+    with _all_trained(model), throw_away(model, None):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+        order: list[int] = []
+        for step in range(1, max(steps) + 1):
+            if len(order) < min(batch_size, len(rows)):
+                order += generator.permutation(np.asarray(rows)).tolist()
+            chosen, order = order[: min(batch_size, len(rows))], order[min(batch_size, len(rows)) :]
+            batch = {key: value.to(device) for key, value in pad_samples(forget, chosen, pad_token_id).items()}
+            optimizer.zero_grad()
+            (-score_answers(model, batch).mean_logps).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step in steps:
+                found[step] = answer_probability(model, forget, pad_token_id=pad_token_id, batch_size=batch_size)
+    return found
+
+
+def round_trip(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
+    """`weight [out, in]` through `bits`-bit integers and back: symmetric, a scale per row or per `group` of inputs.
+
+    The largest magnitude becomes `2^(bits - 1) - 1`.
+    """
+    shape = weight.shape
+    blocks = (
+        weight.float().reshape(shape[0], -1, group) if group and shape[1] % group == 0 else weight.float().unsqueeze(1)
+    )
+    top = 2 ** (bits - 1) - 1
+    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
+    return ((blocks / scale).round().clamp(-top, top) * scale).reshape(shape).to(weight.dtype)
+
+
+@contextmanager
+def quantised(model: nn.Module, bits: int) -> Iterator[nn.Module]:
+    """The model with the weights of its linear maps rounded to `bits` bits (8: by row; 4: by groups of 128).
+
+    Embedding and output layer stay as they are. Unlearning that only moved weights a little is undone by rounding
+    (Zhang et al. 2024, arXiv 2410.16454). Weights are put back bit for bit.
+
+    Raises:
+        ValueError: for other than 4 or 8 bits.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"weights are rounded to 8 or 4 bits, not {bits!r}")
+    whole: Any = model
+    outer = (whole.get_input_embeddings(), whole.get_output_embeddings())
+    embeddings = {id(part.weight) for part in outer if part is not None}
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for module in model.modules():
+                if (
+                    isinstance(module, nn.Linear)
+                    and module.weight.is_floating_point()
+                    and id(module.weight) not in embeddings
+                ):
+                    kept.append((module.weight, module.weight.detach().cpu().clone()))
+                    module.weight.copy_(round_trip(module.weight, bits, 128 if bits == 4 else None))
+        yield model
+    finally:
+        with torch.no_grad():
+            for weight, values in kept:
+                weight.copy_(values)
+
+
+@contextmanager
+def between(model: nn.Module, other: dict[str, Tensor], share: float) -> Iterator[nn.Module]:
+    """The model at `(1 - share) * other + share * model`, weight by weight; put back bit for bit.
+
+    Args:
+        other: a state dict of the same parameters (the original model's).
+
+    Raises:
+        ValueError: naming the first parameter that the two do not share.
+    """
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        if name not in other or other[name].shape != parameter.shape:
+            raise ValueError(f"the models differ in {name}: there is no straight line between them")
+    kept = {name: parameter.detach().cpu().clone() for name, parameter in own.items()}
+    try:
+        with torch.no_grad():
+            for name, parameter in own.items():
+                start = other[name].to(parameter.device, parameter.dtype)
+                parameter.copy_(start + share * (parameter - start) if share < 1 else parameter)
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(kept[name])
+
+
+def straight_line(
+    model: PreTrainedModel,
+    original: dict[str, Tensor],
+    sets: dict[str, Dataset],
+    *,
+    pad_token_id: int,
+    shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    batch_size: int = 16,
+) -> list[dict[str, Any]]:
+    """Answer probability of every sample along the line from the original (0) to the unlearned weights (1).
+
+    Returns:
+        one entry per share: `{"share": s, name of the set: [N], ...}`.
+    """
+    path = []
+    for share in shares:
+        with between(model, original, share):
+            entry: dict[str, Any] = {"share": float(share)}
+            for name, prepared in sets.items():
+                entry[name] = answer_probability(model, prepared, pad_token_id=pad_token_id, batch_size=batch_size)
+            path.append(entry)
+    return path

@@ -1,0 +1,1 @@
+"""`cud study`: many runs, compared where they have kept equally much."""

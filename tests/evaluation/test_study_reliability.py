@@ -1,0 +1,155 @@
+"""`cud study` killed at random points, started twice, out of disk: nothing is lost, nothing is wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from builders import make_model, make_tokenizer, qa_dataset
+from studies import config, results
+
+from cud_trainer.cli import main
+
+ROOT = Path(__file__).parents[2]
+# Where a study is killed, twice in each round: what must be there, and how many seconds later at most.
+ROUNDS = [
+    [("cells/scores-*/.*.tmp", 0.2), ("cells/schedule=*/work", 2.0)],  # a score cell writes; a run is on its way
+    [("cells/scores-*/log.txt", 8.0), ("cells/schedule=*/.result.json.*.tmp", 0.2)],  # or its result is written
+    [(".study.json.*.tmp", 0.2), ("cells/scores-*/parts/run.json", 1.0)],
+    [(".lock", 3.0), ("cells/schedule=*/log.txt", 6.0)],
+    [("cells/scores-*/parts/.*.tmp", 0.2), ("cells/schedule=*/cell.json", 3.0)],
+]
+# CI has time for the first only; CUD_STUDY_ROUNDS=5 kills ten times.
+N_ROUNDS = int(os.environ.get("CUD_STUDY_ROUNDS", "1"))
+# Every file stays under its temporary name for a while, so that a kill finds it there.
+SLOW_WRITES = """
+import os, time
+replace = os.replace
+def slow(source, target, *rest, **options):
+    if str(source).endswith(".tmp"):
+        time.sleep(0.25)
+    return replace(source, target, *rest, **options)
+os.replace = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    make_model(0).save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    forget = qa_dataset(12)
+    forget.add_column("author", [f"author {i % 4}" for i in range(12)]).to_json(root / "forget.jsonl")
+    qa_dataset(8, 100).to_json(root / "retain.jsonl")
+    (root / "slow").mkdir()
+    (root / "slow" / "sitecustomize.py").write_text(SLOW_WRITES)
+    return root
+
+
+def small(world, output, **changes):
+    """A study of a score cell and two runs."""
+    return config(world, output, grid={"schedule": ["uniform", "upweight_hard"]}, **changes)
+
+
+def start(world, command, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(world / "slow"), str(ROOT)])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cud_trainer.cli", *command], env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True, **options,
+    )  # fmt: skip
+
+
+def wait_for(output: Path, pattern: str, process: subprocess.Popen) -> bool:
+    """Whether `pattern` was there before the process ended."""
+    while process.poll() is None:
+        if any(output.glob(pattern)):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def cells_alive(output: Path) -> list[str]:
+    """Processes that work on a cell of this study."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"evaluation.study.cell" in command and str(output).encode() in command:
+            found.append(path.parent.name)
+    return found
+
+
+def contents(output: Path) -> dict:
+    """What every cell left, and the report, without what differs between two starts."""
+    found: dict = {"report": results(output), "samples": pd.read_parquet(output / "per_sample.parquet").to_dict()}
+    for folder in sorted((output / "cells").iterdir()):
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"cell.json", "log.txt", "result.json"} | ({"scores.parquet"} & names), folder
+        found[folder.name] = json.loads((folder / "result.json").read_text())
+        found[folder.name].pop("seconds")
+        if "scores.parquet" in names:
+            found["scores"] = pd.read_parquet(folder / "scores.parquet").to_dict()
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("straight") / "out"
+    assert main(small(world, output)) == 0
+    return contents(output)
+
+
+@pytest.mark.parametrize("number", range(N_ROUNDS))
+def test_killed_at_random_points_it_ends_the_same(world, straight, tmp_path, monkeypatch, capsys, number):
+    output = tmp_path / "killed"
+    command = small(world, output)
+    draw, hits = random.Random(number), 0
+    for turn, (pattern, longest) in enumerate(ROUNDS[number]):
+        process = start(world, command)
+        if wait_for(output, pattern, process):
+            if turn == number == 0:  # a second study in that folder, by a relative path from elsewhere
+                monkeypatch.chdir(tmp_path)
+                capsys.readouterr()
+                assert main(small(world, output, output_dir=output.name)) == 2
+                assert "another study is running in killed" in capsys.readouterr().err
+            time.sleep(draw.random() * longest)
+        hits += process.poll() is None
+        if process.poll() is None and turn == 0:
+            os.kill(process.pid, signal.SIGKILL)  # its cells have to end by themselves
+        elif process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 30
+        while cells_alive(output) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not cells_alive(output)
+    assert hits == 2  # it did not just run through
+    assert (output / ".lock").exists()  # left behind, and in nobody's way
+    assert main(command) == 0
+    assert contents(output) == straight
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_worker_ends_with_the_study_in_the_middle_of_a_cell(world, straight, tmp_path):
+    output = tmp_path / "out"
+    assert main(small(world, output)) == 0
+    (cell, *_) = sorted(output.glob("cells/schedule=*"))
+    (cell / "result.json").unlink()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "evaluation.study.cell", str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )  # fmt: skip
+    child.stdin.write(f"{cell.name}\n".encode())
+    child.stdin.flush()
+    child.stdin.close()  # as the kernel does when the study is gone
+    assert child.wait(timeout=60) == 1
+    assert child.stdout.read() == b"" and not (cell / "result.json").exists()
+    child.stdout.close()
