@@ -147,7 +147,7 @@ def score(args: argparse.Namespace, cell: Cell) -> dict:
     """Scores of all training-free metrics, or of all calibrated ones for a condition; seconds of each kind of pass."""
     from cud_trainer import score_difficulty
     from cud_trainer.difficulty import METRICS, register_metric
-    from cud_trainer.difficulty.circuit_metrics import cud
+    from cud_trainer.difficulty.cud import cud
     from cud_trainer.difficulty.metrics import mrd
     from cud_trainer.objectives import UnlearningLoss
     from cud_trainer.scoring.calibration import CalibrationSettings

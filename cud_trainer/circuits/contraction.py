@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..logprobs import wide
 from .graph import Graph
-from .recording import LayerPass, Pass, Recorder, SourceOutputs, wide
+from .recording import LayerPass, Pass, Recorder, SourceOutputs
 
 # Source outputs and gradients of this many bytes are held at a time while contracting.
 CHUNK_BYTES = 256 * 2**20

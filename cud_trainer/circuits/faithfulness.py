@@ -14,21 +14,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import BATCH_BYTES, COUNTERFACTUAL, pad_samples, plan_batches
-from ..logprobs import score_answers
-from .architectures import DecoderParts, decoder_parts
+from ..logprobs import score_answers, wide
+from ..models.layers import embedding_device
+from ..models.modes import evaluation_without_gradients, ungrouped
 from .attribution import (
     bytes_per_token,
     check_batch,
     check_options,
     embedded,
-    embedding_device,
     forward_outputs,
     mean_outputs,
     metric_point,
-    quiet,
 )
 from .graph import Graph
-from .recording import LayerMaps, Recorder, SourceOutputs, ungrouped, wide
+from .parts import DecoderParts, decoder_parts
+from .recording import LayerMaps, Recorder, SourceOutputs
 
 
 @dataclass
@@ -180,7 +180,7 @@ def circuit_metric(
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     corrupt = means
-    with quiet(model):
+    with evaluation_without_gradients(model):
         if baseline == "counterfactual":
             with Recorder(parts) as recorder:
                 corrupt = forward_outputs(model, recorder, batch, batch[COUNTERFACTUAL])

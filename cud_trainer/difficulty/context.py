@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..circuits import Graph, attribute_dataset, model_graph
-from ..circuits.attribution import embedding_device
 from ..data import BATCH_BYTES, pad_samples, plan_batches
-from ..logprobs import evaluation_mode, score_answers
+from ..logprobs import score_answers
+from ..models.layers import embedding_device
+from ..models.modes import evaluation_mode
 from ..resumable import Compute, WorkDir, run_batches
-from .cud import make_folds
+from .folds import make_folds
 from .gradients import mean_gradient, sample_gradients
 from .noise import noise_effects
 from .outputs import output_features

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..circuits.attribution import quiet
 from ..logprobs import score_answers, wide
 from ..models.matrices import WeightMatrix, columns_out, embedding_scale, multiply, weight_matrices
+from ..models.modes import evaluation_without_gradients
 
 
 def sample_gradients(
@@ -37,7 +37,7 @@ def sample_gradients(
         ValueError: for a model with weights that cannot be told by sample, see `weight_matrices`.
     """
     recorder = GradientRecorder(weight_matrices(model), direction)
-    with quiet(model), torch.enable_grad(), recorder.attached():
+    with evaluation_without_gradients(model), torch.enable_grad(), recorder.attached():
         scores = score_answers(model, batch)
         (-scores.mean_logps).sum().backward()
     return recorder.results(len(batch["input_ids"]))
@@ -53,7 +53,7 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
     kept = {weight: weight.grad for weight in weights}
     samples = 0
     try:
-        with quiet(model), torch.enable_grad():
+        with evaluation_without_gradients(model), torch.enable_grad():
             for weight in weights:
                 weight.requires_grad_(True)
                 weight.grad = None

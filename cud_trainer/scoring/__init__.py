@@ -1,6 +1,6 @@
 """Difficulty scores of a forget set, and the calibration run that shows which samples go first."""
 
-from .calibration import Calibration, CalibrationSettings, adapter_identity, calibrate, throw_away
+from .calibration import Calibration, CalibrationSettings, adapter_identity, calibrate
 from .score import check_metrics, score_difficulty
 
 __all__ = [
@@ -10,5 +10,4 @@ __all__ = [
     "calibrate",
     "check_metrics",
     "score_difficulty",
-    "throw_away",
 ]

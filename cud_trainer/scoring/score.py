@@ -26,7 +26,7 @@ from ..data import (
 )
 from ..difficulty import METRICS, DifficultyContext, DifficultyScores
 from ..difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
-from ..difficulty.cud import make_folds
+from ..difficulty.folds import make_folds
 from ..files import check_new_file
 from ..models.fingerprint import model_fingerprint, versions
 from ..objectives import UnlearningLoss
@@ -43,8 +43,7 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
     if not metrics:
         raise ValueError(f"no difficulty metric given; choose from {sorted(METRICS)}")
     for name in [*metrics, *options]:
-        if name not in METRICS:
-            raise ValueError(f"unknown difficulty metric {name!r}; choose one of {sorted(METRICS)}")
+        METRICS.find(name)
     for name in dict.fromkeys([*options, *metrics]):
         given = options.get(name, {})
         METRICS[name].check_options(given)

@@ -13,8 +13,8 @@ from cud_trainer import score_difficulty
 from cud_trainer.data import pad_samples, prepare_dataset
 from cud_trainer.difficulty import METRICS, AnchorBank, DifficultyContext, DifficultyScores
 from cud_trainer.difficulty import metrics as M
-from cud_trainer.difficulty.circuit_metrics import cud, signature
-from cud_trainer.difficulty.cud import agreement, calibrated_scores
+from cud_trainer.difficulty.circuit_metrics import signature
+from cud_trainer.difficulty.cud import agreement, calibrated_scores, cud
 from cud_trainer.difficulty.gradients import mean_gradient, sample_gradients
 from cud_trainer.difficulty.noise import hash_of, noise_effects, parameter_noise
 from cud_trainer.difficulty.outputs import output_features

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from ...data import detect_format, id_column, prepare_dataset
 from ...data.sources import load_samples
 from ...difficulty import DifficultyScores
-from ...logprobs import evaluation_mode
+from ...models.modes import evaluation_mode
 from ..trainers import own_draws, with_difficulty
 from .compat import (
     OPTIONAL,
