@@ -161,14 +161,14 @@ def _moves(
     """`corrupt - clean` of every node's output: embedding, attention by layer (without W_O's bias), MLP by layer."""
     outputs = recorder.outputs(clean, embeddings)
 
-    def move(own: Tensor, other: Tensor | None) -> Tensor:
-        return -wide(own) if other is None else wide(other).to(own.device) - wide(own)
+    def move(output: Tensor, baseline: Tensor | None) -> Tensor:
+        return -wide(output) if baseline is None else wide(baseline).to(output.device) - wide(output)
 
     attention = []
     for index, maps in enumerate(recorder.maps):
         heads = move(outputs.heads[index], None if corrupt is None else corrupt.heads[index])
         attention.append(heads @ maps.writers().flatten(0, 1))
-    mlps = [move(own, None if corrupt is None else corrupt.mlps[index]) for index, own in enumerate(outputs.mlps)]
+    mlps = [move(output, None if corrupt is None else corrupt.mlps[index]) for index, output in enumerate(outputs.mlps)]
     return move(outputs.embedding, None if corrupt is None else corrupt.embedding), attention, mlps
 
 

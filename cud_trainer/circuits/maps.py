@@ -69,10 +69,10 @@ def norm_map(module: nn.Module, width: int) -> NormMap:
         gain = gain if module.weight is None else module.weight.to(gain)
         bias = bias if module.bias is None else module.bias.to(bias)
     for centred in (False, True):
-        found = NormMap(gain, bias, epsilon, centred)
-        error = (found(probe) - answer[2]).abs().max()
+        candidate = NormMap(gain, bias, epsilon, centred)
+        error = (candidate(probe) - answer[2]).abs().max()
         if error <= 0.02 * answer[2].abs().max():
-            return found
+            return candidate
     raise ValueError(
         f"{type(module).__name__} is neither an RMSNorm nor a LayerNorm: circuits are not available through it"
     )

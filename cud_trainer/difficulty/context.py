@@ -123,8 +123,8 @@ class DifficultyContext:
                 scores = score_answers(model, batch)
             return {"mean_logps": scores.mean_logps.float(), "lengths": scores.lengths}
 
-        found = self._pass(name, self.forget, compute, hidden=8, model=model)
-        return found["mean_logps"], found["lengths"]
+        scored = self._pass(name, self.forget, compute, hidden=8, model=model)
+        return scored["mean_logps"], scored["lengths"]
 
     @cached_property
     def forget_outputs(self) -> dict[str, Tensor]:
@@ -155,12 +155,12 @@ class DifficultyContext:
             direction = mean_gradient(self.model, ({k: v.to(self.device) for k, v in b.items()} for b in batches))
             norm = float(torch.stack([part.double().square().sum().cpu() for part in direction]).sum().sqrt())
         name = "gradients" if direction is None else "gradients-retain"
-        found = self._pass(
+        gradients = self._pass(
             name, self.forget, lambda batch: sample_gradients(self.model, batch, direction), hidden=self._activations
         )
         if direction is not None:
-            found["cosines"] = found["products"].double() / (found["squares"].double().sum(1).sqrt() * norm)
-        return found
+            gradients["cosines"] = gradients["products"].double() / (gradients["squares"].double().sum(1).sqrt() * norm)
+        return gradients
 
     def noise(self, sigma: float, draws: int) -> dict[str, Tensor]:
         """What noise on the weights does to every forget sample, see `noise_effects`; one pass for all metrics."""

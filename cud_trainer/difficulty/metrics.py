@@ -80,8 +80,8 @@ def memorization(
             f"the reference model {reference_model!r} has another vocabulary ({sizes[1]} tokens, the model {sizes[0]})"
         )
     reference = reference.to(context.device).eval()
-    known, _ = context.score_answers(reference, f"reference-{model_fingerprint(reference)}")
-    return context.answers[0] - known.double().numpy()
+    reference_logps, _ = context.score_answers(reference, f"reference-{model_fingerprint(reference)}")
+    return context.answers[0] - reference_logps.double().numpy()
 
 
 @register_metric("grad_norm")
@@ -144,10 +144,10 @@ def mrd(context: DifficultyContext, *, sigma: float = 0.05, draws: int = 10, rel
         sigma: standard deviation of δ as a share of that of each weight matrix.
         draws: noise samples.
     """
-    found = context.noise(float(sigma), draws)
+    effects = context.noise(float(sigma), draws)
     if relative:
-        return -found["relative_drop"].double().abs().numpy()
-    return -found["drop"].double().numpy()
+        return -effects["relative_drop"].double().abs().numpy()
+    return -effects["drop"].double().numpy()
 
 
 @register_metric("noise_stability", check=_check_noise)
@@ -184,10 +184,10 @@ def retain_similarity(context: DifficultyContext, *, k: int = 20) -> np.ndarray:
     forget, retain = _hidden(context), context.retain_outputs["hidden"].double().numpy()
     k = min(k, len(forget) + len(retain) - 1)
     nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(np.concatenate([forget, retain]))
-    found = nearest.kneighbors(forget, return_distance=False)
-    others = found != np.arange(len(forget))[:, None]
+    neighbours = nearest.kneighbors(forget, return_distance=False)
+    others = neighbours != np.arange(len(forget))[:, None]
     others[others.all(1), -1] = False  # a twin took the sample's own place
-    return ((found >= len(forget)) & others).sum(1) / k
+    return ((neighbours >= len(forget)) & others).sum(1) / k
 
 
 @register_metric("hidden_neighbours", cross_fitted=True, check=_check_neighbours)

@@ -117,15 +117,15 @@ def ungrouped(attention: Any, n_heads: int) -> Iterator[None]:
 @contextmanager
 def answering(module: nn.Module, forward: Callable) -> Iterator[None]:
     """`module` runs `forward` in place of its own, inside. Offloading has put an instance attribute there before us."""
-    own = module.__dict__.get("forward")
+    before = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if before is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = before
 
 
 @contextmanager

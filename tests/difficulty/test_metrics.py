@@ -26,10 +26,16 @@ def make_context(n=12, retain=True, residual=None, **options) -> DifficultyConte
     tokenizer = make_tokenizer()
     residual = np.linspace(0, 1, n) if residual is None else residual
     return DifficultyContext(
-        make_model(0), prepare_dataset(qa_dataset(n), tokenizer), prepare_dataset(qa_dataset(9, 50), tokenizer) if retain
-        else None, 0, folds=4, progress=False, calibrate=lambda objective: residual,
-        metrics=("grad_alignment",) if retain else (), **options,
-    )  # fmt: skip
+        make_model(0),
+        prepare_dataset(qa_dataset(n), tokenizer),
+        prepare_dataset(qa_dataset(9, 50), tokenizer) if retain else None,
+        0,
+        folds=4,
+        progress=False,
+        calibrate=lambda objective: residual,
+        metrics=("grad_alignment",) if retain else (),
+        **options,
+    )
 
 
 def one(prepared, row):
@@ -382,10 +388,18 @@ def test_every_metric_end_to_end(tmp_path):
     make_model(1).save_pretrained(tmp_path / "reference")
     data = qa_dataset(12).add_column("author", [f"author{i % 6}" for i in range(12)])
     options = dict(
-        metrics=sorted(METRICS), retain_dataset=qa_dataset(9, 50), group_column="author", folds=3, progress=False,
-        metric_args={"memorization": {"reference_model": str(tmp_path / "reference")}, "mrd": {"draws": 2},
-                     "noise_stability": {"draws": 2}, "cud": {"variant": "calibrated"}},
-    )  # fmt: skip
+        metrics=sorted(METRICS),
+        retain_dataset=qa_dataset(9, 50),
+        group_column="author",
+        folds=3,
+        progress=False,
+        metric_args={
+            "memorization": {"reference_model": str(tmp_path / "reference")},
+            "mrd": {"draws": 2},
+            "noise_stability": {"draws": 2},
+            "cud": {"variant": "calibrated"},
+        },
+    )
     scores = score_difficulty(make_model(0), data, make_tokenizer(), work_dir=tmp_path / "work", **options)
     assert scores.metrics == sorted(METRICS)
     files = {path.name.rsplit("-", 2)[0] for path in (tmp_path / "work").glob("*.safetensors")}

@@ -117,13 +117,13 @@ def calibrated_scores(
         raise ValueError("a calibrated fit needs at least 3 calibration samples")
     if np.ptp(residual) == 0:
         raise ValueError("calibration left every sample with the same residual memorisation: there is nothing to fit")
-    known, new = [], []
+    train_blocks, test_blocks = [], []
     for values, others in zip(train, test, strict=True):
         mean, deviation = values.mean(0), values.std(0)
         scale = np.where(deviation > 1e-6, deviation, np.inf) * np.sqrt(max(1, int((deviation > 1e-6).sum())))
-        known.append((values - mean) / scale)
-        new.append((others - mean) / scale)
-    design = np.concatenate(known, axis=1)
+        train_blocks.append((values - mean) / scale)
+        test_blocks.append((others - mean) / scale)
+    design = np.concatenate(train_blocks, axis=1)
     # A rotation onto the samples' own span leaves a ridge fit as it is, and makes it cheap.
     _, _, axes = np.linalg.svd(design, full_matrices=False)
     target = (rankdata(residual) - 0.5) / len(residual)
@@ -132,4 +132,4 @@ def calibrated_scores(
         names = list(map(str, groups))
         folds = list(GroupKFold(min(5, len(set(names)))).split(design, groups=names))
     fit = RidgeCV(alphas=PENALTIES, cv=folds).fit(design @ axes.T, target)
-    return fit.predict(np.concatenate(new, axis=1) @ axes.T)
+    return fit.predict(np.concatenate(test_blocks, axis=1) @ axes.T)

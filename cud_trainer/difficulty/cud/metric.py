@@ -198,9 +198,9 @@ def _fitted(context: DifficultyContext, settings: CUDSettings, source: _Source, 
     """Scores by a fit to the source's residual memorisation, `[N]`."""
     features = _features(context, settings)
     blocks = _blocks(context.edges, features, settings)
-    own = source.edges is context.edges  # else a bank, whose samples have no groups here
-    source_blocks = blocks if own else _blocks(source.edges, source.features, settings)
-    groups = context.groups if own else None
+    one_set = source.edges is context.edges  # else a bank, whose samples have no groups here
+    source_blocks = blocks if one_set else _blocks(source.edges, source.features, settings)
+    groups = context.groups if one_set else None
     scores = np.full(len(context.forget), np.nan)
     for test, rows in folds:
         scores[test] = calibrated_scores(
