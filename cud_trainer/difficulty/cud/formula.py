@@ -4,6 +4,11 @@
 
 with d a distance between circuits (1 - cosine in the paper), E and H the anchor circuits: those of samples known to be
 easy and hard to unlearn, on the original model.
+
+No variant here is the score as published. The authors attribute by exact node-wise interpolation, choose 75 edges
+greedily, compare binary vectors, and make anchors as the raw mean of samples of the very set that is scored.
+`"paper"` takes their formula, by default with one-pass EAP, the 200 strongest edges with their signs, and cross-fitted
+anchors that are means of circuits scaled to unit length.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from ...circuits import DISTANCES, VECTORS
 from ...registry import check_numbers
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    # As published: the k strongest edges with their weights, cosine.
+    # Inspired by the paper, not as published (see `formula`): the k strongest edges with their weights, cosine.
     "paper": {"vector": "signed", "k": 200, "distance": "cosine"},
     # The same formula on standardised log |edge score|, which keeps the circuit's mass that the cosine of raw scores
     # throws away.
@@ -25,8 +25,8 @@ class CUDSettings:
     """How circuits are compared.
 
     Attributes:
-        variant: `"calibrated"`, a fit (the best in `benchmarks/results/difficulty.md`), or `"log"` or `"paper"`,
-            presets of the three below (`None` fields take their value).
+        variant: `"calibrated"`, a fit (the best variant in `benchmarks/results/difficulty.md`), or `"log"` or
+            `"paper"`, presets of the three below (`None` fields take their value).
         vector: `"signed"`, `"binary"` or `"log"` (see `cud_trainer.circuits.circuit_vectors`).
         k: edges of a circuit; `"all"` for all edges. Not for `"log"`.
         selection: how `k` edges are chosen, `"top_k"` or `"greedy"` (see `cud_trainer.circuits.select_circuits`).
