@@ -2,6 +2,7 @@
 
 from . import circuit_metrics, metrics  # noqa: F401  (they register themselves)
 from .anchors import AnchorBank
+from .buckets import Buckets
 from .context import DifficultyContext
 from .cud import CUDSettings, cud_scores, make_folds
 from .registry import METRICS, Metric, register_metric
@@ -10,6 +11,7 @@ from .scores import DifficultyScores
 __all__ = [
     "METRICS",
     "AnchorBank",
+    "Buckets",
     "CUDSettings",
     "DifficultyContext",
     "DifficultyScores",
