@@ -8,7 +8,8 @@ from trl import get_peft_config
 
 from ..difficulty import DifficultyScores
 from ..files import check_output_dir
-from ..trainer import CUDTrainer, begun
+from ..trainer import CUDTrainer
+from ..training.checkpoints import begun
 from .options import TrainArguments, load_tokenizer, model_options, parse_command
 
 

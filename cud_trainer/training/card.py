@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..files import atomic_write
+
 HEADING = "## Unlearning"
 BUCKET = "forget_prob/bucket_"
+
+
+def add_section(path: Path, section: str) -> None:
+    """Put the section at the end of the card at `path`, in place of the one that is there."""
+    text = path.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
+    atomic_write(path, lambda temporary: temporary.write_text(f"{text}\n\n{section}", encoding="utf-8"))
 
 
 def unlearning_section(trainer: Any) -> str:

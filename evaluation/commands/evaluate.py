@@ -24,7 +24,7 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.models.fingerprint import model_fingerprint, versions
-from cud_trainer.trainer import load_causal_lm
+from cud_trainer.models.loading import load_causal_lm
 
 from ..metrics import measure as harness
 from ..metrics import robustness

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from cud_trainer.trainer import STATE_FILE, last_checkpoint
+from cud_trainer.training.checkpoints import STATE_FILE, last_checkpoint
 
 
 def test_trl_averages_the_lists_in_metrics_on_log(monkeypatch):

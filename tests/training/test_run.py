@@ -23,7 +23,8 @@ from cud_trainer.data import pad_batch
 from cud_trainer.logprobs import answer_probability, score_answers
 from cud_trainer.models.trainable import layer_range, train_only
 from cud_trainer.objectives import OBJECTIVES, UnlearningLoss, register_objective
-from cud_trainer.trainer import REFERENCE_FILE, DivergenceError
+from cud_trainer.trainer import DivergenceError
+from cud_trainer.training.checkpoints import REFERENCE_FILE
 
 # Everything that follows the run at once.
 LIVELY = {
@@ -58,7 +59,7 @@ class TestFollowing:
         assert min(active) < 1 and len(set(weights)) == len(weights) == 9
         assert lively.served_ids == lively.schedule.order.tolist()
         alone = {"schedule": "hard_to_easy+upweight_hard", "schedule_args": {}}
-        assert lively.schedule.dynamic and lively._state()["schedule"] != alone
+        assert lively.schedule.dynamic and lively.run_identity()["schedule"] != alone
 
     def test_retain_weight_by_hand(self, lively):
         """retain_weight += dual_rate * (retain loss - limit), never below 0."""
