@@ -100,7 +100,7 @@ class CUDTrainer(SFTTrainerHooks):
             data_collator=plan.collator,
             train_dataset=Dataset.from_dict(plan.rows),
             # The base class asks for a dataset to evaluate; `evaluate` looks at forget and retain set.
-            eval_dataset=inputs.forget if inputs.evaluates_itself else inputs.evaluated,
+            eval_dataset=inputs.forget.dataset if inputs.evaluates_itself else inputs.evaluated,
             processing_class=inputs.tokenizer,
             peft_config=peft_config,
             callbacks=callbacks,
@@ -135,7 +135,7 @@ class CUDTrainer(SFTTrainerHooks):
         )
         self._start_state = json.loads(json.dumps(self.progress.state()))
         self.recorder = StepRecorder(inputs, plan, self.progress, self.train_metrics, self.accelerator)
-        self.forget, self.retain, self.forget_ids = inputs.forget, inputs.retain, inputs.forget_ids
+        self.forget, self.retain, self.forget_ids = inputs.forget, inputs.retain, inputs.forget.ids
         self.schedule, self.difficulty_scores = plan.schedule, plan.scores
         self.buckets = None if plan.buckets is None else plan.buckets.number
         self.add_callback(RunCallback(self))

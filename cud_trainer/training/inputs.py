@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import CUDConfig
-from ..data import check_disjoint, check_tokenizer, evenly_spaced, prepare_dataset
+from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prepare_dataset, prepare_samples
 from ..difficulty import DifficultyScores
 from ..difficulty.scores import GIVEN, merge_metrics
 from ..models.loading import load_causal_lm
@@ -48,8 +48,8 @@ class RunInputs:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     peft_config: Any
-    forget: Dataset
-    retain: Dataset | None
+    forget: Samples
+    retain: Samples | None
     evaluated: Evaluated
     scores: DifficultyScores | None
 
@@ -81,31 +81,32 @@ class RunInputs:
                 raise ValueError("pass the tokenizer as processing_class")
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         check_tokenizer(tokenizer)
-        prepared_forget = prepare_dataset(
+        forget_samples = prepare_samples(
             forget,
             tokenizer,
+            tokenizer_checked=True,
             max_length=args.max_length,
             name="forget",
             keep_columns=[args.group_column] if args.group_column else [],
             counterfactual_column=args.counterfactual_column,
         )
-        prepared_retain = None
+        retain_samples = None
         if retain is not None:
-            prepared_retain = prepare_dataset(retain, tokenizer, max_length=args.max_length, name="retain")
-            check_disjoint(prepared_forget, prepared_retain)
-        if args.difficulty is not None and len(prepared_forget) < args.n_buckets:
-            raise ValueError(
-                f"cannot make {args.n_buckets} difficulty buckets of {len(prepared_forget)} forget samples"
+            retain_samples = prepare_samples(
+                retain, tokenizer, tokenizer_checked=True, max_length=args.max_length, name="retain"
             )
+            check_disjoint(forget_samples, retain_samples)
+        if args.difficulty is not None and len(forget_samples) < args.n_buckets:
+            raise ValueError(f"cannot make {args.n_buckets} difficulty buckets of {len(forget_samples)} forget samples")
         evaluated = prepare_evaluated(evaluated, tokenizer, args.max_length)
-        steps = -(-len(prepared_forget) * args.passes // global_batch(args))
+        steps = -(-len(forget_samples) * args.passes // global_batch(args))
         if args.max_steps > steps:
             raise ValueError(
                 f"max_steps={args.max_steps} goes beyond the schedule ({steps} steps for {args.passes} passes): "
                 "raise passes"
             )
         model = _checked_model(model, args, loss, peft_config)
-        inputs = cls(args, loss, model, tokenizer, peft_config, prepared_forget, prepared_retain, evaluated, None)
+        inputs = cls(args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None)
         inputs = replace(inputs, scores=inputs._checked_scores(scores))
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
@@ -114,18 +115,13 @@ class RunInputs:
             )
         return replace(inputs, forget=inputs._with_alternatives(forget))
 
-    @cached_property
-    def forget_ids(self) -> list[str]:
-        """Ids of the forget samples, in their order."""
-        return list(self.forget["sample_id"])
-
     @property
-    def paired_retain(self) -> Dataset | None:
+    def paired_retain(self) -> Samples | None:
         """The retain samples that steps train on; `None` without a retain loss."""
         return self.retain if self.loss.uses_retain else None
 
     @cached_property
-    def evaluated_retain(self) -> Dataset | None:
+    def evaluated_retain(self) -> Samples | None:
         """The retain samples that an evaluation scores."""
         return None if self.retain is None else evenly_spaced(self.retain, self.args.eval_retain_samples)
 
@@ -142,10 +138,6 @@ class RunInputs:
         return global_batch(self.args)
 
     @property
-    def pad_token_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
-
-    @property
     def evaluates_itself(self) -> bool:
         """Whether evaluations during training have no other dataset than the forget and retain set."""
         return self.evaluated is None and self.args.eval_strategy != "no"
@@ -156,14 +148,14 @@ class RunInputs:
         if scores is None:
             check_metrics(self.needed_metrics or ["loss"], {}, self.model)
         elif args.difficulty is not None:
-            scores = scores.aligned(self.forget_ids)
+            scores = scores.aligned(self.forget.ids)
             if args.difficulty == GIVEN:
                 scores = scores.with_given()
             for metric in args.schedule_metrics:
                 scores[metric]  # raises when it is not there
         return scores
 
-    def _with_alternatives(self, dataset: Dataset) -> Dataset:
+    def _with_alternatives(self, dataset: Dataset) -> Samples:
         """The forget set with the alternative answers that the objective asks for, the same on all processes."""
         args, source = self.args, self.loss.spec.alternative
         if source is None:
@@ -175,10 +167,10 @@ class RunInputs:
         if args.process_index == 0:
             with on_device(self.model, args):
                 written = with_alternatives(self.forget, dataset, self.tokenizer, source, model=self.model, **options)
-                shared = [written.to_dict()]
+                shared = [written.dataset.to_dict()]
         if args.world_size > 1:
             broadcast_object_list(shared)
-        return Dataset.from_dict(shared[0])
+        return replace(self.forget, dataset=Dataset.from_dict(shared[0]))
 
 
 def global_batch(args: CUDConfig) -> int:

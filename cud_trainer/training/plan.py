@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from transformers.utils import logging
 
-from ..data import IGNORE_INDEX, PairedCollator, dataset_fingerprint
+from ..data import PairedCollator
 from ..difficulty import Buckets, DifficultyScores
 from ..models.fingerprint import model_fingerprint
 from ..objectives.alternatives import alternatives_fingerprint
@@ -66,11 +65,11 @@ class RunPlan:
         args, batch = inputs.args, inputs.global_batch
         scores = difficulty_scores(inputs)
         retain = inputs.paired_retain
-        retain_ids = None if retain is None else list(retain["sample_id"])
+        retain_ids = None if retain is None else retain.ids
         schedule = schedule_of(
             args.schedule_parts,
             str(args.schedule),
-            inputs.forget_ids,
+            inputs.forget.ids,
             difficulty=_values(inputs, scores),
             retain_ids=retain_ids,
             passes=args.passes,
@@ -82,24 +81,22 @@ class RunPlan:
             buckets = scores.bucketed(args.difficulty if args.difficulty in scores.columns else None, args.n_buckets)
         tokens = args.loss_normalization == "token"
         rows = schedule.rows(
-            inputs.forget_ids,
+            inputs.forget.ids,
             retain_ids,
             batch,
-            forget_lengths=_answer_lengths(inputs.forget) if tokens else None,
-            retain_lengths=_answer_lengths(retain) if tokens and retain is not None else None,
+            forget_lengths=inputs.forget.answer_lengths if tokens else None,
+            retain_lengths=retain.answer_lengths if tokens and retain is not None else None,
         )
         within = schedule.weight_within_batches(batch)
         if batch == 1 and np.isfinite(within) and args.max_grad_norm:
             logger.warning(VOID_WEIGHTS.format(what="With one pair per optimizer step"))
-        position = {sample_id: row for row, sample_id in enumerate(inputs.forget_ids)}
+        position = {sample_id: row for row, sample_id in enumerate(inputs.forget.ids)}
         return cls(
             scores,
             buckets,
             schedule,
             rows,
-            PairedCollator(
-                inputs.forget, retain, inputs.pad_token_id, args.pad_to_multiple_of, inputs.loss.uses_alternative
-            ),
+            PairedCollator(inputs.forget, retain, args.pad_to_multiple_of, inputs.loss.uses_alternative),
             np.array([position[sample_id] for sample_id in schedule.order.tolist()]),
             len(rows["row"]) // batch,
             within,
@@ -118,7 +115,7 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
     path = Path(args.output_dir) / SCORES_FILE
     if path.exists() and not args.overwrite:
         try:
-            scores = DifficultyScores.load(path, **_origin(inputs), request=request).aligned(inputs.forget_ids)
+            scores = DifficultyScores.load(path, **_origin(inputs), request=request).aligned(inputs.forget.ids)
         except ValueError as error:
             raise ValueError(f"{path} is from another run ({error}); pass overwrite to replace it") from None
         logger.info(f"difficulty scores of an earlier start of this run found in {path}")
@@ -131,12 +128,10 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
         scores = score_difficulty(
             inputs.model,  # type: ignore[arg-type]
             inputs.forget,
-            inputs.tokenizer,
             metrics=inputs.needed_metrics,
             retain_dataset=inputs.retain,
             work_dir=work_dir,
-            # counterfactual answers are in the prepared samples
-            **{**args.scoring_options(inputs.peft_config), "counterfactual_column": None},
+            **args.scoring_options(inputs.peft_config),
         )
     scores.provenance["request"] = request
     if args.world_size > 1:  # rounding may differ between devices, the plan must not
@@ -151,7 +146,7 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
 
 def _origin(inputs: RunInputs) -> dict[str, str]:
     """What scores must have been made of."""
-    return {"model": model_fingerprint(inputs.model), "dataset": dataset_fingerprint(inputs.forget)}
+    return {"model": model_fingerprint(inputs.model), "dataset": inputs.forget.fingerprint}
 
 
 def _request(inputs: RunInputs) -> dict[str, Any]:
@@ -166,7 +161,7 @@ def _request(inputs: RunInputs) -> dict[str, Any]:
         "objective": [args.objective, args.objective_args, args.retain_loss, args.retain_weight],
         "learning_rate": args.learning_rate,
         "passes": args.passes,
-        "retain": None if inputs.retain is None else dataset_fingerprint(inputs.retain),
+        "retain": None if inputs.retain is None else inputs.retain.fingerprint,
         "adapter": adapter_identity(inputs.peft_config),
         "alternatives": alternatives_fingerprint(inputs.forget),
         "trainable_layers": args.trainable_layers,
@@ -182,8 +177,3 @@ def _values(inputs: RunInputs, scores: DifficultyScores | None) -> dict[str, np.
     if inputs.args.difficulty in values:
         values["difficulty"] = values[inputs.args.difficulty]
     return values
-
-
-def _answer_lengths(prepared: Dataset) -> np.ndarray:
-    """Answer tokens of each sample that can be predicted, `[N]`."""
-    return np.array([sum(label != IGNORE_INDEX for label in labels[1:]) for labels in prepared["labels"]])

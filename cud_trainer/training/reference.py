@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data import dataset_fingerprint
 from ..models.fingerprint import model_fingerprint
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
@@ -35,7 +34,6 @@ def run_reference(trainer: Any, inputs: RunInputs) -> Reference:
             trainer.model,
             inputs.forget,
             inputs.retain,
-            pad_token_id=inputs.pad_token_id,
             batch_size=args.per_device_train_batch_size,
             device=device,
             seed=args.seed,
@@ -51,8 +49,8 @@ def _fingerprint(trainer: Any, inputs: RunInputs) -> str:
     loss, args = inputs.loss, inputs.args
     parts = [
         model_fingerprint(trainer.accelerator.unwrap_model(trainer.model)),
-        dataset_fingerprint(inputs.forget),
-        "" if inputs.retain is None else dataset_fingerprint(inputs.retain),
+        inputs.forget.fingerprint,
+        "" if inputs.retain is None else inputs.retain.fingerprint,
         str(alternatives_fingerprint(inputs.forget)),
         json.dumps([loss.objective, loss.objective_args, loss.retain_loss, loss.reference_top_k, args.seed]),
         f"{args.bf16}{args.fp16}{args.per_device_train_batch_size}",

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather
-from datasets import Dataset
 
+from ..data import Samples
 from ..difficulty import Buckets
 from ..logprobs import answer_probability
 from .inputs import RunInputs
@@ -51,10 +51,10 @@ class ResidualMemorisation:
             metrics["balance"] = 2 * forgotten * retained / total if before and total > 0 else forgotten
         return probability, metrics
 
-    def _mean(self, samples: Dataset) -> float:
+    def _mean(self, samples: Samples) -> float:
         return float(self.probabilities(samples).mean())
 
-    def probabilities(self, samples: Dataset) -> np.ndarray:
+    def probabilities(self, samples: Samples) -> np.ndarray:
         """Answer probability of each sample, `[N]`, shared among the processes."""
         trainer, args = self.trainer, self.inputs.args
         world, count = args.world_size, len(samples)
@@ -65,7 +65,6 @@ class ResidualMemorisation:
             part = answer_probability(
                 trainer.model_wrapped if sharded else trainer.model,
                 samples.select(rows),
-                pad_token_id=self.inputs.pad_token_id,
                 batch_size=args.per_device_eval_batch_size,
                 device=args.device if sharded else None,
             )
