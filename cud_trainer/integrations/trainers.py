@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,8 @@ from trl import KTOConfig
 
 from ..data import FORMATS, id_column, prepare_dataset
 from ..difficulty import DifficultyScores
-from ..schedule import Schedule, make_schedule, parse
+from ..schedule import Schedule, parse
+from ..schedule.plan import schedule_of
 
 WEIGHT = "cud_weight"
 MISMATCHED = "KL_completion_ids"  # of KTOTrainer: the completion of another sample, for its KL term
@@ -121,22 +122,12 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
             weights: str = "loss",
             **options: Any,
         ) -> None:
-            parts = [part for part, _ in parse(schedule, schedule_args or {})]
-            following = [part.name for part in parts if part.kind == "dynamic"]
-            if following:
-                raise ValueError(f"schedule {following[0]!r} follows the run: that needs CUDTrainer")
-            weighted = any(part.kind == "weights" for part in parts)
-            if weights not in ("loss", "sampling"):
-                raise ValueError(f"weights must be 'loss' or 'sampling', got {weights!r}")
-            if weighted and weights == "loss" and not hasattr(trainer_class, "per_sample_loss"):
-                raise ValueError(
-                    f"{trainer_class.__name__} has no per_sample_loss(model, inputs): its losses cannot be weighted; "
-                    "use weights='sampling'"
-                )
-            given = options.get("train_dataset")
-            _check_dataset(given)
-            names = _ids(given, ids, options.get("processing_class"))
-            values = _difficulty(difficulty, names, parts, metric)
+            rules = parse(schedule, schedule_args or {})
+            weighted = _check_schedule(trainer_class, rules, weights)
+            samples = options.get("train_dataset")
+            _check_dataset(samples)
+            names = _ids(samples, ids, options.get("processing_class"))
+            values = _difficulty(difficulty, names, [rule for rule, _ in rules], metric)
             _check_pairs(options.get("args", args[1] if len(args) > 1 else None))
             super().__init__(*args, **options)
             _check_arguments(self.args)
@@ -146,20 +137,20 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
                     f"{trainer_class.__name__} keeps {len(dataset)} of {len(names)} samples when it prepares the "
                     "data (too long, or packed): difficulty no longer belongs to them"
                 )
-            passes = int(self.args.num_train_epochs)
-            chunk = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             make = partial(
-                make_schedule, schedule, names, difficulty=values, seed=self.args.seed, **(schedule_args or {})
+                schedule_of,
+                rules,
+                schedule,
+                names,
+                difficulty=values,
+                retain_ids=None,
+                seed=self.args.seed,
+                options=schedule_args or {},
             )
+            passes = int(self.args.num_train_epochs)
+            global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             plan = make(passes=passes)
-            order, weight = plan.order, plan.weight
-            extra = -len(plan) % chunk
-            if extra:
-                further = -(-extra // len(names))  # passes; a step may be larger than the dataset
-                more = make(passes=passes + further)
-                start = len(more) - further * len(names)
-                order = np.concatenate([order, more.order[start : start + extra]])
-                weight = np.concatenate([weight, more.weight[start : start + extra]])
+            order, weight = _filled_up(plan, make, passes, len(names), global_batch)
             position = {name: row for row, name in enumerate(names)}
             rows = np.array([position[name] for name in order.tolist()])
             if weighted and weights == "sampling":
@@ -172,12 +163,12 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
             if isinstance(dataset, Dataset):
                 # Here, since the base class only knows how to for its own kind of dataset, which this is wrapped in.
                 dataset = self._remove_unused_columns(dataset, description="training")
-            shown = weight if self._weighted else None
+            served_weight = weight if self._weighted else None
             if MISMATCHED in (getattr(dataset, "column_names", None) or ()):
                 batch = self.args.train_batch_size
-                self.train_dataset: Any = _Mismatched(dataset, rows, shown, self.args.seed, batch)
+                self.train_dataset: Any = _Mismatched(dataset, rows, served_weight, self.args.seed, batch)
             else:
-                self.train_dataset = _Scheduled(dataset, rows, shown, self.args.seed)
+                self.train_dataset = _Scheduled(dataset, rows, served_weight, self.args.seed)
             self.args.remove_unused_columns = False
             if self._weighted:
                 self.data_collator: Any = _Collator(self.data_collator)
@@ -204,6 +195,36 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
     if hasattr(trainer_class, "per_sample_loss"):
         WithDifficulty.loss_is_scaled_for_ga = False  # type: ignore[attr-defined]  # the loss is a mean of a micro-batch
     return WithDifficulty
+
+
+def _check_schedule(trainer_class: type[Trainer], rules: list[tuple[Any, dict[str, Any]]], weights: str) -> bool:
+    """Whether the schedule has weights; `ValueError` when this trainer cannot follow it."""
+    following = [rule.name for rule, _ in rules if rule.kind == "dynamic"]
+    if following:
+        raise ValueError(f"schedule {following[0]!r} follows the run: that needs CUDTrainer")
+    weighted = any(rule.kind == "weights" for rule, _ in rules)
+    if weights not in ("loss", "sampling"):
+        raise ValueError(f"weights must be 'loss' or 'sampling', got {weights!r}")
+    if weighted and weights == "loss" and not hasattr(trainer_class, "per_sample_loss"):
+        raise ValueError(
+            f"{trainer_class.__name__} has no per_sample_loss(model, inputs): its losses cannot be weighted; "
+            "use weights='sampling'"
+        )
+    return weighted
+
+
+def _filled_up(
+    plan: Schedule, make: Callable[..., Schedule], passes: int, size: int, global_batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order and weights of `plan`, and to fill its last step of the first samples of one more pass."""
+    extra = -len(plan) % global_batch
+    if not extra:
+        return plan.order, plan.weight
+    further = -(-extra // size)  # passes; a step may be larger than the dataset
+    more = make(passes=passes + further)
+    start = len(more) - further * size
+    rest = slice(start, start + extra)
+    return np.concatenate([plan.order, more.order[rest]]), np.concatenate([plan.weight, more.weight[rest]])
 
 
 def _check_dataset(dataset: Any) -> None:
@@ -243,23 +264,23 @@ def _check_arguments(args: Any) -> None:
 
 def _ids(dataset: Any, ids: Sequence[str] | None, processing_class: Any) -> list[str]:
     if ids is not None:
-        found = [str(name) for name in ids]
-        if len(found) != len(dataset):
-            raise ValueError(f"ids are {len(found)} for {len(dataset)} samples")
+        names = [str(name) for name in ids]
+        if len(names) != len(dataset):
+            raise ValueError(f"ids are {len(names)} for {len(dataset)} samples")
     else:
         columns = getattr(dataset, "column_names", None) or []
         column = id_column(columns)
         if column is not None:
-            found = [str(name) for name in dataset[column]]
+            names = [str(name) for name in dataset[column]]
         elif processing_class is not None and any(all(c in columns for c in needed) for needed in FORMATS.values()):
-            found = list(prepare_dataset(dataset, processing_class, max_length=None, name="training")["sample_id"])
+            names = list(prepare_dataset(dataset, processing_class, max_length=None, name="training")["sample_id"])
         else:
             raise ValueError(
                 "the training samples have no ids to join difficulty by: give ids, or a column sample_id or id"
             )
-    if len(set(found)) < len(found):
+    if len(set(names)) < len(names):
         raise ValueError("the ids of the training samples are not distinct")
-    return found
+    return names
 
 
 def _difficulty(
