@@ -355,9 +355,9 @@ class CUDConfig(SFTConfig):
 
     def scoring_options(self, peft_config: Any = None) -> dict[str, Any]:
         """Keyword arguments of `score_difficulty` that this configuration stands for."""
-        own = {self.difficulty: self.difficulty_args} if self.difficulty and self.difficulty_args else {}
+        metric_args = {self.difficulty: self.difficulty_args} if self.difficulty and self.difficulty_args else {}
         return {
-            "metric_args": own,
+            "metric_args": metric_args,
             "circuit_args": self.circuit_args,
             "calibration": self.calibration_settings(peft_config),
             "folds": self.folds,

@@ -20,8 +20,8 @@ def train(argv: list[str]) -> int:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if args.process_index == 0:
-        known = begun(args.output_dir)
-        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=known)
+        own_names = begun(args.output_dir)
+        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=own_names)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     tokenizer = load_tokenizer(model_args)
     forget, retain = data_args.load(tokenizer)

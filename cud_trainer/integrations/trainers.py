@@ -81,6 +81,95 @@ class _Collator:
         return batch
 
 
+class _WithDifficulty(Trainer):
+    """What `with_difficulty` puts before a trainer class, `plain_class`."""
+
+    plain_class: type[Trainer]
+
+    def __init__(
+        self,
+        *args: Any,
+        difficulty: DifficultyScores | None = None,
+        schedule: str = "uniform",
+        schedule_args: dict[str, Any] | None = None,
+        metric: str | None = None,
+        ids: Sequence[str] | None = None,
+        weights: str = "loss",
+        **options: Any,
+    ) -> None:
+        rules = parse(schedule, schedule_args or {})
+        weighted = _check_schedule(self.plain_class, rules, weights)
+        samples = options.get("train_dataset")
+        _check_dataset(samples)
+        names = _ids(samples, ids, options.get("processing_class"))
+        values = _difficulty(difficulty, names, [rule for rule, _ in rules], metric)
+        _check_pairs(options.get("args", args[1] if len(args) > 1 else None))
+        super().__init__(*args, **options)
+        _check_arguments(self.args)
+        dataset: Any = self.train_dataset
+        if len(dataset) != len(names):
+            raise ValueError(
+                f"{self.plain_class.__name__} keeps {len(dataset)} of {len(names)} samples when it prepares the "
+                "data (too long, or packed): difficulty no longer belongs to them"
+            )
+        make = partial(
+            schedule_of,
+            rules,
+            schedule,
+            names,
+            difficulty=values,
+            retain_ids=None,
+            seed=self.args.seed,
+            options=schedule_args or {},
+        )
+        passes = int(self.args.num_train_epochs)
+        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.schedule: Schedule = make(passes=passes)
+        order, weight = _filled_up(self.schedule, make, passes, len(names), global_batch)
+        position = {name: row for row, name in enumerate(names)}
+        rows = np.array([position[name] for name in order.tolist()])
+        if weighted and weights == "sampling":
+            generator = np.random.default_rng([self.args.seed, 5])
+            rows = generator.choice(rows, size=len(rows), p=weight / weight.sum())
+            order = np.array(names)[rows]
+        self.planned_ids: list[str] = order.tolist()
+        self._weighted = weighted and weights == "loss"
+        self._serve(dataset, rows, weight if self._weighted else None)
+
+    def _serve(self, dataset: Any, rows: np.ndarray, weight: np.ndarray | None) -> None:
+        """Train on these rows of the dataset, in this order, in one epoch."""
+        if isinstance(dataset, Dataset):
+            # Here, since the base class only knows how to for its own kind of dataset, which this is wrapped in.
+            dataset = self._remove_unused_columns(dataset, description="training")
+        if MISMATCHED in (getattr(dataset, "column_names", None) or ()):
+            batch = self.args.train_batch_size
+            self.train_dataset: Any = _Mismatched(dataset, rows, weight, self.args.seed, batch)
+        else:
+            self.train_dataset = _Scheduled(dataset, rows, weight, self.args.seed)
+        self.args.remove_unused_columns = False
+        if weight is not None:
+            self.data_collator: Any = _Collator(self.data_collator)
+        self.args.num_train_epochs = 1
+        self.args.train_sampling_strategy = "sequential"
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if not self._weighted or not isinstance(inputs, Mapping) or WEIGHT not in inputs:
+            return super().compute_loss(model, inputs, *args, **options)
+        inputs = dict(inputs)
+        weight = inputs.pop(WEIGHT)
+        trainer: Any = self  # of a class with `per_sample_loss`
+        losses: Tensor = trainer.per_sample_loss(model, inputs)
+        if losses.shape != weight.shape:
+            raise ValueError(
+                f"per_sample_loss must return one loss per sample, {tuple(weight.shape)}, not {tuple(losses.shape)}"
+            )
+        loss = (weight.to(losses) * losses).mean()
+        if hasattr(trainer, "complete_loss"):
+            loss = trainer.complete_loss(model, inputs, loss)
+        wants_outputs = options.get("return_outputs") or (args and args[0] is True)
+        return (loss, {"loss": loss}) if wants_outputs else loss
+
+
 def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
     """A subclass of `trainer_class` that trains in the order, and with the weights, that difficulty gives.
 
@@ -110,86 +199,8 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
         raise TypeError(f"with_difficulty needs a subclass of transformers.Trainer, got {trainer_class!r}")
 
-    class WithDifficulty(trainer_class):  # type: ignore[misc, valid-type]
-        def __init__(
-            self,
-            *args: Any,
-            difficulty: DifficultyScores | None = None,
-            schedule: str = "uniform",
-            schedule_args: dict[str, Any] | None = None,
-            metric: str | None = None,
-            ids: Sequence[str] | None = None,
-            weights: str = "loss",
-            **options: Any,
-        ) -> None:
-            rules = parse(schedule, schedule_args or {})
-            weighted = _check_schedule(trainer_class, rules, weights)
-            samples = options.get("train_dataset")
-            _check_dataset(samples)
-            names = _ids(samples, ids, options.get("processing_class"))
-            values = _difficulty(difficulty, names, [rule for rule, _ in rules], metric)
-            _check_pairs(options.get("args", args[1] if len(args) > 1 else None))
-            super().__init__(*args, **options)
-            _check_arguments(self.args)
-            dataset: Any = self.train_dataset
-            if len(dataset) != len(names):
-                raise ValueError(
-                    f"{trainer_class.__name__} keeps {len(dataset)} of {len(names)} samples when it prepares the "
-                    "data (too long, or packed): difficulty no longer belongs to them"
-                )
-            make = partial(
-                schedule_of,
-                rules,
-                schedule,
-                names,
-                difficulty=values,
-                retain_ids=None,
-                seed=self.args.seed,
-                options=schedule_args or {},
-            )
-            passes = int(self.args.num_train_epochs)
-            global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            plan = make(passes=passes)
-            order, weight = _filled_up(plan, make, passes, len(names), global_batch)
-            position = {name: row for row, name in enumerate(names)}
-            rows = np.array([position[name] for name in order.tolist()])
-            if weighted and weights == "sampling":
-                generator = np.random.default_rng([self.args.seed, 5])
-                rows = generator.choice(rows, size=len(rows), p=weight / weight.sum())
-                order = np.array(names)[rows]
-            self.schedule: Schedule = plan
-            self.planned_ids: list[str] = order.tolist()
-            self._weighted = weighted and weights == "loss"
-            if isinstance(dataset, Dataset):
-                # Here, since the base class only knows how to for its own kind of dataset, which this is wrapped in.
-                dataset = self._remove_unused_columns(dataset, description="training")
-            served_weight = weight if self._weighted else None
-            if MISMATCHED in (getattr(dataset, "column_names", None) or ()):
-                batch = self.args.train_batch_size
-                self.train_dataset: Any = _Mismatched(dataset, rows, served_weight, self.args.seed, batch)
-            else:
-                self.train_dataset = _Scheduled(dataset, rows, served_weight, self.args.seed)
-            self.args.remove_unused_columns = False
-            if self._weighted:
-                self.data_collator: Any = _Collator(self.data_collator)
-            self.args.num_train_epochs = 1
-            self.args.train_sampling_strategy = "sequential"
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-            if not self._weighted or not isinstance(inputs, Mapping) or WEIGHT not in inputs:
-                return super().compute_loss(model, inputs, *args, **options)
-            inputs = dict(inputs)
-            weight = inputs.pop(WEIGHT)
-            losses: Tensor = self.per_sample_loss(model, inputs)
-            if losses.shape != weight.shape:
-                raise ValueError(
-                    f"per_sample_loss must return one loss per sample, {tuple(weight.shape)}, not {tuple(losses.shape)}"
-                )
-            loss = (weight.to(losses) * losses).mean()
-            if hasattr(trainer_class, "complete_loss"):
-                loss = self.complete_loss(model, inputs, loss)
-            wants_outputs = options.get("return_outputs") or (args and args[0] is True)
-            return (loss, {"loss": loss}) if wants_outputs else loss
+    class WithDifficulty(_WithDifficulty, trainer_class):  # type: ignore[misc, valid-type]
+        plain_class = trainer_class
 
     WithDifficulty.__name__ = WithDifficulty.__qualname__ = f"{trainer_class.__name__}WithDifficulty"
     if hasattr(trainer_class, "per_sample_loss"):

@@ -70,12 +70,12 @@ def ceu(trainer: Any, model: Any, forget: Mapping[str, Any]) -> Tensor:
     logits = _logits(model, forget)
     labels = forget["labels"].to(logits.device)
     answer = labels != IGNORE_INDEX
-    kept = (answer & (answer.cumsum(-1) > trainer.ignore_first_n_answer_tokens))[:, 1:]
-    chosen = logits[:, :-1][kept]
-    target = chosen.detach().scatter(-1, labels[:, 1:][kept].unsqueeze(-1), float("-inf")).softmax(-1)
-    values = torch.zeros(kept.shape, dtype=logits.dtype, device=logits.device)
-    values[kept] = -(target * chosen.log_softmax(-1)).sum(-1)
-    return _token_mean(values, kept)
+    counted = (answer & (answer.cumsum(-1) > trainer.ignore_first_n_answer_tokens))[:, 1:]
+    chosen = logits[:, :-1][counted]
+    target = chosen.detach().scatter(-1, labels[:, 1:][counted].unsqueeze(-1), float("-inf")).softmax(-1)
+    values = torch.zeros(counted.shape, dtype=logits.dtype, device=logits.device)
+    values[counted] = -(target * chosen.log_softmax(-1)).sum(-1)
+    return _token_mean(values, counted)
 
 
 def undial(trainer: Any, model: Any, forget: Mapping[str, Any]) -> Tensor:
