@@ -190,13 +190,13 @@ def epoch(model, tokenizer, testbed, batch_size: int) -> None:
     """One pass of plain training over the forget set: the unit of cost."""
     import torch
 
-    from cud_trainer.data import length_sorted_batches, prepare_dataset
+    from cud_trainer.data import prepare_samples
     from cud_trainer.logprobs import score_answers
 
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    prepared = prepare_dataset(testbed.forget, tokenizer, name="forget")
-    for _, batch in length_sorted_batches(prepared, batch_size, tokenizer.pad_token_id):
+    prepared = prepare_samples(testbed.forget, tokenizer, name="forget")
+    for _, batch in prepared.batches(batch_size):
         (-score_answers(model, batch).mean_logps).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -211,7 +211,7 @@ def unlearn(args: argparse.Namespace, cell: Cell) -> dict:
     from transformers.utils.logging import set_verbosity
 
     from cud_trainer import CUDConfig, CUDTrainer
-    from cud_trainer.data import prepare_dataset
+    from cud_trainer.data import prepare_samples
     from evaluation.trajectory import TradeoffCallback
 
     set_verbosity(logging.ERROR)
@@ -227,11 +227,9 @@ def unlearn(args: argparse.Namespace, cell: Cell) -> dict:
         bf16=False, gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
         disable_tqdm=True, overwrite=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    pad = int(tokenizer.pad_token_id)
     path = TradeoffCallback(
-        prepare_dataset(testbed.forget, tokenizer, name="forget"),
-        prepare_dataset(testbed.retain_eval, tokenizer, name="retain_eval"),
-        pad_token_id=pad,
+        prepare_samples(testbed.forget, tokenizer, name="forget"),
+        prepare_samples(testbed.retain_eval, tokenizer, name="retain_eval"),
     )
 
     class Enough(TrainerCallback):

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
 from cud_trainer.config import DEFAULT_SCHEDULE
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.models.fingerprint import versions
@@ -166,7 +166,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
     tokenizer.save_pretrained(output / "model")
     before = {}
     for name in ("forget", "retain_eval"):
-        prepared = prepare_dataset(getattr(testbed, name), tokenizer, name=name)
+        prepared = prepare_samples(getattr(testbed, name), tokenizer, name=name)
         values = evaluate_memorization(model, prepared, tokenizer, batch_size=64, desc=f"measure {name}")
         before["retain" if name == "retain_eval" else name] = audit.means(values, args.seed)
     sizes = {
@@ -220,11 +220,9 @@ def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithful
     from .testbed import build_testbed
 
     model, tokenizer = _load(output)
-    forget = prepare_dataset(build_testbed(args.seed).forget, tokenizer, name="forget")
+    forget = prepare_samples(build_testbed(args.seed).forget, tokenizer, name="forget")
     table = CircuitTable.load(output / CIRCUITS_FILE).aligned(list(forget["sample_id"]))
-    kept = dataset_faithfulness(
-        model, forget, audit.strongest_edges(table), pad_token_id=tokenizer.pad_token_id, batch_size=40, seed=args.seed
-    )
+    kept = dataset_faithfulness(model, forget, audit.strongest_edges(table), batch_size=40, seed=args.seed)
     return table, kept
 
 
@@ -304,10 +302,9 @@ def run_job(job: Job) -> Outcome:
         disable_tqdm=True,
         overwrite=True,
     )
-    pad = int(tokenizer.pad_token_id)
-    forget = prepare_dataset(testbed.forget, tokenizer, name="forget")
-    retain = prepare_dataset(testbed.retain_eval, tokenizer, name="retain_eval")
-    callback = TradeoffCallback(forget, retain, pad_token_id=pad)
+    forget = prepare_samples(testbed.forget, tokenizer, name="forget")
+    retain = prepare_samples(testbed.retain_eval, tokenizer, name="retain_eval")
+    callback = TradeoffCallback(forget, retain)
     trainer = CUDTrainer(
         model,
         args,

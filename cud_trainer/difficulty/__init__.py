@@ -1,6 +1,7 @@
 """How hard each forget sample will be to unlearn, before unlearning. Every metric: higher = harder."""
 
 from . import circuit_metrics, metrics  # noqa: F401  (they register themselves)
+from .buckets import Buckets
 from .context import DifficultyContext
 from .cud import AnchorBank, CUDSettings, cud_scores
 from .folds import make_folds
@@ -10,6 +11,7 @@ from .scores import DifficultyScores
 __all__ = [
     "METRICS",
     "AnchorBank",
+    "Buckets",
     "CUDSettings",
     "DifficultyContext",
     "DifficultyScores",

@@ -19,7 +19,7 @@ def circuit_mass(context: DifficultyContext) -> np.ndarray:
     mass = context.edges.double().abs().sum(1)
     empty = (mass == 0).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"the circuit of sample {context.forget['sample_id'][empty[0]]!r} is empty: all edges score 0")
+        raise ValueError(f"the circuit of sample {context.forget.ids[empty[0]]!r} is empty: all edges score 0")
     return -mass.log().numpy()
 
 
@@ -46,7 +46,7 @@ def signature(context: DifficultyContext, *, name: str = "mean_edge_length", k: 
     empty = np.flatnonzero(~np.isfinite(values))
     if empty.size:
         raise ValueError(
-            f"the circuits of {empty.size} samples are empty, the first is {context.forget['sample_id'][empty[0]]!r}: "
+            f"the circuits of {empty.size} samples are empty, the first is {context.forget.ids[empty[0]]!r}: "
             "they have no signature"
         )
     return values

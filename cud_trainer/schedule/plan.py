@@ -174,7 +174,30 @@ def make_schedule(
     Raises:
         ValueError: for an unknown schedule or option, missing or non-finite difficulty, or `passes < 1`.
     """
-    parts = parse(name, options)
+    return schedule_of(
+        parse(name, options),
+        name,
+        forget_ids,
+        difficulty=difficulty,
+        retain_ids=retain_ids,
+        passes=passes,
+        seed=seed,
+        options=options,
+    )
+
+
+def schedule_of(
+    parts: Sequence[tuple[Part, dict[str, Any]]],
+    name: str,
+    forget_ids: Sequence[str],
+    *,
+    difficulty: np.ndarray | Mapping[str, np.ndarray] | None,
+    retain_ids: Sequence[str] | None,
+    passes: int,
+    seed: int,
+    options: dict[str, Any],
+) -> Schedule:
+    """`make_schedule` for what `parse` made of `name` and `options` already."""
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise ValueError(f"passes must be a positive integer, got {passes!r}")
     size = len(forget_ids)

@@ -92,7 +92,7 @@ def _run(
 
     from cud_trainer import CUDTrainer, DifficultyScores
     from cud_trainer.commands.options import model_options
-    from cud_trainer.data import evenly_spaced, prepare_dataset
+    from cud_trainer.data import evenly_spaced, prepare_samples
     from cud_trainer.trainer import DivergenceError
 
     from ..metrics.memorization import teacher_forced
@@ -106,16 +106,15 @@ def _run(
     elif "scores_file" in settings:
         scores = DifficultyScores.load(settings["scores_file"])
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
-    prepared = prepare_dataset(forget, tokenizer, max_length=args.max_length, name="forget")
+    prepared = prepare_samples(forget, tokenizer, max_length=args.max_length, name="forget")
     kept = None
     measured = retain if utility is None else utility
     if measured is not None:
         part = evenly_spaced(measured, settings["retain_eval_samples"])
-        kept = prepare_dataset(part, tokenizer, max_length=args.max_length, name="utility")
-    pad = int(tokenizer.pad_token_id)
+        kept = prepare_samples(part, tokenizer, max_length=args.max_length, name="utility")
     again = settings.get("relearn")
     path = TradeoffCallback(
-        prepared, kept if kept is not None else prepared, pad_token_id=pad, every=settings["snapshot_every"],
+        prepared, kept if kept is not None else prepared, every=settings["snapshot_every"],
         keep_at=None if again is None or kept is None else again["level"],
     )  # fmt: skip
     trainer = CUDTrainer(
@@ -141,7 +140,7 @@ def _run(
         # The same samples in every cell, so that the others can be compared one by one.
         rows = np.random.default_rng(0).permutation(len(prepared))[: again["samples"]]
         found = relearn(
-            trainer.model, prepared, rows.tolist(), pad_token_id=pad, steps=[again["steps"]],
+            trainer.model, prepared, rows.tolist(), steps=[again["steps"]],
             learning_rate=again["rate"],
         )  # fmt: skip
         relearned = {
@@ -157,7 +156,7 @@ def _run(
         "retain": [path.path.retain[i] for i in finite] if kept is not None else None,
         "final": final,
         "diverged": diverged,
-        "forget_ids": list(prepared["sample_id"]),
+        "forget_ids": list(prepared.ids),
     }
 
 

@@ -32,7 +32,7 @@ from trl import ModelConfig
 from cud_trainer import CUDConfig
 from cud_trainer.commands.options import DataArguments, load_tokenizer
 from cud_trainer.commands.parser import parse_options, read_yaml
-from cud_trainer.data import check_disjoint, dataset_fingerprint, prepare_dataset
+from cud_trainer.data import check_disjoint, prepare_samples
 from cud_trainer.difficulty.scores import GIVEN, DifficultyScores, merge_metrics
 from cud_trainer.files import holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
@@ -321,7 +321,7 @@ def main(argv: list[str]) -> int:
     group = args.train.get("group_column")  # type: ignore[union-attr]
     length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
     prepared = [
-        None if part is None else prepare_dataset(part, tokenizer, max_length=length, name=name)
+        None if part is None else prepare_samples(part, tokenizer, max_length=length, name=name)
         for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility(tokenizer)))
     ]
     if prepared[0] is not None and prepared[1] is not None:
@@ -330,7 +330,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"forget dataset has no column {group!r}; it has {sorted(forget.column_names)}")
     base = {
         "model": _model_identity(model_args),
-        "data": [None if part is None else dataset_fingerprint(part) for part in prepared],
+        "data": [None if part is None else part.fingerprint for part in prepared],
         "versions": versions(),
     }
     scores, runs = plan(args, base)

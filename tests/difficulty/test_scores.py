@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from cud_trainer import DifficultyScores, score_difficulty
+from cud_trainer.difficulty import Buckets
 from cud_trainer.files import atomic_write, check_output_dir
 from cud_trainer.models.fingerprint import model_fingerprint
 
@@ -122,6 +123,16 @@ class TestTable:
         assert counts.tolist() == [3, 2, 3, 2]
         with pytest.raises(ValueError, match="cannot make 5 buckets of 4 samples"):
             make().buckets(n=5)
+
+    def test_buckets_know_who_is_in_them(self):
+        buckets = make().bucketed("cud", 2)
+        assert (buckets.metric, buckets.count) == ("cud", 2) and make().bucketed(n=2).metric == "cud"
+        assert buckets.easiest.tolist() == [False, True, False, True] and buckets.hardest is buckets.masks[1]
+        assert buckets.means(np.array([1.0, 2.0, 3.0, 6.0])) == {1: 4.0, 2: 2.0}
+        hard = buckets.select([0, 2])
+        assert hard.number.tolist() == [1, 1] and hard.count == 2 and hard.means(np.array([1.0, 3.0])) == {2: 2.0}
+        single = Buckets.single(3)
+        assert single.count == 1 and single.hardest.all()
 
     @settings(deadline=None, max_examples=40)
     @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.integers(1, 8))

@@ -150,7 +150,7 @@ class _Source:
         for number, rows in zip((-1, 1), self.anchors(np.arange(len(side)), share), strict=True):
             side[torch.from_numpy(rows)] = number
         return AnchorBank(
-            list(context.forget["sample_id"]),
+            context.forget.ids,
             self.edges,
             torch.from_numpy(self.residual),
             side,
@@ -169,7 +169,7 @@ def _from_bank(context: DifficultyContext, settings: CUDSettings, path: str) -> 
     bank = AnchorBank.load(path)
     bank.check(context.graph.fingerprint, context.circuit_settings)
     _check_bank(bank, settings, path)
-    ids = context.forget["sample_id"]
+    ids = context.forget.ids
     folds = [(test, bank.without({ids[row] for row in test})) for test in _held_out(context)]
     return _Source(bank.edges, bank.residual.numpy(), bank.features, side=bank.side.numpy()), folds
 
@@ -178,7 +178,7 @@ def _from_forget_set(
     context: DifficultyContext, settings: CUDSettings, anchors: Any, methods: Sequence[str], at_least: int
 ) -> tuple[_Source, Folds]:
     """The forget set itself, calibrated by one run or by several that must agree, or with anchors given by hand."""
-    ids = list(context.forget["sample_id"])
+    ids = context.forget.ids
     side = given_sides(anchors, ids) if isinstance(anchors, dict) else None
     folds = [(test, np.setdiff1d(np.arange(len(ids)), test)) for test in _held_out(context)]
     if side is not None and any(not {-1, 1} <= set(side[rows]) for _, rows in folds):
@@ -257,7 +257,7 @@ def _check_bank(bank: AnchorBank, settings: CUDSettings, path: str) -> None:
 
 def _check_defined(scores: np.ndarray, context: DifficultyContext, settings: CUDSettings) -> None:
     """Raise `ValueError` naming the first sample without a score."""
-    ids = context.forget["sample_id"]
+    ids = context.forget.ids
     if settings.vector != "log":
         empty = (circuits_of(context.edges, settings, context.graph) == 0).all(1).nonzero().flatten().tolist()
         if empty:
