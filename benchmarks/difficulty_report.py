@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from cud_trainer.models.fingerprint import versions
 from evaluation import statistics as stats
-from evaluation.report.audit import averaged_residual
+from evaluation.trajectory import averaged_residual
 
 
 def read(args: argparse.Namespace, cell: Cell) -> dict | None:

@@ -10,7 +10,6 @@ chooses the retain weights is not among the seeds that are reported.
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import multiprocessing
 import os
@@ -32,15 +31,20 @@ from tqdm.auto import tqdm
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
 from cud_trainer.config import DEFAULT_SCHEDULE
 from cud_trainer.data import prepare_dataset
-from cud_trainer.difficulty import DifficultyScores
+from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.models.fingerprint import versions
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.scoring.calibration import CalibrationSettings
 
 from . import statistics as stats
-from .report import audit
+from .report.cells import interval_text, means
+from .report.circuits import circuit_section, strongest_edges
+from .report.difficulty import difficulty_section
+from .report.schema import DifficultySection, Head, jsonable
+from .report.tables import by_bucket
 from .trajectory import Path as RunPath
+from .trajectory import at_position, averaged_residual, matched_position
 
 CIRCUITS_FILE = "circuits.safetensors"
 METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
@@ -165,7 +169,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
     for name in ("forget", "retain_eval"):
         prepared = prepare_dataset(getattr(testbed, name), tokenizer, name=name)
         values = evaluate_memorization(model, prepared, tokenizer, batch_size=64, desc=f"measure {name}")
-        before["retain" if name == "retain_eval" else name] = audit.means(values, args.seed)
+        before["retain" if name == "retain_eval" else name] = means(values, args.seed)
     sizes = {
         "n_forget": len(testbed.forget),
         "n_retain": len(testbed.retain),
@@ -220,7 +224,7 @@ def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithful
     forget = prepare_dataset(build_testbed(args.seed).forget, tokenizer, name="forget")
     table = CircuitTable.load(output / CIRCUITS_FILE).aligned(list(forget["sample_id"]))
     kept = dataset_faithfulness(
-        model, forget, audit.strongest_edges(table), pad_token_id=tokenizer.pad_token_id, batch_size=40, seed=args.seed
+        model, forget, strongest_edges(table), pad_token_id=tokenizer.pad_token_id, batch_size=40, seed=args.seed
     )
     return table, kept
 
@@ -329,9 +333,9 @@ def run_job(job: Job) -> Outcome:
 def _at_level(path: RunPath, share: float) -> tuple[np.ndarray, float]:
     """Per-sample forget probability `[N]` where a run has forgotten most at matched retain utility, and its step."""
     forget, retain = np.array(path.forget), np.array(path.retain)
-    position = audit.matched_position(retain, forget.mean(1), share * retain[0])
+    position = matched_position(retain, forget.mean(1), share * retain[0])
     assert position is not None  # the start is above the level
-    return audit.at_position(forget, position), float(audit.at_position(np.array(path.steps), position))
+    return at_position(forget, position), float(at_position(np.array(path.steps), position))
 
 
 def _results(
@@ -355,8 +359,8 @@ def _results(
     for objective, options in OBJECTIVES.items():
         table = scores[objective]
         bucket = table.buckets("cud", BUCKETS)
-        residuals = [audit.averaged_residual(run.path.forget)[0] for run in grouped[objective, "uniform"]]
-        section = audit.difficulty_section(
+        residuals = [averaged_residual(run.path.forget)[0] for run in grouped[objective, "uniform"]]
+        section = difficulty_section(
             objective,
             table.columns,
             residuals,
@@ -364,12 +368,17 @@ def _results(
             "snapshots at which the mean forget probability is 15-75% of its start",
             seed=seed,
         )
-        against = audit.spearman_difference(table["cud"], table["loss"], np.mean(residuals, axis=0), seed=seed)
-        section["cud_minus_loss"] = against.as_dict()
+        against = stats.spearman_difference(table["cud"], table["loss"], np.mean(residuals, axis=0), seed=seed)
+        section.cud_minus_loss = against
         if objective == next(iter(OBJECTIVES)):
             note = f"Buckets are those of CUD calibrated for {objective}; what is left is that of {objective}, uniform."
-            pictures = audit.circuit_section(
-                circuits, bucket, np.mean(residuals, axis=0), seed=seed, note=note, kept=kept
+            pictures = circuit_section(
+                circuits,
+                table.bucketed("cud", BUCKETS),
+                np.mean(residuals, axis=0),
+                seed=seed,
+                note=note,
+                faithfulness=kept,
             )
         difficulty.append(section)
         findings.append(_difficulty_finding(objective, section, against))
@@ -383,10 +392,8 @@ def _results(
                 {
                     "schedule": schedule,
                     "retain_weight": runs[0].job.retain_weight,
-                    "forget": stats.bootstrap_mean(at_level[schedule], seed=seed).as_dict(),
-                    "hardest_bucket": stats.bootstrap_mean(
-                        at_level[schedule][bucket == BUCKETS - 1], seed=seed
-                    ).as_dict(),
+                    "forget": stats.bootstrap_mean(at_level[schedule], seed=seed),
+                    "hardest_bucket": stats.bootstrap_mean(at_level[schedule][bucket == BUCKETS - 1], seed=seed),
                     "steps": float(np.mean([step for _, step in found])),
                     "reason": None,
                 }
@@ -397,8 +404,8 @@ def _results(
         difference = {
             "schedule": SCHEDULES[1],
             "against": SCHEDULES[0],
-            "forget": stats.paired_difference(aware, uniform, seed=seed).as_dict(),
-            "hardest_bucket": stats.paired_difference(aware[hardest], uniform[hardest], seed=seed).as_dict(),
+            "forget": stats.paired_difference(aware, uniform, seed=seed),
+            "hardest_bucket": stats.paired_difference(aware[hardest], uniform[hardest], seed=seed),
         }
         matched.append(
             {"objective": objective, "retain_level": args.retain_level * start, "rows": rows, "difference": difference}
@@ -409,9 +416,7 @@ def _results(
         "it never mentions is not measured. The ceiling is that of few seeds, and noisy."
     )
     return {
-        "schema_version": 1,
-        "title": "cud demo: which fictitious authors are hard to forget?",
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **jsonable(Head.now("cud demo: which fictitious authors are hard to forget?")),
         "run": {
             "command": command.strip(),
             "seed": seed,
@@ -464,31 +469,32 @@ def _condition(
         "curve": curve,
         "final": {
             "seed": last.job.run_seed,
-            "forget": audit.means(last.forget, seed),
-            "retain": audit.means(last.retain, seed),
-            "buckets": audit.by_bucket(last.forget, bucket, seed),
+            "forget": means(last.forget, seed),
+            "retain": means(last.retain, seed),
+            "buckets": by_bucket(last.forget, Buckets(bucket, BUCKETS), seed),
         },
     }
 
 
-def _verdict(interval: dict[str, Any], lower: str, higher: str) -> str:
+def _verdict(interval: stats.Interval, lower: str, higher: str) -> str:
     """Stated rule: the 95% interval must exclude 0."""
-    if not np.isfinite(interval["value"]):
+    if not np.isfinite(interval.value):
         return "not to be compared (undefined)"
-    if interval["high"] < 0:
+    if interval.high < 0:
         return lower
-    return higher if interval["low"] > 0 else "no different within the noise"
+    return higher if interval.low > 0 else "no different within the noise"
 
 
-def _difficulty_finding(objective: str, section: dict[str, Any], against: stats.Interval) -> str:
-    found = {row["metric"]: row["spearman"] for row in section["rows"]}
-    partial = next(row["partial"] for row in section["rows"] if row["metric"] == "cud")
-    verdict = _verdict(against.as_dict(), "worse than the loss", "better than the loss")
+def _difficulty_finding(objective: str, section: DifficultySection, against: stats.Interval) -> str:
+    found = {row.metric: row.spearman for row in section.rows}
+    partial = next(row.partial for row in section.rows if row.metric == "cud")
+    assert partial is not None and section.ceiling is not None
+    verdict = _verdict(against, "worse than the loss", "better than the loss")
     return (
-        f"{objective}: Spearman with residual memorisation: CUD {audit.shown(found['cud'])}, as published "
-        f"{audit.shown(found['cud_paper'])}, circuit mass {audit.shown(found['circuit_mass'])}, initial loss "
-        f"{audit.shown(found['loss'])}; between seeds {section['ceiling']['agreement']['value']:.2f}. CUD is {verdict} "
-        f"(difference {audit.shown(against.as_dict())}); given loss and length {audit.shown(partial)}."
+        f"{objective}: Spearman with residual memorisation: CUD {interval_text(found['cud'])}, as published "
+        f"{interval_text(found['cud_paper'])}, circuit mass {interval_text(found['circuit_mass'])}, initial loss "
+        f"{interval_text(found['loss'])}; between seeds {section.ceiling.agreement.value:.2f}. CUD is {verdict} "
+        f"(difference {interval_text(against)}); given loss and length {interval_text(partial)}."
     )
 
 
@@ -498,10 +504,10 @@ def _schedule_finding(objective: str, matched: dict[str, Any]) -> str:
     verdict = _verdict(difference, "less is left than with uniform", "more is left than with uniform")
     return (
         f"{objective} at retain probability {matched['retain_level']:.3f}: hardest quarter left "
-        f"{audit.shown(uniform['hardest_bucket'])} with uniform (retain weight {uniform['retain_weight']:g}), "
-        f"{audit.shown(aware['hardest_bucket'])} with {aware['schedule']} (retain weight {aware['retain_weight']:g}); "
-        f"difference {audit.shown(difference)}: {verdict}. All samples: difference "
-        f"{audit.shown(matched['difference']['forget'])}."
+        f"{interval_text(uniform['hardest_bucket'])} with uniform (retain weight {uniform['retain_weight']:g}), "
+        f"{interval_text(aware['hardest_bucket'])} with {aware['schedule']} "
+        f"(retain weight {aware['retain_weight']:g}); difference {interval_text(difference)}: {verdict}. All samples: difference "
+        f"{interval_text(matched['difference']['forget'])}."
     )
 
 

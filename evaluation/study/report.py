@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,15 +12,19 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from cud_trainer.difficulty import DifficultyScores
+from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.fingerprint import versions
 from cud_trainer.schedule import parse
 
 from .. import statistics as stats
 from ..metrics.memorization import TOKEN_STATISTICS
-from ..report import audit
 from ..report import tables as sections
+from ..report.cells import Cell as Figure
+from ..report.cells import interval_text, means
+from ..report.difficulty import comparisons_note, difficulty_section
 from ..report.page import write_report
+from ..report.schema import DifficultySection, Head, Table, jsonable
+from ..trajectory import at_position, averaged_residual, matched_position
 from .command import SCORES, TUNED, Cell
 
 BASE = "uniform"
@@ -94,9 +97,9 @@ class Run:
         probability, and the step; without a retain set, at its end."""
         if self.retain is None:
             return self.forget[-1], float(self.steps[-1])
-        position = audit.matched_position(self.retain, self.forget.mean(1), share * self.retain[0])
+        position = matched_position(self.retain, self.forget.mean(1), share * self.retain[0])
         assert position is not None  # the start is above the level
-        return audit.at_position(self.forget, position), float(audit.at_position(self.steps, position))
+        return at_position(self.forget, position), float(at_position(self.steps, position))
 
 
 def first_seeds(cells: Sequence[Cell], tuning_seeds: int = 1) -> list[Cell]:
@@ -214,8 +217,8 @@ def write_study(
             tables.append(_relearning(panel, chosen, levels[0], seed))
         uniform = chosen.get(BASE, [])
         if uniform and uniform[0].scores is not None:
-            section = audit.difficulty_section(
-                panel, uniform[0].scores.columns, [audit.averaged_residual(list(run.forget))[0] for run in uniform],
+            section = difficulty_section(
+                panel, uniform[0].scores.columns, [averaged_residual(list(run.forget))[0] for run in uniform],
                 target=f"answer probability, mean over {len(uniform)} uniform runs and the snapshots at which 15-75% "
                 "of the starting probability are left", seed=seed,
             )  # fmt: skip
@@ -225,7 +228,7 @@ def write_study(
             scored = uniform[0].scores
             primary = None if scored is None else scored[scored.metrics[0]]
             extra, line = sections.group_table(left_at(chosen, levels[0])[BASE], groups, primary, seed)
-            tables.append({**extra, "id": f"groups-{len(tables)}", "title": f"By group: {panel}, {BASE}"})
+            tables.append(replace(extra, id=f"groups-{len(tables)}", title=f"By group: {panel}, {BASE}"))
             findings.append(f"{panel}, {BASE}: {line}")
     if failed:
         findings.append(f"{len(failed)} cells failed: {', '.join(failed)}")
@@ -239,9 +242,7 @@ def write_study(
             )
         )
     results: dict[str, Any] = {
-        "schema_version": 1,
-        "title": "cud study: schedules at matched retain utility",
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **jsonable(Head.now("cud study: schedules at matched retain utility")),
         "run": {
             "command": command, "seed": seed, "versions": versions(),
             "model": {"path": cells[0].settings["model"]["model_name_or_path"]},
@@ -251,9 +252,7 @@ def write_study(
         "conditions": conditions, "matched": matched, "tables": tables, "findings": findings,
     }  # fmt: skip
     if difficulty:
-        note = "Known before unlearning, against what uniform runs left. " + sections.comparisons_note(
-            len(difficulty[0]["rows"])
-        )
+        note = "Known before unlearning, against what uniform runs left. " + comparisons_note(len(difficulty[0].rows))
         results["difficulty"] = {"note": note, "objectives": difficulty}
     if any(row["chosen"] for row in fits):
         results["retain_weight_fit"] = fits
@@ -332,11 +331,10 @@ def verdict(hardest: stats.Interval, everything: stats.Interval) -> str:
     return f"less of the hardest bucket is left than with {BASE}{paid}"
 
 
-def _differences(
-    panel: str, compared: dict[float, dict[str, list[Run]]], seed: int
-) -> tuple[dict[str, Any], list[str]]:
+def _differences(panel: str, compared: dict[float, dict[str, list[Run]]], seed: int) -> tuple[Table, list[str]]:
     """Every schedule less `uniform` at every level, paired over samples, and by seed; findings for the first level."""
-    rows, findings = [], []
+    rows: list[tuple[str, list[Figure]]] = []
+    findings = []
     for level, chosen in compared.items():
         left = left_at(chosen, level)
         base, hardest = left[BASE], chosen[BASE][0].hardest
@@ -353,15 +351,17 @@ def _differences(
                 float((run.at(level)[0] - other.at(level)[0])[hardest].mean())
                 for run in group for other in chosen[BASE] if run.seed == other.seed
             ]  # fmt: skip
-            spread = f"{min(by_seed):.3f} to {max(by_seed):.3f}" if by_seed else sections.missing("no seed in common")
+            spread: Figure = (
+                f"{min(by_seed):.3f} to {max(by_seed):.3f}" if by_seed else sections.missing("no seed in common")
+            )
             relative = 100 * hard.value / max(float(base[hardest].mean()), 1e-12)
             label = schedule if len(compared) == 1 else f"{schedule}, at {level:g}"
-            rows.append((label, [hard.as_dict(), relative, spread, all_.as_dict(), own - tail]))
+            rows.append((label, [hard, relative, spread, all_, own - tail]))
             if level != next(iter(compared)):
                 continue
             findings.append(
                 f"{panel}: {schedule} less {BASE} at matched retain utility, hardest bucket "
-                f"{audit.shown(hard.as_dict())}, all {audit.shown(all_.as_dict())}: {verdict(hard, all_)}"
+                f"{interval_text(hard)}, all {interval_text(all_)}: {verdict(hard, all_)}"
             )
     table = sections.table(
         f"differences-{panel}", f"{panel}: less {BASE}, at matched retain utility",
@@ -372,7 +372,7 @@ def _differences(
     return table, findings
 
 
-def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: int) -> dict[str, Any]:
+def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: int) -> Table:
     """What comes back of samples that were not taught again, from the snapshot that has forgotten most at `level`."""
     again: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     taught = np.zeros(len(next(iter(chosen.values()))[0].ids), dtype=bool)
@@ -385,13 +385,13 @@ def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: in
     hardest = next(iter(chosen.values()))[0].hardest & ~taught
     rows = []
     for schedule, (before, after) in again.items():
-        cells: list[Any] = []
+        cells: list[Figure] = []
         for part in (hardest, ~taught):
             cells += [sections.mean(before[part], seed), sections.mean(after[part], seed)]
             if schedule == BASE or BASE not in again:
                 cells.append(sections.missing("the base"))
             else:
-                cells.append(stats.paired_difference(after[part], again[BASE][1][part], seed=seed).as_dict())
+                cells.append(stats.paired_difference(after[part], again[BASE][1][part], seed=seed))
         rows.append((schedule, cells))
     columns = [f"{part}, {what}" for part in ("hardest bucket", "all") for what in ("before", "after", f"less {BASE}")]
     return sections.table(
@@ -401,12 +401,12 @@ def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: in
     )  # fmt: skip
 
 
-def _best_predictor(panel: str, section: dict[str, Any]) -> str:
-    rows = sorted(section["rows"], key=lambda row: -(row["spearman"]["value"] or 0))
-    loss = next(row for row in section["rows"] if row["metric"] == "loss")
+def _best_predictor(panel: str, section: DifficultySection) -> str:
+    rows = sorted(section.rows, key=lambda row: -(row.spearman.value or 0))
+    loss = next(row for row in section.rows if row.metric == "loss")
     return (
-        f"{panel}: what uniform runs leave is predicted best by {rows[0]['label']}, Spearman "
-        f"{audit.shown(rows[0]['spearman'])}; initial log-probability {audit.shown(loss['spearman'])}"
+        f"{panel}: what uniform runs leave is predicted best by {rows[0].label}, Spearman "
+        f"{interval_text(rows[0].spearman)}; initial log-probability {interval_text(loss.spearman)}"
     )
 
 
@@ -429,9 +429,11 @@ def _condition(panel: str, schedule: str, runs: list[Run], n_buckets: int, seed:
             name: {key: column for key, column in part.items() if key not in TOKEN_STATISTICS}
             for name, part in ended.final.items()
         }
-        final = {"seed": ended.seed, **{name: audit.means(part, seed) for name, part in kept.items()}}
+        final = {"seed": ended.seed, **{name: means(part, seed) for name, part in kept.items()}}
         if ended.scores is not None:
-            final["buckets"] = audit.by_bucket(kept["forget"], ended.bucket, seed)
+            final["buckets"] = sections.by_bucket(
+                kept["forget"], Buckets(ended.bucket, int(ended.bucket.max()) + 1), seed
+            )
     return {
         "name": f"{panel} / {schedule}",
         "objective": panel,

@@ -16,11 +16,11 @@ from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_dataset
 from cud_trainer.logprobs import answer_probability
-from evaluation.report import audit
 from evaluation.statistics import Interval
 from evaluation.study import report as study_report
 from evaluation.study.command import Cell, StudyArguments, plan
 from evaluation.study.report import first_seeds, place, reported, verdict, worst_quarter
+from evaluation.trajectory import at_position, matched_position
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,9 +62,9 @@ def test_comparison_by_hand(finished):
     for path in (finished / "cells").glob("schedule=*"):
         run = json.loads((path / "result.json").read_text())
         forget, retain = np.array(run["forget"]), np.array(run["retain"])
-        position = audit.matched_position(retain, forget.mean(1), 0.95 * retain[0])
+        position = matched_position(retain, forget.mean(1), 0.95 * retain[0])
         schedule = re.search(r"schedule=(\w+)", path.name)[1]
-        level.setdefault(schedule, []).append(audit.at_position(forget, position))
+        level.setdefault(schedule, []).append(at_position(forget, position))
         assert run["steps"] == [0, 1, 2, 3, 4]
     scores = pd.read_parquet(next((finished / "cells").glob("scores-*/scores.parquet")))
     order = np.argsort(scores["loss"].to_numpy(), kind="stable")
