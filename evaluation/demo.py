@@ -506,8 +506,8 @@ def _schedule_finding(objective: str, matched: dict[str, Any]) -> str:
         f"{objective} at retain probability {matched['retain_level']:.3f}: hardest quarter left "
         f"{interval_text(uniform['hardest_bucket'])} with uniform (retain weight {uniform['retain_weight']:g}), "
         f"{interval_text(aware['hardest_bucket'])} with {aware['schedule']} "
-        f"(retain weight {aware['retain_weight']:g}); difference {interval_text(difference)}: {verdict}. All samples: difference "
-        f"{interval_text(matched['difference']['forget'])}."
+        f"(retain weight {aware['retain_weight']:g}); difference {interval_text(difference)}: {verdict}. "
+        f"All samples: difference {interval_text(matched['difference']['forget'])}."
     )
 
 
