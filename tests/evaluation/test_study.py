@@ -18,9 +18,11 @@ from cud_trainer.data import prepare_dataset
 from cud_trainer.logprobs import answer_probability
 from evaluation.report import audit
 from evaluation.statistics import Interval
-from evaluation.study import report as study_report
-from evaluation.study.command import Cell, StudyArguments, plan
-from evaluation.study.report import first_seeds, place, reported, verdict, worst_quarter
+from evaluation.study import runs as study_runs
+from evaluation.study.grid import Cell, plan
+from evaluation.study.options import StudyArguments
+from evaluation.study.report import verdict
+from evaluation.study.runs import coordinates, first_seeds, reported, worst_quarter
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,7 +151,7 @@ class Outcome:
 def test_settings_are_chosen_on_the_first_seeds_and_reported_on_the_others(tuning_seeds, best, reported_on):
     runs = [Outcome("lucky once", seed, left) for seed, left in ((1, 0.1), (2, 0.9), (3, 0.9))]
     runs += [Outcome("steady", seed, 0.3) for seed in (1, 2, 3)]
-    kept = study_report.tuned(runs, 0.95, tuning_seeds)
+    kept = study_runs.tuned(runs, 0.95, tuning_seeds)
     assert {run.tuning for run in kept} == {best} and [run.seed for run in kept] == reported_on
 
 
@@ -202,7 +204,7 @@ def test_scores_without_the_metric_are_refused(world, tuned, tmp_path, capsys):
 
 def test_a_finished_study_is_only_reported_again(world, finished, monkeypatch):
     before = results(finished)
-    monkeypatch.setattr("evaluation.study.command.subprocess.Popen", lambda *a, **k: pytest.fail("a cell ran again"))
+    monkeypatch.setattr("evaluation.study.pool.Worker.run", lambda *a: pytest.fail("a cell ran again"))
     assert main(config(world, finished)) == 0
     assert results(finished) == before
 
@@ -284,7 +286,7 @@ def test_cells_name_the_default_schedule():
     grid = {"learning_rate": [1e-4, 1e-3]}
     train = {"difficulty": "loss", "bf16": False, "use_cpu": True}
     cells = plan(StudyArguments(grid=grid, train=train), {})[1]
-    assert {place(cell).schedule for cell in cells} == {"upweight_hard+odds+per_sample_stop"}
+    assert {coordinates(cell).schedule for cell in cells} == {"upweight_hard+odds+per_sample_stop"}
     named = plan(StudyArguments(grid=grid, train={**train, "schedule": "upweight_hard+odds+per_sample_stop"}), {})[1]
     assert [cell.fingerprint for cell in cells] == [cell.fingerprint for cell in named]
 
