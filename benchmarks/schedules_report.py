@@ -11,8 +11,8 @@ from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
 from evaluation import statistics as stats
 from evaluation.report import audit
 from evaluation.report.plots import COLOURS
-from evaluation.study.command import Cell
-from evaluation.study.report import (
+from evaluation.study.grid import Cell
+from evaluation.study.runs import (
     BASE,
     Run,
     first_seeds,
