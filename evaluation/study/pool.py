@@ -50,9 +50,9 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type | None, *error: Any) -> None:
         for worker in self.workers:
-            worker.end()
+            worker.end(kill=kind is not None)
 
     def run(self, study: Path, cells: Sequence[Cell], work: Work = work_on) -> dict[str, str]:
         """Have what is not finished done; returns why cells failed, in one line each, by name."""
@@ -131,9 +131,10 @@ class Worker:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return f"{lines[-1][:300] if lines else 'no output'} (exit code {code}; {log})"
 
-    def end(self) -> None:
+    def end(self, kill: bool = False) -> None:
+        """Let the process end, or kill it in the middle of a cell."""
         if self.executor is not None:
-            self.executor.shutdown(kill_workers=True)
+            self.executor.shutdown(kill_workers=kill)
             self.executor = None
 
 
