@@ -236,7 +236,6 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> list[Run]:
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 2,
             "per_device_train_batch_size": n_forget // 2,
-            "per_device_eval_batch_size": 64,
             "bf16": False,
             "gradient_checkpointing": False,
             "dataloader_pin_memory": torch.cuda.is_available(),

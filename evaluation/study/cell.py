@@ -20,6 +20,8 @@ from ..trajectory import TradeoffCallback
 from .grid import Cell
 from .options import StudyArguments
 
+GENERATE_BATCH = 64  # generating is slow one by one
+
 
 @dataclass(frozen=True)
 class _World:
@@ -196,7 +198,7 @@ def _final_metrics(
                 model,
                 part,
                 tokenizer,
-                batch_size=args.per_device_eval_batch_size,
+                batch_size=GENERATE_BATCH if generate else args.per_device_eval_batch_size,
                 generate=generate,
                 token_statistics=True,
             )
