@@ -3,14 +3,14 @@
 Authors who do not exist -> a Llama that knows them by heart -> difficulty scores -> GradDiff and NPO, each uniform and
 difficulty-aware, with the retain weight fitted for each -> comparison at matched retain utility -> report.
 
-Honest by construction: no sample helps to score itself (cross-fitting). Retain utility is measured on questions that
-the retain loss never sees (their answers it does: it is robustness to rewording, not wider knowledge). The seed that
-chooses the retain weights is not among the seeds that are reported.
+No sample helps to score itself (cross-fitting). The seed that chooses the retain weights is not among the seeds that
+are reported. Schedules are compared on the worst quarter by outcome, of every run its own, and by seed: the quarter
+that CUD ranks hardest is the one that the schedule weights up. Retain utility is measured on questions that the retain
+loss never sees (their answers it does: it is robustness to rewording, not wider knowledge).
 """
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
 import sys
@@ -19,37 +19,29 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
-from cud_trainer.config import DEFAULT_SCHEDULE
 from cud_trainer.data import prepare_dataset
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
-from cud_trainer.models.fingerprint import versions
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.scoring.calibration import CalibrationSettings
 
-from . import statistics as stats
-from .metrics.memorization import TOKEN_STATISTICS
+from . import demo_report
+from .demo_report import BUCKETS, OBJECTIVES, SCHEDULES
 from .report import audit
-from .study.report import condition
-from .study.runs import Run, grouped, left_at, trials, tuned
+from .study.runs import Run
 
 CIRCUITS_FILE = "circuits.safetensors"
 SETS = ("forget", "retain", "retain_eval")
 METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
-BUCKETS = 4
-OBJECTIVES = ("graddiff", "npo")
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
 LEARNING_RATE, PASSES = 1e-3, 12
-SCHEDULES = ("uniform", DEFAULT_SCHEDULE)
 
 
 @dataclass
@@ -112,9 +104,13 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
     with clock("unlearn"):
         runs = _unlearn(args, output, sizes["n_forget"])
     with clock("report"):
-        results = _results(args, command, before, sizes, scores, *_circuits(args, output), runs)
+        chosen = demo_report.reported(runs, args.retain_level, args.seed)
+        circuits, faithfulness = _circuits(args, output)
+        results = demo_report.results(
+            command, before, sizes, scores, circuits, faithfulness, runs, retain_level=args.retain_level, seed=args.seed
+        )
         results["run"]["seconds"] = clock.seconds
-        per_sample = _per_sample(scores, _reported(runs, args))
+        per_sample = demo_report.per_sample(scores, chosen)
     write_report(results, output, per_sample)
     return results
 
@@ -245,180 +241,6 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> list[Run]:
     for name, reason in finished.failed.items():
         raise ValueError(f"run {name} failed: {reason}")
     return finished.runs()
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def _reported(runs: list[Run], args: DemoArguments) -> list[Run]:
-    """Of each condition, the runs with the retain weight that leaves least on the first seed; the other seeds."""
-    chosen = []
-    for same in grouped(runs, attrgetter("panel", "schedule")).values():
-        chosen += [run for run in tuned(same, args.retain_level, tune_on="all") if run.seed != args.seed]
-    return chosen
-
-
-def _results(
-    args: DemoArguments,
-    command: str,
-    before: dict[str, Any],
-    sizes: dict[str, Any],
-    scores: dict[str, DifficultyScores],
-    circuits: CircuitTable,
-    faithfulness: Faithfulness,
-    runs: list[Run],
-) -> dict[str, Any]:
-    """The contents of `results.json`, but for the seconds."""
-    seed = args.seed
-    by_condition = grouped(_reported(runs, args), attrgetter("panel", "schedule"))
-    fit = []
-    for (objective, schedule), same in grouped(runs, attrgetter("panel", "schedule")).items():
-        fit += trials(same, by_condition[objective, schedule], args.retain_level, objective)
-    findings: list[str] = []
-    difficulty, conditions, matched = [], [], []
-    for objective in OBJECTIVES:
-        uniform = by_condition[objective, SCHEDULES[0]]
-        residuals = [audit.averaged_residual(list(run.forget))[0] for run in uniform]
-        section, against = _difficulty(objective, scores[objective], residuals, seed)
-        if objective == OBJECTIVES[0]:
-            note = f"Buckets are those of CUD calibrated for {objective}; what is left is that of {objective}, uniform."
-            pictures = audit.circuit_section(
-                circuits, uniform[0].bucket, np.mean(residuals, axis=0), seed=seed, note=note, kept=faithfulness
-            )
-        difficulty.append(section)
-        findings.append(_difficulty_finding(objective, section, against))
-        chosen = {schedule: by_condition[objective, schedule] for schedule in SCHEDULES}
-        conditions += [
-            {**condition(objective, schedule, group, seed), "passes": PASSES} for schedule, group in chosen.items()
-        ]
-        matched.append(_matched(objective, chosen, args))
-        findings.append(_schedule_finding(objective, matched[-1]))
-    findings.append(
-        "Retain utility is measured on retained facts asked in other words than the retain loss uses; knowledge that "
-        "it never mentions is not measured. The ceiling is that of few seeds, and noisy."
-    )
-    return {
-        "schema_version": 1,
-        "title": "cud demo: which fictitious authors are hard to forget?",
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "run": {
-            "command": command.strip(),
-            "seed": seed,
-            "versions": versions(),
-            "model": {key: sizes[key] for key in ("parameters", "layers", "hidden_size", "vocabulary")},
-            "data": {key: value for key, value in sizes.items() if key.startswith("n_")},
-            "seconds": {},
-        },
-        "before": before,
-        "difficulty": {
-            "note": "Spearman correlation of each metric, computed before unlearning, with what is left afterwards. "
-            "CUD is cross-fitted: anchors never include the author that is scored. One model and one forget set: "
-            "intervals are over its samples, not over models.",
-            "objectives": difficulty,
-        },
-        "circuits": pictures,
-        "conditions": conditions,
-        "retain_weight_fit": fit,
-        "fit_note": "Fitted for each condition on a seed of its own, by the lowest mean forget probability at matched "
-        "retain utility.",
-        "matched": matched,
-        "findings": findings,
-    }
-
-
-def _difficulty(
-    objective: str, scores: DifficultyScores, residuals: list[np.ndarray], seed: int
-) -> tuple[dict[str, Any], stats.Interval]:
-    """How well each metric predicts what uniform runs leave, and by how much CUD does better than the loss."""
-    section = audit.difficulty_section(
-        objective,
-        scores.columns,
-        residuals,
-        target=f"answer probability after uniform unlearning, mean over {len(residuals)} seeds and over the "
-        "snapshots at which the mean forget probability is 15-75% of its start",
-        seed=seed,
-    )
-    against = audit.spearman_difference(scores["cud"], scores["loss"], np.mean(residuals, axis=0), seed=seed)
-    section["cud_minus_loss"] = against.as_dict()
-    return section, against
-
-
-def _matched(objective: str, chosen: dict[str, list[Run]], args: DemoArguments) -> dict[str, Any]:
-    """What each schedule leaves at matched retain utility, and the difference."""
-    left = left_at(chosen, args.retain_level)
-    hardest = chosen[SCHEDULES[0]][0].hardest
-    rows = [
-        {
-            "schedule": schedule,
-            "retain_weight": group[0].options["retain_weight"],
-            "forget": stats.bootstrap_mean(left[schedule], seed=args.seed).as_dict(),
-            "hardest_bucket": stats.bootstrap_mean(left[schedule][hardest], seed=args.seed).as_dict(),
-            "steps": float(np.mean([run.at(args.retain_level)[1] for run in group])),
-            "reason": None,
-        }
-        for schedule, group in chosen.items()
-    ]
-    uniform, aware = (left[schedule] for schedule in SCHEDULES)
-    difference = {
-        "schedule": SCHEDULES[1],
-        "against": SCHEDULES[0],
-        "forget": stats.paired_difference(aware, uniform, seed=args.seed).as_dict(),
-        "hardest_bucket": stats.paired_difference(aware[hardest], uniform[hardest], seed=args.seed).as_dict(),
-    }
-    level = args.retain_level * float(chosen[SCHEDULES[0]][0].retain[0])
-    return {"objective": objective, "retain_level": level, "rows": rows, "difference": difference}
-
-
-def _verdict(interval: dict[str, Any], lower: str, higher: str) -> str:
-    """Stated rule: the 95% interval must exclude 0."""
-    if not np.isfinite(interval["value"]):
-        return "not to be compared (undefined)"
-    if interval["high"] < 0:
-        return lower
-    return higher if interval["low"] > 0 else "no different within the noise"
-
-
-def _difficulty_finding(objective: str, section: dict[str, Any], against: stats.Interval) -> str:
-    found = {row["metric"]: row["spearman"] for row in section["rows"]}
-    partial = next(row["partial"] for row in section["rows"] if row["metric"] == "cud")
-    verdict = _verdict(against.as_dict(), "worse than the loss", "better than the loss")
-    return (
-        f"{objective}: Spearman with residual memorisation: CUD {audit.shown(found['cud'])}, as published "
-        f"{audit.shown(found['cud_paper'])}, circuit mass {audit.shown(found['circuit_mass'])}, initial loss "
-        f"{audit.shown(found['loss'])}; between seeds {section['ceiling']['agreement']['value']:.2f}. CUD is {verdict} "
-        f"(difference {audit.shown(against.as_dict())}); given loss and length {audit.shown(partial)}."
-    )
-
-
-def _schedule_finding(objective: str, matched: dict[str, Any]) -> str:
-    uniform, aware = matched["rows"]
-    difference = matched["difference"]["hardest_bucket"]
-    verdict = _verdict(difference, "less is left than with uniform", "more is left than with uniform")
-    return (
-        f"{objective} at retain probability {matched['retain_level']:.3f}: hardest quarter left "
-        f"{audit.shown(uniform['hardest_bucket'])} with uniform (retain weight {uniform['retain_weight']:g}), "
-        f"{audit.shown(aware['hardest_bucket'])} with {aware['schedule']} (retain weight {aware['retain_weight']:g}); "
-        f"difference {audit.shown(difference)}: {verdict}. All samples: difference "
-        f"{audit.shown(matched['difference']['forget'])}."
-    )
-
-
-def _per_sample(scores: dict[str, DifficultyScores], runs: list[Run]) -> pd.DataFrame:
-    """One row per forget sample: difficulty by objective, and what every reported run left at its end. No text."""
-    first = next(iter(scores.values()))
-    frame = pd.DataFrame({"sample_id": first.ids, "fold": first.fold})
-    for objective, table in scores.items():
-        for name, values in table.columns.items():
-            frame[f"{objective}/{name}"] = values
-        frame[f"{objective}/bucket"] = table.buckets("cud", BUCKETS) + 1
-    for run in runs:
-        label = f"{run.panel}-{run.schedule}-w{run.options['retain_weight']:g}-s{run.seed}"
-        frame[f"{label}/probability"] = run.forget[-1]
-        if run.cell.settings.get("generate"):
-            for name, values in run.final["forget"].items():
-                if name not in TOKEN_STATISTICS:
-                    frame[f"{label}/{name}"] = values
-    return frame
 
 
 # -- plumbing ----------------------------------------------------------------------------------------------------------
