@@ -16,7 +16,7 @@ from .tables import table
 # How the metrics are called in reports, and whether they are trivial (no circuit needed).
 LABELS = {
     "cud": ("CUD", "circuit"),
-    "cud_paper": ("CUD (as published)", "circuit"),
+    "cud_paper": ("CUD, top 200 edges by cosine (cud_paper)", "circuit"),
     "circuit_mass": ("circuit mass", "circuit"),
     "loss": ("initial log-probability", "trivial"),
     "length": ("answer length", "trivial"),
