@@ -237,13 +237,13 @@ def epoch(model, tokenizer, testbed, batch_size: int) -> None:
     """One pass of plain training over the forget set: the unit of cost."""
     import torch
 
-    from cud_trainer.data import length_sorted_batches, prepare_dataset
+    from cud_trainer.data import prepare_samples
     from cud_trainer.logprobs import score_answers
 
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    prepared = prepare_dataset(testbed.forget, tokenizer, name="forget")
-    for _, batch in length_sorted_batches(prepared, batch_size, tokenizer.pad_token_id):
+    prepared = prepare_samples(testbed.forget, tokenizer, name="forget")
+    for _, batch in prepared.batches(batch_size):
         (-score_answers(model, batch).mean_logps).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

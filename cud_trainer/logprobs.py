@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .data import IGNORE_INDEX, length_sorted_batches
+from .data import IGNORE_INDEX, Samples
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -133,9 +132,8 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
 @torch.no_grad()
 def answer_probability(
     model: PreTrainedModel,
-    prepared: Dataset,
+    samples: Samples,
     *,
-    pad_token_id: int,
     batch_size: int = 64,
     device: torch.device | str | None = None,
 ) -> np.ndarray:
@@ -146,9 +144,9 @@ def answer_probability(
     """
     if device is None:
         device = model.get_input_embeddings().weight.device
-    values = torch.zeros(len(prepared), dtype=torch.float64)
+    values = torch.zeros(len(samples), dtype=torch.float64)
     with evaluation_mode(model):
-        for rows, batch in length_sorted_batches(prepared, batch_size, pad_token_id, device=device):
+        for rows, batch in samples.batches(batch_size, device=device):
             values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
     return values.numpy()
 

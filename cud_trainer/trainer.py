@@ -9,6 +9,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ from trl.trainer import disable_dropout_in_model
 
 from .config import CUDConfig
 from .data import (
-    IGNORE_INDEX,
     PairedCollator,
+    Samples,
     check_disjoint,
     check_tokenizer,
-    dataset_fingerprint,
     evenly_spaced,
     prepare_dataset,
+    prepare_samples,
 )
 from .difficulty import DifficultyScores
 from .difficulty.gradients import GradientRecorder
@@ -160,7 +161,7 @@ class CUDTrainer(SFTTrainer):
                 "needs one"
             )
         groups = [args.group_column] if args.group_column else []
-        self.forget = prepare_dataset(
+        self.forget = prepare_samples(
             forget_dataset,
             processing_class,
             max_length=args.max_length,
@@ -168,15 +169,15 @@ class CUDTrainer(SFTTrainer):
             keep_columns=groups,
             counterfactual_column=args.counterfactual_column,
         )
-        self.retain: Dataset | None = None
+        self.retain: Samples | None = None
         if retain_dataset is not None:
-            self.retain = prepare_dataset(retain_dataset, processing_class, max_length=args.max_length, name="retain")
+            self.retain = prepare_samples(retain_dataset, processing_class, max_length=args.max_length, name="retain")
             check_disjoint(self.forget, self.retain)
         if args.difficulty is not None and len(self.forget) < args.n_buckets:
             raise ValueError(f"cannot make {args.n_buckets} difficulty buckets of {len(self.forget)} forget samples")
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args.max_length)
-        self.forget_ids: list[str] = list(self.forget["sample_id"])
-        retain_ids = list(self.retain["sample_id"]) if loss.uses_retain and self.retain is not None else None
+        self.forget_ids: list[str] = list(self.forget.ids)
+        retain_ids = list(self.retain.ids) if loss.uses_retain and self.retain is not None else None
         global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = -(-len(self.forget) * args.passes // global_batch)
         if args.max_steps > steps:
@@ -241,8 +242,8 @@ class CUDTrainer(SFTTrainer):
             self.forget_ids,
             retain_ids,
             global_batch,
-            forget_lengths=_answer_lengths(self.forget) if tokens else None,
-            retain_lengths=_answer_lengths(self.retain) if tokens and retain_ids and self.retain is not None else None,
+            forget_lengths=self.forget.answer_lengths if tokens else None,
+            retain_lengths=self.retain.answer_lengths if tokens and retain_ids and self.retain is not None else None,
         )
         steps = len(rows["row"]) // global_batch
         self._within = self.schedule.weight_within_batches(global_batch)
@@ -253,13 +254,12 @@ class CUDTrainer(SFTTrainer):
         collator = PairedCollator(
             self.forget,
             self.retain if loss.uses_retain else None,
-            int(processing_class.pad_token_id),  # type: ignore[arg-type]
             args.pad_to_multiple_of,
             loss.uses_alternative,
         )
         self._own_evaluation = eval_dataset is None and args.eval_strategy != "no"
         if self._own_evaluation:  # the base class asks for a dataset; `evaluate` looks at forget and retain set
-            eval_dataset = self.forget
+            eval_dataset = self.forget.dataset
         super().__init__(
             model=model,
             args=args,
@@ -277,7 +277,7 @@ class CUDTrainer(SFTTrainer):
         index = {sample_id: row for row, sample_id in enumerate(self.forget_ids)}
         self._forget_row = np.array([index[sample_id] for sample_id in self.schedule.order.tolist()])
         with _on_device(self.model, args):
-            self.reference = self._reference(collator.pad_token_id)
+            self.reference = self._reference()
             # Only a run that looks at itself after every step pays for it.
             self._stepwise = bool(self.schedule.dynamic) or any(
                 limit is not None for limit in (args.retain_limit, args.target_forget_prob)
@@ -328,7 +328,7 @@ class CUDTrainer(SFTTrainer):
     ) -> DifficultyScores | None:
         if args.difficulty is None:
             return None
-        here = {"model": model_fingerprint(model), "dataset": dataset_fingerprint(self.forget)}
+        here = {"model": model_fingerprint(model), "dataset": self.forget.fingerprint}
         if given is not None:
             given.check_provenance(**here)
             return given
@@ -341,7 +341,7 @@ class CUDTrainer(SFTTrainer):
             "objective": [args.objective, args.objective_args, args.retain_loss, args.retain_weight],
             "learning_rate": args.learning_rate,
             "passes": args.passes,
-            "retain": None if self.retain is None else dataset_fingerprint(self.retain),
+            "retain": None if self.retain is None else self.retain.fingerprint,
             "adapter": adapter_identity(peft_config),
             "alternatives": alternatives_fingerprint(self.forget),
             "trainable_layers": args.trainable_layers,
@@ -367,7 +367,7 @@ class CUDTrainer(SFTTrainer):
                 metrics=metrics,
                 retain_dataset=self.retain,
                 work_dir=work_dir,
-                **{**args.scoring_options(peft_config), "counterfactual_column": None},  # it is in the prepared samples
+                **args.scoring_options(peft_config),
             )
         scores.provenance["request"] = request
         if args.world_size > 1:  # rounding may differ between devices, the plan must not
@@ -379,7 +379,7 @@ class CUDTrainer(SFTTrainer):
             remove_work(work_dir)
         return scores
 
-    def _alternatives(self, model: nn.Module, args: CUDConfig, dataset: Dataset, tokenizer: Any) -> Dataset:
+    def _alternatives(self, model: nn.Module, args: CUDConfig, dataset: Dataset, tokenizer: Any) -> Samples:
         """The forget set with the alternative answers that the objective asks for, the same on all processes."""
         source = args.unlearning_loss.spec.alternative
         if source is None:
@@ -390,12 +390,13 @@ class CUDTrainer(SFTTrainer):
         shared: list[Any] = [None]
         if args.process_index == 0:
             with _on_device(model, args):
-                shared = [with_alternatives(self.forget, dataset, tokenizer, source, model=model, **options).to_dict()]
+                samples = with_alternatives(self.forget, dataset, tokenizer, source, model=model, **options)
+                shared = [samples.dataset.to_dict()]
         if args.world_size > 1:
             broadcast_object_list(shared)
-        return Dataset.from_dict(shared[0])
+        return replace(self.forget, dataset=Dataset.from_dict(shared[0]))
 
-    def _reference(self, pad_token_id: int) -> Reference:
+    def _reference(self) -> Reference:
         """Reference quantities, from `output_dir` where an earlier start of this run left them."""
         loss, args = self.unlearning_loss, self.args
         if not loss.uses_reference and not loss.uses_hidden:
@@ -403,8 +404,8 @@ class CUDTrainer(SFTTrainer):
         device = self.model.get_input_embeddings().weight.device
         parts = [
             model_fingerprint(self.accelerator.unwrap_model(self.model)),
-            dataset_fingerprint(self.forget),
-            "" if self.retain is None else dataset_fingerprint(self.retain),
+            self.forget.fingerprint,
+            "" if self.retain is None else self.retain.fingerprint,
             str(alternatives_fingerprint(self.forget)),
             json.dumps([loss.objective, loss.objective_args, loss.retain_loss, loss.reference_top_k, args.seed]),
             f"{args.bf16}{args.fp16}{args.per_device_train_batch_size}",
@@ -419,7 +420,6 @@ class CUDTrainer(SFTTrainer):
                 self.model,
                 self.forget,
                 self.retain,
-                pad_token_id=pad_token_id,
                 batch_size=args.per_device_train_batch_size,
                 device=device,
                 seed=args.seed,
@@ -606,22 +606,21 @@ class CUDTrainer(SFTTrainer):
             found["balance"] = 2 * forgotten * retained / total if kept and total > 0 else forgotten
         return PredictionOutput(probability, None, {f"{metric_key_prefix}_{k}": v for k, v in found.items()})
 
-    def _evaluated_retain(self) -> Dataset | None:
+    def _evaluated_retain(self) -> Samples | None:
         if self.retain is None:
             return None
         return evenly_spaced(self.retain, self.args.eval_retain_samples)
 
-    def _probabilities(self, prepared: Dataset) -> np.ndarray:
+    def _probabilities(self, samples: Samples) -> np.ndarray:
         """Answer probability of each sample, `[N]`, shared among the processes."""
-        world, count = self.args.world_size, len(prepared)
+        world, count = self.args.world_size, len(samples)
         # Every process does as many forward passes: sharded models need all of them for each.
         rows = np.arange(self.args.process_index, world * -(-count // world), world) % count
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         with self.accelerator.autocast():
             part = answer_probability(
                 self.model_wrapped if sharded else self.model,
-                prepared.select(rows),
-                pad_token_id=int(self.processing_class.pad_token_id),
+                samples.select(rows),
                 batch_size=self.args.per_device_eval_batch_size,
                 device=self.args.device if sharded else None,
             )
@@ -902,11 +901,6 @@ def _needed_metrics(args: CUDConfig) -> list[str]:
     if args.difficulty is None:
         return []
     return merge_metrics(args.difficulty, [*args.schedule_metrics, "loss", "length"])
-
-
-def _answer_lengths(prepared: Dataset) -> np.ndarray:
-    """Answer tokens of each sample that can be predicted, `[N]`."""
-    return np.array([sum(label != IGNORE_INDEX for label in labels[1:]) for labels in prepared["labels"]])
 
 
 def _check_quantised(model: nn.Module, peft_config: Any) -> None:

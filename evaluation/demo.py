@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.objectives import UnlearningLoss
@@ -134,7 +134,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
         getattr(testbed, name).to_json(_data(output, name))
     before = {}
     for name in ("forget", "retain_eval"):
-        prepared = prepare_dataset(getattr(testbed, name), tokenizer, name=name)
+        prepared = prepare_samples(getattr(testbed, name), tokenizer, name=name)
         values = evaluate_memorization(model, prepared, tokenizer, batch_size=64, desc=f"measure {name}")
         before["retain" if name == "retain_eval" else name] = means(values, args.seed)
     sizes = {
@@ -188,11 +188,9 @@ def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithful
     from .testbed import build_testbed
 
     model, tokenizer = _load(output)
-    forget = prepare_dataset(build_testbed(args.seed).forget, tokenizer, name="forget")
+    forget = prepare_samples(build_testbed(args.seed).forget, tokenizer, name="forget")
     table = CircuitTable.load(output / CIRCUITS_FILE).aligned(list(forget["sample_id"]))
-    faithfulness = dataset_faithfulness(
-        model, forget, strongest_edges(table), pad_token_id=tokenizer.pad_token_id, batch_size=40, seed=args.seed
-    )
+    faithfulness = dataset_faithfulness(model, forget, strongest_edges(table), batch_size=40, seed=args.seed)
     return table, faithfulness
 
 
@@ -209,7 +207,8 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> list[Run]:
     if workers > 1:  # the runs are too small to use several threads each
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     study = StudyArguments(
-        **{f"{name}_dataset": str(_data(output, name)) for name in ("forget", "retain")},
+        forget_dataset=str(_data(output, "forget")),
+        retain_dataset=str(_data(output, "retain")),
         utility_dataset=str(_data(output, "retain_eval")),
         output_dir=str(folder),
         workers=workers,

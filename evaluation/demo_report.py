@@ -151,7 +151,9 @@ def _matched(objective: str, chosen: dict[str, list[Run]], retain_level: float, 
         }
         for schedule, group in chosen.items()
     ]
-    level = retain_level * float(chosen[SCHEDULES[0]][0].retain[0])
+    utility = chosen[SCHEDULES[0]][0].retain
+    assert utility is not None  # the demo has a retain set
+    level = retain_level * float(utility[0])
     # No difference over samples: two schedules differ from seed to seed by far more.
     return {"objective": objective, "retain_level": level, "rows": rows, "difference": None}
 
@@ -162,8 +164,8 @@ def _difficulty_finding(objective: str, section: DifficultySection, against: sta
     assert partial is not None and section.ceiling is not None  # of CUD, over several seeds
     return (
         f"{objective}: Spearman with residual memorisation: CUD {interval_text(spearman['cud'])}, its top-k cosine "
-        f"form (cud_paper, inspired by the paper, not as published) {interval_text(spearman['cud_paper'])}, circuit mass "
-        f"{interval_text(spearman['circuit_mass'])}, initial loss {interval_text(spearman['loss'])}; between seeds "
+        f"form (cud_paper, inspired by the paper, not as published) {interval_text(spearman['cud_paper'])}, circuit "
+        f"mass {interval_text(spearman['circuit_mass'])}, initial loss {interval_text(spearman['loss'])}; between seeds "
         f"{section.ceiling.agreement.value:.2f}. CUD less loss {interval_text(against)}; CUD given "
         f"loss and length {interval_text(partial)}. Intervals are over the samples of one model, and "
         "say nothing of another."

@@ -25,11 +25,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import BATCH_BYTES, COUNTERFACTUAL, pad_samples, plan_batches
+from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
 from ..logprobs import AnswerScores, evaluation_mode, position_ids, score_answers
 from ..models.layers import base_causal_lm
 from ..resumable import WorkDir, run_batches
@@ -319,22 +318,21 @@ def bytes_per_token(model: PreTrainedModel, parts: DecoderParts) -> float:
 
 def attribute_dataset(
     model: PreTrainedModel,
-    prepared: Dataset,
+    samples: Samples,
     *,
-    pad_token_id: int,
     batch_size: int | None = None,
     batch_bytes: int = BATCH_BYTES,
     work: WorkDir | None = None,
     progress: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Graph]:
-    """Edge scores of every sample of a prepared dataset, computed by all processes together.
+    """Edge scores of every sample of some samples, computed by all processes together.
 
     Args:
         batch_size: samples of a batch at most.
         batch_bytes: memory of a batch at most, see `cud_trainer.data.plan_batches`.
         work: keeps finished batches.
-        **options: of `edge_attributions`; `baseline="mean"` takes the means over `prepared`.
+        **options: of `edge_attributions`; `baseline="mean"` takes the means over `samples`.
 
     Returns:
         `(edges [N, n_edges] float32, mean answer log-probs [N], answer lengths [N], graph)`, rows in dataset order.
@@ -344,14 +342,11 @@ def attribute_dataset(
     """
     parts = decoder_parts(model)
     graph = parts.graph(options.get("ungroup_kv", False))
-    lengths = [len(tokens) for tokens in prepared["input_ids"]]
-    plan = plan_batches(
-        lengths, bytes_per_token=bytes_per_token(model, parts), batch_size=batch_size, batch_bytes=batch_bytes
-    )
+    plan = samples.plan(bytes_per_token=bytes_per_token(model, parts), batch_size=batch_size, batch_bytes=batch_bytes)
     device = embedding_device(model)
     if options.get("baseline") == "mean" and "means" not in options:
         # every process by itself: a sum over processes would depend on their number
-        options["means"] = mean_outputs(model, (pad_samples(prepared, rows, pad_token_id) for rows in plan))
+        options["means"] = mean_outputs(model, (samples.pad(rows) for rows in plan))
 
     def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         result = edge_attributions(model, batch, **options)
@@ -361,10 +356,8 @@ def attribute_dataset(
             "lengths": result.lengths,
         }
 
-    found = run_batches(
-        "circuits", prepared, compute, plan, pad_token_id=pad_token_id, device=device, work=work, progress=progress
-    )
+    found = run_batches("circuits", samples, compute, plan, device=device, work=work, progress=progress)
     broken = (~found["edges"].isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
-        raise ValueError(f"edge scores of sample {prepared['sample_id'][broken[0]]!r} are not finite")
+        raise ValueError(f"edge scores of sample {samples.ids[broken[0]]!r} are not finite")
     return found["edges"], found["mean_logps"], found["lengths"], graph

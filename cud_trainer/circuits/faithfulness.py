@@ -8,12 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import BATCH_BYTES, COUNTERFACTUAL, pad_samples, plan_batches
+from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
 from ..logprobs import score_answers
 from .architectures import DecoderParts, decoder_parts
 from .attribution import (
@@ -114,37 +113,35 @@ def faithfulness(
 
 def dataset_faithfulness(
     model: PreTrainedModel,
-    prepared: Dataset,
+    samples: Samples,
     circuits: Tensor,
     *,
-    pad_token_id: int,
     batch_size: int | None = None,
     batch_bytes: int = BATCH_BYTES,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
 ) -> Faithfulness:
-    """`faithfulness` of every sample of a prepared dataset, rows in dataset order.
+    """`faithfulness` of every sample of some, rows in dataset order.
 
     Args:
         circuits: bool `[N, n_edges]`.
         batch_size: samples of a batch at most.
         batch_bytes: memory of a batch at most, see `cud_trainer.data.plan_batches`.
-        **options: of `faithfulness`; `baseline="mean"` takes the means over `prepared`.
+        **options: of `faithfulness`; `baseline="mean"` takes the means over `samples`.
 
     Raises:
         ValueError: as `faithfulness`.
     """
     parts = decoder_parts(model)
-    check_circuits(circuits, prepared["input_ids"], parts.graph(options.get("ungroup_kv", False)))
-    lengths = [len(tokens) for tokens in prepared["input_ids"]]
+    check_circuits(circuits, samples, parts.graph(options.get("ungroup_kv", False)))
     # one copy of the residual stream for every destination, beside what a pass takes
     per_token = bytes_per_token(model, parts) + 12.0 * parts.n_heads * parts.hidden_size
-    plan = plan_batches(lengths, bytes_per_token=per_token, batch_size=batch_size, batch_bytes=batch_bytes)
+    plan = samples.plan(bytes_per_token=per_token, batch_size=batch_size, batch_bytes=batch_bytes)
     if options.get("baseline") == "mean" and "means" not in options:
-        options["means"] = mean_outputs(model, (pad_samples(prepared, rows, pad_token_id) for rows in plan))
+        options["means"] = mean_outputs(model, (samples.pad(rows) for rows in plan))
     found = [
-        faithfulness(model, pad_samples(prepared, rows, pad_token_id), circuits[rows], seed=seed + rows[0], **options)
+        faithfulness(model, samples.pad(rows), circuits[rows], seed=seed + rows[0], **options)
         for rows in tqdm(plan, desc="faithfulness", disable=not progress)
     ]
     order = torch.tensor([row for rows in plan for row in rows]).argsort()

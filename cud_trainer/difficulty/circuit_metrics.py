@@ -39,7 +39,7 @@ def circuit_mass(context: DifficultyContext) -> np.ndarray:
     mass = context.edges.double().abs().sum(1)
     empty = (mass == 0).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"the circuit of sample {context.forget['sample_id'][empty[0]]!r} is empty: all edges score 0")
+        raise ValueError(f"the circuit of sample {context.forget.ids[empty[0]]!r} is empty: all edges score 0")
     return -mass.log().numpy()
 
 
@@ -66,7 +66,7 @@ def signature(context: DifficultyContext, *, name: str = "mean_edge_length", k: 
     empty = np.flatnonzero(~np.isfinite(values))
     if empty.size:
         raise ValueError(
-            f"the circuits of {empty.size} samples are empty, the first is {context.forget['sample_id'][empty[0]]!r}: "
+            f"the circuits of {empty.size} samples are empty, the first is {context.forget.ids[empty[0]]!r}: "
             "they have no signature"
         )
     return values
@@ -150,7 +150,7 @@ def cud(
         features = [name for name in FEATURES if name != "gradients"]
     settings = CUDSettings(variant, vector, k, distance, anchor_share, selection, prune, features)  # type: ignore[arg-type]
     _check_anchors(settings, anchors, methods, at_least)
-    ids = list(context.forget["sample_id"])
+    ids = context.forget.ids
     tests = [np.flatnonzero(context.fold == held_out) for held_out in np.unique(context.fold)]
     # Cheap checks of the user's input come before the circuits.
     if save_anchors is not None:
@@ -232,7 +232,7 @@ class _Source:
         for number, rows in zip((-1, 1), self.anchors(np.arange(len(side)), share), strict=True):
             side[torch.from_numpy(rows)] = number
         return AnchorBank(
-            list(context.forget["sample_id"]),
+            context.forget.ids,
             self.edges,
             torch.from_numpy(self.residual),
             side,

@@ -105,9 +105,7 @@ def grad_norm(context: DifficultyContext, *, matrices: str = ".*") -> np.ndarray
     squares = context.gradients["squares"][:, chosen].double().sum(1).numpy()
     empty = np.flatnonzero(squares == 0)
     if empty.size:
-        raise ValueError(
-            f"the gradient of sample {context.forget['sample_id'][empty[0]]!r} is 0: grad_norm is undefined"
-        )
+        raise ValueError(f"the gradient of sample {context.forget.ids[empty[0]]!r} is 0: grad_norm is undefined")
     return -0.5 * np.log(squares)
 
 

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data import PairedCollator
+from ..data import PairedCollator, Samples
 from ..logprobs import answer_probability
 from ..objectives import Reference, UnlearningLoss
 
@@ -75,7 +74,7 @@ class CalibrationSettings:
     peft_config: Any = None
     autocast: torch.dtype | None = None
 
-    def for_data(self, retain: Dataset | None) -> CalibrationSettings:
+    def for_data(self, retain: Samples | None) -> CalibrationSettings:
         """These settings, without the retain term when there is no retain set."""
         if retain is None and self.loss.uses_retain:
             return replace(self, loss=self.loss.without_retain())
@@ -132,33 +131,31 @@ class Calibration:
 
 def calibrate(
     model: PreTrainedModel,
-    forget: Dataset,
-    retain: Dataset | None,
+    forget: Samples,
+    retain: Samples | None,
     settings: CalibrationSettings,
     *,
-    pad_token_id: int,
     progress: bool = True,
 ) -> Calibration:
     """Unlearn `forget` briefly, record what is left of each sample, and restore the model.
 
     Args:
         model: the original model; its weights, modes and flags are the same afterwards, also after an error.
-        forget, retain: prepared datasets; without a retain set the objective runs without its retain term.
+        forget, retain: without a retain set the objective runs without its retain term.
 
     Raises:
         ValueError: when the run diverges.
     """
     settings = settings.for_data(retain)
     with throw_away(model, settings.peft_config) as trained:
-        return _run(trained, forget, retain, settings, pad_token_id, progress)
+        return _run(trained, forget, retain, settings, progress)
 
 
 def _run(
     model: PreTrainedModel,
-    forget: Dataset,
-    retain: Dataset | None,
+    forget: Samples,
+    retain: Samples | None,
     settings: CalibrationSettings,
-    pad_token_id: int,
     progress: bool,
 ) -> Calibration:
     device = model.get_input_embeddings().weight.device
@@ -168,14 +165,11 @@ def _run(
             model,
             forget,
             retain,
-            pad_token_id=pad_token_id,
             batch_size=settings.batch_size,
             device=device,
             seed=settings.seed,
         )
-    collate = PairedCollator(
-        forget, retain if loss.uses_retain else None, pad_token_id, alternative=loss.uses_alternative
-    )
+    collate = PairedCollator(forget, retain if loss.uses_retain else None, alternative=loss.uses_alternative)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
     rate = settings.learning_rate
@@ -184,7 +178,7 @@ def _run(
 
     def probabilities() -> np.ndarray:
         with _autocast(device, settings.autocast):
-            return answer_probability(model, forget, pad_token_id=pad_token_id, batch_size=settings.batch_size)
+            return answer_probability(model, forget, batch_size=settings.batch_size)
 
     start = probabilities()
     history: list[np.ndarray] = []

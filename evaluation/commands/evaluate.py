@@ -152,7 +152,6 @@ def measure_original(inputs: EvaluateInputs, path: str) -> Original:
             model,
             inputs.forget,
             strongest_edges(circuits),
-            pad_token_id=int(inputs.tokenizer.pad_token_id),
             batch_size=args.batch_size,
             seed=args.seed,
             baseline=circuits.settings["baseline"],
@@ -180,18 +179,16 @@ def measure_robustness(
         original: the original model's weights, for the straight line from there.
         left: answer probability of each forget sample, `[N]`.
     """
-    args, forget, pad = inputs.args, inputs.forget, int(inputs.tokenizer.pad_token_id)
+    args, forget = inputs.args, inputs.forget
     made = Robustness()
     if args.quantize:
         made.quantised["as it is"] = left
     for bits in args.quantize:
         with robustness.quantised(model, bits):
-            made.quantised[f"{bits} bits"] = answer_probability(
-                model, forget, pad_token_id=pad, batch_size=args.batch_size
-            )
+            made.quantised[f"{bits} bits"] = answer_probability(model, forget, batch_size=args.batch_size)
     if original is not None:
         sets = {name: part for name, part in inputs.sets.items() if name in ("forget", "retain")}
-        made.line = robustness.straight_line(model, original, sets, pad_token_id=pad, batch_size=args.batch_size)
+        made.line = robustness.straight_line(model, original, sets, batch_size=args.batch_size)
     if args.relearn_samples:
         made.taught = np.zeros(len(forget), dtype=bool)
         made.taught[np.random.default_rng(args.seed).permutation(len(forget))[: args.relearn_samples]] = True
@@ -199,7 +196,6 @@ def measure_robustness(
             model,
             forget,
             np.flatnonzero(made.taught).tolist(),
-            pad_token_id=pad,
             steps=args.relearn_steps,
             learning_rate=args.relearn_rate,
             batch_size=args.batch_size,
@@ -285,7 +281,7 @@ def sample_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataF
     """One row per forget sample; with text only if it was asked for."""
     forget = inputs.forget
     frame = per_sample_table(
-        forget["sample_id"],
+        forget.ids,
         measurements.after,
         measurements.before,
         measurements.reference,

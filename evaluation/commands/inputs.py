@@ -16,7 +16,7 @@ from trl import ModelConfig
 from cud_trainer.circuits import CircuitTable
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
-from cud_trainer.data import check_disjoint, prepare_dataset
+from cud_trainer.data import Samples, check_disjoint, prepare_samples
 from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.trainer import load_causal_lm
@@ -138,7 +138,7 @@ class EvaluateInputs:
     model_options: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     forget_raw: Dataset
-    sets: dict[str, Dataset]
+    sets: dict[str, Samples]
     utility: dict[str, Dataset]
     groups: list[Any] | None
     scores: DifficultyScores | None
@@ -146,7 +146,7 @@ class EvaluateInputs:
     circuits: CircuitTable | None
 
     @property
-    def forget(self) -> Dataset:
+    def forget(self) -> Samples:
         return self.sets["forget"]
 
     def load_model(self, path: str) -> Any:
@@ -162,7 +162,7 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     """Read and check all but the models; `ValueError` for what does not fit."""
     tokenizer = load_tokenizer(model_args)
     raw = read_datasets(args, tokenizer)
-    sets = {name: prepare_dataset(part, tokenizer, max_length=args.max_length, name=name) for name, part in raw.items()}
+    sets = {name: prepare_samples(part, tokenizer, max_length=args.max_length, name=name) for name, part in raw.items()}
     forget = sets["forget"]
     for name in ("retain", "neighbour", "holdout"):
         if name in sets:
@@ -179,9 +179,9 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
         check_lm_eval()
     scores, buckets = None, None
     if args.scores:
-        scores = DifficultyScores.load(args.scores).aligned(list(forget["sample_id"]))
+        scores = DifficultyScores.load(args.scores).aligned(forget.ids)
         buckets = scores.bucketed(args.metric, args.n_buckets)
-    circuits = read_circuits(args, list(forget["sample_id"]))
+    circuits = read_circuits(args, forget.ids)
     options = model_options(model_args)
     for path in (args.original_model, args.reference_model):
         if path:
