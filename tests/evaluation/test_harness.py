@@ -495,7 +495,7 @@ class TestCommand:
             [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--no-first-run",
              "--disable-background-networking", "--enable-logging=stderr", "--v=0", "--dump-dom",
              f"file://{everything / 'report.html'}"],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True,
         )  # fmt: skip
         assert "<title>Residual memorisation of unlearned</title>" in done.stdout
         assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

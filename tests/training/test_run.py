@@ -2,19 +2,17 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from builders import PYTHONPATH, ROOT, SUPPORT, make_model, make_tokenizer, qa_dataset
+from builders import ROOT, SUPPORT, make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
 from peft import LoraConfig
+from processes import run
 from runs import checksum, config, make_trainer, torchrun
 from transformers import TrainerCallback
 
@@ -110,10 +108,8 @@ class TestFollowing:
 
 
 def killed_run(output: Path, step: int, options: dict) -> None:
-    worker = [sys.executable, str(SUPPORT / "ddp_worker.py"), str(output), str(output) + ".json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     given = json.dumps({**options, "processes": 1, "kill_at": step, "overwrite": False})
-    done = subprocess.run([*worker, given], env=environment, capture_output=True, text=True, timeout=300)
+    done = run(SUPPORT / "ddp_worker.py", output, f"{output}.json", given)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
