@@ -37,7 +37,7 @@ from .compat import (
 from .losses import FORGET_LOSSES, complete
 
 PREFIX = "CUD"
-CONFIGS = Path(__file__).parents[2] / "recipes" / "open_unlearning"
+CONFIGS = Path(__file__).parents[3] / "recipes" / "open_unlearning"
 # How far our loss with weights of 1 may be from the trainer's own, relative and absolute; bfloat16 has 3 digits.
 TOLERANCE = (0.02, 1e-3)
 
