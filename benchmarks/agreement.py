@@ -5,8 +5,8 @@
 
 Zero baseline, metric `prob`. Per sample: Pearson correlation of the edge scores, Spearman correlation of their absolute
 values, overlap of the 200 and 1000 strongest edges. Over samples: Spearman correlation of what difficulty is made of,
-the circuit mass and CUD (log-magnitude and as published; anchors: the quarters of lowest and highest initial
-log-probability outside the sample's fold).
+the circuit mass and CUD (log-magnitude, and the 200 strongest edges by cosine as in `cud_paper`; anchors: the quarters
+of lowest and highest initial log-probability outside the sample's fold).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Which schedule leaves less of the hard samples at equal retain utility: `cud study` on models that know their data.
+"""Which schedule leaves less at equal retain utility: `cud study` on models that know their data.
 
     python benchmarks/schedules.py --tofu locuslab/TOFU
 

@@ -1,4 +1,7 @@
-"""What the studies of `schedules.py` found, as JSON, Markdown and a picture."""
+"""What the studies of `schedules.py` found, as JSON, Markdown and a picture.
+
+python benchmarks/schedules_report.py    # makes Markdown and picture, and all comparisons, again from the JSON
+"""
 
 import json
 from operator import attrgetter, itemgetter
@@ -30,11 +33,15 @@ NOTE = (
     "Every schedule has its learning rate and retain weight tuned on the same grid, on the first seed, for the level "
     "it is compared at; figures are means over the other seeds (`generated-simnpo`: tuned on the first three; "
     "`tofu-default` and `tofu-stop`: over all, with the settings that `tofu-full` chose; `smollm2-lora` and "
-    "`smollm2-long`: there is one seed only). Hardest: the quarter ranked hardest before unlearning by cross-fitted "
-    "CUD. Change: against `uniform`, percent (absolute where `uniform` leaves less than 0.01). Worst: the worst "
-    "quarter by outcome, picked by the result. Intervals: 95%, paired over samples; they say nothing about other "
-    "models. `by calibration` is the oracle: it knows what another uniform run left of each sample. Seconds: wall "
-    "time, with other work on the machine."
+    "`smollm2-long`: there is one seed only, and it is the one that was tuned on). The default was chosen on the "
+    "seeds that are shown here, and its calibration run is not counted. Utility is measured on what the retain loss "
+    "trains on (TOFU, SmolLM2) or on its rewordings (generated authors). Worst: the worst quarter by outcome, of every "
+    "run its own; its values by seed were not kept, so its changes have no interval. Predicted: the quarter ranked "
+    "hardest before unlearning by cross-fitted CUD. The default weights that quarter up by the same CUD, so less of it "
+    "says little: a random difficulty does the same to the quarter that *it* ranks hardest. Change: against `uniform`, "
+    "percent (absolute where `uniform` leaves less than 0.01). Intervals: 95%, t over seeds of the paired log ratio; "
+    "with two or three seeds they are wide. `by calibration` is the oracle: it knows what another uniform run left of "
+    "each sample. Seconds: wall time, with other work on the machine."
 )
 TWO = ' {"odds": {"power": 2}}'  # what was tried first, and with more controls
 WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop")
@@ -42,6 +49,7 @@ CONTROLS = [
     DEFAULT_WITHOUT_DIFFICULTY,
     *(name + TWO for name in (DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY, WITHOUT_STOP)),
 ]
+NEXT_TO_NOTHING = 0.01  # a share of less says nothing
 MARKERS = ("o", "s", "^", "v")
 
 
@@ -59,13 +67,8 @@ def runs_of(folder: Path, levels: list[float], tuning_seeds: int) -> list[Run]:
     return [Run(folder, cell, 4) for cell in reported(folder, cells, tried, levels, 4)]
 
 
-def interval(values: stats.Interval, base: float) -> dict[str, float]:
-    """A difference as a share of `base`, in percent."""
-    return {key: 100 * value / max(base, 1e-12) for key, value in values.as_dict().items()}
-
-
 def conditions(runs: list[Run], level: float, floor: np.ndarray, tuning_seeds: int) -> list[dict]:
-    """A row per schedule at one level, tuned for it; differences from `uniform` are paired over samples.
+    """A row per schedule at one level, tuned for it; `compare` adds the changes from `uniform`.
 
     Args:
         floor: answer probability of each sample under a model that never saw it, `[N]`.
@@ -76,7 +79,7 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray, tuning_seeds: i
     if any(run.seed not in first for run in runs):  # of a study cut short, schedules only tuned have no figure
         chosen = {name: group for name, group in chosen.items() if any(run.seed not in first for run in group)}
     left = left_at(chosen, level)
-    base, rows = left[BASE], []
+    rows = []
     for schedule, group in chosen.items():
         hardest = group[0].hardest
         found = [run.at(level) for run in group]
@@ -89,16 +92,13 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray, tuning_seeds: i
             "all": stats.bootstrap_mean(left[schedule], seed=SEED).as_dict(),
             **above(floor, [values for values, _ in found], hardest),
             "worst_quarter": sum(worst_quarter(values) for values, _ in found) / len(found),
+            "worst_by_seed": [worst_quarter(values) for values, _ in found],
+            "all_by_seed": [float(values.mean()) for values, _ in found],
             "by_seed": [float(values[hardest].mean()) for values, _ in found],
             "steps": sum(step for _, step in found) / len(found),
             "seconds": sum(run.seconds * step / run.steps[-1] for run, (_, step) in zip(group, found, strict=True))
             / len(found),
         }
-        if schedule != BASE:
-            for name, part in (("hardest", hardest), ("all", slice(None))):
-                difference = stats.paired_difference(left[schedule][part], base[part], seed=SEED)
-                row[f"{name}_less_uniform"] = difference.as_dict()
-                row[f"{name}_change"] = interval(difference, float(base[part].mean()))
         again = [run.relearned for run in group if run.relearned]
         if again:
             rest = hardest.copy()
@@ -106,6 +106,42 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray, tuning_seeds: i
             row["relearned"] = float(np.mean([np.array(one["after"])[rest].mean() for one in again]))
         rows.append(row)
     return rows
+
+
+def compare(rows: list[dict]) -> None:
+    """Put the changes from `uniform`, in percent, into the rows of a level; what they had of them goes."""
+    base = named(rows, BASE)
+    for row in rows:
+        for name in ("worst", "hardest", "all"):
+            row.pop(f"{name}_less_uniform", None)
+            row.pop(f"{name}_change", None)
+            if base is not None and row is not base:
+                row[f"{name}_change"] = change(row, base, name)
+
+
+def change(row: dict, base: dict, name: str) -> dict[str, float | None]:
+    """By how much a schedule leaves less or more than `uniform`, percent; an interval where values by seed were kept.
+
+    Args:
+        name: `"worst"` (the worst quarter by outcome), `"hardest"` (the quarter predicted hardest) or `"all"`.
+    """
+    seeds = sorted(set(row["seeds"]) & set(base["seeds"]))
+    key = "by_seed" if name == "hardest" else f"{name}_by_seed"
+    if key not in row or key not in base or not seeds:
+        return {"value": 100 * (left_of(row, name) / left_of(base, name) - 1), "low": None, "high": None}
+    found = stats.paired_change(*(np.array(list(by_seed(one, key).values())) for one in (row, base)))
+    return {end: 100 * value if np.isfinite(value) else None for end, value in found.as_dict().items()}
+
+
+def by_seed(row: dict, key: str = "by_seed") -> dict[int, float]:
+    """The figure of each seed; runs of GA with several retain weights, which it does not use, are one."""
+    found = grouped(list(zip(row["seeds"], row[key], strict=True)), itemgetter(0))
+    return {seed: float(np.mean([value for _, value in found[seed]])) for seed in sorted(found)}
+
+
+def left_of(row: dict, name: str) -> float:
+    """Mean over seeds of what is left; `name` as in `change`."""
+    return row["worst_quarter"] if name == "worst" else row[name]["value"]
 
 
 def above(floor: np.ndarray, left: list[np.ndarray], hardest: np.ndarray) -> dict[str, float]:
@@ -144,21 +180,37 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
         if known_before:
             rows = known_before["objectives"][0]["rows"]
             studies[name, objective]["predictors"] = {row["metric"]: row["spearman"] for row in rows}
-    entries = list(studies.values())
+    write(list(studies.values()), output)
+
+
+def write(entries: list[dict], output: Path) -> None:
+    """Compare with `uniform` and write `output`.json, .md and .png."""
+    for entry in entries:
+        for rows in entry["levels"].values():
+            compare(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
-    known.write_text(json.dumps({"studies": entries}, indent=1) + "\n")
+    output.with_suffix(".json").write_text(json.dumps({"studies": entries}, indent=1) + "\n")
     output.with_suffix(".md").write_text(markdown(entries))
     picture(entries).savefig(output.with_suffix(".png"), dpi=110)
 
 
-def percent(row: dict | None) -> str:
+def percent(rows: list[dict], row: dict | None, name: str) -> str:
     """The change in percent; absolute where `uniform` leaves next to nothing; nothing of what was not run."""
-    if row is None or "hardest_change" not in row:
+    base = named(rows, BASE)
+    if row is None or base is None or row is base:
         return ""
-    base = row["hardest"]["value"] - row["hardest_less_uniform"]["value"]
-    form, change = (".0f", row["hardest_change"]) if base >= 0.01 else (".3f", row["hardest_less_uniform"])
-    shown = f"{change['value']:+{form}} [{change['low']:+{form}}, {change['high']:+{form}}]"
-    return shown if base >= 0.01 else f"{shown}, absolute"
+    if left_of(base, name) < NEXT_TO_NOTHING:
+        return f"{left_of(row, name) - left_of(base, name):+.3f}, absolute"
+    found = row[f"{name}_change"]
+    if found["low"] is None:
+        return f"{found['value']:+.0f}"
+    high = f"{found['high']:+.0f}" if found["high"] is not None and found["high"] < 1000 else "more than +1000"
+    return f"{found['value']:+.0f} [{found['low']:+.0f}, {high}]"
+
+
+def seeds_of(row: dict) -> str:
+    """The quarter predicted hardest, of each seed."""
+    return " ".join(f"{value:.3f}" for value in by_seed(row).values())
 
 
 def named(rows: list[dict], schedule: str) -> dict | None:
@@ -182,30 +234,33 @@ def summary(entries: list[dict]) -> list[str]:
     """The default schedule against `uniform`, a line for every study and level."""
     lines = [
         f"`{DEFAULT_SCHEDULE}`, the default (difficulty: CUD), against `uniform`; the same without difficulty; and "
-        "with power 2 of `odds` the same, without difficulty, and without the stop. All: difference of the mean over "
-        "all samples. Where the default was not run, it is the one with power 2. Above never seen: how much of what is "
-        "left, hardest quarter (all), is more than a model says that never saw the forget set (empty: not measured).",
+        "with power 2 of `odds` the same, without difficulty, and without the stop. Where the default was not run, it "
+        "is the one with power 2. Above never seen: how much of what is left, predicted quarter (all), is more than a "
+        "model says that never saw the forget set (empty: not measured).",
         "",
-        "| testbed, model | objective | utility kept | uniform | default | change, % | no difficulty, % | power 2, % | "
-        "power 2, no difficulty, % | power 2, no stop, % | all: uniform | all: difference | relearned: uniform | "
-        "default | above never seen: uniform | default |",
-        "|---" * 16 + "|",
+        "| testbed, model | objective | utility kept | seeds | worst: uniform | default | change, % | "
+        "no difficulty, % | power 2, % | power 2, no difficulty, % | power 2, no stop, % | all: uniform | default | "
+        "predicted, by seed: uniform | default | change, % | relearned: uniform | default | "
+        "above never seen: uniform | default |",
+        "|---" * 20 + "|",
     ]  # fmt: skip
     for entry in entries:
         for level, rows in sorted(entry["levels"].items(), reverse=True):
             base, best = named(rows, BASE), default(rows)
             if base is None or best is None:
                 continue
+            pair = base, best
             cells = [f"{entry['testbed']}, {entry['model_seed']}", entry["objective"], f"{float(level):.0%}"]
-            cells += [f"{row['hardest']['value']:.3f}" for row in (base, best)]
-            cells.append(percent(best))
-            cells += [percent(named(rows, name)) for name in CONTROLS]
-            cells.append(f"{base['all']['value']:.3f}")
-            less = best["all_less_uniform"]
-            cells.append(f"{less['value']:+.3f} [{less['low']:+.3f}, {less['high']:+.3f}]")
+            cells.append(str(len(set(best["seeds"]))))
+            cells += [f"{left_of(row, 'worst'):.3f}" for row in pair]
+            cells.append(percent(rows, best, "worst"))
+            cells += [percent(rows, named(rows, name), "worst") for name in CONTROLS]
+            cells += [f"{left_of(row, 'all'):.3f}" for row in pair]
+            cells += [seeds_of(row) for row in pair]
+            cells.append(percent(rows, best, "hardest"))
             at_first = level == next(iter(entry["levels"]))
-            cells += [f"{row['relearned']:.3f}" if at_first and "relearned" in row else "" for row in (base, best)]
-            cells += [excess(row) for row in (base, best)]
+            cells += [f"{row['relearned']:.3f}" if at_first and "relearned" in row else "" for row in pair]
+            cells += [excess(row) for row in pair]
             lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -237,26 +292,33 @@ def markdown(entries: list[dict]) -> str:
             f"{entry['samples']} forget samples, starting answer probability {entry['forget_start']:.3f}, utility "
             f"{entry['retain_start']:.3f}; {unseen(entry)}{entry['runs']} runs.", "",
             *predicted(entry),
-            "| schedule | " + " | ".join(f"{level}: left, hardest (all)" for level in levels) + " | "
-            + " | ".join(f"{level}: change, %" for level in levels) + " | worst | steps | s | relearned |",
-            "|---" * (2 * len(levels) + 5) + "|",
+            "| schedule | seeds | " + " | ".join(f"{level}: left, worst (all)" for level in levels) + " | "
+            + " | ".join(f"{level}: change of worst, %" for level in levels)
+            + " | predicted, by seed | change, % | steps | s | relearned |",
+            "|---" * (2 * len(levels) + 7) + "|",
         ]  # fmt: skip
         first = next(iter(entry["levels"]))
         for row in sorted(entry["levels"][first], key=lambda row: row["schedule"] != BASE):
             same = [[r for r in entry["levels"][level] if r["schedule"] == row["schedule"]] for level in levels]
             at = [found[0] if found else None for found in same]  # no figure at a level whose settings were not run
-            cells = [f"`{row['schedule']}`"]
-            cells += [f"{r['hardest']['value']:.3f} ({r['all']['value']:.3f})" if r else "" for r in at]
-            cells += [percent(r) for r in at]
+            cells = [f"`{row['schedule']}`", str(len(set(row["seeds"])))]
+            cells += [f"{left_of(r, 'worst'):.3f} ({left_of(r, 'all'):.3f})" if r else "" for r in at]
+            cells += [percent(entry["levels"][level], r, "worst") for level, r in zip(levels, at, strict=True)]
+            cells += [seeds_of(row), percent(entry["levels"][first], row, "hardest")]
             relearned = f"{row['relearned']:.3f}" if "relearned" in row else ""
-            cells += [f"{row['worst_quarter']:.3f}", f"{row['steps']:.0f}", f"{row['seconds']:.0f}", relearned]
+            cells += [f"{row['steps']:.0f}", f"{row['seconds']:.0f}", relearned]
             lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", f"Worst quarter, steps, seconds and the hardest quarter after relearning: at {first}.", ""]
+        lines += [
+            "",
+            f"Predicted quarter, its change, steps, seconds and the quarter after relearning: at {first}.",
+            "",
+        ]
     return "\n".join(lines)
 
 
 def picture(entries: list[dict]) -> Figure:
-    """What `uniform` (hollow) and the default (filled) leave of the hardest quarter; a line per study that has both."""
+    """What `uniform` (hollow) and the default (filled) leave, a line per study that has both: of the worst quarter by
+    outcome, mean over seeds, and of the quarter predicted hardest, each seed."""
     entries = [
         entry
         for entry in entries
@@ -264,8 +326,8 @@ def picture(entries: list[dict]) -> Figure:
     ]
     entries = [entry for group in grouped(entries, itemgetter("objective")).values() for entry in group]
     levels = sorted({level for entry in entries for level in entry["levels"]}, key=float)
-    figure = Figure(figsize=(9, 0.42 * len(entries) + 1.2), layout="constrained")
-    ax = figure.subplots()
+    figure = Figure(figsize=(11, 0.42 * len(entries) + 1.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for line, entry in enumerate(entries):
         for number, level in enumerate(levels):
             found = entry["levels"].get(level, [])
@@ -273,26 +335,46 @@ def picture(entries: list[dict]) -> Figure:
             if None in rows:
                 continue
             y, colour = line + 0.22 * (number - 1), COLOURS[number]
-            values = [row["hardest"]["value"] for row in rows]
-            ax.plot(values, [y, y], color=colour, linewidth=1, alpha=0.5)
-            for row, value, face in zip(rows, values, ("white", colour), strict=True):
-                ends = [[value - row["hardest"]["low"]], [row["hardest"]["high"] - value]]
-                ax.errorbar(
-                    [value], [y], xerr=ends, fmt=MARKERS[number], color=colour, markerfacecolor=face, markersize=5,
-                    capsize=2, elinewidth=0.8,
-                )  # fmt: skip
-    for number, level in enumerate(levels):
-        ax.plot([], [], MARKERS[number], color=COLOURS[number], label=f"{float(level):.0%} of the utility kept")
-    ax.set_yticks(
-        range(len(entries)), [f"{e['objective']}, {e['testbed']}, model {e['model_seed']}" for e in entries], fontsize=8
-    )
-    ax.set_ylim(len(entries) - 0.5, -0.5)
-    ax.set_xlim(-0.03, 1.03)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.legend(fontsize=8, frameon=False, ncols=len(levels), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    ax.set_xlabel(
-        f"answer probability left of the quarter predicted to be hardest\n{BASE} (hollow), {DEFAULT_SCHEDULE} (filled)",
+            style = {"color": colour, "marker": MARKERS[number], "linestyle": "none", "clip_on": False}
+            for ax, name, size in zip(axes, ("worst", "hardest"), (5, 3.5), strict=True):
+                ax.plot([left_of(row, name) for row in rows], [y, y], color=colour, linewidth=1, alpha=0.4)
+                for row, face in zip(rows, ("white", colour), strict=True):
+                    values = [left_of(row, name)] if name == "worst" else list(by_seed(row).values())
+                    ax.plot(values, [y] * len(values), markerfacecolor=face, markersize=size, **style)
+    labels = [f"{float(level):.0%} of the utility kept" for level in levels]
+    handles = [
+        axes[0].plot([], [], MARKERS[number], color=COLOURS[number], label=label)[0]
+        for number, label in enumerate(labels)
+    ]
+    axes[0].set_yticks(
+        range(len(entries)),
+        [f"{e['objective']}, {e['testbed']}, model {e['model_seed']} ({seeds_in(e)})" for e in entries],
         fontsize=8,
     )
+    axes[0].set_ylim(len(entries) - 0.5, -0.5)
+    for ax, title in zip(
+        axes,
+        (
+            "worst quarter by outcome, mean over seeds",
+            "quarter that CUD ranks hardest, each seed\n(circular: the default weights it up, by the same CUD)",
+        ),
+        strict=True,
+    ):
+        ax.set_xlim(-0.03, 1.03)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.set_title(title, fontsize=8)
+        ax.set_xlabel(f"answer probability left\n{BASE} (hollow), {DEFAULT_SCHEDULE} (filled)", fontsize=8)
+    figure.legend(handles=handles, fontsize=8, frameon=False, ncols=len(levels), loc="outside upper center")
     return figure
+
+
+def seeds_in(entry: dict) -> str:
+    """How many seeds are reported."""
+    number = max(len(set(row["seeds"])) for rows in entry["levels"].values() for row in rows if row["schedule"] == BASE)
+    return f"{number} seed{'s' if number > 1 else ''}"
+
+
+if __name__ == "__main__":
+    OUTPUT = Path(__file__).parent / "results" / "schedules"
+    write(json.loads(OUTPUT.with_suffix(".json").read_text())["studies"], OUTPUT)

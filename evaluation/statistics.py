@@ -1,7 +1,7 @@
 """Statistics with intervals. Pure functions of numpy arrays; all randomness comes from an explicit seed.
 
 Intervals are 95% percentile bootstrap intervals over samples: they say how far the figure would move with other samples
-of the same kind, nothing about other models or runs.
+of the same kind, nothing about other models or runs. `paired_change` is the exception: its interval is over seeds.
 """
 
 from __future__ import annotations
@@ -85,6 +85,24 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: in
     """Mean of `a - b` over the same samples, `[N]` each."""
     a, b = _pair(a, b)
     return bootstrap_mean(a - b, seed=seed, n_boot=n_boot)
+
+
+def paired_change(a: np.ndarray, b: np.ndarray) -> Interval:
+    """Relative change from `b` to `a` over the same seeds, `[S]` each, positive: -1 is nothing left, 0 is no change.
+
+    `exp` of the mean of `log(a / b)`, less 1, and of its 95% t interval over seeds, so no end is below -1. One seed has
+    no interval (NaN ends).
+    """
+    a, b = _pair(a, b)
+    if a.size == 0 or not ((a > 0) & (b > 0)).all():
+        return UNDEFINED
+    ratios = np.log(a / b)
+    middle = ratios.mean()
+    if len(ratios) == 1:
+        return Interval(float(np.expm1(middle)), float("nan"), float("nan"))
+    reach = stats.t.ppf(LEVELS[1] / 100, len(ratios) - 1) * ratios.std(ddof=1) / np.sqrt(len(ratios))
+    with np.errstate(over="ignore"):  # two seeds that disagree: an end at infinity is what they say
+        return Interval(*(float(np.expm1(end)) for end in (middle, middle - reach, middle + reach)))
 
 
 def spearman(x: np.ndarray, y: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> Interval:

@@ -134,8 +134,8 @@ def cud(
         features: see `CUDSettings`. Without them, gradients are left out where single samples have none (quantised
             weights).
         anchors: `"calibration"` (the samples a short unlearning run leaves least and most memorised), `"agreement"`
-            (those that several unlearning methods agree on, as published), a dict `{"easy": [ids], "hard": [ids]}` of
-            forget samples, or the path of a saved anchor bank.
+            (those that several unlearning methods agree on, as in the paper), a dict `{"easy": [ids], "hard": [ids]}`
+            of forget samples, or the path of a saved anchor bank.
         methods: for `"agreement"`: objectives to calibrate with, a run each.
         at_least: for `"agreement"`: how many of them must agree.
         save_anchors: write the anchor bank of the whole forget set to this path (not with a bank as `anchors`).
@@ -305,7 +305,12 @@ def cud_paper(
     at_least: int = 3,
     anchor_share: float = 0.25,
 ) -> np.ndarray:
-    """CUD with the published comparison of circuits: weighted top-k edges, cosine. To be reported beside `cud`."""
+    """CUD's formula on the 200 strongest edges with their signs, cosine: inspired by the paper, not as published.
+
+    The authors take exact node-wise interpolation, 75 greedily chosen edges, binary vectors and anchors that are raw
+    means over the scored set; this takes one-pass EAP (by default), top `k`, signed vectors and cross-fitted anchors
+    that are means of circuits scaled to unit length. To be reported beside `cud`.
+    """
     return cud(
         context, variant="paper", k=k, selection=selection, prune=prune, anchors=anchors, methods=methods,
         at_least=at_least, anchor_share=anchor_share,

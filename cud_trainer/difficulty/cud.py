@@ -4,6 +4,11 @@
 
 with d a distance between circuits (1 - cosine in the paper), E and H the anchor circuits: those of samples known to be
 easy and hard to unlearn, on the original model.
+
+No variant here is the score as published. The authors attribute by exact node-wise interpolation, choose 75 edges
+greedily, compare binary vectors, and make anchors as the raw mean of samples of the very set that is scored.
+`"paper"` takes their formula, by default with one-pass EAP, the 200 strongest edges with their signs, and cross-fitted
+anchors that are means of circuits scaled to unit length.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from ..circuits.vectors import VECTORS, circuit_vectors
 from ..registry import check_numbers
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    # As published: the k strongest edges with their weights, cosine.
+    # Inspired by the paper, not as published (see the module): the k strongest edges with their weights, cosine.
     "paper": {"vector": "signed", "k": 200, "distance": "cosine"},
     # The same formula on standardised log |edge score|, which keeps the circuit's mass that the cosine of raw scores
     # throws away.
@@ -43,8 +48,8 @@ class CUDSettings:
     """How circuits are compared.
 
     Attributes:
-        variant: `"calibrated"`, a fit (the best in `benchmarks/results/difficulty.md`), or `"log"` or `"paper"`,
-            presets of the three below (`None` fields take their value).
+        variant: `"calibrated"`, a fit (the best variant in `benchmarks/results/difficulty.md`), or `"log"` or
+            `"paper"`, presets of the three below (`None` fields take their value).
         vector: `"signed"`, `"binary"` or `"log"` (see `cud_trainer.circuits.circuit_vectors`).
         k: edges of a circuit; `"all"` for all edges. Not for `"log"`.
         selection: how `k` edges are chosen, `"top_k"` or `"greedy"` (see `cud_trainer.circuits.select_circuits`).

@@ -15,7 +15,7 @@ from .. import statistics as stats
 # How the metrics are called in reports, and whether they are trivial (no circuit needed).
 LABELS = {
     "cud": ("CUD", "circuit"),
-    "cud_paper": ("CUD (as published)", "circuit"),
+    "cud_paper": ("CUD, top 200 edges by cosine (cud_paper)", "circuit"),
     "circuit_mass": ("circuit mass", "circuit"),
     "loss": ("initial log-probability", "trivial"),
     "length": ("answer length", "trivial"),

@@ -36,6 +36,24 @@ def test_mean_interval_is_the_textbook_one_for_many_samples():
     assert found.high == pytest.approx(values.mean() + half, abs=half / 10)
 
 
+def test_paired_change_is_the_t_interval_of_log_ratios():
+    a, b = np.array([0.02, 0.05, 0.3]), np.array([0.4, 0.5, 0.6])
+    found = stats.paired_change(a, b)
+    low, high = scipy_stats.ttest_1samp(np.log(a / b), 0).confidence_interval(0.95)
+    assert found.value == pytest.approx((0.05 * 0.1 * 0.5) ** (1 / 3) - 1)
+    assert (found.low, found.high) == pytest.approx((np.expm1(low), np.expm1(high)))
+
+
+def test_paired_change_never_ends_below_minus_one():
+    """Two seeds that disagree say nothing, and say so; one seed has no interval."""
+    found = stats.paired_change(np.array([1e-9, 0.9]), np.array([0.9, 0.9]))
+    assert found.low >= -1 and found.high > 1000
+    single = stats.paired_change(np.array([0.1]), np.array([0.4]))
+    assert single.value == pytest.approx(-0.75) and math.isnan(single.low) and math.isnan(single.high)
+    for a, b in (([0.0, 0.1], [0.1, 0.1]), ([], [])):
+        assert math.isnan(stats.paired_change(np.array(a), np.array(b)).value)
+
+
 def test_partial_against_the_inverse_correlation_matrix():
     x, y, controls = data()
     x, y = x + controls[:, 0], y + controls[:, 1]

@@ -1,0 +1,52 @@
+"""What the demo says of its runs: by the worst quarter by outcome, seed by seed, and not more than the seeds allow."""
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from evaluation import demo
+from evaluation import statistics as stats
+
+UNIFORM, AWARE = demo.SCHEDULES
+
+
+def finding(uniform, aware):
+    worst = {UNIFORM: dict(enumerate(uniform, 1)), AWARE: dict(enumerate(aware, 1))}
+    return demo._schedule_finding("npo", 0.9, worst, worst), demo._by_seed("npo", worst, worst)
+
+
+@pytest.mark.parametrize(
+    ("uniform", "aware", "verdict"),
+    [
+        ([0.50, 0.52], [0.100, 0.105], "less than with uniform"),
+        ([0.10, 0.11], [0.50, 0.56], "more than with uniform"),
+        ([0.004, 0.937], [0.012, 0.021], "undecided"),  # one seed has won its utility back, one has not
+        ([0.242, 0.153], [0.072, 0.150], "undecided"),
+        ([0.3, 0.3], [0.3, 0.3], "undecided"),
+        ([0.0, 0.3], [0.1, 0.1], "undecided"),  # no ratio to nothing
+    ],
+)
+def test_verdict_needs_seeds_that_agree(uniform, aware, verdict):
+    text, table = finding(uniform, aware)
+    assert f"over 2 seeds: {verdict}." in text
+    for value in (*uniform, *aware):  # every seed is shown
+        assert f"{value:.3f}" in text
+    assert [row["cells"][0] for row in table["rows"][:-1]] == [*uniform, *aware]
+
+
+def test_the_interval_is_over_seeds():
+    uniform, aware = [0.5, 0.52, 0.6], [0.1, 0.2, 0.15]
+    low, high = scipy_stats.ttest_1samp(np.log(np.divide(aware, uniform)), 0).confidence_interval(0.95)
+    text, table = finding(uniform, aware)
+    assert f"[{100 * np.expm1(low):+.0f}, {100 * np.expm1(high):+.0f}]" in text
+    assert table["rows"][-1]["cells"][0] in text
+
+
+def test_cud_paper_is_called_what_it_is():
+    row = {"spearman": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    section = {
+        "rows": [{**row, "metric": name, "partial": row["spearman"]} for name in demo.METRICS],
+        "ceiling": {"agreement": {"value": 0.97}},
+    }
+    text = demo._difficulty_finding("npo", section, stats.Interval(0.1, 0.01, 0.2))
+    assert "not as published" in text and "better" not in text
