@@ -222,6 +222,7 @@ def results(folder):
     return {name: (folder / name).read_bytes() for name in ("scores.parquet", "circuits.safetensors")}
 
 
+@pytest.mark.subprocess
 def test_same_bytes_for_any_number_of_processes_and_after_a_kill(tmp_path):
     folders = {name: tmp_path / name for name in ("one", "two", "killed", "killed_two", "no_work")}
     for folder in folders.values():
@@ -245,6 +246,7 @@ def test_same_bytes_for_any_number_of_processes_and_after_a_kill(tmp_path):
     assert results(folders["killed_two"]) == expected
 
 
+@pytest.mark.subprocess
 def test_a_failing_process_stops_them_all(tmp_path):
     done = launch(tmp_path, "none", "fail", processes=2, check=False)  # nobody ends the other one but itself
     assert done.returncode != 0

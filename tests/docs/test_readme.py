@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
 from processes import run
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.subprocess
 def test_example_runs_as_printed(tmp_path):
     code, own = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     code += (

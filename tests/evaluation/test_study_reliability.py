@@ -16,6 +16,8 @@ from studies import config, results
 
 from cud_trainer.cli import main
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 ROOT = Path(__file__).parents[2]
 # Where a study is killed, twice in each round: what must be there, and how many seconds later at most.
 ROUNDS = [

@@ -81,6 +81,7 @@ class TestPlainTrainer:
         assert again.seen == straight.seen[8:]
         assert checksum(again.model) == checksum(straight.model)
 
+    @pytest.mark.subprocess
     def test_two_processes_straight_and_resumed(self, straight, tmp_path):
         for name, more in (("a", []), ("b", [str(tmp_path / "out" / "checkpoint-2")])):
             arguments = [tmp_path / "out", tmp_path / f"{name}.json", 2, 1, *more]

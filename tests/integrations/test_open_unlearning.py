@@ -380,6 +380,7 @@ class TestCompatibility:
 
 
 @pytest.mark.skipif(bool(REAL), reason="the real one needs data and a model of its own")
+@pytest.mark.subprocess
 def test_launcher_end_to_end(files, tmp_path):
     """Their `train.py` and configurations, our trainer: served by difficulty, weighted, in a process of its own."""
     pytest.importorskip("hydra")
