@@ -135,8 +135,10 @@ def test_killed_at_random_points_it_ends_the_same(world, straight, tmp_path, mon
         elif process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        while cells_alive(output):
+        deadline = time.monotonic() + 30
+        while cells_alive(output) and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert not cells_alive(output)
     assert hits == 2  # it did not just run through
     assert (output / ".lock").exists()  # left behind, and in nobody's way
     assert main(command) == 0
@@ -156,6 +158,6 @@ def test_a_worker_ends_with_the_study_in_the_middle_of_a_cell(world, straight, t
     child.stdin.write(f"{cell.name}\n".encode())
     child.stdin.flush()
     child.stdin.close()  # as the kernel does when the study is gone
-    assert child.wait() == 1
+    assert child.wait(timeout=60) == 1
     assert child.stdout.read() == b"" and not (cell / "result.json").exists()
     child.stdout.close()
