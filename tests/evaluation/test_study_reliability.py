@@ -62,7 +62,7 @@ def small(world, output, **changes):
     return config(world, output, grid={"schedule": ["uniform", "upweight_hard"]}, **changes)
 
 
-def start(world, command, pattern: Path, seen: Path) -> subprocess.Popen:
+def start(world, command, pattern: Path | str = "", seen: Path | str = "") -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(world / "slow"), str(ROOT)])}
     environment.update(WAITED_FOR=str(pattern), SEEN=str(seen))
     return subprocess.Popen(
