@@ -42,6 +42,8 @@ from evaluation.metrics.utility import (
 )
 from evaluation.report import tables as sections
 
+pytestmark = pytest.mark.slow
+
 NASTY = "<script>document.title='owned'</script>|<img src=x onerror=alert(1)>"
 
 
@@ -486,6 +488,7 @@ class TestCommand:
         assert re.search(message, error) and "Traceback" not in error
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.subprocess
     def test_in_a_browser(self, everything, tmp_path):
         """No console error, no request, and the markup of a dataset row is only text."""
         browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -495,7 +498,7 @@ class TestCommand:
             [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--no-first-run",
              "--disable-background-networking", "--enable-logging=stderr", "--v=0", "--dump-dom",
              f"file://{everything / 'report.html'}"],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True,
         )  # fmt: skip
         assert "<title>Residual memorisation of unlearned</title>" in done.stdout
         assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -22,6 +22,8 @@ from evaluation.study import report as study_report
 from evaluation.study.command import Cell, StudyArguments, plan
 from evaluation.study.report import first_seeds, place, reported, verdict, worst_quarter
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 ROOT = Path(__file__).parents[2]
 
 
