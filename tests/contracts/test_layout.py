@@ -28,7 +28,6 @@ NOT_YET: dict[str, set[str]] = {"rooms": set(), "measures": set(), "circles": se
 # when it goes away.
 CONTRACTS = {
     "_VALID_DICT_FIELDS": "contracts/test_contracts.py::test_prepared_rows_are_taken_as_they_are",
-    "_actions": "contracts/test_private_names.py::test_a_parser_lists_its_options",
     "_forward_hooks": "contracts/test_contracts.py::test_taking_an_adapter_off_needs_what_calibration_puts_back",
     "_hf_hook": "contracts/test_private_names.py::test_an_offloaded_module_says_where_it_runs",
     "_instances": "contracts/test_private_names.py::test_open_progress_bars_are_listed",
