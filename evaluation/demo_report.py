@@ -165,8 +165,8 @@ def _difficulty_finding(objective: str, section: DifficultySection, against: sta
     return (
         f"{objective}: Spearman with residual memorisation: CUD {interval_text(spearman['cud'])}, its top-k cosine "
         f"form (cud_paper, inspired by the paper, not as published) {interval_text(spearman['cud_paper'])}, circuit "
-        f"mass {interval_text(spearman['circuit_mass'])}, initial loss {interval_text(spearman['loss'])}; between seeds "
-        f"{section.ceiling.agreement.value:.2f}. CUD less loss {interval_text(against)}; CUD given "
+        f"mass {interval_text(spearman['circuit_mass'])}, initial loss {interval_text(spearman['loss'])}; between "
+        f"seeds {section.ceiling.agreement.value:.2f}. CUD less loss {interval_text(against)}; CUD given "
         f"loss and length {interval_text(partial)}. Intervals are over the samples of one model, and "
         "say nothing of another."
     )
