@@ -163,7 +163,7 @@ def make_world(work_dir: Path, cell: Cell) -> dict:
 def register_variants() -> None:
     """Make metrics of `VARIANTS`, and of MRD as published."""
     from cud_trainer.difficulty import METRICS, register_metric
-    from cud_trainer.difficulty.circuit_metrics import cud
+    from cud_trainer.difficulty.cud import cud
     from cud_trainer.difficulty.metrics import mrd
 
     for name, variant in VARIANTS.items():

@@ -19,7 +19,7 @@ from cud_trainer.commands.options import DataArguments, load_tokenizer, model_op
 from cud_trainer.data import Samples, check_disjoint, prepare_samples
 from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import Buckets, DifficultyScores
-from cud_trainer.trainer import load_causal_lm
+from cud_trainer.models.loading import load_causal_lm
 
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.utility import UTILITY_SETS

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, Samples
-from cud_trainer.logprobs import AnswerScores, evaluation_mode, score_answers, wide
+from cud_trainer.logprobs import AnswerScores, score_answers, wide
+from cud_trainer.models.modes import evaluation_mode
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 GENERATED = ("rouge_l_recall", "verbatim")

@@ -13,21 +13,7 @@ from transformers import PreTrainedModel
 
 from cud_trainer.data import Samples
 from cud_trainer.logprobs import answer_probability, score_answers
-from cud_trainer.scoring.calibration import throw_away
-
-
-@contextmanager
-def _all_trained(model: nn.Module) -> Iterator[None]:
-    """Every weight takes a gradient; afterwards those that did before."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in flags:
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+from cud_trainer.models.modes import all_trained, restored_afterwards
 
 
 def relearn(
@@ -53,7 +39,7 @@ def relearn(
     by_step = {0: answer_probability(model, forget, batch_size=batch_size)}
     generator = np.random.default_rng(seed)
     device = model.get_input_embeddings().weight.device
-    with _all_trained(model), throw_away(model, None):
+    with all_trained(model), restored_afterwards(model, None):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
         order: list[int] = []
         for step in range(1, max(steps) + 1):

@@ -45,6 +45,8 @@ from evaluation.report import tables as sections
 from evaluation.report.circuits import MECHANISMS, mechanism_table
 from evaluation.report.schema import jsonable
 
+pytestmark = pytest.mark.slow
+
 NASTY = "<script>document.title='owned'</script>|<img src=x onerror=alert(1)>"
 
 
@@ -493,6 +495,7 @@ class TestCommand:
         assert re.search(message, error) and "Traceback" not in error
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.subprocess
     def test_in_a_browser(self, everything, tmp_path):
         """No console error, no request, and the markup of a dataset row is only text."""
         browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -502,7 +505,7 @@ class TestCommand:
             [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--no-first-run",
              "--disable-background-networking", "--enable-logging=stderr", "--v=0", "--dump-dom",
              f"file://{everything / 'report.html'}"],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True,
         )  # fmt: skip
         assert "<title>Residual memorisation of unlearned</title>" in done.stdout
         assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

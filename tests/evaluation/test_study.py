@@ -27,6 +27,8 @@ from evaluation.study.report import verdict
 from evaluation.study.runs import coordinates, first_seeds, reported, worst_quarter
 from evaluation.trajectory import at_position, matched_position
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 ROOT = Path(__file__).parents[2]
 
 

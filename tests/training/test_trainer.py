@@ -76,7 +76,7 @@ class TestResume:
     def test_scores_are_not_computed_again(self, tmp_path, monkeypatch):
         first = make_trainer(tmp_path / "out")
         first.train()
-        monkeypatch.setattr("cud_trainer.trainer.score_difficulty", lambda *a, **k: pytest.fail("computed again"))
+        monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed again"))
         resumed = make_trainer(tmp_path / "out")
         assert (resumed.difficulty_scores["loss"] == first.difficulty_scores["loss"]).all()
 
@@ -107,6 +107,7 @@ class TestResume:
             make_trainer(tmp_path / "other")
 
 
+@pytest.mark.subprocess
 class TestTwoProcesses:
     def test_same_run_straight_and_resumed(self, straight, tmp_path):
         small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -327,7 +328,7 @@ class TestScores:
             config(tmp_path, **options, schedule_args={"odds": {"power": -1.0}})
 
     def test_difficulty_none_costs_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cud_trainer.trainer.score_difficulty", lambda *a, **k: pytest.fail("computed"))
+        monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed"))
         trainer = make_trainer(tmp_path / "out", difficulty="none", schedule="uniform")
         assert trainer.difficulty_scores is None
         trainer.train()
