@@ -208,7 +208,8 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> list[Run]:
     if workers > 1:  # the runs are too small to use several threads each
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     study = StudyArguments(
-        **{f"{name}_dataset": str(_data(output, name)) for name in ("forget", "retain")},
+        forget_dataset=str(_data(output, "forget")),
+        retain_dataset=str(_data(output, "retain")),
         utility_dataset=str(_data(output, "retain_eval")),
         output_dir=str(folder),
         workers=workers,

@@ -149,7 +149,9 @@ def _matched(objective: str, chosen: dict[str, list[Run]], retain_level: float, 
         }
         for schedule, group in chosen.items()
     ]
-    level = retain_level * float(chosen[SCHEDULES[0]][0].retain[0])
+    retain = chosen[SCHEDULES[0]][0].retain
+    assert retain is not None
+    level = retain_level * float(retain[0])
     # No difference over samples: two schedules differ from seed to seed by far more.
     return {"objective": objective, "retain_level": level, "rows": rows, "difference": None}
 
