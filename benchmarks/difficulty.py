@@ -163,7 +163,7 @@ def make_world(work_dir: Path, cell: Cell) -> dict:
 def register_variants() -> None:
     """Make metrics of `VARIANTS`, and of MRD as published."""
     from cud_trainer.difficulty import METRICS, register_metric
-    from cud_trainer.difficulty.circuit_metrics import cud
+    from cud_trainer.difficulty.cud import cud
     from cud_trainer.difficulty.metrics import mrd
 
     for name, variant in VARIANTS.items():
@@ -237,13 +237,13 @@ def epoch(model, tokenizer, testbed, batch_size: int) -> None:
     """One pass of plain training over the forget set: the unit of cost."""
     import torch
 
-    from cud_trainer.data import length_sorted_batches, prepare_dataset
+    from cud_trainer.data import prepare_samples
     from cud_trainer.logprobs import score_answers
 
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    prepared = prepare_dataset(testbed.forget, tokenizer, name="forget")
-    for _, batch in length_sorted_batches(prepared, batch_size, tokenizer.pad_token_id):
+    prepared = prepare_samples(testbed.forget, tokenizer, name="forget")
+    for _, batch in prepared.batches(batch_size):
         (-score_answers(model, batch).mean_logps).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -95,13 +95,13 @@ def never_seen(options: argparse.Namespace, testbed: Any, seed: int) -> list[flo
     """Answer probability of every forget sample under a model that learned all but the forget set."""
     from difficulty import memorised
 
-    from cud_trainer.data import prepare_dataset
+    from cud_trainer.data import prepare_samples
     from cud_trainer.logprobs import answer_probability
 
     rest = testbed.train.filter(lambda split: split != "forget", input_columns="split")
     model, tokenizer, _ = memorised(options, testbed, seed, rest)
-    forget = prepare_dataset(testbed.forget, tokenizer, name="forget")
-    return answer_probability(model, forget, pad_token_id=int(tokenizer.pad_token_id)).tolist()
+    forget = prepare_samples(testbed.forget, tokenizer, name="forget")
+    return answer_probability(model, forget).tolist()
 
 
 def score(folder: Path, bed: Bed, objective: str, part: str) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.objectives import UnlearningLoss
@@ -133,7 +133,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
         getattr(testbed, name).to_json(_data(output, name))
     before = {}
     for name in ("forget", "retain_eval"):
-        prepared = prepare_dataset(getattr(testbed, name), tokenizer, name=name)
+        prepared = prepare_samples(getattr(testbed, name), tokenizer, name=name)
         values = evaluate_memorization(model, prepared, tokenizer, batch_size=64, desc=f"measure {name}")
         before["retain" if name == "retain_eval" else name] = audit.means(values, args.seed)
     sizes = {
@@ -187,11 +187,9 @@ def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithful
     from .testbed import build_testbed
 
     model, tokenizer = _load(output)
-    forget = prepare_dataset(build_testbed(args.seed).forget, tokenizer, name="forget")
+    forget = prepare_samples(build_testbed(args.seed).forget, tokenizer, name="forget")
     table = CircuitTable.load(output / CIRCUITS_FILE).aligned(list(forget["sample_id"]))
-    faithfulness = dataset_faithfulness(
-        model, forget, audit.strongest_edges(table), pad_token_id=tokenizer.pad_token_id, batch_size=40, seed=args.seed
-    )
+    faithfulness = dataset_faithfulness(model, forget, audit.strongest_edges(table), batch_size=40, seed=args.seed)
     return table, faithfulness
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cud_trainer.data import Samples
 from cud_trainer.logprobs import answer_probability
 
 
@@ -32,9 +32,8 @@ class TradeoffCallback(TrainerCallback):
     """Records a `Path` while a trainer runs.
 
     Args:
-        forget: prepared dataset.
-        retain: prepared dataset; not what the retain loss trains on.
-        pad_token_id: for batching.
+        forget: prepared samples.
+        retain: prepared samples; not what the retain loss trains on.
         every: steps between snapshots.
         progress: called after every step with its number.
         keep_at: keep the trainable weights of the snapshot that has forgotten most with at least this share of the
@@ -47,10 +46,9 @@ class TradeoffCallback(TrainerCallback):
 
     def __init__(
         self,
-        forget: Dataset,
-        retain: Dataset,
+        forget: Samples,
+        retain: Samples,
         *,
-        pad_token_id: int,
         every: int = 1,
         progress: Any = None,
         keep_at: float | None = None,
@@ -58,13 +56,13 @@ class TradeoffCallback(TrainerCallback):
         self.path = Path()
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self._sets = forget, retain
-        self._pad_token_id, self._every, self._progress, self._keep_at = pad_token_id, every, progress, keep_at
+        self._every, self._progress, self._keep_at = every, progress, keep_at
 
     def _snapshot(self, model: Any, step: int) -> None:
         forget, retain = self._sets
         self.path.steps.append(step)
-        self.path.forget.append(answer_probability(model, forget, pad_token_id=self._pad_token_id))
-        self.path.retain.append(float(answer_probability(model, retain, pad_token_id=self._pad_token_id).mean()))
+        self.path.forget.append(answer_probability(model, forget))
+        self.path.retain.append(float(answer_probability(model, retain).mean()))
         if self._keep_at is None or not self.path.retain[-1] >= self._keep_at * self.path.retain[0]:
             return
         left = [snapshot.mean() for snapshot in self.path.forget]

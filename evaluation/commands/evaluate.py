@@ -18,13 +18,13 @@ from cud_trainer.circuits import CircuitTable, dataset_faithfulness
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
 from cud_trainer.commands.parser import parse_options
-from cud_trainer.data import check_disjoint, prepare_dataset
+from cud_trainer.data import check_disjoint, prepare_samples
 from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.models.fingerprint import model_fingerprint, versions
-from cud_trainer.trainer import load_causal_lm
+from cud_trainer.models.loading import load_causal_lm
 
 from ..metrics import measure as harness
 from ..metrics import robustness
@@ -155,7 +155,7 @@ def evaluate(argv: list[str]) -> int:
         if source or config:
             raw[name] = args.read(source or args.forget_dataset, config, split, None, name, tokenizer)
     sets = {
-        name: prepare_dataset(part, tokenizer, max_length=args.max_length, name=name)
+        name: prepare_samples(part, tokenizer, max_length=args.max_length, name=name)
         for name, part in raw.items()
         if part is not None
     }
@@ -215,7 +215,7 @@ def evaluate(argv: list[str]) -> int:
             generate=args.generate, samples=args.samples, temperature=args.temperature, seed=args.seed, desc=what,
         )  # fmt: skip
 
-    pad, fingerprints = int(tokenizer.pad_token_id), {}
+    fingerprints = {}
     before, reference, kept, start = None, None, None, None
     if args.original_model:
         model = load(args.original_model)
@@ -225,7 +225,7 @@ def evaluate(argv: list[str]) -> int:
         before = measure(model, "original")
         if args.faithfulness and table is not None:
             kept = dataset_faithfulness(
-                model, forget, audit.strongest_edges(table), pad_token_id=tokenizer.pad_token_id,
+                model, forget, audit.strongest_edges(table),
                 batch_size=args.batch_size, seed=args.seed, baseline=table.settings["baseline"],
                 metric=table.settings["metric"], ungroup_kv=table.settings.get("ungroup_kv", False),
             )  # fmt: skip
@@ -272,16 +272,14 @@ def evaluate(argv: list[str]) -> int:
         conditions = {"as it is": base}
         for bits in args.quantize:
             with robustness.quantised(model, bits):
-                conditions[f"{bits} bits"] = answer_probability(
-                    model, forget, pad_token_id=pad, batch_size=args.batch_size
-                )
+                conditions[f"{bits} bits"] = answer_probability(model, forget, batch_size=args.batch_size)
         note = "Answer probability of the forget set with rounded weights; what rises was only moved a little."
         tables.append(
             sections.change_table("quantisation", "Quantisation", note, "as it is", conditions, parts, args.seed)
         )
     if start is not None:
         path = robustness.straight_line(
-            model, start, {name: sets[name] for name in ("forget", "retain") if name in sets}, pad_token_id=pad,
+            model, start, {name: sets[name] for name in ("forget", "retain") if name in sets},
             batch_size=args.batch_size,
         )  # fmt: skip
         tables.append(harness.line_table(path, args.seed))
@@ -289,7 +287,7 @@ def evaluate(argv: list[str]) -> int:
         taught = np.zeros(len(forget), dtype=bool)
         taught[np.random.default_rng(args.seed).permutation(len(forget))[: args.relearn_samples]] = True
         found = robustness.relearn(
-            model, forget, np.flatnonzero(taught).tolist(), pad_token_id=pad, steps=args.relearn_steps,
+            model, forget, np.flatnonzero(taught).tolist(), steps=args.relearn_steps,
             learning_rate=args.relearn_rate, batch_size=args.batch_size, seed=args.seed,
         )  # fmt: skip
         tables.append(sections.relearning_table(found, taught, bucket, args.n_buckets, args.seed))

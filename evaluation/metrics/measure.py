@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import Samples, prepare_samples
 
 from ..report import tables as sections
 from . import privacy
@@ -49,7 +49,7 @@ class Measured:
 
 def measure(
     model: PreTrainedModel,
-    sets: Mapping[str, Dataset],
+    sets: Mapping[str, Samples],
     forget_raw: Dataset,
     utility: Mapping[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
@@ -92,7 +92,7 @@ def measure(
         result.truth_ratio = truth_ratio(correct, wrong)
     if "paraphrased_question" in columns and "answer" in columns:
         asked = Dataset.from_dict({"question": forget_raw["paraphrased_question"], "answer": forget_raw["answer"]})
-        prepared = prepare_dataset(asked, tokenizer, max_length=max_length, name="paraphrased forget")
+        prepared = prepare_samples(asked, tokenizer, max_length=max_length, name="paraphrased forget")
         result.paraphrased = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["probability"]
     if utility:
         result.utility = tofu_utility(

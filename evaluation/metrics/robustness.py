@@ -8,35 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cud_trainer.data import pad_samples
+from cud_trainer.data import Samples
 from cud_trainer.logprobs import answer_probability, score_answers
-from cud_trainer.scoring.calibration import throw_away
-
-
-@contextmanager
-def _all_trained(model: nn.Module) -> Iterator[None]:
-    """Every weight takes a gradient; afterwards those that did before."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in flags:
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+from cud_trainer.models.modes import all_trained, restored_afterwards
 
 
 def relearn(
     model: PreTrainedModel,
-    forget: Dataset,
+    forget: Samples,
     rows: Sequence[int],
     *,
-    pad_token_id: int,
     steps: Sequence[int] = (1, 2, 5, 10),
     learning_rate: float = 1e-5,
     batch_size: int = 16,
@@ -52,23 +36,23 @@ def relearn(
     """
     if not len(rows) or not steps or min(steps) < 1:
         raise ValueError(f"relearning needs samples and steps of at least 1, got {len(rows)} and {list(steps)}")
-    found = {0: answer_probability(model, forget, pad_token_id=pad_token_id, batch_size=batch_size)}
+    found = {0: answer_probability(model, forget, batch_size=batch_size)}
     generator = np.random.default_rng(seed)
     device = model.get_input_embeddings().weight.device
-    with _all_trained(model), throw_away(model, None):
+    with all_trained(model), restored_afterwards(model, None):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
         order: list[int] = []
         for step in range(1, max(steps) + 1):
             if len(order) < min(batch_size, len(rows)):
                 order += generator.permutation(np.asarray(rows)).tolist()
             chosen, order = order[: min(batch_size, len(rows))], order[min(batch_size, len(rows)) :]
-            batch = {key: value.to(device) for key, value in pad_samples(forget, chosen, pad_token_id).items()}
+            batch = {key: value.to(device) for key, value in forget.pad(chosen).items()}
             optimizer.zero_grad()
             (-score_answers(model, batch).mean_logps).mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if step in steps:
-                found[step] = answer_probability(model, forget, pad_token_id=pad_token_id, batch_size=batch_size)
+                found[step] = answer_probability(model, forget, batch_size=batch_size)
     return found
 
 
@@ -149,9 +133,8 @@ def between(model: nn.Module, other: dict[str, Tensor], share: float) -> Iterato
 def straight_line(
     model: PreTrainedModel,
     original: dict[str, Tensor],
-    sets: dict[str, Dataset],
+    sets: dict[str, Samples],
     *,
-    pad_token_id: int,
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     batch_size: int = 16,
 ) -> list[dict[str, Any]]:
@@ -165,6 +148,6 @@ def straight_line(
         with between(model, original, share):
             entry: dict[str, Any] = {"share": float(share)}
             for name, prepared in sets.items():
-                entry[name] = answer_probability(model, prepared, pad_token_id=pad_token_id, batch_size=batch_size)
+                entry[name] = answer_probability(model, prepared, batch_size=batch_size)
             path.append(entry)
     return path

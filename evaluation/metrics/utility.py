@@ -14,7 +14,7 @@ from datasets import Dataset
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 
 from .memorization import evaluate_memorization, teacher_forced
 
@@ -109,7 +109,7 @@ def answer_logps(
         for row, (asked, texts) in enumerate(zip(dataset[question], answers, strict=True))
         for number, text in enumerate(texts)
     ]
-    prepared = prepare_dataset(Dataset.from_list(pairs), tokenizer, max_length=max_length, name=name)
+    prepared = prepare_samples(Dataset.from_list(pairs), tokenizer, max_length=max_length, name=name)
     found = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["mean_logps"]
     return found.reshape(len(answers), len(answers[0]))
 
@@ -134,7 +134,7 @@ def tofu_utility(
     values: dict[str, np.ndarray] = {}
     for name, dataset in sets.items():
         options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "name": name}
-        prepared = prepare_dataset(
+        prepared = prepare_samples(
             dataset.select_columns(["question", "answer"]), tokenizer, max_length=max_length, name=name
         )
         own = evaluate_memorization(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig
 
 from cud_trainer import CUDConfig
+from cud_trainer.data import Samples
 
 from ..trajectory import TradeoffCallback
 from .grid import Cell
@@ -103,7 +104,6 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
     tradeoff = TradeoffCallback(
         forget,
         forget if utility is None else utility,
-        pad_token_id=int(world.tokenizer.pad_token_id),
         every=settings["snapshot_every"],
         keep_at=None if relearning is None or utility is None else relearning["level"],
     )
@@ -130,7 +130,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         final = _final_metrics(trainer.model, args, world.tokenizer, forget, utility, settings.get("generate", False))
     relearned = None
     if relearning is not None and tradeoff.best is not None:
-        relearned = _relearned(trainer.model, tradeoff, forget, int(world.tokenizer.pad_token_id), relearning)
+        relearned = _relearned(trainer.model, tradeoff, forget, relearning)
     return {
         "relearned": relearned,
         "steps": [path.steps[i] for i in finite],
@@ -138,20 +138,20 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         "retain": [path.retain[i] for i in finite] if utility is not None else None,
         "final": final,
         "diverged": diverged,
-        "forget_ids": list(forget["sample_id"]),
+        "forget_ids": list(forget.ids),
     }
 
 
-def _measured(args: CUDConfig, world: _World, most: int) -> tuple[Dataset, Dataset | None]:
+def _measured(args: CUDConfig, world: _World, most: int) -> tuple[Samples, Samples | None]:
     """What is measured during a run, prepared: the forget set, and of what measures utility `most` samples at most."""
-    from cud_trainer.data import evenly_spaced, prepare_dataset
+    from cud_trainer.data import evenly_spaced, prepare_samples
 
-    forget = prepare_dataset(world.forget, world.tokenizer, max_length=args.max_length, name="forget")
+    forget = prepare_samples(world.forget, world.tokenizer, max_length=args.max_length, name="forget")
     utility = world.retain if world.utility is None else world.utility
     if utility is None:
         return forget, None
     part = evenly_spaced(utility, most)
-    return forget, prepare_dataset(part, world.tokenizer, max_length=args.max_length, name="utility")
+    return forget, prepare_samples(part, world.tokenizer, max_length=args.max_length, name="utility")
 
 
 def _scores_of(study: Path, settings: dict[str, Any]) -> Any:
@@ -184,8 +184,8 @@ def _final_metrics(
     model: Any,
     args: CUDConfig,
     tokenizer: PreTrainedTokenizerBase,
-    forget: Dataset,
-    utility: Dataset | None,
+    forget: Samples,
+    utility: Samples | None,
     generate: bool,
 ) -> dict[str, dict[str, list[float]]]:
     """What is left at the end of a run, of every sample; with `generate` also by the answers that it gives."""
@@ -206,9 +206,7 @@ def _final_metrics(
     return final
 
 
-def _relearned(
-    model: Any, tradeoff: TradeoffCallback, forget: Dataset, pad_token_id: int, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _relearned(model: Any, tradeoff: TradeoffCallback, forget: Samples, settings: dict[str, Any]) -> dict[str, Any]:
     """What comes back of the forget set when some of its samples are taught again, from the best snapshot."""
     from ..metrics.robustness import relearn
 
@@ -221,7 +219,6 @@ def _relearned(
         model,
         forget,
         rows.tolist(),
-        pad_token_id=pad_token_id,
         steps=[settings["steps"]],
         learning_rate=settings["rate"],
     )

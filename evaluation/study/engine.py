@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from trl import ModelConfig
 
 from cud_trainer.commands.options import DataArguments, load_tokenizer
-from cud_trainer.data import check_disjoint, dataset_fingerprint, prepare_dataset
+from cud_trainer.data import check_disjoint, prepare_samples
 from cud_trainer.files import holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
 
@@ -169,14 +169,14 @@ def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[li
     group = args.train.get("group_column")  # type: ignore[union-attr]
     length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
     prepared = [
-        None if part is None else prepare_dataset(part, tokenizer, max_length=length, name=name)
+        None if part is None else prepare_samples(part, tokenizer, max_length=length, name=name)
         for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility(tokenizer)))
     ]
     if prepared[0] is not None and prepared[1] is not None:
         check_disjoint(prepared[0], prepared[1])
     if isinstance(group, str) and group not in forget.column_names:
         raise ValueError(f"forget dataset has no column {group!r}; it has {sorted(forget.column_names)}")
-    fingerprints = [None if part is None else dataset_fingerprint(part) for part in prepared]
+    fingerprints = [None if part is None else part.fingerprint for part in prepared]
     return fingerprints, list(forget[group]) if isinstance(group, str) else None
 
 

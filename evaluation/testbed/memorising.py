@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from cud_trainer.data import pad_batch, prepare_dataset
+from cud_trainer.data import pad_batch, prepare_samples
 from cud_trainer.logprobs import score_answers
 
 from .world import Testbed, shuffled
@@ -61,7 +61,7 @@ def memorise(
     """
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
-    prepared = prepare_dataset(testbed.train, tokenizer, max_length=model.config.max_position_embeddings, name="train")
+    prepared = prepare_samples(testbed.train, tokenizer, max_length=model.config.max_position_embeddings, name="train")
     samples = [
         {"input_ids": tokens, "labels": labels}
         for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True)

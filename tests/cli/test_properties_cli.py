@@ -18,8 +18,7 @@ from cud_trainer.circuits.graph import Graph
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_dataset
 from cud_trainer.data.sources import load_samples
-from cud_trainer.difficulty import DifficultyScores
-from cud_trainer.difficulty.anchors import AnchorBank
+from cud_trainer.difficulty import AnchorBank, DifficultyScores
 from cud_trainer.schedule import Schedule, make_schedule
 
 EXAMPLES = int(os.environ.get("CUD_EXAMPLES", "25"))

@@ -6,7 +6,7 @@ import torch
 from builders import make_model, make_tokenizer, qa_dataset
 from scipy.stats import spearmanr
 
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.logprobs import answer_probability
 from evaluation.commands.evaluate import audit_results
@@ -29,7 +29,7 @@ from evaluation.report import audit
 def memorised():
     """A tiny model that knows four of eight samples by heart, and these samples."""
     tokenizer, model = make_tokenizer(), make_model(0, num_hidden_layers=1)
-    data = prepare_dataset(qa_dataset(8), tokenizer)
+    data = prepare_samples(qa_dataset(8), tokenizer)
     from cud_trainer.data import pad_batch
     from cud_trainer.logprobs import score_answers
 
@@ -106,7 +106,7 @@ class TestOnAModel:
     def test_answer_probability_agrees(self, memorised):
         model, tokenizer, data = memorised
         expected = teacher_forced(model, data, tokenizer)["probability"]
-        np.testing.assert_allclose(answer_probability(model, data, pad_token_id=0, batch_size=5), expected, rtol=1e-4)
+        np.testing.assert_allclose(answer_probability(model, data, batch_size=5), expected, rtol=1e-4)
 
 
 class TestPath:
@@ -138,19 +138,17 @@ class TestPath:
         from evaluation.trajectory import TradeoffCallback
 
         tokenizer = make_tokenizer()
-        forget, retain = prepare_dataset(qa_dataset(9), tokenizer), prepare_dataset(qa_dataset(3, 50), tokenizer)
-        callback = TradeoffCallback(forget, retain, pad_token_id=0, every=2)
+        forget, retain = prepare_samples(qa_dataset(9), tokenizer), prepare_samples(qa_dataset(3, 50), tokenizer)
+        callback = TradeoffCallback(forget, retain, every=2)
         model = make_model(0)
-        start = answer_probability(model, forget, pad_token_id=0)
+        start = answer_probability(model, forget)
         CUDTrainer(
             model, config(tmp_path / "out", save_strategy="no"), forget_dataset=qa_dataset(9),
             retain_dataset=qa_dataset(7, 100), processing_class=tokenizer, callbacks=[callback],
         ).train()  # fmt: skip
         assert callback.path.steps == [0, 2, 4, 5]
         np.testing.assert_allclose(callback.path.forget[0], start)
-        np.testing.assert_allclose(
-            callback.path.forget[-1], answer_probability(model, forget, pad_token_id=0), rtol=1e-5
-        )
+        np.testing.assert_allclose(callback.path.forget[-1], answer_probability(model, forget), rtol=1e-5)
 
 
 class TestAudit:

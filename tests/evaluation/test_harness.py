@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from cud_trainer import score_difficulty
 from cud_trainer.cli import main
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
 from evaluation.metrics import measure as harness
 from evaluation.metrics import privacy, robustness
@@ -140,7 +140,7 @@ class TestByHand:
 class TestOnAModel:
     def test_token_statistics_against_full_logits(self):
         model, tokenizer = make_model(0).double(), make_tokenizer()
-        data = prepare_dataset(qa_dataset(5), tokenizer)
+        data = prepare_samples(qa_dataset(5), tokenizer)
         found = teacher_forced(model, data, tokenizer, batch_size=2)
         for row, sample in enumerate(data):
             tokens = torch.tensor(sample["input_ids"])
@@ -163,7 +163,7 @@ class TestOnAModel:
 
     def test_samples(self):
         model, tokenizer = make_model(0), make_tokenizer()
-        data = prepare_dataset(qa_dataset(4), tokenizer)
+        data = prepare_samples(qa_dataset(4), tokenizer)
         torch.manual_seed(5)
         state = torch.random.get_rng_state()
         drawn = [generate_answers(model, data, tokenizer, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
@@ -181,7 +181,7 @@ class TestOnAModel:
         model, tokenizer, raw = make_model(0), make_tokenizer(), tofu_like(5)
         found = answer_logps(model, raw, tokenizer, ["perturbed_answer", "answer"])
         assert found.shape == (5, 4)
-        own = teacher_forced(model, prepare_dataset(raw.select_columns(["question", "answer"]), tokenizer), tokenizer)
+        own = teacher_forced(model, prepare_samples(raw.select_columns(["question", "answer"]), tokenizer), tokenizer)
         np.testing.assert_allclose(found[:, 3], own["mean_logps"], rtol=1e-5)
         values = tofu_utility(model, {"retain": raw, "real_authors": raw, "world_facts": raw}, tokenizer)
         assert len(values) == 9 and all((column >= 0).all() and (column <= 1).all() for column in values.values())
@@ -195,21 +195,21 @@ class TestOnAModel:
 
     def test_relearning_brings_back_and_restores(self):
         model, tokenizer = make_model(0), make_tokenizer()
-        data = prepare_dataset(qa_dataset(8), tokenizer)
+        data = prepare_samples(qa_dataset(8), tokenizer)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
             p.requires_grad_("mlp" in name)  # whatever was frozen is relearned, too
-        found = robustness.relearn(model, data, [0, 1, 2], pad_token_id=0, steps=(1, 30), learning_rate=1e-2)
+        found = robustness.relearn(model, data, [0, 1, 2], steps=(1, 30), learning_rate=1e-2)
         assert sorted(found) == [0, 1, 30]
-        np.testing.assert_array_equal(found[0], answer_probability(model, data, pad_token_id=0, batch_size=16))
+        np.testing.assert_array_equal(found[0], answer_probability(model, data, batch_size=16))
         assert (found[30][:3] > 5 * found[0][:3]).all()
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         assert all(p.requires_grad == ("mlp" in name) for name, p in model.named_parameters())
-        again = robustness.relearn(model, data, [0, 1, 2], pad_token_id=0, steps=(1, 30), learning_rate=1e-2)
+        again = robustness.relearn(model, data, [0, 1, 2], steps=(1, 30), learning_rate=1e-2)
         assert (again[30] == found[30]).all()
         for bad in ({"rows": []}, {"rows": [0], "steps": ()}, {"rows": [0], "steps": (0,)}):
             with pytest.raises(ValueError, match="relearning needs"):
-                robustness.relearn(model, data, bad.pop("rows"), pad_token_id=0, **bad)
+                robustness.relearn(model, data, bad.pop("rows"), **bad)
 
     def test_quantised_and_between_restore(self):
         model, other, tokenizer = make_model(0), make_model(1), make_tokenizer()
@@ -222,10 +222,10 @@ class TestOnAModel:
             assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
             raise RuntimeError("stop")
         start = {name: p.detach().clone() for name, p in other.named_parameters()}
-        data = prepare_dataset(qa_dataset(3), tokenizer)
-        path = robustness.straight_line(model, start, {"forget": data}, pad_token_id=0, shares=(0.0, 0.5, 1.0))
-        np.testing.assert_allclose(path[0]["forget"], answer_probability(other, data, pad_token_id=0), rtol=1e-6)
-        np.testing.assert_array_equal(path[2]["forget"], answer_probability(model, data, pad_token_id=0, batch_size=16))
+        data = prepare_samples(qa_dataset(3), tokenizer)
+        path = robustness.straight_line(model, start, {"forget": data}, shares=(0.0, 0.5, 1.0))
+        np.testing.assert_allclose(path[0]["forget"], answer_probability(other, data), rtol=1e-6)
+        np.testing.assert_array_equal(path[2]["forget"], answer_probability(model, data, batch_size=16))
         with robustness.between(model, start, 0.25):
             name = "model.layers.1.self_attn.q_proj.weight"
             torch.testing.assert_close(dict(model.named_parameters())[name], 0.75 * start[name] + 0.25 * before[name])
@@ -400,7 +400,7 @@ class TestCommand:
         quality = scipy_stats.ks_2samp(frame["truth_ratio"], frame["reference/truth_ratio"]).pvalue
         assert tables["forget_quality"]["unlearned"][1] == pytest.approx(quality)
         tokenizer, model = make_tokenizer(), make_model(1)
-        holdout = prepare_dataset(tofu_like(9, 200).select_columns(["question", "answer"]), tokenizer)
+        holdout = prepare_samples(tofu_like(9, 200).select_columns(["question", "answer"]), tokenizer)
         other = teacher_forced(model, holdout, tokenizer)["min_k"]
         auc = privacy.attack_auc(-frame["min_k"].to_numpy(), -other)
         assert tables["privacy"]["min_k"][0]["value"] == pytest.approx(auc)

@@ -16,7 +16,7 @@ from transformers import TrainerControl
 
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
 from evaluation.report import audit
 from evaluation.statistics import Interval
@@ -89,7 +89,7 @@ def test_comparison_by_hand(finished):
 def tuned(world, tmp_path_factory):
     """Two schedules, each with two learning rates on two seeds; scores made before, utility of a set of its own."""
     root = tmp_path_factory.mktemp("tuned")
-    names = prepare_dataset(qa_dataset(12), make_tokenizer())["sample_id"]
+    names = prepare_samples(qa_dataset(12), make_tokenizer())["sample_id"]
     columns = {"cud": np.arange(12.0), "loss": -np.arange(12.0), "length": np.ones(12) + np.arange(12) % 3}
     DifficultyScores(list(names), columns).save(root / "scores.parquet")
     qa_dataset(5, 300).to_json(root / "utility.jsonl")
@@ -198,8 +198,8 @@ def test_levels_utility_and_relearning(tuned):
     (path, *_) = tuned.glob("cells/*schedule=uniform*seed=2*/result.json")
     run = json.loads(path.read_text())
     model, tokenizer = make_model(0), make_tokenizer()
-    utility = prepare_dataset(qa_dataset(5, 300), tokenizer)
-    start = answer_probability(model, utility, pad_token_id=0).mean()
+    utility = prepare_samples(qa_dataset(5, 300), tokenizer)
+    start = answer_probability(model, utility).mean()
     assert run["retain"][0] == pytest.approx(start, rel=1e-5)
     levels = [entry["retain_level"] for entry in found["matched"]]
     assert levels == pytest.approx([0.95 * start, 0.5 * start], rel=1e-5)
