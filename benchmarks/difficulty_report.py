@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 
 from cud_trainer.models.fingerprint import versions
 from evaluation import statistics as stats
-from evaluation.report.audit import averaged_residual
 from evaluation.study.runs import Run
+from evaluation.trajectory import averaged_residual
 
 Runs = dict[tuple[int, str, str, int], Run]  # by model seed, objective, part and seed
 

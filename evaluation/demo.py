@@ -34,7 +34,8 @@ from cud_trainer.scoring.calibration import CalibrationSettings
 
 from . import demo_report
 from .demo_report import BUCKETS, OBJECTIVES, SCHEDULES
-from .report import audit
+from .report.cells import means
+from .report.circuits import strongest_edges
 from .study.runs import Run
 
 CIRCUITS_FILE = "circuits.safetensors"
@@ -135,7 +136,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
     for name in ("forget", "retain_eval"):
         prepared = prepare_samples(getattr(testbed, name), tokenizer, name=name)
         values = evaluate_memorization(model, prepared, tokenizer, batch_size=64, desc=f"measure {name}")
-        before["retain" if name == "retain_eval" else name] = audit.means(values, args.seed)
+        before["retain" if name == "retain_eval" else name] = means(values, args.seed)
     sizes = {
         "n_forget": len(testbed.forget),
         "n_retain": len(testbed.retain),
@@ -189,7 +190,7 @@ def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithful
     model, tokenizer = _load(output)
     forget = prepare_samples(build_testbed(args.seed).forget, tokenizer, name="forget")
     table = CircuitTable.load(output / CIRCUITS_FILE).aligned(list(forget["sample_id"]))
-    faithfulness = dataset_faithfulness(model, forget, audit.strongest_edges(table), batch_size=40, seed=args.seed)
+    faithfulness = dataset_faithfulness(model, forget, strongest_edges(table), batch_size=40, seed=args.seed)
     return table, faithfulness
 
 

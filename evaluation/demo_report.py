@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -17,10 +16,14 @@ from cud_trainer.models.fingerprint import versions
 
 from . import statistics as stats
 from .metrics.memorization import TOKEN_STATISTICS
-from .report import audit
-from .report import tables as sections
+from .report.cells import interval_text
+from .report.circuits import circuit_section
+from .report.difficulty import difficulty_section
+from .report.schema import DifficultySection, Head, Table, jsonable
+from .report.tables import table
 from .study.report import condition
 from .study.runs import Run, grouped, left_at, trials, tuned, worst_quarter
+from .trajectory import averaged_residual
 
 OBJECTIVES = ("graddiff", "npo")
 SCHEDULES = ("uniform", DEFAULT_SCHEDULE)
@@ -64,12 +67,13 @@ def results(
     difficulty, conditions, matched, tables = [], [], [], []
     for objective in OBJECTIVES:
         uniform = by_condition[objective, SCHEDULES[0]]
-        residuals = [audit.averaged_residual(list(run.forget))[0] for run in uniform]
+        residuals = [averaged_residual(list(run.forget))[0] for run in uniform]
         section, against = _difficulty(objective, scores[objective], residuals, seed)
         if objective == OBJECTIVES[0]:
             note = f"Buckets are those of CUD calibrated for {objective}; what is left is that of {objective}, uniform."
-            pictures = audit.circuit_section(
-                circuits, uniform[0].bucket, np.mean(residuals, axis=0), seed=seed, note=note, kept=faithfulness
+            left = np.mean(residuals, axis=0)
+            pictures = circuit_section(
+                circuits, uniform[0].buckets, left, seed=seed, note=note, faithfulness=faithfulness
             )
         difficulty.append(section)
         findings.append(_difficulty_finding(objective, section, against))
@@ -88,9 +92,7 @@ def results(
         "either: in an audit a random difficulty gave nearly the same. The ceiling is that of few seeds, and noisy."
     )
     return {
-        "schema_version": 1,
-        "title": "cud demo: which fictitious authors are hard to forget?",
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **jsonable(Head.now("cud demo: which fictitious authors are hard to forget?")),
         "run": {
             "command": command.strip(),
             "seed": seed,
@@ -119,9 +121,9 @@ def results(
 
 def _difficulty(
     objective: str, scores: DifficultyScores, residuals: list[np.ndarray], seed: int
-) -> tuple[dict[str, Any], stats.Interval]:
+) -> tuple[DifficultySection, stats.Interval]:
     """How well each metric predicts what uniform runs leave, and by how much CUD does better than the loss."""
-    section = audit.difficulty_section(
+    section = difficulty_section(
         objective,
         scores.columns,
         residuals,
@@ -129,8 +131,8 @@ def _difficulty(
         "snapshots at which the mean forget probability is 15-75% of its start",
         seed=seed,
     )
-    against = audit.spearman_difference(scores["cud"], scores["loss"], np.mean(residuals, axis=0), seed=seed)
-    section["cud_minus_loss"] = against.as_dict()
+    against = stats.spearman_difference(scores["cud"], scores["loss"], np.mean(residuals, axis=0), seed=seed)
+    section.cud_minus_loss = against
     return section, against
 
 
@@ -149,22 +151,23 @@ def _matched(objective: str, chosen: dict[str, list[Run]], retain_level: float, 
         }
         for schedule, group in chosen.items()
     ]
-    retain = chosen[SCHEDULES[0]][0].retain
-    assert retain is not None
-    level = retain_level * float(retain[0])
+    utility = chosen[SCHEDULES[0]][0].retain
+    assert utility is not None  # the demo has a retain set
+    level = retain_level * float(utility[0])
     # No difference over samples: two schedules differ from seed to seed by far more.
     return {"objective": objective, "retain_level": level, "rows": rows, "difference": None}
 
 
-def _difficulty_finding(objective: str, section: dict[str, Any], against: stats.Interval) -> str:
-    spearman = {row["metric"]: row["spearman"] for row in section["rows"]}
-    partial = next(row["partial"] for row in section["rows"] if row["metric"] == "cud")
+def _difficulty_finding(objective: str, section: DifficultySection, against: stats.Interval) -> str:
+    spearman = {row.metric: row.spearman for row in section.rows}
+    partial = next(row.partial for row in section.rows if row.metric == "cud")
+    assert partial is not None and section.ceiling is not None  # of CUD, over several seeds
     return (
-        f"{objective}: Spearman with residual memorisation: CUD {audit.shown(spearman['cud'])}, its top-k cosine form "
-        f"(cud_paper, inspired by the paper, not as published) {audit.shown(spearman['cud_paper'])}, circuit mass "
-        f"{audit.shown(spearman['circuit_mass'])}, initial loss {audit.shown(spearman['loss'])}; between seeds "
-        f"{section['ceiling']['agreement']['value']:.2f}. CUD less loss {audit.shown(against.as_dict())}; CUD given "
-        f"loss and length {audit.shown(partial)}. Intervals are over the samples of one model, and "
+        f"{objective}: Spearman with residual memorisation: CUD {interval_text(spearman['cud'])}, its top-k cosine "
+        f"form (cud_paper, inspired by the paper, not as published) {interval_text(spearman['cud_paper'])}, "
+        f"circuit mass {interval_text(spearman['circuit_mass'])}, initial loss {interval_text(spearman['loss'])}; "
+        f"between seeds {section.ceiling.agreement.value:.2f}. CUD less loss {interval_text(against)}; CUD given "
+        f"loss and length {interval_text(partial)}. Intervals are over the samples of one model, and "
         "say nothing of another."
     )
 
@@ -208,9 +211,9 @@ def _percent(change: stats.Interval) -> str:
     return f"{100 * change.value:+.0f}% [{100 * change.low:+.0f}, {high}]"
 
 
-def _by_seed(objective: str, worst: BySeed, means: BySeed) -> dict[str, Any]:
+def _by_seed(objective: str, worst: BySeed, means: BySeed) -> Table:
     """The table behind the finding."""
-    return sections.table(
+    return table(
         f"seeds-{objective}",
         f"{objective}: schedules by seed, at matched retain utility",
         "The worst quarter is picked by the result, of each run its own. Change: geometric mean over seeds, with "
@@ -231,10 +234,10 @@ def per_sample(scores: dict[str, DifficultyScores], runs: list[Run]) -> pd.DataF
     """One row per forget sample: difficulty by objective, and what every reported run left at its end. No text."""
     first = next(iter(scores.values()))
     frame = pd.DataFrame({"sample_id": first.ids, "fold": first.fold})
-    for objective, table in scores.items():
-        for name, values in table.columns.items():
+    for objective, difficulty in scores.items():
+        for name, values in difficulty.columns.items():
             frame[f"{objective}/{name}"] = values
-        frame[f"{objective}/bucket"] = table.buckets("cud", BUCKETS) + 1
+        frame[f"{objective}/bucket"] = difficulty.buckets("cud", BUCKETS) + 1
     for run in runs:
         label = f"{run.panel}-{run.schedule}-w{run.options['retain_weight']:g}-s{run.seed}"
         frame[f"{label}/probability"] = run.forget[-1]

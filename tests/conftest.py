@@ -2,6 +2,11 @@
 
 import pytest
 from builders import make_model, make_tokenizer
+from hypothesis import HealthCheck, settings
+
+# No test fails because the machine is slow.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 @pytest.fixture

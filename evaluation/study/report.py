@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from cud_trainer.models.fingerprint import versions
 
 from .. import statistics as stats
 from ..metrics.memorization import TOKEN_STATISTICS
-from ..report import audit
 from ..report import tables as sections
+from ..report.cells import Cell, interval_text, means
+from ..report.difficulty import comparisons_note, difficulty_section
 from ..report.page import write_report
+from ..report.schema import DifficultySection, Head, Table, jsonable
+from ..trajectory import averaged_residual
 from .engine import Finished
 from .options import StudyArguments
 from .runs import BASE, Run, grouped, left_at, trials, tuned, worst_quarter
@@ -35,7 +37,7 @@ def write_study(finished: Finished, command: str) -> Path | None:
         _add_panel(content, panel, group, finished.args, finished.groups)
     if finished.failed:
         content.findings.append(f"{len(finished.failed)} cells failed: {', '.join(finished.failed)}")
-        rows: list[tuple[str, list[Any]]] = [(name, [reason]) for name, reason in finished.failed.items()]
+        rows = [(name, [reason]) for name, reason in finished.failed.items()]
         content.tables.append(sections.table("failed", "Cells that failed", "They are in no figure.", ["reason"], rows))
     return write_report(
         _results(content, runs, finished, command), finished.folder, pd.concat(content.samples, ignore_index=True)
@@ -50,17 +52,15 @@ class _Content:
     matched: list[dict[str, Any]] = field(default_factory=list)
     fits: list[dict[str, Any]] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    difficulty: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    difficulty: list[DifficultySection] = field(default_factory=list)
     samples: list[pd.DataFrame] = field(default_factory=list)
 
 
 def _results(content: _Content, runs: list[Run], finished: Finished, command: str) -> dict[str, Any]:
     """The contents of `results.json`."""
     results: dict[str, Any] = {
-        "schema_version": 1,
-        "title": "cud study: schedules at matched retain utility",
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **jsonable(Head.now("cud study: schedules at matched retain utility")),
         "run": {
             "command": command,
             "seed": SEED,
@@ -75,9 +75,8 @@ def _results(content: _Content, runs: list[Run], finished: Finished, command: st
         "findings": content.findings,
     }
     if content.difficulty:
-        note = "Known before unlearning, against what uniform runs left. " + sections.comparisons_note(
-            len(content.difficulty[0]["rows"])
-        )
+        note = "Known before unlearning, against what uniform runs left. "
+        note += comparisons_note(len(content.difficulty[0].rows))
         results["difficulty"] = {"note": note, "objectives": content.difficulty}
     if any(row["chosen"] for row in content.fits):
         results["retain_weight_fit"] = content.fits
@@ -113,10 +112,10 @@ def _add_panel(content: _Content, panel: str, runs: list[Run], args: StudyArgume
     uniform = chosen.get(BASE, [])
     scores = uniform[0].scores if uniform else None
     if scores is not None:
-        section = audit.difficulty_section(
+        section = difficulty_section(
             panel,
             scores.columns,
-            [audit.averaged_residual(list(run.forget))[0] for run in uniform],
+            [averaged_residual(list(run.forget))[0] for run in uniform],
             target=f"answer probability, mean over {len(uniform)} uniform runs and the snapshots at which 15-75% "
             "of the starting probability are left",
             seed=SEED,
@@ -127,7 +126,7 @@ def _add_panel(content: _Content, panel: str, runs: list[Run], args: StudyArgume
         primary = None if scores is None else scores[scores.metrics[0]]
         table, finding = sections.group_table(left_at(chosen, level)[BASE], groups, primary, SEED)
         number = len(content.tables)
-        content.tables.append({**table, "id": f"groups-{number}", "title": f"By group: {panel}, {BASE}"})
+        content.tables.append(replace(table, id=f"groups-{number}", title=f"By group: {panel}, {BASE}"))
         content.findings.append(f"{panel}, {BASE}: {finding}")
 
 
@@ -155,7 +154,7 @@ def _add_conditions(content: _Content, panel: str, chosen: dict[str, list[Run]],
     """The curves of every schedule, and what it leaves of every sample at a level."""
     for (schedule, group), left in zip(chosen.items(), left_at(chosen, level).values(), strict=True):
         content.conditions.append(condition(panel, schedule, group, SEED))
-        values = {"sample_id": group[0].ids, "left": left, "bucket": group[0].bucket + 1}
+        values = {"sample_id": group[0].ids, "left": left, "bucket": group[0].buckets.number + 1}
         content.samples.append(pd.DataFrame(values).assign(panel=panel, schedule=schedule))
 
 
@@ -185,11 +184,10 @@ def verdict(hardest: stats.Interval, everything: stats.Interval) -> str:
     return f"less of the hardest bucket is left than with {BASE}{paid}"
 
 
-def _differences(
-    panel: str, compared: dict[float, dict[str, list[Run]]], seed: int
-) -> tuple[dict[str, Any], list[str]]:
+def _differences(panel: str, compared: dict[float, dict[str, list[Run]]], seed: int) -> tuple[Table, list[str]]:
     """Every schedule less `uniform` at every level, paired over samples, and by seed; findings for the first level."""
-    rows, findings = [], []
+    rows: list[tuple[str, list[Cell]]] = []
+    findings = []
     for level, chosen in compared.items():
         left = left_at(chosen, level)
         base, hardest = left[BASE], chosen[BASE][0].hardest
@@ -208,15 +206,17 @@ def _differences(
                 for other in chosen[BASE]
                 if run.seed == other.seed
             ]
-            spread = f"{min(by_seed):.3f} to {max(by_seed):.3f}" if by_seed else sections.missing("no seed in common")
+            spread: Cell = (
+                f"{min(by_seed):.3f} to {max(by_seed):.3f}" if by_seed else sections.missing("no seed in common")
+            )
             relative = 100 * hard.value / max(float(base[hardest].mean()), 1e-12)
             label = schedule if len(compared) == 1 else f"{schedule}, at {level:g}"
-            rows.append((label, [hard.as_dict(), relative, spread, all_.as_dict(), worst - tail]))
+            rows.append((label, [hard, relative, spread, all_, worst - tail]))
             if level != next(iter(compared)):
                 continue
             findings.append(
                 f"{panel}: {schedule} less {BASE} at matched retain utility, hardest bucket "
-                f"{audit.shown(hard.as_dict())}, all {audit.shown(all_.as_dict())}: {verdict(hard, all_)}"
+                f"{interval_text(hard)}, all {interval_text(all_)}: {verdict(hard, all_)}"
             )
     table = sections.table(
         f"differences-{panel}",
@@ -229,7 +229,7 @@ def _differences(
     return table, findings
 
 
-def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: int) -> dict[str, Any]:
+def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: int) -> Table:
     """What comes back of samples that were not taught again, from the snapshot that has forgotten most at `level`."""
     again: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     taught = np.zeros(len(next(iter(chosen.values()))[0].ids), dtype=bool)
@@ -242,13 +242,13 @@ def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: in
     hardest = next(iter(chosen.values()))[0].hardest & ~taught
     rows = []
     for schedule, (before, after) in again.items():
-        cells: list[Any] = []
+        cells: list[Cell] = []
         for part in (hardest, ~taught):
             cells += [sections.mean(before[part], seed), sections.mean(after[part], seed)]
             if schedule == BASE or BASE not in again:
                 cells.append(sections.missing("the base"))
             else:
-                cells.append(stats.paired_difference(after[part], again[BASE][1][part], seed=seed).as_dict())
+                cells.append(stats.paired_difference(after[part], again[BASE][1][part], seed=seed))
         rows.append((schedule, cells))
     columns = [f"{part}, {what}" for part in ("hardest bucket", "all") for what in ("before", "after", f"less {BASE}")]
     return sections.table(
@@ -261,12 +261,12 @@ def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: in
     )
 
 
-def _best_predictor(panel: str, section: dict[str, Any]) -> str:
-    rows = sorted(section["rows"], key=lambda row: -(row["spearman"]["value"] or 0))
-    loss = next(row for row in section["rows"] if row["metric"] == "loss")
+def _best_predictor(panel: str, section: DifficultySection) -> str:
+    rows = sorted(section.rows, key=lambda row: -(row.spearman.value or 0))
+    loss = next(row for row in section.rows if row.metric == "loss")
     return (
-        f"{panel}: what uniform runs leave is predicted best by {rows[0]['label']}, Spearman "
-        f"{audit.shown(rows[0]['spearman'])}; initial log-probability {audit.shown(loss['spearman'])}"
+        f"{panel}: what uniform runs leave is predicted best by {rows[0].label}, Spearman "
+        f"{interval_text(rows[0].spearman)}; initial log-probability {interval_text(loss.spearman)}"
     )
 
 
@@ -279,7 +279,7 @@ def condition(panel: str, schedule: str, runs: list[Run], seed: int) -> dict[str
             "step": int(step),
             "retain": float(run.retain[i]) if run.retain is not None else 1.0,
             "forget": float(run.forget[i].mean()),
-            "buckets": [float(run.forget[i][run.bucket == number].mean()) for number in range(run.bucket.max() + 1)],
+            "buckets": [float(run.forget[i][mask].mean()) for mask in run.buckets.masks],
         }
         for run in runs
         for i, step in enumerate(run.steps)
@@ -292,9 +292,9 @@ def condition(panel: str, schedule: str, runs: list[Run], seed: int) -> dict[str
             name: {key: column for key, column in part.items() if key not in TOKEN_STATISTICS}
             for name, part in last.final.items()
         }
-        final = {"seed": last.seed, **{name: audit.means(part, seed) for name, part in measures.items()}}
+        final = {"seed": last.seed, **{name: means(part, seed) for name, part in measures.items()}}
         if last.scores is not None:
-            final["buckets"] = audit.by_bucket(measures["forget"], last.bucket, seed)
+            final["buckets"] = sections.by_bucket(measures["forget"], last.buckets, seed)
     return {
         "name": f"{panel} / {schedule}",
         "objective": panel,

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cud_trainer.difficulty import DifficultyScores
+from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.schedule import parse
 
-from ..report import audit
+from ..trajectory import at_position, matched_position
 from .grid import Cell
 from .options import SCORES, TUNED
 
@@ -68,7 +68,7 @@ class Run:
         forget: answer probability of every forget sample at each, `[T, N]`.
         retain: mean answer probability of what measures utility, `[T]`; `None` without a retain set.
         final: metrics of every sample at the end, by set (`forget`, `retain`).
-        bucket: difficulty bucket of each forget sample, 0 = easiest, `[N]`; one bucket without scores.
+        buckets: of the forget samples; one without scores.
     """
 
     def __init__(self, study: Path, cell: Cell, n_buckets: int) -> None:
@@ -83,27 +83,27 @@ class Run:
         self.relearned: dict[str, Any] | None = result["relearned"]
         self.ids: list[str] = result["forget_ids"]
         self.scores: DifficultyScores | None = None
-        self.bucket = np.zeros(len(self.ids), dtype=int)
+        self.buckets = Buckets.single(len(self.ids))
         path = cell.settings.get("scores_file")
         if cell.settings["scores_cell"] is not None:
             path = study / "cells" / cell.settings["scores_cell"] / "scores.parquet"
         if path is not None:
             self.scores = DifficultyScores.load(path).aligned(self.ids)
-            self.bucket = self.scores.buckets(n=n_buckets)
+            self.buckets = self.scores.bucketed(n=n_buckets)
 
     @property
     def hardest(self) -> np.ndarray:
         """Samples of the bucket predicted hardest (all, without scores), bool `[N]`."""
-        return self.bucket == self.bucket.max()
+        return self.buckets.hardest
 
     def at(self, share: float) -> tuple[np.ndarray, float]:
         """Forget probability of each sample where the run has forgotten most at `share` of the starting retain
         probability, and the step; without a retain set, at its end."""
         if self.retain is None:
             return self.forget[-1], float(self.steps[-1])
-        position = audit.matched_position(self.retain, self.forget.mean(1), share * self.retain[0])
+        position = matched_position(self.retain, self.forget.mean(1), share * self.retain[0])
         assert position is not None  # the start is above the level
-        return audit.at_position(self.forget, position), float(audit.at_position(self.steps, position))
+        return at_position(self.forget, position), float(at_position(self.steps, position))
 
 
 def finished_cells(study: Path) -> list[Cell]:

@@ -11,6 +11,8 @@ from command_lines import data, train
 from cud_trainer.cli import COMMANDS, main
 from cud_trainer.difficulty import DifficultyScores
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -130,6 +132,7 @@ def test_help(command, capsys):
     assert "--config" in capsys.readouterr().out or command
 
 
+@pytest.mark.subprocess
 def test_usage_needs_no_torch():
     code = "import sys; from cud_trainer.cli import main; main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -23,6 +23,8 @@ from cud_trainer.difficulty import DifficultyScores
 from evaluation.study.options import read_arguments
 from evaluation.testbed import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 TEXT = (RECIPES / "README.md").read_text(encoding="utf-8")
 OBJECTIVES = ["ga", "graddiff", "npo", "simnpo", "rmu"]

@@ -18,7 +18,6 @@ from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
-from evaluation.report import audit
 from evaluation.statistics import Interval
 from evaluation.study import cell as study_cell
 from evaluation.study import runs as study_runs
@@ -26,6 +25,9 @@ from evaluation.study.grid import plan
 from evaluation.study.options import StudyArguments
 from evaluation.study.report import verdict
 from evaluation.study.runs import coordinates, finished_cells, first_seeds, reported, worst_quarter
+from evaluation.trajectory import at_position, matched_position
+
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,9 +69,9 @@ def test_comparison_by_hand(finished):
     for path in (finished / "cells").glob("schedule=*"):
         run = json.loads((path / "result.json").read_text())
         forget, retain = np.array(run["forget"]), np.array(run["retain"])
-        position = audit.matched_position(retain, forget.mean(1), 0.95 * retain[0])
+        position = matched_position(retain, forget.mean(1), 0.95 * retain[0])
         schedule = re.search(r"schedule=(\w+)", path.name)[1]
-        level.setdefault(schedule, []).append(audit.at_position(forget, position))
+        level.setdefault(schedule, []).append(at_position(forget, position))
         assert run["steps"] == [0, 1, 2, 3, 4]
     scores = pd.read_parquet(next((finished / "cells").glob("scores-*/scores.parquet")))
     order = np.argsort(scores["loss"].to_numpy(), kind="stable")

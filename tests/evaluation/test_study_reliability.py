@@ -19,6 +19,8 @@ from cud_trainer.cli import main
 from evaluation.study.grid import Cell
 from evaluation.study.pool import Pool
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 ROOT = Path(__file__).parents[2]
 # Where a study is killed, twice in each round: what must be there, and how many seconds later at most.
 ROUNDS = [
@@ -30,12 +32,15 @@ ROUNDS = [
 ]
 # CI has time for the first only; CUD_STUDY_ROUNDS=5 kills ten times.
 N_ROUNDS = int(os.environ.get("CUD_STUDY_ROUNDS", "1"))
-# Every file stays under its temporary name for a while, so that a kill finds it there.
+# Every file stays under its temporary name for a while, so that a kill finds it there; one that is waited for stays until
+# it has been seen.
 SLOW_WRITES = """
-import os, time
+import fnmatch, os, time
 replace = os.replace
 def slow(source, target, *rest, **options):
     if str(source).endswith(".tmp"):
+        while fnmatch.fnmatch(source, os.environ["WAITED_FOR"]) and not os.path.exists(os.environ["SEEN"]):
+            time.sleep(0.01)
         time.sleep(0.25)
     return replace(source, target, *rest, **options)
 os.replace = slow
@@ -60,11 +65,12 @@ def small(world, output, **changes):
     return config(world, output, grid={"schedule": ["uniform", "upweight_hard"]}, **changes)
 
 
-def start(world, command, **options) -> subprocess.Popen:
+def start(world, command, pattern: Path | str = "", seen: Path | str = "") -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(world / "slow"), str(ROOT)])}
+    environment.update(WAITED_FOR=str(pattern), SEEN=str(seen))
     return subprocess.Popen(
         [sys.executable, "-m", "cud_trainer.cli", *command], env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True, **options,
+        stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
 
@@ -124,13 +130,15 @@ def test_killed_at_random_points_it_ends_the_same(world, straight, tmp_path, mon
     command = small(world, output)
     draw, hits = random.Random(number), 0
     for turn, (pattern, longest) in enumerate(ROUNDS[number]):
-        process = start(world, command)
+        seen = tmp_path / f"seen {turn}"
+        process = start(world, command, output / pattern, seen)
         if wait_for(output, pattern, process):
             if turn == number == 0:  # a second study in that folder, by a relative path from elsewhere
                 monkeypatch.chdir(tmp_path)
                 capsys.readouterr()
                 assert main(small(world, output, output_dir=output.name)) == 2
                 assert "another study is running in killed" in capsys.readouterr().err
+            seen.touch()
             time.sleep(draw.random() * longest)
         hits += process.poll() is None
         if process.poll() is None and turn == 0:

@@ -1,16 +1,14 @@
 """`with_difficulty`: what other trainers serve and weigh, and what they are refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from builders import PYTHONPATH, SUPPORT, make_model, make_tokenizer
+from builders import SUPPORT, make_model, make_tokenizer
 from datasets import Dataset
 from own_trainer import Mine, N, arguments, checksum, collate, make, samples, scores
+from processes import run
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -83,14 +81,11 @@ class TestPlainTrainer:
         assert again.seen == straight.seen[8:]
         assert checksum(again.model) == checksum(straight.model)
 
+    @pytest.mark.subprocess
     def test_two_processes_straight_and_resumed(self, straight, tmp_path):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
         for name, more in (("a", []), ("b", [str(tmp_path / "out" / "checkpoint-2")])):
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-                str(SUPPORT / "integration_worker.py"), str(tmp_path / "out"), str(tmp_path / f"{name}.json"), "2", "1", *more,
-            ]  # fmt: skip
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            arguments = [tmp_path / "out", tmp_path / f"{name}.json", 2, 1, *more]
+            done = run(SUPPORT / "integration_worker.py", *arguments, processes=2)
             assert done.returncode == 0, done.stdout + done.stderr
             found = json.loads((tmp_path / f"{name}.json").read_text())
             assert found["checksum"] == pytest.approx(checksum(straight.model), rel=1e-10)

@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
+from processes import run
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from cud_trainer import DifficultyScores
@@ -382,6 +382,7 @@ class TestCompatibility:
 
 
 @pytest.mark.skipif(bool(REAL), reason="the real one needs data and a model of its own")
+@pytest.mark.subprocess
 def test_launcher_end_to_end(files, tmp_path):
     """Their `train.py` and configurations, our trainer: served by difficulty, weighted, in a process of its own."""
     pytest.importorskip("hydra")
@@ -389,16 +390,15 @@ def test_launcher_end_to_end(files, tmp_path):
     make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
     table = scores(files=files)
     table.save(tmp_path / "difficulty.parquet")
-    command = [
-        sys.executable, "-m", "cud_trainer.integrations.open_unlearning", "--root", str(ROOT), "--",
+    arguments = [
+        "--root", str(ROOT), "--",
         "trainer=CUDNPO", f"model={tmp_path / 'model'}", f"data.forget={files / 'forget.json'}",
         f"data.retain={files / 'retain.json'}", f"trainer.args.output_dir={tmp_path / 'out'}",
         f"trainer.method_args.difficulty={tmp_path / 'difficulty.parquet'}",
         "trainer.method_args.schedule=hard_to_easy+upweight_hard",
         "+trainer.method_args.schedule_args.upweight_hard.strength=0.5",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = run("cud_trainer.integrations.open_unlearning", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "served.json").read_text())
     order = np.argsort(-table["loss"], kind="stable").tolist()

@@ -17,6 +17,8 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import DiskFullError, atomic_write, full_disk_named, write_json
 from cud_trainer.training.checkpoints import STATE_FILE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

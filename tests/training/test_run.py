@@ -2,19 +2,17 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from builders import PYTHONPATH, ROOT, SUPPORT, make_model, make_tokenizer, qa_dataset
+from builders import ROOT, SUPPORT, make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
 from peft import LoraConfig
+from processes import run
 from runs import checksum, config, make_trainer, torchrun
 from transformers import TrainerCallback
 
@@ -25,6 +23,8 @@ from cud_trainer.models.trainable import layer_range, train_only
 from cud_trainer.objectives import OBJECTIVES, UnlearningLoss, register_objective
 from cud_trainer.trainer import DivergenceError
 from cud_trainer.training.checkpoints import REFERENCE_FILE
+
+pytestmark = pytest.mark.slow
 
 # Everything that follows the run at once.
 LIVELY = {
@@ -92,6 +92,7 @@ class TestFollowing:
         assert checksum(resumed.model) == checksum(lively.model)
         assert resumed.progress.state() == lively.progress.state()
 
+    @pytest.mark.subprocess
     def test_two_processes_killed_and_resumed(self, lively, tmp_path):
         small = {**LIVELY, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
         torchrun(tmp_path / "out", tmp_path / "a.json", killed=True, kill_at=6, **small)
@@ -111,14 +112,13 @@ class TestFollowing:
 
 
 def killed_run(output: Path, step: int, options: dict) -> None:
-    worker = [sys.executable, str(SUPPORT / "ddp_worker.py"), str(output), str(output) + ".json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     given = json.dumps({**options, "processes": 1, "kill_at": step, "overwrite": False})
-    done = subprocess.run([*worker, given], env=environment, capture_output=True, text=True, timeout=300)
+    done = run(SUPPORT / "ddp_worker.py", output, f"{output}.json", given)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.parametrize("step", [1, 4, 9])
+@pytest.mark.subprocess
 def test_killed_anywhere_and_resumed_it_is_the_same_run(lively, tmp_path, step):
     """SIGKILL in the middle of a step; the checkpoint before it continues, bit for bit. Killed at first: a new start."""
     output = tmp_path / "out"
@@ -426,6 +426,7 @@ class TestEvaluation:
         assert "eval_loss" in trainer.evaluate(qa_dataset(3, 300))
         assert trainer.predict(qa_dataset(3, 300)).metrics["test_loss"] > 0
 
+    @pytest.mark.subprocess
     def test_two_processes_measure_what_one_does(self, tmp_path):
         trainer = make_trainer(tmp_path / "one", passes=1)
         trainer.train()
@@ -495,6 +496,7 @@ class TestCard:
 
 
 class TestSharded:
+    @pytest.mark.subprocess
     def test_fsdp_on_two_processes_is_the_same_run(self, tmp_path):
         """FSDP 2 over gloo: reference and difficulty are computed before the model is sharded."""
         options = {"objective": "npo", "passes": 2, "schedule": "upweight_hard+dynamic", "save_strategy": "no"}

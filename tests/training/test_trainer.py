@@ -107,6 +107,7 @@ class TestResume:
             make_trainer(tmp_path / "other")
 
 
+@pytest.mark.subprocess
 class TestTwoProcesses:
     def test_same_run_straight_and_resumed(self, straight, tmp_path):
         small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
