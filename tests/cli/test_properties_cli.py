@@ -22,6 +22,8 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.difficulty.anchors import AnchorBank
 from cud_trainer.schedule import Schedule, make_schedule
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("CUD_EXAMPLES", "25"))
 SECRET = "SEKRET"
 IDS = [f"s{i}" for i in range(6)]
