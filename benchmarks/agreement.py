@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cud_trainer.circuits import edge_attributions
-from cud_trainer.data import length_sorted_batches, prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import CUDSettings, cud_scores, make_folds
 from cud_trainer.difficulty.cud import extremes, log_standardisation
 from cud_trainer.models.fingerprint import versions
@@ -68,13 +68,13 @@ def main() -> None:
         load_dataset(args.dataset, name, split="train").select_columns(["question", "answer"]) for name in args.configs
     ]
     pool = concatenate_datasets(parts)
-    prepared = prepare_dataset(pool.select(range(min(args.pool, len(pool)))), tokenizer)
+    prepared = prepare_samples(pool.select(range(min(args.pool, len(pool)))), tokenizer)
     order = np.argsort([len(tokens) for tokens in prepared["input_ids"]], kind="stable")
     prepared = prepared.select(order[: args.samples].tolist())
     edges: dict[str, list] = {name: [None] * len(prepared) for name in METHODS}
     mean_logps = np.zeros(len(prepared))
     seconds = dict.fromkeys(METHODS, 0.0)
-    for rows, batch in length_sorted_batches(prepared, args.batch_size, tokenizer.pad_token_id):
+    for rows, batch in prepared.batches(args.batch_size):
         for name, options in METHODS.items():
             start = time.process_time()
             result = edge_attributions(model, batch, **options)

@@ -15,7 +15,7 @@ import torch
 from attribution import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cud_trainer.data import IGNORE_INDEX, length_sorted_batches, prepare_dataset
+from cud_trainer.data import IGNORE_INDEX, prepare_samples
 from cud_trainer.files import write_json
 from evaluation.metrics.memorization import evaluate_memorization
 from evaluation.testbed import build_testbed, train_tokenizer
@@ -24,8 +24,8 @@ BATCH = 16
 
 
 @torch.no_grad()
-def bare_pass(model, prepared, pad) -> None:
-    for _, batch in length_sorted_batches(prepared, BATCH, pad):
+def bare_pass(model, prepared) -> None:
+    for _, batch in prepared.batches(BATCH):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         torch.nn.functional.cross_entropy(
@@ -70,12 +70,12 @@ def main() -> None:
         )
     ).eval()  # fmt: skip
     # The model knows nothing, so that it never ends an answer: both sides generate to the limit.
-    prepared = prepare_dataset(world.forget, tokenizer)
+    prepared = prepare_samples(world.forget, tokenizer)
     pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
     with torch.no_grad():
         model.lm_head.weight[eos] -= 100 * model.lm_head.weight.abs().mean()
     work = {
-        "bare pass": lambda: bare_pass(model, prepared, pad),
+        "bare pass": lambda: bare_pass(model, prepared),
         "bare generation": lambda: bare_generation(model, prepared, pad, eos),
         "teacher-forced metrics": lambda: evaluate_memorization(
             model, prepared, tokenizer, batch_size=BATCH, generate=False, token_statistics=True

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from cud_trainer import CUDConfig, CUDTrainer, score_difficulty
-from cud_trainer.data import PairedCollator, prepare_dataset
+from cud_trainer.data import PairedCollator, prepare_samples
 from cud_trainer.files import write_json
 from cud_trainer.logprobs import score_answers
 from cud_trainer.schedule import make_schedule
@@ -118,7 +118,7 @@ def main() -> None:
     )  # fmt: skip
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
     second = LlamaForCausalLM(model.config).eval()
-    forget, retain = (prepare_dataset(part, tokenizer) for part in (world.forget, world.retain))
+    forget, retain = (prepare_samples(part, tokenizer) for part in (world.forget, world.retain))
     passes = -(-args.steps * BATCH // len(forget))
     scores = score_difficulty(model, world.forget, tokenizer, metrics=["loss", "length"], progress=False)
     ids = [list(part["sample_id"]) for part in (forget, retain)]
@@ -139,7 +139,7 @@ def main() -> None:
             model,
             TrainingArguments(**settings(folder, args.steps), train_sampling_strategy="sequential"),
             train_dataset=Dataset.from_dict(rows),
-            data_collator=PairedCollator(forget, retain, int(tokenizer.pad_token_id)),
+            data_collator=PairedCollator(forget, retain),
             reference=reference,
         )
 

@@ -6,18 +6,16 @@ report is the same number the loss was made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .data import IGNORE_INDEX, length_sorted_batches
+from .data import IGNORE_INDEX, Samples
+from .models.modes import evaluation_mode
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -81,18 +79,6 @@ def answer_positions(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(-1)
 
 
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is back in its own, also where they differ."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inputs: Any) -> AnswerScores:
     """Teacher-forced scores of the answers in `batch`.
 
@@ -133,9 +119,8 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
 @torch.no_grad()
 def answer_probability(
     model: PreTrainedModel,
-    prepared: Dataset,
+    samples: Samples,
     *,
-    pad_token_id: int,
     batch_size: int = 64,
     device: torch.device | str | None = None,
 ) -> np.ndarray:
@@ -146,9 +131,9 @@ def answer_probability(
     """
     if device is None:
         device = model.get_input_embeddings().weight.device
-    values = torch.zeros(len(prepared), dtype=torch.float64)
+    values = torch.zeros(len(samples), dtype=torch.float64)
     with evaluation_mode(model):
-        for rows, batch in length_sorted_batches(prepared, batch_size, pad_token_id, device=device):
+        for rows, batch in samples.batches(batch_size, device=device):
             values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
     return values.numpy()
 

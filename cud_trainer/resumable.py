@@ -17,14 +17,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .data import pad_samples
+from .data import Samples
 from .files import atomic_write, holds_something, remove_leftovers, write_json
 
 logger = logging.get_logger(__name__)
@@ -115,11 +114,10 @@ def remove_work(path: str | Path) -> None:
 
 def run_batches(
     name: str,
-    prepared: Dataset,
+    samples: Samples,
     compute: Compute,
     plan: list[list[int]],
     *,
-    pad_token_id: int,
     device: torch.device | str = "cpu",
     work: WorkDir | None = None,
     progress: bool = True,
@@ -140,7 +138,6 @@ def run_batches(
     state = process_state()
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:8]
     mine = range(state.process_index, len(plan), state.num_processes)
-    sample_ids = list(prepared["sample_id"])
     shards: dict[int, dict[str, Tensor]] = {}
     failure: Exception | None = None
     with tqdm(
@@ -154,9 +151,9 @@ def run_batches(
             for index in mine:
                 shard = work.load(f"{name}-{key}-{index:05d}") if work is not None else None
                 if shard is None or any(len(tensor) != len(plan[index]) for tensor in shard.values()):
-                    batch = pad_samples(prepared, plan[index], pad_token_id)
+                    batch = samples.pad(plan[index])
                     batch = {column: values.to(device) for column, values in batch.items()}
-                    ids = [sample_ids[row] for row in plan[index]]
+                    ids = [samples.ids[row] for row in plan[index]]
                     shard = _halving(compute, batch, ids)
                     if work is not None:
                         work.save(f"{name}-{key}-{index:05d}", shard)
@@ -178,7 +175,7 @@ def run_batches(
     for index, rows in enumerate(plan):
         for column, values in shards[index].items():
             if column not in result:
-                result[column] = values.new_zeros(len(prepared), *values.shape[1:])
+                result[column] = values.new_zeros(len(samples), *values.shape[1:])
             result[column][rows] = values
     return result
 

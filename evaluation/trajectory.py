@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cud_trainer.data import Samples
 from cud_trainer.logprobs import answer_probability
 
 
@@ -28,13 +29,51 @@ class Path:
     retain: list[float] = field(default_factory=list)
 
 
+def averaged_residual(
+    forget: Sequence[np.ndarray], window: tuple[float, float] = (0.15, 0.75)
+) -> tuple[np.ndarray, list[int]]:
+    """Residual memorisation of a run: mean over the snapshots at which the mean forget probability is inside `window`
+    (shares of the first snapshot's), and which snapshots these are. Falls back to the one closest to the middle."""
+    shares = np.array([snapshot.mean() for snapshot in forget]) / forget[0].mean()
+    used = [i for i, share in enumerate(shares) if window[0] <= share <= window[1]]
+    if not used:
+        used = [int(np.argmin(np.abs(shares - sum(window) / 2)))]
+    return np.mean([forget[i] for i in used], axis=0), used
+
+
+def matched_position(utility: np.ndarray, residual: np.ndarray, level: float) -> float | None:
+    """Where on a run's path the residual is lowest while utility is at least `level`; `None` if it never is.
+
+    Args:
+        utility, residual: along the path, `[T]`. Between two snapshots the path is a straight line, so that the point
+            may lie on a crossing of the level.
+
+    Returns:
+        A position in [0, T - 1]; its fraction is that between two snapshots.
+    """
+    candidates = [float(i) for i in np.flatnonzero(utility >= level)]
+    for i in range(len(utility) - 1):
+        if (utility[i] - level) * (utility[i + 1] - level) < 0:
+            candidates.append(i + (utility[i] - level) / (utility[i] - utility[i + 1]))
+    if not candidates:
+        return None
+    return min(candidates, key=lambda position: float(at_position(residual, position)))
+
+
+def at_position(values: np.ndarray, position: float) -> np.ndarray:
+    """`values [T, ...]` at a fractional position along the first axis, by linear interpolation."""
+    values = np.asarray(values, dtype=float)
+    before = int(position)
+    after = min(before + 1, len(values) - 1)
+    return values[before] + (position - before) * (values[after] - values[before])
+
+
 class TradeoffCallback(TrainerCallback):
     """Records a `Path` while a trainer runs.
 
     Args:
-        forget: prepared dataset.
-        retain: prepared dataset; not what the retain loss trains on.
-        pad_token_id: for batching.
+        forget: prepared samples.
+        retain: prepared samples; not what the retain loss trains on.
         every: steps between snapshots.
         progress: called after every step with its number.
         keep_at: keep the trainable weights of the snapshot that has forgotten most with at least this share of the
@@ -47,10 +86,9 @@ class TradeoffCallback(TrainerCallback):
 
     def __init__(
         self,
-        forget: Dataset,
-        retain: Dataset,
+        forget: Samples,
+        retain: Samples,
         *,
-        pad_token_id: int,
         every: int = 1,
         progress: Any = None,
         keep_at: float | None = None,
@@ -58,13 +96,13 @@ class TradeoffCallback(TrainerCallback):
         self.path = Path()
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self._sets = forget, retain
-        self._pad_token_id, self._every, self._progress, self._keep_at = pad_token_id, every, progress, keep_at
+        self._every, self._progress, self._keep_at = every, progress, keep_at
 
     def _snapshot(self, model: Any, step: int) -> None:
         forget, retain = self._sets
         self.path.steps.append(step)
-        self.path.forget.append(answer_probability(model, forget, pad_token_id=self._pad_token_id))
-        self.path.retain.append(float(answer_probability(model, retain, pad_token_id=self._pad_token_id).mean()))
+        self.path.forget.append(answer_probability(model, forget))
+        self.path.retain.append(float(answer_probability(model, retain).mean()))
         if self._keep_at is None or not self.path.retain[-1] >= self._keep_at * self.path.retain[0]:
             return
         left = [snapshot.mean() for snapshot in self.path.forget]

@@ -19,25 +19,25 @@ with the source outputs by one batched matrix product per layer, in chunks of po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import BATCH_BYTES, COUNTERFACTUAL, pad_samples, plan_batches
-from ..logprobs import AnswerScores, evaluation_mode, position_ids, score_answers
-from ..models.layers import base_causal_lm
+from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
+from ..logprobs import AnswerScores, position_ids, score_answers, wide
+from ..models.layers import base_causal_lm, embedding_device
+from ..models.modes import evaluation_without_gradients, lifted
 from ..resumable import WorkDir, run_batches
-from .architectures import DecoderParts, decoder_parts, place
 from .contraction import GradientSums, contract
 from .graph import Graph
 from .interpolation import interpolate_nodes
-from .recording import Recorder, SourceOutputs, frozen, lifted, wide
+from .parts import DecoderParts, decoder_parts
+from .recording import Pass, Recorder, SourceOutputs
 
 METHODS = ("eap", "eap-ig", "ig-activations")
 BASELINES = ("zero", "mean", "counterfactual")
@@ -71,13 +71,13 @@ class EdgeAttributions:
 
 def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
     """Raise `ValueError` naming the first option with an unknown value."""
-    for option, value, known in (
+    for option, value, choices in (
         ("method", method, METHODS),
         ("baseline", baseline, BASELINES),
         ("metric", metric, METRICS),
     ):
-        if value not in known:
-            raise ValueError(f"unknown {option} {value!r} for edge attribution; choose one of {sorted(known)}")
+        if value not in choices:
+            raise ValueError(f"unknown {option} {value!r} for edge attribution; choose one of {sorted(choices)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"edge attribution needs steps >= 1, got {steps!r}")
 
@@ -181,7 +181,7 @@ def edge_attributions(
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     counterfactual = batch.get(COUNTERFACTUAL)
-    with quiet(model), Recorder(parts, ungroup_kv) as recorder:
+    with evaluation_without_gradients(model), Recorder(parts, ungroup_kv) as recorder:
         embeddings, precision = embedded(model, batch["input_ids"])
         corrupt = means
         if baseline == "counterfactual":
@@ -201,15 +201,7 @@ def edge_attributions(
                 )
             else:
                 steps = 1 if method == "eap" else steps
-                for k in range(1, steps + 1):  # ends at the clean input, whose outputs are the clean ones
-                    point = record = None  # frees the last point's tensors before the next one's are made
-                    inputs = embeddings if k == steps else start + (k / steps) * (embeddings - start)
-                    inputs = inputs.detach().requires_grad_()
-                    record = recorder.start()
-                    point = evaluate(inputs)
-                    torch.autograd.grad(point.objective.sum(), inputs)
-                    sums.add(record, point.factor / steps)
-        assert point is not None and record is not None
+                point, record = _interpolate_inputs(recorder, sums, evaluate, start, embeddings, steps)
         clean = recorder.outputs(record, embeddings)
     with torch.autocast(device.type, enabled=False):
         result = contract(sums, graph, clean, corrupt, batch["attention_mask"])
@@ -220,6 +212,28 @@ def edge_attributions(
         point.scores.mean_logps.detach().cpu(),
         point.scores.lengths.cpu(),
     )
+
+
+def _interpolate_inputs(
+    recorder: Recorder,
+    sums: GradientSums,
+    evaluate: Callable[[Tensor], Point],
+    start: Tensor,
+    embeddings: Tensor,
+    steps: int,
+) -> tuple[Point, Pass]:
+    """Add the gradients at `steps` points from `start` to the clean input to `sums`; the clean point and its record."""
+    point = record = None
+    for k in range(1, steps + 1):  # ends at the clean input, whose outputs are the clean ones
+        point = record = None  # frees the last point's tensors before the next one's are made
+        inputs = embeddings if k == steps else start + (k / steps) * (embeddings - start)
+        inputs = inputs.detach().requires_grad_()
+        record = recorder.start()
+        point = evaluate(inputs)
+        torch.autograd.grad(point.objective.sum(), inputs)
+        sums.add(record, point.factor / steps)
+    assert point is not None and record is not None
+    return point, record
 
 
 @torch.no_grad()
@@ -236,7 +250,7 @@ def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -
     device = embedding_device(model)
     totals: list[Tensor] | None = None
     positions = 0
-    with quiet(model), Recorder(parts) as recorder:
+    with evaluation_without_gradients(model), Recorder(parts) as recorder:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             outputs = forward_outputs(model, recorder, batch, batch["input_ids"])
@@ -282,17 +296,6 @@ def embedded(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Callable[[
     return embeddings, nullcontext
 
 
-@contextmanager
-def quiet(model: PreTrainedModel):
-    """Evaluation mode, no parameter gradients."""
-    with evaluation_mode(model), frozen(model):
-        yield
-
-
-def embedding_device(model: PreTrainedModel) -> torch.device:
-    return place(model.get_input_embeddings())[0]
-
-
 def check_batch(batch: dict[str, Tensor], baseline: str, metric: str, means: SourceOutputs | None) -> None:
     """Raise `ValueError` for a sample without an answer, or when what the baseline or metric needs is missing."""
     if (baseline == "mean") != (means is not None):
@@ -319,22 +322,21 @@ def bytes_per_token(model: PreTrainedModel, parts: DecoderParts) -> float:
 
 def attribute_dataset(
     model: PreTrainedModel,
-    prepared: Dataset,
+    samples: Samples,
     *,
-    pad_token_id: int,
     batch_size: int | None = None,
     batch_bytes: int = BATCH_BYTES,
     work: WorkDir | None = None,
     progress: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Graph]:
-    """Edge scores of every sample of a prepared dataset, computed by all processes together.
+    """Edge scores of every sample of some samples, computed by all processes together.
 
     Args:
         batch_size: samples of a batch at most.
         batch_bytes: memory of a batch at most, see `cud_trainer.data.plan_batches`.
         work: keeps finished batches.
-        **options: of `edge_attributions`; `baseline="mean"` takes the means over `prepared`.
+        **options: of `edge_attributions`; `baseline="mean"` takes the means over `samples`.
 
     Returns:
         `(edges [N, n_edges] float32, mean answer log-probs [N], answer lengths [N], graph)`, rows in dataset order.
@@ -344,14 +346,11 @@ def attribute_dataset(
     """
     parts = decoder_parts(model)
     graph = parts.graph(options.get("ungroup_kv", False))
-    lengths = [len(tokens) for tokens in prepared["input_ids"]]
-    plan = plan_batches(
-        lengths, bytes_per_token=bytes_per_token(model, parts), batch_size=batch_size, batch_bytes=batch_bytes
-    )
+    plan = samples.plan(bytes_per_token=bytes_per_token(model, parts), batch_size=batch_size, batch_bytes=batch_bytes)
     device = embedding_device(model)
     if options.get("baseline") == "mean" and "means" not in options:
         # every process by itself: a sum over processes would depend on their number
-        options["means"] = mean_outputs(model, (pad_samples(prepared, rows, pad_token_id) for rows in plan))
+        options["means"] = mean_outputs(model, (samples.pad(rows) for rows in plan))
 
     def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         result = edge_attributions(model, batch, **options)
@@ -361,10 +360,8 @@ def attribute_dataset(
             "lengths": result.lengths,
         }
 
-    found = run_batches(
-        "circuits", prepared, compute, plan, pad_token_id=pad_token_id, device=device, work=work, progress=progress
-    )
-    broken = (~found["edges"].isfinite().all(1)).nonzero().flatten().tolist()
+    scored = run_batches("circuits", samples, compute, plan, device=device, work=work, progress=progress)
+    broken = (~scored["edges"].isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
-        raise ValueError(f"edge scores of sample {prepared['sample_id'][broken[0]]!r} are not finite")
-    return found["edges"], found["mean_logps"], found["lengths"], graph
+        raise ValueError(f"edge scores of sample {samples.ids[broken[0]]!r} are not finite")
+    return scored["edges"], scored["mean_logps"], scored["lengths"], graph

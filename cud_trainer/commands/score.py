@@ -10,7 +10,7 @@ from trl import ModelConfig, get_peft_config
 
 from ..circuits import check_architecture
 from ..config import CUDConfig
-from ..data import prepare_dataset
+from ..data import Samples, prepare_samples
 from ..difficulty import METRICS, DifficultyScores
 from ..files import check_new_file
 from ..models.loading import load_causal_lm
@@ -37,18 +37,18 @@ def score_model(
     if args.trainable_layers is not None:  # what calibration trains
         train_only(model, args.trainable_layers)
     options = {**args.scoring_options(get_peft_config(model_args)), **options}
+    samples: Dataset | Samples = forget
     source = args.unlearning_loss.spec.alternative
     if source is not None:
-        prepared = prepare_dataset(
+        prepared = prepare_samples(
             forget,
             tokenizer,
             max_length=args.max_length,
             keep_columns=[args.group_column] if args.group_column else [],
             counterfactual_column=args.counterfactual_column,
         )
-        forget = with_alternatives(prepared, forget, tokenizer, source, model=model, **args.alternative_options())
-        options["counterfactual_column"] = None  # it is in the prepared samples
-    return score_difficulty(model, forget, tokenizer, retain_dataset=retain, **options)
+        samples = with_alternatives(prepared, forget, tokenizer, source, model=model, **args.alternative_options())
+    return score_difficulty(model, samples, tokenizer, retain_dataset=retain, **options)
 
 
 def score(argv: list[str]) -> int:

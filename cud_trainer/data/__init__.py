@@ -1,34 +1,29 @@
 """Forget and retain samples: from files and the formats users have to token ids with an answer mask, and batches."""
 
+from .batches import BATCH_BYTES, pad_batch, plan_batches
 from .chunks import DOCUMENT, chunk_texts
-from .prepare import (
+from .columns import (
     ALTERNATIVES,
-    ANSWERS,
-    BATCH_BYTES,
     COUNTERFACTUAL,
-    FORMATS,
     IGNORE_INDEX,
     PREPARED,
-    PairedCollator,
-    alternatives_of,
-    check_disjoint,
-    check_tokenizer,
     check_unique,
     content_id,
-    dataset_fingerprint,
-    detect_format,
-    evenly_spaced,
     id_column,
-    length_sorted_batches,
-    pad_batch,
-    pad_samples,
-    plan_batches,
-    prepare_dataset,
-    question_and_answer,
     rows_by_id,
+)
+from .formats import (
+    ANSWERS,
+    FORMATS,
+    check_tokenizer,
+    detect_format,
+    question_and_answer,
     text_tokens,
     tokenise_answer,
 )
+from .pairs import PairedCollator
+from .prepare import prepare_dataset, prepare_samples
+from .samples import Samples, check_disjoint, dataset_fingerprint, evenly_spaced
 from .sources import load_samples
 
 __all__ = [
@@ -41,7 +36,7 @@ __all__ = [
     "IGNORE_INDEX",
     "PREPARED",
     "PairedCollator",
-    "alternatives_of",
+    "Samples",
     "check_disjoint",
     "check_tokenizer",
     "check_unique",
@@ -51,12 +46,11 @@ __all__ = [
     "detect_format",
     "evenly_spaced",
     "id_column",
-    "length_sorted_batches",
     "load_samples",
     "pad_batch",
-    "pad_samples",
     "plan_batches",
     "prepare_dataset",
+    "prepare_samples",
     "question_and_answer",
     "rows_by_id",
     "text_tokens",

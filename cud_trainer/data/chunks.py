@@ -5,15 +5,8 @@ from __future__ import annotations
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .prepare import (
-    IGNORE_INDEX,
-    check_tokenizer,
-    check_unique,
-    content_id,
-    detect_format,
-    id_column,
-    text_tokens,
-)
+from .columns import IGNORE_INDEX, check_unique, content_id, id_column
+from .formats import check_tokenizer, detect_format, text_tokens
 
 # Which row a chunk comes from: the group column of folds, so that no document helps to score itself.
 DOCUMENT = "document"

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..circuits import Graph, attribute_dataset, model_graph
-from ..circuits.attribution import embedding_device
-from ..data import BATCH_BYTES, pad_samples, plan_batches
-from ..logprobs import evaluation_mode, score_answers
+from ..data import BATCH_BYTES, Samples
+from ..logprobs import score_answers
+from ..models.layers import embedding_device
+from ..models.modes import evaluation_mode
 from ..resumable import Compute, WorkDir, run_batches
-from .cud import make_folds
+from .folds import make_folds
 from .gradients import mean_gradient, sample_gradients
 from .noise import noise_effects
 from .outputs import output_features
@@ -44,9 +44,9 @@ class DifficultyContext:
 
     Attributes:
         model: the original model, in evaluation mode.
-        forget: prepared forget set, `N` samples.
-        retain: prepared retain set, or `None`.
-        pad_token_id, batch_size, batch_bytes: for batching, see `cud_trainer.data.plan_batches`.
+        forget: the forget set, `N` samples.
+        retain: the retain set, or `None`.
+        batch_size, batch_bytes: for batching, see `cud_trainer.data.plan_batches`.
         seed: of the folds.
         folds: number of cross-fitting folds.
         groups: group of each forget sample (for example its author), never split over folds; or `None`.
@@ -59,9 +59,8 @@ class DifficultyContext:
     """
 
     model: PreTrainedModel
-    forget: Dataset
-    retain: Dataset | None
-    pad_token_id: int
+    forget: Samples
+    retain: Samples | None
     batch_size: int | None = None
     batch_bytes: int = BATCH_BYTES
     seed: int = 0
@@ -85,7 +84,6 @@ class DifficultyContext:
         return attribute_dataset(
             self.model,
             self.forget,
-            pad_token_id=self.pad_token_id,
             batch_size=self.batch_size,
             batch_bytes=self.batch_bytes,
             work=self.work,
@@ -122,8 +120,8 @@ class DifficultyContext:
                 scores = score_answers(model, batch)
             return {"mean_logps": scores.mean_logps.float(), "lengths": scores.lengths}
 
-        found = self._pass(name, self.forget, compute, hidden=8, model=model)
-        return found["mean_logps"], found["lengths"]
+        scored = self._pass(name, self.forget, compute, hidden=8, model=model)
+        return scored["mean_logps"], scored["lengths"]
 
     @cached_property
     def forget_outputs(self) -> dict[str, Tensor]:
@@ -136,9 +134,9 @@ class DifficultyContext:
         assert self.retain is not None
         return self._outputs("retain-outputs", self.retain)
 
-    def _outputs(self, name: str, prepared: Dataset) -> dict[str, Tensor]:
+    def _outputs(self, name: str, samples: Samples) -> dict[str, Tensor]:
         layers = self.model.config.get_text_config().num_hidden_layers
-        return self._pass(name, prepared, lambda batch: output_features(self.model, batch), hidden=8 + layers)
+        return self._pass(name, samples, lambda batch: output_features(self.model, batch), hidden=8 + layers)
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
@@ -150,16 +148,16 @@ class DifficultyContext:
             rows = np.random.default_rng(self.seed).permutation(len(self.retain))[:size]
             some = self.retain.select(rows)
             plan = self._plan(some, self._per_token(hidden=self._activations))
-            batches = (pad_samples(some, part, self.pad_token_id) for part in plan)
+            batches = (some.pad(part) for part in plan)
             direction = mean_gradient(self.model, ({k: v.to(self.device) for k, v in b.items()} for b in batches))
             norm = float(torch.stack([part.double().square().sum().cpu() for part in direction]).sum().sqrt())
         name = "gradients" if direction is None else "gradients-retain"
-        found = self._pass(
+        gradients = self._pass(
             name, self.forget, lambda batch: sample_gradients(self.model, batch, direction), hidden=self._activations
         )
         if direction is not None:
-            found["cosines"] = found["products"].double() / (found["squares"].double().sum(1).sqrt() * norm)
-        return found
+            gradients["cosines"] = gradients["products"].double() / (gradients["squares"].double().sum(1).sqrt() * norm)
+        return gradients
 
     def noise(self, sigma: float, draws: int) -> dict[str, Tensor]:
         """What noise on the weights does to every forget sample, see `noise_effects`; one pass for all metrics."""
@@ -173,25 +171,21 @@ class DifficultyContext:
         return self._noise[sigma, draws]
 
     def _pass(
-        self, name: str, prepared: Dataset, compute: Compute, *, hidden: float, model: PreTrainedModel | None = None
+        self, name: str, samples: Samples, compute: Compute, *, hidden: float, model: PreTrainedModel | None = None
     ) -> dict[str, Tensor]:
-        """One pass over `prepared`; `hidden`: hidden states that a token takes, beside its logits."""
+        """One pass over `samples`; `hidden`: hidden states that a token takes, beside its logits."""
         return run_batches(
             name,
-            prepared,
+            samples,
             lambda batch: {key: value.cpu() for key, value in compute(batch).items()},
-            self._plan(prepared, self._per_token(hidden)),
-            pad_token_id=self.pad_token_id,
+            self._plan(samples, self._per_token(hidden)),
             device=embedding_device(model or self.model),
             work=self.work,
             progress=self.progress,
         )
 
-    def _plan(self, prepared: Dataset, per_token: float) -> list[list[int]]:
-        lengths = [len(tokens) for tokens in prepared["input_ids"]]
-        return plan_batches(
-            lengths, bytes_per_token=per_token, batch_size=self.batch_size, batch_bytes=self.batch_bytes
-        )
+    def _plan(self, samples: Samples, per_token: float) -> list[list[int]]:
+        return samples.plan(bytes_per_token=per_token, batch_size=self.batch_size, batch_bytes=self.batch_bytes)
 
     def _per_token(self, hidden: float) -> float:
         config = self.model.config.get_text_config()

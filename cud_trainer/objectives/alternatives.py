@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import (
     ALTERNATIVES,
     ANSWERS,
-    alternatives_of,
-    dataset_fingerprint,
+    Samples,
     detect_format,
     question_and_answer,
     tokenise_answer,
 )
-from ..logprobs import evaluation_mode
+from ..models.modes import evaluation_mode
 
 REFUSALS = (
     "I don't know.",
@@ -40,7 +40,7 @@ ATTEMPTS = 5
 
 
 def with_alternatives(
-    prepared: Dataset,
+    samples: Samples,
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     source: str,
@@ -52,11 +52,11 @@ def with_alternatives(
     max_length: int | None = 1024,
     seed: int = 0,
     progress: bool = True,
-) -> Dataset:
-    """A prepared dataset with the columns `alternative_input_ids` and `alternative_labels`.
+) -> Samples:
+    """The samples with the columns `alternative_input_ids` and `alternative_labels`.
 
     Args:
-        prepared: what `prepare_dataset` made of `dataset`. One that has the columns is returned as it is.
+        samples: what `prepare_samples` made of `dataset`. Those that have the columns are returned as they are.
         dataset: the samples as text, in the same order.
         source: `"given"` (text in `column`), `"refusal"` (one of `refusals`) or `"model"` (see `model_alternatives`).
         model: writes the answers for `"model"`.
@@ -67,8 +67,8 @@ def with_alternatives(
         ValueError: for samples without a prompt, a missing column, or an alternative that is empty, too long or equal
             to the answer, naming the sample.
     """
-    if ALTERNATIVES[0] in prepared.column_names:
-        return prepared
+    if samples.alternatives is not None:
+        return samples
     kind = detect_format(dataset.column_names, "forget")
     if kind not in ANSWERS:
         raise ValueError(f"alternative answers need samples with a prompt; the forget dataset has the format {kind!r}")
@@ -86,10 +86,10 @@ def with_alternatives(
         if model is None:
             raise ValueError("the model that writes alternative answers is missing")
         texts = model_alternatives(
-            model, tokenizer, dataset, batch_size=batch_size, seed=seed, ids=prepared["sample_id"], progress=progress
+            model, tokenizer, dataset, batch_size=batch_size, seed=seed, ids=samples.ids, progress=progress
         )
     rows = []
-    for row, text, sample_id in zip(dataset.with_format(None), texts, prepared["sample_id"], strict=True):
+    for row, text, sample_id in zip(dataset.with_format(None), texts, samples.ids, strict=True):
         where = f"forget sample {sample_id!r}"
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: its alternative answer is empty")
@@ -101,16 +101,15 @@ def with_alternatives(
                 f"{where}: its alternative answer ends at token {len(rows[-1]['input_ids'])}, beyond "
                 f"max_length={max_length}"
             )
+    prepared = samples.dataset
     for name, key in zip(ALTERNATIVES, ("input_ids", "labels"), strict=True):
         prepared = prepared.add_column(name, [row[key] for row in rows])
-    return prepared
+    return replace(samples, dataset=prepared)
 
 
-def alternatives_fingerprint(prepared: Dataset) -> str | None:
+def alternatives_fingerprint(samples: Samples) -> str | None:
     """Hash of the alternative answers (16 hex digits), `None` when there are none."""
-    if ALTERNATIVES[0] not in prepared.column_names:
-        return None
-    return dataset_fingerprint(alternatives_of(prepared))
+    return None if samples.alternatives is None else samples.alternatives.fingerprint
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
-from ..data import ALTERNATIVES, alternatives_of, length_sorted_batches
-from ..logprobs import AnswerScores, evaluation_mode, score_answers
+from ..data import Samples
+from ..logprobs import AnswerScores, score_answers
 from ..models.layers import decoder_layers
+from ..models.modes import evaluation_mode
 from .reference import Reference, TopTokens, spread
 from .registry import OBJECTIVES, Objective
 from .retain import RETAIN_LOSSES, retain_activations, retain_kl, retain_nll
@@ -57,8 +57,7 @@ class UnlearningLoss:
     reference_top_k: int = 128
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}; choose one of {sorted(OBJECTIVES)}")
+        OBJECTIVES.find(self.objective)
         self.spec.check_options(self.objective_args)
         if self.retain_loss is None:
             self.retain_loss = self.spec.retain_loss
@@ -116,9 +115,9 @@ class UnlearningLoss:
             )
         return layer
 
-    def check_alternatives(self, forget: Dataset) -> None:
-        """Raise `ValueError` when the objective needs alternative answers and the prepared dataset has none."""
-        if self.uses_alternative and ALTERNATIVES[0] not in forget.column_names:
+    def check_alternatives(self, forget: Samples) -> None:
+        """Raise `ValueError` when the objective needs alternative answers and the samples have none."""
+        if self.uses_alternative and forget.alternatives is None:
             raise ValueError(
                 f"objective {self.objective!r} needs an alternative answer for every forget sample "
                 f"(see `cud_trainer.objectives.alternatives.with_alternatives`)"
@@ -128,10 +127,9 @@ class UnlearningLoss:
     def reference(
         self,
         model: torch.nn.Module,
-        forget: Dataset,
-        retain: Dataset | None,
+        forget: Samples,
+        retain: Samples | None,
         *,
-        pad_token_id: int,
         batch_size: int,
         device: torch.device | str,
         seed: int = 0,
@@ -149,8 +147,8 @@ class UnlearningLoss:
             direction = torch.rand(size, generator=torch.Generator().manual_seed(seed))
             result.direction = (direction / direction.norm()).to(device)
 
-        def scored(dataset: Dataset) -> Iterator[tuple[list[int], AnswerScores]]:
-            for rows, batch in length_sorted_batches(dataset, batch_size, pad_token_id, device=device):
+        def scored(samples: Samples) -> Iterator[tuple[list[int], AnswerScores]]:
+            for rows, batch in samples.batches(batch_size, device=device):
                 yield rows, score_answers(model, batch)
 
         with evaluation_mode(model):
@@ -165,7 +163,8 @@ class UnlearningLoss:
                     if top:
                         result.forget_top.keep(rows, scores, self.reference_top_k, with_target=True)
             if "alternative_reference_logps" in needs:
-                for rows, scores in scored(alternatives_of(forget)):
+                assert forget.alternatives is not None
+                for rows, scores in scored(forget.alternatives):
                     if result.alternative_logps is None:
                         result.alternative_logps = scores.logps.new_zeros(len(forget))
                     result.alternative_logps[rows] = scores.logps
@@ -177,7 +176,7 @@ class UnlearningLoss:
             if self.retain_loss == "activations":
                 assert retain is not None
                 result.retain_hidden = [torch.empty(0)] * len(retain)
-                for rows, batch in length_sorted_batches(retain, batch_size, pad_token_id, device=device):
+                for rows, batch in retain.batches(batch_size, device=device):
                     scores, hidden = self._scored(model, batch)
                     assert hidden is not None
                     for position, row in enumerate(rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +14,25 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..circuits import CircuitTable, check_architecture
-from ..circuits.attribution import check_options, needs_counterfactual
-from ..data import (
-    BATCH_BYTES,
-    COUNTERFACTUAL,
-    check_disjoint,
-    check_tokenizer,
-    dataset_fingerprint,
-    prepare_dataset,
-)
+from ..circuits import CircuitTable
+from ..data import BATCH_BYTES, Samples, check_disjoint, check_tokenizer, prepare_samples
 from ..difficulty import METRICS, DifficultyContext, DifficultyScores
-from ..difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
-from ..difficulty.cud import make_folds
-from ..files import check_new_file
 from ..models.fingerprint import model_fingerprint, versions
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir, process_state
 from .calibration import Calibration, CalibrationSettings, calibrate
+from .request import ScoringRequest
 
 logger = logging.get_logger(__name__)
 
 
-def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], model_or_config: Any = None) -> None:
-    """Raise `ValueError` for an unknown metric or option, or circuits on an architecture without them."""
-    if isinstance(metrics, str):
-        raise ValueError(f"metrics must be a list of names, got {metrics!r}")
-    if not metrics:
-        raise ValueError(f"no difficulty metric given; choose from {sorted(METRICS)}")
-    for name in [*metrics, *options]:
-        if name not in METRICS:
-            raise ValueError(f"unknown difficulty metric {name!r}; choose one of {sorted(METRICS)}")
-    for name in dict.fromkeys([*options, *metrics]):
-        given = options.get(name, {})
-        METRICS[name].check_options(given)
-        for objective in given.get("methods", ()):
-            UnlearningLoss(objective)  # refuses an unknown one
-    if model_or_config is not None and any(METRICS[name].needs_circuits for name in metrics):
-        check_architecture(model_or_config)
-
-
 def score_difficulty(
     model: PreTrainedModel,
-    dataset: Dataset,
+    dataset: Dataset | Samples,
     processing_class: PreTrainedTokenizerBase | None = None,
     *,
     metrics: Sequence[str] = ("cud", "circuit_mass", "loss", "length"),
-    retain_dataset: Dataset | None = None,
+    retain_dataset: Dataset | Samples | None = None,
     metric_args: dict[str, dict[str, Any]] | None = None,
     circuit_args: dict[str, Any] | None = None,
     calibration: CalibrationSettings | None = None,
@@ -83,8 +55,9 @@ def score_difficulty(
 
     Args:
         model: the original (memorising) causal LM.
-        dataset: forget set, in any format of `cud_trainer.data.prepare_dataset`, or prepared.
-        processing_class: tokenizer with pad and eos tokens.
+        dataset: forget set, in any format of `cud_trainer.data.prepare_dataset`, or `Samples`, which are taken as they
+            are: `max_length` and `counterfactual_column` are for what is not prepared yet.
+        processing_class: tokenizer with pad and eos tokens; `Samples` need none.
         metrics: names in `cud_trainer.difficulty.METRICS`; the first is the primary one.
         retain_dataset: used by the calibration run's retain term; without it the objective runs alone.
         metric_args: options by metric, for example `{"cud": {"variant": "paper", "k": 100}}`.
@@ -106,126 +79,175 @@ def score_difficulty(
     Raises:
         ValueError: for bad input, naming the sample, metric or option, before anything is computed.
     """
-    if processing_class is None:
+    if processing_class is None and not (isinstance(dataset, Samples) and not isinstance(retain_dataset, Dataset)):
         raise ValueError("score_difficulty needs the tokenizer: pass processing_class")
-    check_tokenizer(processing_class)
-    metric_args, circuit_args = metric_args or {}, circuit_args or {}
-    check_metrics(metrics, metric_args, model)
-    for name, value in (("batch_size", 1 if batch_size is None else batch_size), ("batch_bytes", batch_bytes)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    # A call that goes on in its work directory may have written its circuits before it was killed.
-    begun = work_dir is not None and WorkDir.begun(work_dir)
-    if save_circuits is not None:
-        if not begun:
-            check_new_file(save_circuits, overwrite)
-        if not any(METRICS[name].needs_circuits for name in metrics):
-            raise ValueError(f"save_circuits has nothing to save: none of the metrics {list(metrics)} needs circuits")
-    unknown = [option for option in circuit_args if option not in (*CIRCUIT_DEFAULTS, "ungroup_kv", "reference_quirk")]
-    if unknown:
-        raise ValueError(f"unknown circuit option {unknown[0]!r}; choose from {sorted(CIRCUIT_DEFAULTS)}")
-    options = {**CIRCUIT_DEFAULTS, **circuit_args}
-    check_options(options["method"], options["steps"], options["baseline"], options["metric"])
-    groups = [group_column] if group_column else []
-    forget = prepare_dataset(
+    if processing_class is not None:
+        check_tokenizer(processing_class)
+    settings = calibration or CalibrationSettings(batch_size=batch_size or 8, seed=seed)
+    request = ScoringRequest(
+        metrics,
+        metric_args or {},
+        circuit_args or {},
+        settings,
+        folds,
+        group_column,
+        batch_size,
+        batch_bytes,
+        seed,
+        work_dir,
+        save_circuits,
+        overwrite,
+        progress,
+    )
+    request.check(model)
+    forget, retain = _samples(request, dataset, retain_dataset, processing_class, max_length, counterfactual_column)
+    return _Scoring(model, forget, retain, request).run()
+
+
+def _samples(
+    request: ScoringRequest,
+    dataset: Dataset | Samples,
+    retain_dataset: Dataset | Samples | None,
+    tokenizer: Any,
+    max_length: int | None,
+    counterfactual_column: str | None,
+) -> tuple[Samples, Samples | None]:
+    """Forget and retain samples, fit for what is asked."""
+    forget = prepare_samples(
         dataset,
-        processing_class,
+        tokenizer,
         max_length=max_length,
         name="forget",
-        keep_columns=groups,
+        keep_columns=[request.group_column] if request.group_column else [],
         counterfactual_column=counterfactual_column,
     )
-    if needs_counterfactual(options["baseline"], options["metric"]) and COUNTERFACTUAL not in forget.column_names:
-        raise ValueError(
-            "circuits with the counterfactual baseline or logit_diff need another answer for each sample: "
-            "give counterfactual_column"
-        )
+    request.check_forget(forget)
     retain = None
     if retain_dataset is not None:
-        retain = prepare_dataset(retain_dataset, processing_class, max_length=max_length, name="retain")
+        retain = prepare_samples(retain_dataset, tokenizer, max_length=max_length, name="retain")
         check_disjoint(forget, retain)
-    settings = calibration or CalibrationSettings(batch_size=batch_size or 8, seed=seed)
-    settings = settings.for_data(retain)
-    group_values = list(forget[group_column]) if group_column else None
-    cross_fitted = any(METRICS[name].cross_fitted for name in metrics)
-    if cross_fitted:
-        make_folds(len(forget), folds, seed, group_values)  # refuses before any compute
+    request.check_folds(forget)
+    return forget, retain
 
-    pad_token_id = int(processing_class.pad_token_id)  # type: ignore[arg-type]
-    identity = {"model": model_fingerprint(model), "dataset": dataset_fingerprint(forget), "versions": versions()}
-    circuits = circuit_settings(circuit_args)
-    work = None
-    if work_dir is not None:
-        bounds = {"batch_size": batch_size, "batch_bytes": batch_bytes}
-        run = {"retain": None if retain is None else dataset_fingerprint(retain), "calibration": settings.identity()}
-        # the seed is that of weight noise, and of the retain samples in a mean gradient
-        work = WorkDir(work_dir, {**identity, "circuits": circuits, "batches": bounds, "seed": seed, **run})
-    runs: dict[str, Calibration] = {}
 
-    def run_calibration(objective: str | None) -> np.ndarray:
-        run, name = settings, "calibration"
-        if objective is not None:
-            run, name = replace(settings, loss=UnlearningLoss(objective)).for_data(retain), f"calibration-{objective}"
-        # Every process runs it: none has to wait for longer than a collective call may take.
-        kept = work.load(name) if work is not None else None
-        found = (
-            Calibration.from_tensors(kept)
-            if kept is not None
-            else calibrate(model, forget, retain, run, pad_token_id=pad_token_id, progress=progress)
+@dataclass
+class _Scoring:
+    """One request, carried out."""
+
+    model: PreTrainedModel
+    forget: Samples
+    retain: Samples | None
+    request: ScoringRequest
+    calibrations: dict[str, Calibration] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.settings = request.calibration.for_data(self.retain)
+        self.identity = {
+            "model": model_fingerprint(self.model),
+            "dataset": self.forget.fingerprint,
+            "versions": versions(),
+        }
+        self.begun = request.begun
+        self.work = self._work_dir()
+        self.context = DifficultyContext(
+            model=self.model,
+            forget=self.forget,
+            retain=self.retain,
+            batch_size=request.batch_size,
+            batch_bytes=request.batch_bytes,
+            seed=request.seed,
+            folds=request.folds,
+            groups=request.groups(self.forget),
+            circuit_options=request.circuit_args,
+            calibrate=self._calibrate,
+            metrics=tuple(request.metrics),
+            work=self.work,
+            progress=request.progress,
         )
-        shared = [found]
+
+    def _work_dir(self) -> WorkDir | None:
+        """Where finished parts are kept, if anywhere: only for the very same call."""
+        request = self.request
+        if request.work_dir is None:
+            return None
+        return WorkDir(
+            request.work_dir,
+            {
+                **self.identity,
+                "circuits": request.circuits,
+                "batches": {"batch_size": request.batch_size, "batch_bytes": request.batch_bytes},
+                "seed": request.seed,  # that of weight noise, and of the retain samples in a mean gradient
+                "retain": None if self.retain is None else self.retain.fingerprint,
+                "calibration": self.settings.identity(),
+            },
+        )
+
+    def run(self) -> DifficultyScores:
+        """The scores, every metric computed."""
+        request, metrics = self.request, self.request.metrics
+        for name in metrics:
+            METRICS[name].check_data(self.context)
+        # Metrics that share the attribution pass go first, so that its by-products are there for the others.
+        by_cost = sorted(metrics, key=lambda name: not METRICS[name].needs_circuits)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(request.seed)  # the initial adapter of a calibration run
+            computed = {
+                name: METRICS[name].compute(self.context, **request.metric_args.get(name, {})) for name in by_cost
+            }
+        if request.save_circuits is not None and process_state().is_main_process:
+            self._save_circuits(request.save_circuits)
+        columns = {name: computed[name] for name in metrics}
+        fold = self.context.fold if request.cross_fitted else None
+        scores = DifficultyScores(list(self.forget.ids), columns, fold, self._provenance())
+        for name in scores.constant:
+            logger.warning(f"difficulty metric {name!r} is the same for all {len(scores)} samples: it ranks nothing")
+        return scores
+
+    def _calibrate(self, objective: str | None) -> np.ndarray:
+        """Residual memorisation after a calibration run, with another objective than the user's if one is named."""
+        settings, name = self.settings, "calibration"
+        if objective is not None:
+            settings = replace(settings, loss=UnlearningLoss(objective)).for_data(self.retain)
+            name = f"calibration-{objective}"
+        # Every process runs it: none has to wait for longer than a collective call may take.
+        kept = self.work.load(name) if self.work is not None else None
+        if kept is not None:
+            calibration = Calibration.from_tensors(kept)
+        else:
+            calibration = calibrate(self.model, self.forget, self.retain, settings, progress=self.request.progress)
+        shared = [calibration]
         if process_state().num_processes > 1:  # rounding may differ between devices
             broadcast_object_list(shared)
-        runs[run.loss.objective] = shared[0]
-        if work is not None and kept is None and process_state().is_main_process:
-            work.save(name, shared[0].tensors())
+        self.calibrations[settings.loss.objective] = shared[0]
+        if self.work is not None and kept is None and process_state().is_main_process:
+            self.work.save(name, shared[0].tensors())
         return shared[0].residual
 
-    context = DifficultyContext(
-        model=model,
-        forget=forget,
-        retain=retain,
-        pad_token_id=pad_token_id,
-        batch_size=batch_size,
-        batch_bytes=batch_bytes,
-        seed=seed,
-        folds=folds,
-        groups=group_values,
-        circuit_options=circuit_args,
-        calibrate=run_calibration,
-        metrics=tuple(metrics),
-        work=work,
-        progress=progress,
-    )
-    for name in metrics:
-        METRICS[name].check_data(context)
-    # Metrics that share the attribution pass go first, so that its by-products are there for the others.
-    by_cost = sorted(metrics, key=lambda name: not METRICS[name].needs_circuits)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the initial adapter of a calibration run
-        computed = {name: METRICS[name].compute(context, **metric_args.get(name, {})) for name in by_cost}
-    if save_circuits is not None and process_state().is_main_process:
-        table = CircuitTable(list(forget["sample_id"]), context.edges, context.graph, circuits)
-        if not (begun and table.saved_at(save_circuits)):
-            table.save(save_circuits, overwrite=overwrite)
-    provenance = {**identity, "metric_args": metric_args, "circuits": circuits, "seed": seed}
-    if runs:
-        provenance["calibration"] = {
-            "objective": settings.loss.objective,
-            "retain_loss": settings.loss.retain_loss,
-            "retain_weight": settings.retain_weight,
-            "learning_rate": settings.learning_rate,
-            "adapter": settings.peft_config is not None,
-            "runs": {
-                name: {"pairs": run.pairs, "forget_probability": run.snapshots} for name, run in sorted(runs.items())
-            },
+    def _save_circuits(self, path: str | Path) -> None:
+        table = CircuitTable(list(self.forget.ids), self.context.edges, self.context.graph, self.request.circuits)
+        if not (self.begun and table.saved_at(path)):
+            table.save(path, overwrite=self.request.overwrite)
+
+    def _provenance(self) -> dict[str, Any]:
+        """What the scores were made with."""
+        request, settings = self.request, self.settings
+        provenance = {
+            **self.identity,
+            "metric_args": request.metric_args,
+            "circuits": request.circuits,
+            "seed": request.seed,
         }
-    scores = DifficultyScores(
-        list(forget["sample_id"]),
-        {name: computed[name] for name in metrics},
-        context.fold if cross_fitted else None,
-        provenance,
-    )
-    for name in scores.constant:
-        logger.warning(f"difficulty metric {name!r} is the same for all {len(scores)} samples: it ranks nothing")
-    return scores
+        if self.calibrations:
+            provenance["calibration"] = {
+                "objective": settings.loss.objective,
+                "retain_loss": settings.loss.retain_loss,
+                "retain_weight": settings.retain_weight,
+                "learning_rate": settings.learning_rate,
+                "adapter": settings.peft_config is not None,
+                "runs": {
+                    name: {"pairs": run.pairs, "forget_probability": run.snapshots}
+                    for name, run in sorted(self.calibrations.items())
+                },
+            }
+        return provenance

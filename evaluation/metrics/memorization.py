@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cud_trainer.data import IGNORE_INDEX, length_sorted_batches
-from cud_trainer.logprobs import AnswerScores, evaluation_mode, score_answers, wide
+from cud_trainer.data import IGNORE_INDEX, Samples
+from cud_trainer.logprobs import AnswerScores, score_answers, wide
+from cud_trainer.models.modes import evaluation_mode
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 GENERATED = ("rouge_l_recall", "verbatim")
@@ -47,7 +47,7 @@ def extraction_strength(correct: Sequence[bool], *, corrected: bool = False) -> 
 @torch.no_grad()
 def teacher_forced(
     model: PreTrainedModel,
-    prepared: Dataset,
+    prepared: Samples,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
@@ -62,9 +62,7 @@ def teacher_forced(
     device = model.get_input_embeddings().weight.device
     values = {name: np.zeros(len(prepared)) for name in (*TEACHER_FORCED, *TOKEN_STATISTICS)}
     with evaluation_mode(model):
-        for rows, batch in length_sorted_batches(
-            prepared, batch_size, int(tokenizer.pad_token_id), device=device, desc=desc
-        ):
+        for rows, batch in prepared.batches(batch_size, device=device, desc=desc):
             scores = score_answers(model, batch)
             mean_logps = scores.mean_logps.double().cpu()
             plain, standard = scores.token_logps.double().cpu(), _standardised(scores).double().cpu()
@@ -85,7 +83,7 @@ def teacher_forced(
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
-    prepared: Dataset,
+    prepared: Samples,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
@@ -144,7 +142,7 @@ def generate_answers(
     return answers
 
 
-def true_answers(prepared: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def true_answers(prepared: Samples, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Text of the answer tokens of each sample, without special tokens, `[N]`."""
     texts = []
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
@@ -161,7 +159,7 @@ def rouge_l_recall(truths: Sequence[str], answers: Sequence[str]) -> np.ndarray:
 
 def evaluate_memorization(
     model: PreTrainedModel,
-    prepared: Dataset,
+    prepared: Samples,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
@@ -194,15 +192,17 @@ def evaluate_memorization(
         values["verbatim"] = verbatim(truths, answers)
     for number in range(samples):
         answers = generate_answers(
-            model, prepared, tokenizer, batch_size=batch_size, temperature=temperature, seed=seed + number,
+            model,
+            prepared,
+            tokenizer,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed + number,
             desc=desc and f"{desc}, sample {number + 1}",
-        )  # fmt: skip
-        for name, found in (
-            ("rouge_l_recall", rouge_l_recall(truths, answers)),
-            ("verbatim", verbatim(truths, answers)),
-        ):
-            known = values.get(f"sampled_{name}")
-            values[f"sampled_{name}"] = found if known is None else np.maximum(known, found)
+        )
+        for name, metric in (("rouge_l_recall", rouge_l_recall), ("verbatim", verbatim)):
+            drawn, largest = metric(truths, answers), values.get(f"sampled_{name}")
+            values[f"sampled_{name}"] = drawn if largest is None else np.maximum(largest, drawn)
     return values
 
 

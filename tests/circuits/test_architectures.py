@@ -21,7 +21,7 @@ from cud_trainer.circuits import (
     register_architecture,
     verify_architecture,
 )
-from cud_trainer.data import pad_samples, prepare_dataset
+from cud_trainer.data import prepare_samples
 
 LENGTHS = (9, 13)
 
@@ -73,26 +73,31 @@ def test_every_architecture_has_a_case():
 
 def test_faithfulness_of_a_dataset_is_that_of_its_samples():
     model, tokenizer = make_model(0), make_tokenizer()
-    prepared = prepare_dataset(qa_dataset(7), tokenizer, name="forget")
+    prepared = prepare_samples(qa_dataset(7), tokenizer, name="forget")
     n_edges = model_graph(model).n_edges
     circuits = torch.rand(7, n_edges, generator=torch.Generator().manual_seed(0)) < 0.5
-    whole = dataset_faithfulness(model, prepared, circuits, pad_token_id=0, batch_size=3, n_random=2, progress=False)
+    whole = dataset_faithfulness(model, prepared, circuits, batch_size=3, n_random=2, progress=False)
     for row in range(7):
-        alone = faithfulness(model, pad_samples(prepared, [row], 0), circuits[[row]], n_random=0)
+        alone = faithfulness(model, prepared.pad([row]), circuits[[row]], n_random=0)
         for name in ("clean", "baseline", "circuit"):
             torch.testing.assert_close(getattr(whole, name)[row], getattr(alone, name)[0], rtol=1e-5, atol=1e-9)
     assert whole.random_share.shape == (2, 7)
     with pytest.raises(ValueError, match="circuits"):
-        dataset_faithfulness(model, prepared, circuits[:6], pad_token_id=0, progress=False)
+        dataset_faithfulness(model, prepared, circuits[:6], progress=False)
 
 
 def test_text_inside_a_model_of_text_and_images(case):
     text = case("gemma3_text")
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
-        text_config=text.config.to_dict(), vision_config={**vision, "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4, image_token_index=255, boi_token_index=254, eoi_token_index=253, tie_word_embeddings=False,
-    )  # fmt: skip
+        text_config=text.config.to_dict(),
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=255,
+        boi_token_index=254,
+        eoi_token_index=253,
+        tie_word_embeddings=False,
+    )
     model = Gemma3ForConditionalGeneration(config).double().eval()
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from cud_trainer.data import (
     PairedCollator,
+    Samples,
     check_disjoint,
     dataset_fingerprint,
-    length_sorted_batches,
     pad_batch,
     prepare_dataset,
 )
@@ -22,6 +22,10 @@ CHAT = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "
 def prepare(rows, tokenizer=None, **options):
     dataset = rows if hasattr(rows, "column_names") else Dataset.from_list(rows)
     return prepare_dataset(dataset, tokenizer or make_tokenizer(), **options)
+
+
+def samples(rows):
+    return Samples(prepare(rows), 0)
 
 
 def parts(sample, tokenizer):
@@ -266,12 +270,12 @@ class TestRefusals:
             prepare(qa_dataset(1), tokenizer)
 
     def test_overlap(self):
-        forget = prepare([{"id": "a", "text": "one"}, {"id": "b", "text": "two"}])
+        forget = samples([{"id": "a", "text": "one"}, {"id": "b", "text": "two"}])
         with pytest.raises(ValueError, match="sample 'b' is in both"):
-            check_disjoint(forget, prepare([{"id": "b", "text": "other"}]))
+            check_disjoint(forget, samples([{"id": "b", "text": "other"}]))
         with pytest.raises(ValueError, match="'a' has the same content as retain sample 'z'"):
-            check_disjoint(forget, prepare([{"id": "z", "text": "one"}]))
-        check_disjoint(forget, prepare([{"id": "z", "text": "three"}]))
+            check_disjoint(forget, samples([{"id": "z", "text": "one"}]))
+        check_disjoint(forget, samples([{"id": "z", "text": "three"}]))
 
 
 class TestBatches:
@@ -284,9 +288,9 @@ class TestBatches:
         assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
 
     def test_every_sample_once_longest_first(self):
-        prepared = prepare(qa_dataset(11))
+        prepared = samples(qa_dataset(11))
         seen, widths = [], []
-        for rows, batch in length_sorted_batches(prepared, 4, 0):
+        for rows, batch in prepared.batches(4):
             seen += rows
             widths.append(batch["input_ids"].shape[1])
             for row, tokens in zip(rows, batch["input_ids"], strict=True):
@@ -297,7 +301,7 @@ class TestBatches:
     @given(st.integers(1, 12), st.lists(st.integers(2, 9), min_size=1, max_size=9))
     def test_batches_cover_each_row_once(self, batch_size, lengths):
         rows = [{"sample_id": str(i), "input_ids": [i + 2] * n, "labels": [i + 2] * n} for i, n in enumerate(lengths)]
-        batches = list(length_sorted_batches(Dataset.from_list(rows), batch_size, 0))
+        batches = list(Samples(Dataset.from_list(rows), 0).batches(batch_size))
         assert len(batches) == -(-len(lengths) // batch_size)
         assert sorted(row for chunk, _ in batches for row in chunk) == list(range(len(lengths)))
         for chunk, batch in batches:
@@ -307,9 +311,10 @@ class TestBatches:
 
     def test_pairs_by_hand(self):
         def prepared(*samples):
-            return Dataset.from_list([{"sample_id": str(s), "input_ids": s, "labels": [-100, *s[1:]]} for s in samples])
+            rows = [{"sample_id": str(s), "input_ids": s, "labels": [-100, *s[1:]]} for s in samples]
+            return Samples(Dataset.from_list(rows), 0)
 
-        collate = PairedCollator(prepared([2, 3], [4, 5, 6]), prepared([7, 8, 9, 10], [11, 12]), 0, 5)
+        collate = PairedCollator(prepared([2, 3], [4, 5, 6]), prepared([7, 8, 9, 10], [11, 12]), 5)
         rows = [
             {"row": 0, "forget_index": 1, "retain_index": 1, "weight": 0.25, "retain_scale": 1.0},
             {"row": -1, "forget_index": 0, "retain_index": 0, "weight": 0.0, "retain_scale": 0.0},
@@ -327,7 +332,7 @@ class TestBatches:
         }
         assert {key: value.tolist() for key, value in batch.items()} == expected
         assert all(batch[key].dtype == torch.int64 for key in list(expected)[:6])
-        assert PairedCollator(collate.forget, collate.retain, 0, 4)(rows)["input_ids"].shape == (4, 4)  # none needed
+        assert PairedCollator(collate.forget, collate.retain, 4)(rows)["input_ids"].shape == (4, 4)  # none needed
         plain = collate([{"input_ids": [5, 6], "labels": [-100, 6]}])  # an evaluation batch
         assert {key: value.tolist() for key, value in plain.items()} == {
             "input_ids": [[5, 6]],
@@ -336,12 +341,12 @@ class TestBatches:
         }
 
     def test_pairs(self):
-        forget, retain = prepare([{"text": "abc"}]), prepare([{"text": "defgh"}, {"text": "i"}])
+        forget, retain = samples([{"text": "abc"}]), samples([{"text": "defgh"}, {"text": "i"}])
         rows = [{"row": 4, "forget_index": 0, "retain_index": 1, "weight": 0.5, "retain_scale": 2.0}]
-        batch = PairedCollator(forget, retain, 0, pad_to_multiple_of=8)(rows)
+        batch = PairedCollator(forget, retain, pad_to_multiple_of=8)(rows)
         assert batch["input_ids"].shape == (2, 8)
         assert batch["attention_mask"].sum(1).tolist() == [4, 2]
         assert (batch["row"].tolist(), batch["weight"].tolist(), batch["retain_scale"].tolist()) == ([4], [0.5], [2.0])
-        alone = PairedCollator(forget, None, 0)(rows)
+        alone = PairedCollator(forget, None)(rows)
         assert alone["input_ids"].shape == (1, 4)
         assert torch.equal(alone["input_ids"][0], batch["input_ids"][0, :4])

@@ -8,7 +8,7 @@ import torch
 from builders import make_model, make_tokenizer, qa_dataset
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-from cud_trainer.data import pad_batch, prepare_dataset
+from cud_trainer.data import pad_batch, prepare_samples
 from cud_trainer.logprobs import score_answers
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.scoring.calibration import CalibrationSettings, calibrate
@@ -22,7 +22,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 def memorised():
     """A model that knows eight forget and four retain samples; the first four forget samples four times as well."""
     tokenizer, model = make_tokenizer(), make_model(0)
-    forget, retain = prepare_dataset(qa_dataset(8), tokenizer), prepare_dataset(qa_dataset(4, 60), tokenizer)
+    forget, retain = prepare_samples(qa_dataset(8), tokenizer), prepare_samples(qa_dataset(4, 60), tokenizer)
     samples = [*forget, *[forget[i] for i in range(4)] * 3, *retain]
     batch = pad_batch(samples, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -37,7 +37,7 @@ def memorised():
 def run(memorised, **options):
     model, forget, retain = memorised
     settings = CalibrationSettings(**{"learning_rate": 1e-3, "batch_size": 3, "max_passes": 12, **options})
-    return calibrate(model, forget, retain, settings, pad_token_id=0, progress=False)
+    return calibrate(model, forget, retain, settings, progress=False)
 
 
 def state(model):
@@ -116,11 +116,11 @@ class TestAnyAdapter:
     """What an adapter may change beside itself: biases, the weights it takes its start from, whole modules, hooks."""
 
     def calibrate(self, model, peft_config, **options):
-        forget = prepare_dataset(qa_dataset(4), make_tokenizer())
+        forget = prepare_samples(qa_dataset(4), make_tokenizer())
         settings = CalibrationSettings(
             UnlearningLoss("ga"), **{"learning_rate": 1e-2, "max_passes": 1, "peft_config": peft_config, **options}
         )
-        return calibrate(model, forget, None, settings, pad_token_id=0, progress=False)
+        return calibrate(model, forget, None, settings, progress=False)
 
     @pytest.mark.parametrize("name", ADAPTERS)
     def test_bit_for_bit_restored(self, name):
@@ -251,7 +251,7 @@ def test_stops_when_the_forget_set_is_gone_and_averages_the_window(memorised):
 def test_works_without_a_retain_set(memorised, loss):
     model, forget, _ = memorised
     settings = CalibrationSettings(UnlearningLoss(*loss), learning_rate=1e-3, batch_size=8, max_passes=2)
-    found = calibrate(model, forget, None, settings, pad_token_id=0, progress=False)
+    found = calibrate(model, forget, None, settings, progress=False)
     assert found.residual.shape == (8,) and found.snapshots[-1] < found.snapshots[0]
 
 

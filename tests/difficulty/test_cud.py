@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial import distance as scipy_distance
 
 from cud_trainer.circuits import circuit_vectors, distance, top_k_mask
-from cud_trainer.data import pad_batch, prepare_dataset
+from cud_trainer.data import pad_batch, prepare_samples
 from cud_trainer.difficulty import (
     METRICS,
     AnchorBank,
@@ -19,8 +19,8 @@ from cud_trainer.difficulty import (
     make_folds,
     register_metric,
 )
-from cud_trainer.difficulty.circuit_metrics import circuit_mass, cud
-from cud_trainer.difficulty.cud import anchor_circuit, extremes, log_standardisation
+from cud_trainer.difficulty.circuit_metrics import circuit_mass
+from cud_trainer.difficulty.cud import anchor_circuit, cud, extremes, log_standardisation
 from cud_trainer.logprobs import score_answers
 
 VARIANTS = [
@@ -263,10 +263,10 @@ class TestFolds:
 
 def make_context(residual=None, **options) -> DifficultyContext:
     """Twelve samples of the tiny model; residuals given, or counting up."""
-    forget = prepare_dataset(qa_dataset(12), make_tokenizer())
+    forget = prepare_samples(qa_dataset(12), make_tokenizer())
     residual = np.arange(12.0) if residual is None else residual
     return DifficultyContext(
-        make_model(0), forget, None, 0, folds=4, progress=False, calibrate=lambda objective: residual, **options
+        make_model(0), forget, None, folds=4, progress=False, calibrate=lambda objective: residual, **options
     )
 
 
@@ -347,7 +347,7 @@ class TestMetric:
         assert again[row] == pytest.approx(expected[0])
         with pytest.raises(ValueError, match="another graph"):
             cud(
-                DifficultyContext(make_model(0, num_hidden_layers=1), context.forget, None, 0, folds=4, progress=False),
+                DifficultyContext(make_model(0, num_hidden_layers=1), context.forget, None, folds=4, progress=False),
                 anchors=str(path),
             )
         with pytest.raises(ValueError, match="other settings: .*metric: bank 'prob', here 'logprob'"):

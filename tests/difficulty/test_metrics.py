@@ -10,11 +10,11 @@ from edges import random_samples, to_batch
 from oracle import CASES, double_precision, make_case
 
 from cud_trainer import score_difficulty
-from cud_trainer.data import pad_samples, prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import METRICS, AnchorBank, DifficultyContext, DifficultyScores
 from cud_trainer.difficulty import metrics as M
-from cud_trainer.difficulty.circuit_metrics import cud, signature
-from cud_trainer.difficulty.cud import agreement, calibrated_scores
+from cud_trainer.difficulty.circuit_metrics import signature
+from cud_trainer.difficulty.cud import agreement, calibrated_scores, cud
 from cud_trainer.difficulty.gradients import mean_gradient, sample_gradients
 from cud_trainer.difficulty.noise import hash_of, noise_effects, parameter_noise
 from cud_trainer.difficulty.outputs import output_features
@@ -26,14 +26,19 @@ def make_context(n=12, retain=True, residual=None, **options) -> DifficultyConte
     tokenizer = make_tokenizer()
     residual = np.linspace(0, 1, n) if residual is None else residual
     return DifficultyContext(
-        make_model(0), prepare_dataset(qa_dataset(n), tokenizer), prepare_dataset(qa_dataset(9, 50), tokenizer) if retain
-        else None, 0, folds=4, progress=False, calibrate=lambda objective: residual,
-        metrics=("grad_alignment",) if retain else (), **options,
-    )  # fmt: skip
+        make_model(0),
+        prepare_samples(qa_dataset(n), tokenizer),
+        prepare_samples(qa_dataset(9, 50), tokenizer) if retain else None,
+        folds=4,
+        progress=False,
+        calibrate=lambda objective: residual,
+        metrics=("grad_alignment",) if retain else (),
+        **options,
+    )
 
 
 def one(prepared, row):
-    return pad_samples(prepared, [row], 0)
+    return prepared.pad([row])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -66,16 +71,16 @@ class TestGradients:
 def test_gradients_leave_the_model_as_it_was():
     model = make_model(0)
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
-    prepared = prepare_dataset(qa_dataset(3), make_tokenizer())
+    prepared = prepare_samples(qa_dataset(3), make_tokenizer())
     next(model.parameters()).grad = kept = torch.ones_like(next(model.parameters()))
 
     def broken():
-        yield pad_samples(prepared, [0, 1], 0)
+        yield prepared.pad([0, 1])
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         mean_gradient(model, broken())
-    sample_gradients(model, pad_samples(prepared, [0, 1], 0))
+    sample_gradients(model, prepared.pad([0, 1]))
     assert next(model.parameters()).grad is kept and (kept == 1).all()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
@@ -109,7 +114,7 @@ def test_modules_that_are_not_understood():
         weight_matrices(model)
     model = make_model(0)
     model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
-    prepared = prepare_dataset(qa_dataset(2), make_tokenizer())
+    prepared = prepare_samples(qa_dataset(2), make_tokenizer())
     with pytest.raises(ValueError, match="up_proj.weight is used more than once"):
         sample_gradients(model, one(prepared, 0))
 
@@ -161,15 +166,15 @@ def test_noise_metrics():
 
 def test_more_noise_moves_more():
     context = make_context(retain=False)
-    batch = pad_samples(context.forget, list(range(12)), 0)
+    batch = context.forget.pad(list(range(12)))
     small, large = (noise_effects(context.model, batch, sigma=s, draws=4, seed=0)["deviation"] for s in (0.01, 0.1))
     assert (large > 3 * small).all()
 
 
 def test_outputs_by_hand():
-    prepared = prepare_dataset(qa_dataset(4), make_tokenizer())
+    prepared = prepare_samples(qa_dataset(4), make_tokenizer())
     model = make_model(0)
-    batch = pad_samples(prepared, [0, 1, 2, 3], 0)
+    batch = prepared.pad([0, 1, 2, 3])
     found = output_features(model, batch)
     for row in range(4):
         tokens, labels = torch.tensor(prepared["input_ids"][row]), prepared["labels"][row]
@@ -334,8 +339,8 @@ class TestCalibrated:
         cud(make_context(), save_anchors=path, **options)
         bank = AnchorBank.load(path)
         assert bank.easy_ids == bank.ids[:3] and bank.hard_ids == bank.ids[-3:] and list(bank.features) == ["hidden"]
-        request = prepare_dataset(qa_dataset(8, 70), make_tokenizer())
-        later = DifficultyContext(make_model(0), request, None, 0, folds=4, progress=False)
+        request = prepare_samples(qa_dataset(8, 70), make_tokenizer())
+        later = DifficultyContext(make_model(0), request, None, folds=4, progress=False)
         again = cud(later, anchors=path, **options)
         assert np.isfinite(again).all() and np.ptp(again) > 0
         with pytest.raises(ValueError, match=r"no features \['gradients'\]; it has \['edges', 'hidden'\]"):
@@ -382,10 +387,18 @@ def test_every_metric_end_to_end(tmp_path):
     make_model(1).save_pretrained(tmp_path / "reference")
     data = qa_dataset(12).add_column("author", [f"author{i % 6}" for i in range(12)])
     options = dict(
-        metrics=sorted(METRICS), retain_dataset=qa_dataset(9, 50), group_column="author", folds=3, progress=False,
-        metric_args={"memorization": {"reference_model": str(tmp_path / "reference")}, "mrd": {"draws": 2},
-                     "noise_stability": {"draws": 2}, "cud": {"variant": "calibrated"}},
-    )  # fmt: skip
+        metrics=sorted(METRICS),
+        retain_dataset=qa_dataset(9, 50),
+        group_column="author",
+        folds=3,
+        progress=False,
+        metric_args={
+            "memorization": {"reference_model": str(tmp_path / "reference")},
+            "mrd": {"draws": 2},
+            "noise_stability": {"draws": 2},
+            "cud": {"variant": "calibrated"},
+        },
+    )
     scores = score_difficulty(make_model(0), data, make_tokenizer(), work_dir=tmp_path / "work", **options)
     assert scores.metrics == sorted(METRICS)
     files = {path.name.rsplit("-", 2)[0] for path in (tmp_path / "work").glob("*.safetensors")}

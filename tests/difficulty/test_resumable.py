@@ -15,7 +15,7 @@ from processes import run
 
 from cud_trainer import score_difficulty
 from cud_trainer.circuits import CircuitTable
-from cud_trainer.data import BATCH_BYTES, plan_batches, prepare_dataset
+from cud_trainer.data import BATCH_BYTES, plan_batches, prepare_samples
 from cud_trainer.resumable import WorkDir, run_batches
 
 
@@ -42,7 +42,7 @@ def test_plan(lengths, batch_size, batch_bytes, per_token):
 
 
 def prepared(n=9):
-    return prepare_dataset(qa_dataset(n), make_tokenizer())
+    return prepare_samples(qa_dataset(n), make_tokenizer())
 
 
 def sums(batch):
@@ -52,7 +52,7 @@ def sums(batch):
 def test_rows_come_back_in_dataset_order():
     data = prepared()
     plan = plan_batches([len(tokens) for tokens in data["input_ids"]], batch_size=4)
-    found = run_batches("sums", data, sums, plan, pad_token_id=0, progress=False)
+    found = run_batches("sums", data, sums, plan, progress=False)
     assert found["sum"].tolist() == [sum(tokens) for tokens in data["input_ids"]]
     assert found["length"].tolist() == [len(tokens) for tokens in data["input_ids"]]
 
@@ -89,14 +89,14 @@ class TestOutOfMemory:
         longest = max(range(3), key=lambda row: len(data[row]["input_ids"]))
         plan = plan_batches([len(tokens) for tokens in data["input_ids"]])
         with pytest.raises(ValueError, match=f"'{data[longest]['sample_id']}' .*tokens. does not fit into memory"):
-            run_batches("sums", data, never, plan, pad_token_id=0, progress=False)
+            run_batches("sums", data, never, plan, progress=False)
 
     def test_other_errors_are_not_swallowed(self):
         def wrong(batch):
             raise RuntimeError("shapes differ")
 
         with pytest.raises(RuntimeError, match="shapes differ"):
-            run_batches("sums", prepared(3), wrong, [[0, 1, 2]], pad_token_id=0, progress=False)
+            run_batches("sums", prepared(3), wrong, [[0, 1, 2]], progress=False)
 
 
 class TestWorkDir:
@@ -109,7 +109,7 @@ class TestWorkDir:
 
         def run():
             work = WorkDir(tmp_path / "w", {"model": "a"})
-            return run_batches("sums", data, counted, plan, pad_token_id=0, work=work, progress=False)
+            return run_batches("sums", data, counted, plan, work=work, progress=False)
 
         plan = plan_batches([len(tokens) for tokens in data["input_ids"]], batch_size=2)
         first = run()

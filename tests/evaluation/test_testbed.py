@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 from evaluation.testbed import build_testbed, fictitious_authors, memorise, tiny_llama, train_tokenizer
 
 
@@ -45,12 +45,12 @@ def test_tokenizer_gives_the_text_back(world):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     again = train_tokenizer(world.texts())
     assert again.get_vocab() == tokenizer.get_vocab()
-    prepare_dataset(world.train, tokenizer, max_length=64, name="train")
+    prepare_samples(world.train, tokenizer, max_length=64, name="train")
 
 
 def test_only_the_answer_and_its_end_are_learned(world):
     tokenizer = train_tokenizer(world.texts())
-    prepared = prepare_dataset(world.forget, tokenizer, max_length=64, name="forget")
+    prepared = prepare_samples(world.forget, tokenizer, max_length=64, name="forget")
     for row, tokens, labels in zip(world.forget, prepared["input_ids"], prepared["labels"], strict=True):
         prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
         answer = [*tokenizer(f" {row['answer']}")["input_ids"], tokenizer.eos_token_id]

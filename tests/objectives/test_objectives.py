@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
-from cud_trainer.data import PairedCollator, pad_batch, prepare_dataset
+from cud_trainer.data import PairedCollator, pad_batch, prepare_samples
 from cud_trainer.logprobs import score_answers
 from cud_trainer.objectives import OBJECTIVES, QUANTITIES, Reference, UnlearningLoss, register_objective
 from cud_trainer.objectives.alternatives import with_alternatives
@@ -300,7 +301,7 @@ class TestScores:
     @pytest.mark.parametrize("side", ["right", "left"])
     def test_against_full_logits(self, side):
         model, tokenizer = make_model(0).double(), make_tokenizer()
-        data = prepare_dataset(qa_dataset(4), tokenizer)
+        data = prepare_samples(qa_dataset(4), tokenizer)
         batch = pad_batch(list(data), 0)
         if side == "left":
             for row in range(4):
@@ -319,7 +320,7 @@ class TestScores:
             assert float(scores.mean_logps[row]) == pytest.approx(float(answer.mean()))
 
     def test_architecture_that_ignores_logits_to_keep(self):
-        model, data = make_model(0), prepare_dataset(qa_dataset(3), make_tokenizer())
+        model, data = make_model(0), prepare_samples(qa_dataset(3), make_tokenizer())
 
         class Stubborn(torch.nn.Module):
             def forward(self, logits_to_keep=None, **inputs):
@@ -332,7 +333,7 @@ class TestScores:
 class TestStep:
     def make(self, **options):
         tokenizer = make_tokenizer()
-        forget, retain = prepare_dataset(qa_dataset(3), tokenizer), prepare_dataset(qa_dataset(4, 50), tokenizer)
+        forget, retain = prepare_samples(qa_dataset(3), tokenizer), prepare_samples(qa_dataset(4, 50), tokenizer)
         step = UnlearningLoss(**options)
         if step.uses_alternative:
             forget = with_alternatives(forget, qa_dataset(3), tokenizer, "refusal")
@@ -340,7 +341,7 @@ class TestStep:
 
     def terms(self, step, model, reference, forget, retain, pairs):
         rows = [{"row": 0, "forget_index": f, "retain_index": r, "weight": 1.0, "retain_scale": 1.0} for f, r in pairs]
-        collate = PairedCollator(forget, retain, 0, alternative=step.uses_alternative)
+        collate = PairedCollator(forget, retain, alternative=step.uses_alternative)
         return step(model, collate(rows), reference)
 
     @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ class TestStep:
     def test_does_not_depend_on_batch_mates(self, objective, retain_loss):
         step, forget, retain = self.make(objective=objective, retain_loss=retain_loss, reference_top_k=9)
         original, model = make_model(0).double(), make_model(1).double()
-        reference = step.reference(original, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        reference = step.reference(original, forget, retain, batch_size=2, device="cpu")
         pairs = [(0, 3), (2, 0), (1, 1)]
         together = self.terms(step, model, reference, forget, retain, pairs)
         for i, pair in enumerate(pairs):
@@ -360,7 +361,7 @@ class TestStep:
     def test_reference_is_the_model_as_it_is(self):
         step, forget, retain = self.make(objective="npo", retain_loss="kl", reference_top_k=300)
         model = make_model(0).double().train()
-        reference = step.reference(model, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        reference = step.reference(model, forget, retain, batch_size=2, device="cpu")
         assert model.training
         terms = self.terms(step, model.eval(), reference, forget, retain, [(0, 0), (1, 2)])
         torch.testing.assert_close(terms.forget, torch.full((2,), 20 * math.log(2), dtype=torch.float64))
@@ -370,7 +371,7 @@ class TestStep:
         """In dataset order, whatever the batches; the tail of the distribution is what was left out."""
         step, forget, retain = self.make(objective="npo", retain_loss="kl", reference_top_k=5)
         model = make_model(0).double()
-        reference = step.reference(model, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        reference = step.reference(model, forget, retain, batch_size=2, device="cpu")
         for row, sample in enumerate(forget):
             alone = score_answers(model, pad_batch([sample], 0)).logps
             torch.testing.assert_close(reference.forget_logps[row], alone[0].detach())
@@ -386,14 +387,14 @@ class TestStep:
         model = make_model(0).train()
         model.model.layers[1].eval()
         before = [module.training for module in model.modules()]
-        step.reference(model, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        step.reference(model, forget, retain, batch_size=2, device="cpu")
         assert [module.training for module in model.modules()] == before
         assert all(p.grad is None for p in model.parameters())
 
     def test_retain_kl_against_both_models(self):
         step, forget, retain = self.make(objective="ga", retain_loss="kl", reference_top_k=258)
         original, model = make_model(0).double(), make_model(1).double()
-        reference = step.reference(original, forget, retain, pad_token_id=0, batch_size=3, device="cpu")
+        reference = step.reference(original, forget, retain, batch_size=3, device="cpu")
         terms = self.terms(step, model, reference, forget, retain, [(0, 1), (1, 3)])
         for position, row in enumerate((1, 3)):
             batch = pad_batch([retain[row]], 0)
@@ -406,11 +407,12 @@ class TestStep:
     def test_padding_changes_nothing(self, name, multiple):
         step, forget, retain = self.make(objective=name, retain_loss="kl")
         original, model = make_model(0), make_model(1)
-        reference = step.reference(original, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        reference = step.reference(original, forget, retain, batch_size=2, device="cpu")
         rows = [{"row": 0, "forget_index": 1, "retain_index": 2, "weight": 1.0, "retain_scale": 1.0}]
         both = step.uses_alternative
-        plain = step(model, PairedCollator(forget, retain, 0, None, both)(rows), reference)
-        padded = step(model, PairedCollator(forget, retain, 7, multiple, both)(rows), reference)
+        plain = step(model, PairedCollator(forget, retain, None, both)(rows), reference)
+        other = replace(forget, pad_token_id=7)
+        padded = step(model, PairedCollator(other, retain, multiple, both)(rows), reference)
         torch.testing.assert_close(padded.forget, plain.forget, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(padded.retain, plain.retain, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(padded.mean_logps, plain.mean_logps, rtol=1e-4, atol=1e-5)
@@ -434,7 +436,10 @@ class TestStep:
             ({"objective_args": {"beta": "0.1"}}, "must be a number, got '0.1'"),
             ({"objective_args": {"beta": True}}, "must be a number, got True"),
             ({"objective": "simnpo", "objective_args": {"gamma": None}}, "must be a number, got None"),
-            ({"retain_loss": "mse"}, "unknown retain_loss 'mse'; choose one of \\['none', 'nll', 'kl', 'activations'\\]"),
+            (
+                {"retain_loss": "mse"},
+                "unknown retain_loss 'mse'; choose one of \\['none', 'nll', 'kl', 'activations'\\]",
+            ),
             ({"retain_loss": "activations"}, "compares hidden states: it goes with 'rmu', not with 'npo'"),
             ({"objective": "kl_min", "retain_loss": "none"}, "needs a retain loss"),
             ({"objective": "wga", "objective_args": {"beta": -1}}, "'beta' of objective 'wga' must not be negative"),
@@ -443,7 +448,7 @@ class TestStep:
             ({"objective": "rmu", "objective_args": {"steering": 0}}, "'steering' of objective 'rmu' must be positive"),
             ({"objective": "graddiff", "retain_loss": "none"}, "needs a retain loss; use 'ga'"),
         ],
-    )  # fmt: skip
+    )
     def test_refusals(self, options, message):
         with pytest.raises(ValueError, match=message):
             UnlearningLoss(**options)
@@ -462,7 +467,7 @@ class TestStep:
         """The whole way through references and batches, one sample at a time by hand."""
         original, model = make_model(0).double(), make_model(1).double()
         step, forget, retain = self.make(objective="undial", reference_top_k=258)
-        reference = step.reference(original, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        reference = step.reference(original, forget, retain, batch_size=2, device="cpu")
         found = self.terms(step, model, reference, forget, retain, [(0, 0), (2, 0)])
         for position, row in enumerate((0, 2)):
             before, now = (score_answers(m, pad_batch([forget[row]], 0)) for m in (original, model))
@@ -471,7 +476,7 @@ class TestStep:
             assert found.forget[position].item() == pytest.approx(expected.item(), rel=1e-9)
 
         step, forget, retain = self.make(objective="rmu", objective_args={"layer": 0, "steering": 3.0})
-        reference = step.reference(original, forget, retain, pad_token_id=0, batch_size=2, device="cpu", seed=5)
+        reference = step.reference(original, forget, retain, batch_size=2, device="cpu", seed=5)
         assert float(reference.direction.norm()) == pytest.approx(1) and (reference.direction >= 0).all()
         found = self.terms(step, model, reference, forget, retain, [(1, 2), (0, 3)])
 
@@ -490,7 +495,7 @@ class TestStep:
     def test_rmu_gives_no_gradient_behind_its_layer(self):
         model = make_model(0)
         step, forget, retain = self.make(objective="rmu", objective_args={"layer": 0})
-        reference = step.reference(model, forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        reference = step.reference(model, forget, retain, batch_size=2, device="cpu")
         terms = self.terms(step, model, reference, forget, retain, [(0, 0)])
         (terms.forget + terms.retain).sum().backward()
         late = [p for name, p in model.named_parameters() if "layers.1" in name or name.startswith("model.norm")]
@@ -509,7 +514,7 @@ class TestStep:
     def test_missing_alternatives(self):
         _, forget, retain = self.make(objective="npo")
         with pytest.raises(ValueError, match="'dpo' needs an alternative answer for every forget sample"):
-            UnlearningLoss("dpo").reference(make_model(0), forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+            UnlearningLoss("dpo").reference(make_model(0), forget, retain, batch_size=2, device="cpu")
 
     @pytest.mark.parametrize(
         "options",
@@ -523,7 +528,7 @@ class TestStep:
     def test_reference_on_disk(self, tmp_path, options):
         """What comes back is the same to the bit; for another fingerprint, or from a broken file, nothing does."""
         step, forget, retain = self.make(**options, reference_top_k=5)
-        reference = step.reference(make_model(0), forget, retain, pad_token_id=0, batch_size=2, device="cpu")
+        reference = step.reference(make_model(0), forget, retain, batch_size=2, device="cpu")
         path = tmp_path / "reference.safetensors"
         reference.save(path, "mine")
         again = Reference.load(path, "mine", "cpu")

@@ -15,7 +15,7 @@ from studies import config, results
 from cud_trainer.cli import main
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import DiskFullError, atomic_write, full_disk_named, write_json
-from cud_trainer.trainer import STATE_FILE
+from cud_trainer.training.checkpoints import STATE_FILE
 
 pytestmark = pytest.mark.slow
 

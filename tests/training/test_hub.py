@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
-from cud_trainer.trainer import NEVER_UPLOADED, UPLOADED_IF_ASKED
+from cud_trainer.training.checkpoints import NEVER_UPLOADED, UPLOADED_IF_ASKED
 
 FORGET = qa_dataset(9)
 

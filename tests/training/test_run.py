@@ -21,7 +21,8 @@ from cud_trainer.data import pad_batch
 from cud_trainer.logprobs import answer_probability, score_answers
 from cud_trainer.models.trainable import layer_range, train_only
 from cud_trainer.objectives import OBJECTIVES, UnlearningLoss, register_objective
-from cud_trainer.trainer import REFERENCE_FILE, DivergenceError
+from cud_trainer.trainer import DivergenceError
+from cud_trainer.training.checkpoints import REFERENCE_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +59,7 @@ class TestFollowing:
         assert min(active) < 1 and len(set(weights)) == len(weights) == 9
         assert lively.served_ids == lively.schedule.order.tolist()
         alone = {"schedule": "hard_to_easy+upweight_hard", "schedule_args": {}}
-        assert lively.schedule.dynamic and lively._state()["schedule"] != alone
+        assert lively.schedule.dynamic and lively.run_identity()["schedule"] != alone
 
     def test_retain_weight_by_hand(self, lively):
         """retain_weight += dual_rate * (retain loss - limit), never below 0."""
@@ -397,22 +398,22 @@ class TestEvaluation:
             tmp_path / "out", tokenizer=tokenizer, passes=4, eval_strategy="steps", eval_steps=2, save_steps=2,
             load_best_model_at_end=True, eval_retain_samples=3, learning_rate=5e-3, objective="graddiff", retain_weight=0.3,
         )  # fmt: skip
-        start = answer_probability(trainer.model, trainer.forget, pad_token_id=0)
-        kept = answer_probability(trainer.model, trainer.retain.select([0, 3, 6]), pad_token_id=0)
+        start = answer_probability(trainer.model, trainer.forget)
+        kept = answer_probability(trainer.model, trainer.retain.select([0, 3, 6]))
         trainer.train()
         entries = [entry for entry in trainer.state.log_history if "eval_balance" in entry]
         assert [entry["step"] for entry in entries] == [2, 4, 6, 8, 9]
         best = max(entries, key=lambda entry: entry["eval_balance"])
         assert trainer.state.best_metric == best["eval_balance"]
         found = trainer.predict()
-        left = answer_probability(trainer.model, trainer.forget, pad_token_id=0)
+        left = answer_probability(trainer.model, trainer.forget)
         np.testing.assert_allclose(found.predictions, left)
         assert found.metrics["test_forget_prob"] == pytest.approx(best["eval_forget_prob"])
         for number in range(4):
             expected = left[trainer.buckets == number].mean()
             assert found.metrics[f"test_forget_prob/bucket_{number + 1}"] == pytest.approx(expected)
         forgotten = np.clip(1 - left.mean() / start.mean(), 0, 1)
-        retain = answer_probability(trainer.model, trainer.retain.select([0, 3, 6]), pad_token_id=0).mean()
+        retain = answer_probability(trainer.model, trainer.retain.select([0, 3, 6])).mean()
         assert found.metrics["test_retain_prob"] == pytest.approx(retain)
         retained = min(1, retain / kept.mean())
         assert found.metrics["test_balance"] == pytest.approx(2 * forgotten * retained / (forgotten + retained))
@@ -513,7 +514,7 @@ class TestSharded:
         from transformers import AutoModelForCausalLM
 
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final")
-        left = answer_probability(saved, alone.forget, pad_token_id=0)
+        left = answer_probability(saved, alone.forget)
         np.testing.assert_allclose(left, found["left"], rtol=1e-3)
 
     def test_partitioned_weights_are_refused(self, tmp_path):
@@ -578,7 +579,7 @@ def test_trainer_refusals(tmp_path):
 class TestAlternatives:
     @pytest.mark.parametrize("chat", [False, True])
     def test_every_format_keeps_its_prompt(self, chat):
-        from cud_trainer.data import prepare_dataset
+        from cud_trainer.data import Samples, prepare_samples
         from cud_trainer.objectives.alternatives import with_alternatives
 
         tokenizer = make_tokenizer(chat=chat)
@@ -590,21 +591,21 @@ class TestAlternatives:
         ]
         for row in formats:
             data = Dataset.from_list([{**row, "other": "Person B"}])
-            prepared = prepare_dataset(data, tokenizer)
+            prepared = prepare_samples(data, tokenizer)
             found = with_alternatives(prepared, data, tokenizer, "given", column="other")[0]
             own, other = tokenizer.decode(found["input_ids"]), tokenizer.decode(found["alternative_input_ids"])
             assert other == own.replace("Person A", "Person B")
             start = found["labels"].index(next(label for label in found["labels"] if label != -100))
             assert found["alternative_labels"][:start] == [-100] * start
             assert found["alternative_input_ids"][:start] == found["input_ids"][:start]
-            assert with_alternatives(Dataset.from_list([found]), data, tokenizer, "refusal")[0] == found  # has some
+            assert with_alternatives(Samples(Dataset.from_list([found]), 0), data, tokenizer, "refusal")[0] == found
 
     def test_refusals_follow_the_seed(self):
-        from cud_trainer.data import prepare_dataset
+        from cud_trainer.data import prepare_samples
         from cud_trainer.objectives.alternatives import REFUSALS, alternatives_fingerprint, with_alternatives
 
         data, tokenizer = qa_dataset(20), make_tokenizer()
-        prepared = prepare_dataset(data, tokenizer)
+        prepared = prepare_samples(data, tokenizer)
         made = [with_alternatives(prepared, data, tokenizer, "refusal", seed=seed) for seed in (0, 0, 1)]
         prints = [alternatives_fingerprint(part) for part in made]
         assert prints[0] == prints[1] != prints[2] and alternatives_fingerprint(prepared) is None

@@ -13,7 +13,7 @@ from runs import checksum, config, make_trainer, torchrun
 
 from cud_trainer import CUDConfig, CUDTrainer, DifficultyScores
 from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import prepare_samples
 from cud_trainer.trainer import DivergenceError
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,7 @@ class TestResume:
     def test_scores_are_not_computed_again(self, tmp_path, monkeypatch):
         first = make_trainer(tmp_path / "out")
         first.train()
-        monkeypatch.setattr("cud_trainer.trainer.score_difficulty", lambda *a, **k: pytest.fail("computed again"))
+        monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed again"))
         resumed = make_trainer(tmp_path / "out")
         assert (resumed.difficulty_scores["loss"] == first.difficulty_scores["loss"]).all()
 
@@ -139,7 +139,7 @@ class TestLoss:
             retain_weight=3.0,
             objective="graddiff",
         )
-        prepared = {d["sample_id"]: d for part in (forget, retain) for d in prepare_dataset(part, tokenizer)}
+        prepared = {d["sample_id"]: d for part in (forget, retain) for d in prepare_samples(part, tokenizer)}
 
         def logps(sample):
             tokens, labels = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
@@ -292,7 +292,7 @@ class TestAdapters:
 
 class TestScores:
     def test_given_scores_are_joined_by_id(self, tmp_path):
-        ids = prepare_dataset(qa_dataset(9), make_tokenizer())["sample_id"]
+        ids = prepare_samples(qa_dataset(9), make_tokenizer())["sample_id"]
         values = np.arange(9.0)
         shuffled = np.random.default_rng(0).permutation(9)
         scores = DifficultyScores([ids[i] for i in shuffled], {"loss": values[shuffled]})
@@ -301,10 +301,10 @@ class TestScores:
         assert trainer.served_ids == list(ids)
 
     def test_scores_of_other_samples_or_models_are_refused(self, tmp_path):
-        ids = prepare_dataset(qa_dataset(9, 50), make_tokenizer())["sample_id"]
+        ids = prepare_samples(qa_dataset(9, 50), make_tokenizer())["sample_id"]
         with pytest.raises(ValueError, match="lack 9 of 9 forget samples"):
             make_trainer(tmp_path / "a", difficulty_scores=DifficultyScores(ids, {"loss": np.arange(9.0)}))
-        ids = prepare_dataset(qa_dataset(9), make_tokenizer())["sample_id"]
+        ids = prepare_samples(qa_dataset(9), make_tokenizer())["sample_id"]
         foreign = DifficultyScores(ids, {"loss": np.arange(9.0)}, provenance={"model": "another"})
         with pytest.raises(ValueError, match="belong to something else: model"):
             make_trainer(tmp_path / "b", difficulty_scores=foreign)
@@ -330,7 +330,7 @@ class TestScores:
             config(tmp_path, **options, schedule_args={"odds": {"power": -1.0}})
 
     def test_difficulty_none_costs_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cud_trainer.trainer.score_difficulty", lambda *a, **k: pytest.fail("computed"))
+        monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed"))
         trainer = make_trainer(tmp_path / "out", difficulty="none", schedule="uniform")
         assert trainer.difficulty_scores is None
         trainer.train()
@@ -406,7 +406,7 @@ class TestGivenScores:
     """Scores whose metric nobody has registered here: published ones, say."""
 
     def scores(self, tmp_path):
-        ids = list(prepare_dataset(qa_dataset(8), make_tokenizer())["sample_id"])
+        ids = list(prepare_samples(qa_dataset(8), make_tokenizer())["sample_id"])
         path = tmp_path / "ranking.txt"
         path.write_text("\n".join(ids[::-1]))  # from the easiest to the hardest
         return ids, DifficultyScores.published(path, ids, name="theirs")

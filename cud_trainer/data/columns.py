@@ -1,0 +1,51 @@
+"""The columns of a prepared dataset, and the ids that name its samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+IGNORE_INDEX = -100
+PREPARED = ("sample_id", "input_ids", "labels")
+# Beside `input_ids` token by token: the same sample with another answer, for counterfactual circuits.
+COUNTERFACTUAL = "counterfactual_input_ids"
+# The same sample with the answer that is to take its place, for preference objectives.
+ALTERNATIVES = ("alternative_input_ids", "alternative_labels")
+
+
+def id_column(columns: Sequence[str]) -> str | None:
+    """The column that names samples, if there is one."""
+    return next((name for name in ("sample_id", "id") if name in columns), None)
+
+
+def content_id(tokens: list[int], prompt: int = 0) -> str:
+    """Hash of tokens and of where the answer starts, 16 hex digits: the id of a sample that has no other."""
+    return hashlib.sha256(f"{prompt}|{tokens}".encode()).hexdigest()[:16]
+
+
+def check_unique(ids: Sequence[str], name: str) -> None:
+    """Raise `ValueError` naming the first id that is there twice."""
+    first: dict[str, int] = {}
+    for index, sample_id in enumerate(ids):
+        if sample_id in first:
+            raise ValueError(
+                f"{name} dataset has the id {sample_id!r} twice (rows {first[sample_id]} and {index}); "
+                "remove the duplicate or give the rows distinct `sample_id`s"
+            )
+        first[sample_id] = index
+
+
+def rows_by_id(have: Sequence[str], wanted: Sequence[str], what: str, whose: str = "samples") -> list[int]:
+    """Where each of the ids `wanted` stands in `have`; `ValueError` naming one that is not there.
+
+    Args:
+        what, whose: what is looked up for whom, for the error.
+    """
+    position = {sample_id: row for row, sample_id in enumerate(have)}
+    missing = [sample_id for sample_id in wanted if sample_id not in position]
+    if missing:
+        raise ValueError(
+            f"{what} lack {len(missing)} of {len(wanted)} {whose}, the first is {missing[0]!r}: "
+            "they were made for another dataset"
+        )
+    return [position[sample_id] for sample_id in wanted]

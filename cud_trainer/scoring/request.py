@@ -1,0 +1,112 @@
+"""What is asked of `score_difficulty`: its options, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..circuits import check_architecture
+from ..circuits.attribution import check_options, needs_counterfactual
+from ..data import Samples
+from ..difficulty import METRICS
+from ..difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
+from ..difficulty.folds import make_folds
+from ..files import check_new_file
+from ..objectives import UnlearningLoss
+from ..resumable import WorkDir
+from .calibration import CalibrationSettings
+
+
+def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], model_or_config: Any = None) -> None:
+    """Raise `ValueError` for an unknown metric or option, or circuits on an architecture without them."""
+    if isinstance(metrics, str):
+        raise ValueError(f"metrics must be a list of names, got {metrics!r}")
+    if not metrics:
+        raise ValueError(f"no difficulty metric given; choose from {sorted(METRICS)}")
+    for name in [*metrics, *options]:
+        METRICS.find(name)
+    for name in dict.fromkeys([*options, *metrics]):
+        given = options.get(name, {})
+        METRICS[name].check_options(given)
+        for objective in given.get("methods", ()):
+            UnlearningLoss(objective)  # refuses an unknown one
+    if model_or_config is not None and any(METRICS[name].needs_circuits for name in metrics):
+        check_architecture(model_or_config)
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """The options of `score_difficulty` that say what to compute and where to keep it; see there."""
+
+    metrics: Sequence[str]
+    metric_args: dict[str, dict[str, Any]]
+    circuit_args: dict[str, Any]
+    calibration: CalibrationSettings
+    folds: int
+    group_column: str | None
+    batch_size: int | None
+    batch_bytes: int
+    seed: int
+    work_dir: str | Path | None
+    save_circuits: str | Path | None
+    overwrite: bool
+    progress: bool
+
+    @property
+    def circuits(self) -> dict[str, Any]:
+        """All options of the attribution, defaults filled in."""
+        return circuit_settings(self.circuit_args)
+
+    @property
+    def cross_fitted(self) -> bool:
+        """Whether a sample's score depends on folds of the others."""
+        return any(METRICS[name].cross_fitted for name in self.metrics)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the same call was started before, in its work directory."""
+        return self.work_dir is not None and WorkDir.begun(self.work_dir)
+
+    def groups(self, forget: Samples) -> list[Any] | None:
+        """The group of each forget sample."""
+        return list(forget[self.group_column]) if self.group_column else None
+
+    def check(self, model: Any) -> None:
+        """Raise `ValueError` naming a metric, option or file that cannot be, whatever the data."""
+        check_metrics(self.metrics, self.metric_args, model)
+        batch_size = 1 if self.batch_size is None else self.batch_size
+        for name, value in (("batch_size", batch_size), ("batch_bytes", self.batch_bytes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.save_circuits is not None:
+            if not self.begun:  # a call that goes on may have written its circuits before it was killed
+                check_new_file(self.save_circuits, self.overwrite)
+            if not any(METRICS[name].needs_circuits for name in self.metrics):
+                raise ValueError(
+                    f"save_circuits has nothing to save: none of the metrics {list(self.metrics)} needs circuits"
+                )
+        known = (*CIRCUIT_DEFAULTS, "ungroup_kv", "reference_quirk")
+        unknown = [option for option in self.circuit_args if option not in known]
+        if unknown:
+            raise ValueError(f"unknown circuit option {unknown[0]!r}; choose from {sorted(CIRCUIT_DEFAULTS)}")
+        options = {**CIRCUIT_DEFAULTS, **self.circuit_args}
+        check_options(options["method"], options["steps"], options["baseline"], options["metric"])
+
+    def check_forget(self, forget: Samples) -> None:
+        """Raise `ValueError` naming what the forget samples lack."""
+        if self.group_column and self.group_column not in forget.dataset.column_names:
+            raise ValueError(
+                f"forget dataset has no column {self.group_column!r}; it has {sorted(forget.dataset.column_names)}"
+            )
+        if needs_counterfactual(self.circuits["baseline"], self.circuits["metric"]) and not forget.has_counterfactuals:
+            raise ValueError(
+                "circuits with the counterfactual baseline or logit_diff need another answer for each sample: "
+                "give counterfactual_column"
+            )
+
+    def check_folds(self, forget: Samples) -> None:
+        """Raise `ValueError` when so many samples and groups do not make so many folds."""
+        if self.cross_fitted:
+            make_folds(len(forget), self.folds, self.seed, self.groups(forget))
