@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from .difficulty.scores import GIVEN
 from .models.trainable import layer_range
 from .objectives import UnlearningLoss
 from .objectives.alternatives import REFUSALS
-from .schedule import parse
+from .schedule import Part, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
 
@@ -242,7 +243,7 @@ class CUDConfig(SFTConfig):
             self.schedule = DEFAULT_SCHEDULE if self.difficulty is not None else DEFAULT_WITHOUT_DIFFICULTY
         loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.reference_top_k)  # type: ignore[arg-type]
         self.retain_loss = loss.retain_loss
-        parse(self.schedule, self.schedule_args)  # type: ignore[arg-type]
+        self.schedule_parts  # noqa: B018  (raises for an unknown schedule or option)
         if self.difficulty == GIVEN:
             if self.difficulty_args:
                 raise ValueError(f"difficulty {GIVEN!r} has no options, got difficulty_args {self.difficulty_args}")
@@ -328,9 +329,23 @@ class CUDConfig(SFTConfig):
             raise ValueError("accelerator_config.split_batches is not supported: it changes the global batch")
 
     @property
+    def schedule_parts(self) -> list[tuple[Part, dict[str, Any]]]:
+        """The parts of the schedule with the options of each; parsed again only when these options have changed."""
+        options = (self.schedule, self.schedule_args)
+        parsed = self.__dict__.get("_parsed")
+        if parsed is None or parsed[0] != options:
+            parts = parse(self.schedule, self.schedule_args)  # type: ignore[arg-type]
+            self._parsed = parsed = deepcopy(options), parts
+        return parsed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, and saved with a model: nothing that is made of the options."""
+        return {name: value for name, value in self.__dict__.items() if name != "_parsed"}
+
+    @property
     def schedule_metrics(self) -> list[str]:
         """The metrics that the schedule reads, without repeats."""
-        read = [part.metric for part, _ in parse(self.schedule, self.schedule_args)]  # type: ignore[arg-type]
+        read = [part.metric for part, _ in self.schedule_parts]
         named = [self.difficulty if metric == "difficulty" and self.difficulty else metric for metric in read]
         return list(dict.fromkeys(metric for metric in named if metric is not None))
 
@@ -340,9 +355,9 @@ class CUDConfig(SFTConfig):
 
     def scoring_options(self, peft_config: Any = None) -> dict[str, Any]:
         """Keyword arguments of `score_difficulty` that this configuration stands for."""
-        own = {self.difficulty: self.difficulty_args} if self.difficulty and self.difficulty_args else {}
+        metric_args = {self.difficulty: self.difficulty_args} if self.difficulty and self.difficulty_args else {}
         return {
-            "metric_args": own,
+            "metric_args": metric_args,
             "circuit_args": self.circuit_args,
             "calibration": self.calibration_settings(peft_config),
             "folds": self.folds,

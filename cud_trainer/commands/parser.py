@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import types
@@ -36,34 +37,41 @@ class _Parser(TrlParser):
 
     def __init__(self, kinds: Sequence[type], **kwargs: Any) -> None:
         super().__init__(kinds, **kwargs)
-        self.hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-        for action in self._actions:
-            if get_origin(action.type) is dict or action.type is Any:
-                action.type = _mapping
+        # Of every option; other fields are no options, nor are class variables.
+        options = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
+        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        self.hints = {name: hint for name, hint in hints.items() if name in options}
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As in the base class; a mapping is read as JSON."""
+        hint = options.get("type")
+        if get_origin(hint) is dict or hint is Any:
+            options["type"] = _mapping
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *_: Any, **__: Any) -> tuple[Any, ...]:
         configs, rest = [], iter(args or ())
-        kept = []
+        command_line = []
         for text in rest:
             if text == "--config":
                 configs.append(next(rest, ""))
             elif text.startswith("--config="):
                 configs.append(text.removeprefix("--config="))
             else:
-                kept.append(text)
+                command_line.append(text)
         if len(configs) > 1:
             raise ValueError("--config is given twice")
         if configs:
             self.set_defaults_with_config(**self._read(configs[0]))
-        namespace, unknown = self.parse_known_args(kept)
+        namespace, unknown = self.parse_known_args(command_line)
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}" if unknown[0][:1] == "-" else f"stray {unknown[0]!r}")
-        given = vars(namespace)
+        values = vars(namespace)
         return tuple(
-            kind(**{name: given[name] for name, field in kind.__dataclass_fields__.items() if field.init})
+            kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
             for kind in self.dataclass_types
         )
 
@@ -73,9 +81,8 @@ class _Parser(TrlParser):
         variables = config.pop("env", None) or {}  # as in TRL
         if not isinstance(variables, dict):
             raise ValueError(f"{path}: env must be a mapping of environment variables, got {variables!r}")
-        known = {action.dest for action in self._actions} - {"help"}
         for name, value in config.items():
-            if name not in known:
+            if name not in self.hints:
                 raise ValueError(f"{path}: unknown option {name!r}")
             if isinstance(value, str) and not _fits(value, self.hints[name]) and not _fits([value], self.hints[name]):
                 continue  # the parser converts it, as on the command line
@@ -97,17 +104,17 @@ def read_yaml(path: str) -> dict[str, Any]:
         ValueError: naming the file, when it is missing, no YAML in UTF-8, no mapping, or has a key twice.
     """
     try:
-        found = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), Loader=_Loader)
-        json.dumps(found)
+        config = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), Loader=_Loader)
+        json.dumps(config)
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"cannot read the configuration {path!r}: it is not UTF-8") from None
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the configuration {path!r}: {str(error)[:300]}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"configuration {path!r} must be a mapping of options, it is a {type(found).__name__}")
-    return found
+    if not isinstance(config, dict):
+        raise ValueError(f"configuration {path!r} must be a mapping of options, it is a {type(config).__name__}")
+    return config
 
 
 class _Loader(yaml.SafeLoader):
@@ -130,12 +137,12 @@ class _Loader(yaml.SafeLoader):
 def _mapping(text: str) -> dict[str, Any]:
     """A mapping on the command line, as JSON."""
     try:
-        found = json.loads(text)
+        mapping = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        mapping = None
+    if not isinstance(mapping, dict):
         raise argparse.ArgumentTypeError('not a JSON object such as {"beta": 0.1}')
-    return found
+    return mapping
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -8,7 +8,8 @@ from trl import get_peft_config
 
 from ..difficulty import DifficultyScores
 from ..files import check_output_dir
-from ..trainer import CUDTrainer, begun
+from ..trainer import CUDTrainer
+from ..training.checkpoints import begun
 from .options import TrainArguments, load_tokenizer, model_options, parse_command
 
 
@@ -19,8 +20,8 @@ def train(argv: list[str]) -> int:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if args.process_index == 0:
-        known = begun(args.output_dir)
-        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=known)
+        own_names = begun(args.output_dir)
+        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=own_names)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     tokenizer = load_tokenizer(model_args)
     forget, retain = data_args.load(tokenizer)

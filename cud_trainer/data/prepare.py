@@ -81,8 +81,20 @@ def prepare_dataset(
         ValueError: for a missing, empty or iterable dataset, unknown columns, an empty answer, an answer that does not
             fit into `max_length`, or duplicate ids. The message names the sample, the first at fault.
     """
-    _check_dataset(dataset, name)
     check_tokenizer(tokenizer)
+    return _prepare(dataset, tokenizer, max_length, name, keep_columns, counterfactual_column)
+
+
+def _prepare(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = 1024,
+    name: str = "forget",
+    keep_columns: Sequence[str] = (),
+    counterfactual_column: str | None = None,
+) -> Dataset:
+    """`prepare_dataset` with a tokenizer that is known to be good."""
+    _check_dataset(dataset, name)
     _check_columns(dataset, name, keep_columns, counterfactual_column)
     kind = detect_format(dataset.column_names, name)
     preparation = _Preparation(
@@ -122,15 +134,20 @@ def prepare_dataset(
     return prepared.select_columns([*made, *(column for column in keep_columns if column not in made)])
 
 
-def prepare_samples(dataset: Dataset | Samples, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Samples:
+def prepare_samples(
+    dataset: Dataset | Samples, tokenizer: PreTrainedTokenizerBase, *, tokenizer_checked: bool = False, **options: Any
+) -> Samples:
     """`prepare_dataset` with what goes with it later, as `Samples`; those that are some already are returned.
 
     Args:
+        tokenizer_checked: whether `check_tokenizer` has seen this tokenizer already.
         options: of `prepare_dataset`.
     """
     if isinstance(dataset, Samples):
         return dataset
-    prepared = prepare_dataset(dataset, tokenizer, **options)
+    if not tokenizer_checked:
+        check_tokenizer(tokenizer)
+    prepared = _prepare(dataset, tokenizer, **options)
     return Samples(prepared, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
 
 

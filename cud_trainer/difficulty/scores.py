@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from ..data import id_column, rows_by_id
 from ..files import atomic_write, check_new_file, read_parquet, write_parquet
+from .buckets import Buckets
 from .exchange import TABLES, read_published, read_table, write_table
 
 RESERVED = ("sample_id", "fold", "bucket")
@@ -101,15 +102,12 @@ class DifficultyScores:
         Raises:
             ValueError: with fewer samples than buckets, or for a metric that is the same for all samples.
         """
-        if not 1 <= n <= len(self.ids):
-            raise ValueError(f"cannot make {n} buckets of {len(self.ids)} samples")
+        return self.bucketed(metric, n).number
+
+    def bucketed(self, metric: str | None = None, n: int = 4) -> Buckets:
+        """`buckets` with what belongs to them: how many, by which metric (default: the primary), who is in each."""
         name = metric or self.metrics[0]
-        if n > 1 and name in self.constant:
-            raise ValueError(f"difficulty metric {name!r} is the same for all samples: it ranks nothing")
-        values = self[name]
-        rank = np.empty(len(values), dtype=int)
-        rank[np.argsort(values, kind="stable")] = np.arange(len(values))
-        return rank * n // len(values)
+        return Buckets.by_rank(self[name], n, name)
 
     def check_provenance(self, **expected: Any) -> None:
         """Raise `ValueError` listing every entry of `expected` that the scores were made with another value of.
@@ -158,9 +156,9 @@ class DifficultyScores:
         if Path(path).suffix in TABLES:
             frame = read_table(Path(path))
             names = [name for name in frame.columns if name not in RESERVED]
-            own = {name: frame[name].to_numpy(dtype=float) for name in names}
+            columns = {name: frame[name].to_numpy(dtype=float) for name in names}
             fold = frame["fold"].to_numpy() if "fold" in frame else None
-            return cls._read(path, frame["sample_id"].tolist(), own, fold, {})
+            return cls._read(path, frame["sample_id"].tolist(), columns, fold, {})
         table, header = read_parquet(path, "difficulty scores")
         if header.get("format") != FORMAT_VERSION:
             raise ValueError(f"{path} has format {header.get('format')}, this version reads {FORMAT_VERSION}")

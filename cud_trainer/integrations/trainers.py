@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,8 @@ from trl import KTOConfig
 
 from ..data import FORMATS, id_column, prepare_dataset
 from ..difficulty import DifficultyScores
-from ..schedule import Schedule, make_schedule, parse
+from ..schedule import Schedule, parse
+from ..schedule.plan import schedule_of
 
 WEIGHT = "cud_weight"
 MISMATCHED = "KL_completion_ids"  # of KTOTrainer: the completion of another sample, for its KL term
@@ -80,6 +81,95 @@ class _Collator:
         return batch
 
 
+class _WithDifficulty(Trainer):
+    """What `with_difficulty` puts before a trainer class, `plain_class`."""
+
+    plain_class: type[Trainer]
+
+    def __init__(
+        self,
+        *args: Any,
+        difficulty: DifficultyScores | None = None,
+        schedule: str = "uniform",
+        schedule_args: dict[str, Any] | None = None,
+        metric: str | None = None,
+        ids: Sequence[str] | None = None,
+        weights: str = "loss",
+        **options: Any,
+    ) -> None:
+        rules = parse(schedule, schedule_args or {})
+        weighted = _check_schedule(self.plain_class, rules, weights)
+        samples = options.get("train_dataset")
+        _check_dataset(samples)
+        names = _ids(samples, ids, options.get("processing_class"))
+        values = _difficulty(difficulty, names, [rule for rule, _ in rules], metric)
+        _check_pairs(options.get("args", args[1] if len(args) > 1 else None))
+        super().__init__(*args, **options)
+        _check_arguments(self.args)
+        dataset: Any = self.train_dataset
+        if len(dataset) != len(names):
+            raise ValueError(
+                f"{self.plain_class.__name__} keeps {len(dataset)} of {len(names)} samples when it prepares the "
+                "data (too long, or packed): difficulty no longer belongs to them"
+            )
+        make = partial(
+            schedule_of,
+            rules,
+            schedule,
+            names,
+            difficulty=values,
+            retain_ids=None,
+            seed=self.args.seed,
+            options=schedule_args or {},
+        )
+        passes = int(self.args.num_train_epochs)
+        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.schedule: Schedule = make(passes=passes)
+        order, weight = _filled_up(self.schedule, make, passes, len(names), global_batch)
+        position = {name: row for row, name in enumerate(names)}
+        rows = np.array([position[name] for name in order.tolist()])
+        if weighted and weights == "sampling":
+            generator = np.random.default_rng([self.args.seed, 5])
+            rows = generator.choice(rows, size=len(rows), p=weight / weight.sum())
+            order = np.array(names)[rows]
+        self.planned_ids: list[str] = order.tolist()
+        self._weighted = weighted and weights == "loss"
+        self._serve(dataset, rows, weight if self._weighted else None)
+
+    def _serve(self, dataset: Any, rows: np.ndarray, weight: np.ndarray | None) -> None:
+        """Train on these rows of the dataset, in this order, in one epoch."""
+        if isinstance(dataset, Dataset):
+            # Here, since the base class only knows how to for its own kind of dataset, which this is wrapped in.
+            dataset = self._remove_unused_columns(dataset, description="training")
+        if MISMATCHED in (getattr(dataset, "column_names", None) or ()):
+            batch = self.args.train_batch_size
+            self.train_dataset: Any = _Mismatched(dataset, rows, weight, self.args.seed, batch)
+        else:
+            self.train_dataset = _Scheduled(dataset, rows, weight, self.args.seed)
+        self.args.remove_unused_columns = False
+        if weight is not None:
+            self.data_collator: Any = _Collator(self.data_collator)
+        self.args.num_train_epochs = 1
+        self.args.train_sampling_strategy = "sequential"
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if not self._weighted or not isinstance(inputs, Mapping) or WEIGHT not in inputs:
+            return super().compute_loss(model, inputs, *args, **options)
+        inputs = dict(inputs)
+        weight = inputs.pop(WEIGHT)
+        trainer: Any = self  # of a class with `per_sample_loss`
+        losses: Tensor = trainer.per_sample_loss(model, inputs)
+        if losses.shape != weight.shape:
+            raise ValueError(
+                f"per_sample_loss must return one loss per sample, {tuple(weight.shape)}, not {tuple(losses.shape)}"
+            )
+        loss = (weight.to(losses) * losses).mean()
+        if hasattr(trainer, "complete_loss"):
+            loss = trainer.complete_loss(model, inputs, loss)
+        wants_outputs = options.get("return_outputs") or (args and args[0] is True)
+        return (loss, {"loss": loss}) if wants_outputs else loss
+
+
 def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
     """A subclass of `trainer_class` that trains in the order, and with the weights, that difficulty gives.
 
@@ -109,101 +199,43 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
         raise TypeError(f"with_difficulty needs a subclass of transformers.Trainer, got {trainer_class!r}")
 
-    class WithDifficulty(trainer_class):  # type: ignore[misc, valid-type]
-        def __init__(
-            self,
-            *args: Any,
-            difficulty: DifficultyScores | None = None,
-            schedule: str = "uniform",
-            schedule_args: dict[str, Any] | None = None,
-            metric: str | None = None,
-            ids: Sequence[str] | None = None,
-            weights: str = "loss",
-            **options: Any,
-        ) -> None:
-            parts = [part for part, _ in parse(schedule, schedule_args or {})]
-            following = [part.name for part in parts if part.kind == "dynamic"]
-            if following:
-                raise ValueError(f"schedule {following[0]!r} follows the run: that needs CUDTrainer")
-            weighted = any(part.kind == "weights" for part in parts)
-            if weights not in ("loss", "sampling"):
-                raise ValueError(f"weights must be 'loss' or 'sampling', got {weights!r}")
-            if weighted and weights == "loss" and not hasattr(trainer_class, "per_sample_loss"):
-                raise ValueError(
-                    f"{trainer_class.__name__} has no per_sample_loss(model, inputs): its losses cannot be weighted; "
-                    "use weights='sampling'"
-                )
-            given = options.get("train_dataset")
-            _check_dataset(given)
-            names = _ids(given, ids, options.get("processing_class"))
-            values = _difficulty(difficulty, names, parts, metric)
-            _check_pairs(options.get("args", args[1] if len(args) > 1 else None))
-            super().__init__(*args, **options)
-            _check_arguments(self.args)
-            dataset: Any = self.train_dataset
-            if len(dataset) != len(names):
-                raise ValueError(
-                    f"{trainer_class.__name__} keeps {len(dataset)} of {len(names)} samples when it prepares the "
-                    "data (too long, or packed): difficulty no longer belongs to them"
-                )
-            passes = int(self.args.num_train_epochs)
-            chunk = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            make = partial(
-                make_schedule, schedule, names, difficulty=values, seed=self.args.seed, **(schedule_args or {})
-            )
-            plan = make(passes=passes)
-            order, weight = plan.order, plan.weight
-            extra = -len(plan) % chunk
-            if extra:
-                further = -(-extra // len(names))  # passes; a step may be larger than the dataset
-                more = make(passes=passes + further)
-                start = len(more) - further * len(names)
-                order = np.concatenate([order, more.order[start : start + extra]])
-                weight = np.concatenate([weight, more.weight[start : start + extra]])
-            position = {name: row for row, name in enumerate(names)}
-            rows = np.array([position[name] for name in order.tolist()])
-            if weighted and weights == "sampling":
-                generator = np.random.default_rng([self.args.seed, 5])
-                rows = generator.choice(rows, size=len(rows), p=weight / weight.sum())
-                order = np.array(names)[rows]
-            self.schedule: Schedule = plan
-            self.planned_ids: list[str] = order.tolist()
-            self._weighted = weighted and weights == "loss"
-            if isinstance(dataset, Dataset):
-                # Here, since the base class only knows how to for its own kind of dataset, which this is wrapped in.
-                dataset = self._remove_unused_columns(dataset, description="training")
-            shown = weight if self._weighted else None
-            if MISMATCHED in (getattr(dataset, "column_names", None) or ()):
-                batch = self.args.train_batch_size
-                self.train_dataset: Any = _Mismatched(dataset, rows, shown, self.args.seed, batch)
-            else:
-                self.train_dataset = _Scheduled(dataset, rows, shown, self.args.seed)
-            self.args.remove_unused_columns = False
-            if self._weighted:
-                self.data_collator: Any = _Collator(self.data_collator)
-            self.args.num_train_epochs = 1
-            self.args.train_sampling_strategy = "sequential"
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-            if not self._weighted or not isinstance(inputs, Mapping) or WEIGHT not in inputs:
-                return super().compute_loss(model, inputs, *args, **options)
-            inputs = dict(inputs)
-            weight = inputs.pop(WEIGHT)
-            losses: Tensor = self.per_sample_loss(model, inputs)
-            if losses.shape != weight.shape:
-                raise ValueError(
-                    f"per_sample_loss must return one loss per sample, {tuple(weight.shape)}, not {tuple(losses.shape)}"
-                )
-            loss = (weight.to(losses) * losses).mean()
-            if hasattr(trainer_class, "complete_loss"):
-                loss = self.complete_loss(model, inputs, loss)
-            wants_outputs = options.get("return_outputs") or (args and args[0] is True)
-            return (loss, {"loss": loss}) if wants_outputs else loss
+    class WithDifficulty(_WithDifficulty, trainer_class):  # type: ignore[misc, valid-type]
+        plain_class = trainer_class
 
     WithDifficulty.__name__ = WithDifficulty.__qualname__ = f"{trainer_class.__name__}WithDifficulty"
     if hasattr(trainer_class, "per_sample_loss"):
         WithDifficulty.loss_is_scaled_for_ga = False  # type: ignore[attr-defined]  # the loss is a mean of a micro-batch
     return WithDifficulty
+
+
+def _check_schedule(trainer_class: type[Trainer], rules: list[tuple[Any, dict[str, Any]]], weights: str) -> bool:
+    """Whether the schedule has weights; `ValueError` when this trainer cannot follow it."""
+    following = [rule.name for rule, _ in rules if rule.kind == "dynamic"]
+    if following:
+        raise ValueError(f"schedule {following[0]!r} follows the run: that needs CUDTrainer")
+    weighted = any(rule.kind == "weights" for rule, _ in rules)
+    if weights not in ("loss", "sampling"):
+        raise ValueError(f"weights must be 'loss' or 'sampling', got {weights!r}")
+    if weighted and weights == "loss" and not hasattr(trainer_class, "per_sample_loss"):
+        raise ValueError(
+            f"{trainer_class.__name__} has no per_sample_loss(model, inputs): its losses cannot be weighted; "
+            "use weights='sampling'"
+        )
+    return weighted
+
+
+def _filled_up(
+    plan: Schedule, make: Callable[..., Schedule], passes: int, size: int, global_batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order and weights of `plan`, and to fill its last step of the first samples of one more pass."""
+    extra = -len(plan) % global_batch
+    if not extra:
+        return plan.order, plan.weight
+    further = -(-extra // size)  # passes; a step may be larger than the dataset
+    more = make(passes=passes + further)
+    start = len(more) - further * size
+    rest = slice(start, start + extra)
+    return np.concatenate([plan.order, more.order[rest]]), np.concatenate([plan.weight, more.weight[rest]])
 
 
 def _check_dataset(dataset: Any) -> None:
@@ -243,23 +275,23 @@ def _check_arguments(args: Any) -> None:
 
 def _ids(dataset: Any, ids: Sequence[str] | None, processing_class: Any) -> list[str]:
     if ids is not None:
-        found = [str(name) for name in ids]
-        if len(found) != len(dataset):
-            raise ValueError(f"ids are {len(found)} for {len(dataset)} samples")
+        names = [str(name) for name in ids]
+        if len(names) != len(dataset):
+            raise ValueError(f"ids are {len(names)} for {len(dataset)} samples")
     else:
         columns = getattr(dataset, "column_names", None) or []
         column = id_column(columns)
         if column is not None:
-            found = [str(name) for name in dataset[column]]
+            names = [str(name) for name in dataset[column]]
         elif processing_class is not None and any(all(c in columns for c in needed) for needed in FORMATS.values()):
-            found = list(prepare_dataset(dataset, processing_class, max_length=None, name="training")["sample_id"])
+            names = list(prepare_dataset(dataset, processing_class, max_length=None, name="training")["sample_id"])
         else:
             raise ValueError(
                 "the training samples have no ids to join difficulty by: give ids, or a column sample_id or id"
             )
-    if len(set(found)) < len(found):
+    if len(set(names)) < len(names):
         raise ValueError("the ids of the training samples are not distinct")
-    return found
+    return names
 
 
 def _difficulty(

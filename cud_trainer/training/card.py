@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..files import atomic_write
+
 HEADING = "## Unlearning"
 BUCKET = "forget_prob/bucket_"
+
+
+def add_section(path: Path, section: str) -> None:
+    """Put the section at the end of the card at `path`, in place of the one that is there."""
+    text = path.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
+    atomic_write(path, lambda temporary: temporary.write_text(f"{text}\n\n{section}", encoding="utf-8"))
 
 
 def unlearning_section(trainer: Any) -> str:
@@ -38,28 +46,28 @@ def unlearning_section(trainer: Any) -> str:
     evaluated = [entry for entry in history if "eval_forget_prob" in entry and best in (None, entry["step"])]
     measured = evaluated[-1] if evaluated else None
     if measured is not None:
-        found = {key.removeprefix("eval_"): value for key, value in measured.items()}
+        figures = {key.removeprefix("eval_"): value for key, value in measured.items()}
         lines.append(f"Answer probability, measured at step {measured['step']}:")
     else:
         steps = [entry for entry in history if "forget_prob" in entry]
         if not steps:
             return "\n".join([*lines, "Nothing was measured.", ""])
         # A step sees some samples only: of each figure, the last one.
-        found = {key: value for entry in steps for key, value in entry.items()}
+        figures = {key: value for entry in steps for key, value in entry.items()}
         lines.append(
             "Answer probability of the samples in the last training steps, each before its step "
             "(set `eval_strategy` to measure all):"
         )
-    lines += ["", "| | |", "|---|---|", f"| forget set | {found['forget_prob']:.4f} |"]
-    buckets = sorted((key for key in found if key.startswith(BUCKET)), key=lambda key: int(key.removeprefix(BUCKET)))
+    lines += ["", "| | |", "|---|---|", f"| forget set | {figures['forget_prob']:.4f} |"]
+    buckets = sorted((key for key in figures if key.startswith(BUCKET)), key=lambda key: int(key.removeprefix(BUCKET)))
     for key in buckets:
         number = int(key.removeprefix(BUCKET))
         side = {1: ", easiest", len(buckets): ", hardest"}.get(number, "") if len(buckets) > 1 else ""
-        lines.append(f"| difficulty bucket {number}{side} | {found[key]:.4f} |")
-    if "retain_prob" in found:
-        lines.append(f"| retain set | {found['retain_prob']:.4f} |")
-    elif "retain_loss" in found:
-        lines += ["", f"Retain loss ({args.retain_loss}) of the last training steps: {found['retain_loss']:.4f}."]
+        lines.append(f"| difficulty bucket {number}{side} | {figures[key]:.4f} |")
+    if "retain_prob" in figures:
+        lines.append(f"| retain set | {figures['retain_prob']:.4f} |")
+    elif "retain_loss" in figures:
+        lines += ["", f"Retain loss ({args.retain_loss}) of the last training steps: {figures['retain_loss']:.4f}."]
     return "\n".join([*lines, ""])
 
 

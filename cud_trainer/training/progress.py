@@ -13,6 +13,10 @@ import numpy as np
 from ..schedule import DynamicWeights
 
 
+class DivergenceError(RuntimeError):
+    """Training stopped because a loss is not finite or too high; the model is back at the last checkpoint, if any."""
+
+
 @dataclass
 class StepRecord:
     """What the optimizer steps since the last look showed, a row per served pair, over all processes.
@@ -41,6 +45,9 @@ class RunProgress:
         target_forget_prob: mean forget probability at which the run is done, or `None`.
         max_retain_loss: retain loss above which a run is not done but diverged.
         steps_per_pass: horizon of the running mean of the retain loss.
+
+    Attributes:
+        factor: what the weights of each forget sample are multiplied by in the next step, `[N]`.
     """
 
     def __init__(
@@ -60,14 +67,16 @@ class RunProgress:
         self.target_forget_prob, self.max_retain_loss = target_forget_prob, max_retain_loss
         self.horizon = max(1, steps_per_pass)
         self.retain_loss: float | None = None
+        self.factor = weights.factor
 
     def after_step(self, record: StepRecord, step: int) -> None:
         """Take in one optimizer step."""
         self.weights.update(self.forget_row[record.row], record.mean_logps, step)
+        self.factor = self.weights.factor
         if len(record.retain) and np.isfinite(record.retain).all():
             mean = float(record.retain.mean())
-            known = self.retain_loss
-            self.retain_loss = mean if known is None else known + (mean - known) / self.horizon
+            before = self.retain_loss
+            self.retain_loss = mean if before is None else before + (mean - before) / self.horizon
             if self.retain_limit is not None:  # dual ascent on the constraint (Entesari et al. 2025, PDU)
                 self.retain_weight = max(0.0, self.retain_weight + self.dual_rate * (mean - self.retain_limit))
 
@@ -96,3 +105,4 @@ class RunProgress:
         """Go on from `state()`."""
         self.retain_weight, self.retain_loss = state["retain_weight"], state["retain_loss"]
         self.weights.restore(state["weights"])
+        self.factor = self.weights.factor

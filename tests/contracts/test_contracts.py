@@ -1,5 +1,6 @@
 """What we rely on beyond documented interfaces: one test each, so that an upgrade fails here and not in a run."""
 
+import dataclasses
 import inspect
 from collections import defaultdict
 
@@ -15,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from cud_trainer.trainer import STATE_FILE, last_checkpoint
+from cud_trainer.training.checkpoints import STATE_FILE, last_checkpoint
 
 
 def test_trl_averages_the_lists_in_metrics_on_log(monkeypatch):
@@ -162,6 +163,43 @@ def test_logits_to_keep_takes_positions():
     model, tokens = make_model(0), torch.arange(2, 8)[None]
     kept = torch.tensor([1, 4])
     torch.testing.assert_close(model(tokens, logits_to_keep=kept).logits, model(tokens).logits[:, kept])
+
+
+def test_metrics_stay_the_same_dictionary(sft):
+    """The recorder of a run puts its figures there for as long as the trainer lives."""
+    trainer = sft()
+    trainer.model.train()
+    metrics = trainer._metrics["train"]
+    metrics["forget_prob"].append(0.5)
+    trainer.log({"loss": 1.0})
+    assert trainer._metrics["train"] is metrics and not metrics
+
+
+def test_weights_of_a_checkpoint_can_be_loaded(sft, tmp_path):
+    trainer = sft()
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    with torch.no_grad():
+        trainer.model.lm_head.weight.zero_()
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+
+
+def test_options_are_added_through_argparse():
+    """A mapping is read as JSON because its option passes `add_argument` with its type."""
+    added = []
+
+    class Parser(trl.TrlParser):
+        def add_argument(self, *names, **options):
+            added.append((names[0], options.get("type")))
+            return super().add_argument(*names, **options)
+
+    @dataclasses.dataclass
+    class Options:
+        args: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    Parser([Options])
+    assert ("--args", dict[str, int]) in added
 
 
 def test_versions_are_the_tested_ones():

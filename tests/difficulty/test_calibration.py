@@ -270,6 +270,7 @@ def test_says_so_when_nothing_moved(memorised, caplog, monkeypatch):
     assert "the anchors rank noise" in caplog.text
 
 
+@pytest.mark.subprocess
 def test_an_adapters_identity_is_that_of_every_process():
     import os
     import subprocess

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from cud_trainer import DifficultyScores, score_difficulty
+from cud_trainer.difficulty import Buckets
 from cud_trainer.files import atomic_write, check_output_dir
 from cud_trainer.models.fingerprint import model_fingerprint
 
@@ -123,6 +124,16 @@ class TestTable:
         with pytest.raises(ValueError, match="cannot make 5 buckets of 4 samples"):
             make().buckets(n=5)
 
+    def test_buckets_know_who_is_in_them(self):
+        buckets = make().bucketed("cud", 2)
+        assert (buckets.metric, buckets.count) == ("cud", 2) and make().bucketed(n=2).metric == "cud"
+        assert buckets.easiest.tolist() == [False, True, False, True] and buckets.hardest is buckets.masks[1]
+        assert buckets.means(np.array([1.0, 2.0, 3.0, 6.0])) == {1: 4.0, 2: 2.0}
+        hard = buckets.select([0, 2])
+        assert hard.number.tolist() == [1, 1] and hard.count == 2 and hard.means(np.array([1.0, 3.0])) == {2: 2.0}
+        single = Buckets.single(3)
+        assert single.count == 1 and single.hardest.all()
+
     @settings(deadline=None, max_examples=40)
     @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.integers(1, 8))
     def test_buckets_are_equal_and_in_order(self, values, n):
@@ -216,10 +227,22 @@ class TestScoring:
         found = []
         for seed in (1, 1, 2):
             torch.manual_seed(len(found))
-            lora = CalibrationSettings(learning_rate=1e-2, max_passes=2, seed=0, peft_config=LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))  # fmt: skip
+            lora = CalibrationSettings(
+                learning_rate=1e-2,
+                max_passes=2,
+                seed=0,
+                peft_config=LoraConfig(r=2, target_modules=["q_proj", "up_proj"]),
+            )
             scores = score_difficulty(
-                make_model(0), qa_dataset(6), make_tokenizer(), metrics=["cud"], folds=2, calibration=lora, seed=seed, progress=False
-            )  # fmt: skip
+                make_model(0),
+                qa_dataset(6),
+                make_tokenizer(),
+                metrics=["cud"],
+                folds=2,
+                calibration=lora,
+                seed=seed,
+                progress=False,
+            )
             assert scores.provenance["calibration"]["adapter"]
             found.append(scores.provenance["calibration"]["runs"]["npo"]["forget_probability"])
         assert found[0] == found[1] != found[2]

@@ -8,11 +8,13 @@ differs between machines.
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run
+
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -69,15 +71,15 @@ def test_blocks_run_as_printed(tmp_path):
     assert len(code) + sum(not language for language, _ in BLOCKS) == TEXT.count("\n```") / 2  # none is overlooked
     (tmp_path / "run").mkdir()
     (tmp_path / "blocks.json").write_text(json.dumps(code))
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, str(tmp_path / "blocks.json"), str(tmp_path / "outputs.json")],
-        cwd=tmp_path / "run", env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    (tmp_path / "runner.py").write_text(RUNNER)
+    done = run(
+        tmp_path / "runner.py",
+        tmp_path / "blocks.json",
+        tmp_path / "outputs.json",
+        cwd=tmp_path / "run",
+        HF_DATASETS_CACHE=str(tmp_path / "cache"),
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     outputs = json.loads((tmp_path / "outputs.json").read_text())
     remaining, printed, compared = iter(outputs), "", 0

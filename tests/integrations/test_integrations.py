@@ -1,16 +1,14 @@
 """`with_difficulty`: what other trainers serve and weigh, and what they are refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from builders import PYTHONPATH, SUPPORT, make_model, make_tokenizer
+from builders import SUPPORT, make_model, make_tokenizer
 from datasets import Dataset
 from own_trainer import Mine, N, arguments, checksum, collate, make, samples, scores
+from processes import run
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -83,14 +81,11 @@ class TestPlainTrainer:
         assert again.seen == straight.seen[8:]
         assert checksum(again.model) == checksum(straight.model)
 
+    @pytest.mark.subprocess
     def test_two_processes_straight_and_resumed(self, straight, tmp_path):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
         for name, more in (("a", []), ("b", [str(tmp_path / "out" / "checkpoint-2")])):
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-                str(SUPPORT / "integration_worker.py"), str(tmp_path / "out"), str(tmp_path / f"{name}.json"), "2", "1", *more,
-            ]  # fmt: skip
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            arguments = [tmp_path / "out", tmp_path / f"{name}.json", 2, 1, *more]
+            done = run(SUPPORT / "integration_worker.py", *arguments, processes=2)
             assert done.returncode == 0, done.stdout + done.stderr
             found = json.loads((tmp_path / f"{name}.json").read_text())
             assert found["checksum"] == pytest.approx(checksum(straight.model), rel=1e-10)
@@ -103,9 +98,14 @@ class TestPlainTrainer:
             per_sample_loss = None
 
         trainer = make(
-            tmp_path / "out", schedule="upweight_hard", weights="sampling", num_train_epochs=400, kind=Mine, save_strategy="no",
+            tmp_path / "out",
+            schedule="upweight_hard",
+            weights="sampling",
+            num_train_epochs=400,
+            kind=Mine,
+            save_strategy="no",
             schedule_args={"strength": 1.0},
-        )  # fmt: skip
+        )
         counts = np.bincount(numbers(trainer.planned_ids), minlength=N) / 400
         rank = np.argsort(np.argsort(scores()["loss"])) / (N - 1)
         np.testing.assert_allclose(counts, 2 * rank, atol=0.25)
@@ -125,9 +125,15 @@ class TestTRL:
                 return super().compute_loss(model, inputs, *args, **options)
 
         args = SFTConfig(
-            str(tmp_path / "out"), per_device_train_batch_size=5, num_train_epochs=2, report_to="none", bf16=False,
-            save_strategy="no", disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
+            str(tmp_path / "out"),
+            per_device_train_batch_size=5,
+            num_train_epochs=2,
+            report_to="none",
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
         trainer = with_difficulty(Watched)(
             make_model(0),
             args,
@@ -151,9 +157,16 @@ class TestTRL:
         difficulty = np.random.default_rng(0).permutation(N).astype(float)
         table = DifficultyScores([f"s{i}" for i in range(N)], {"loss": difficulty})
         args = DPOConfig(
-            str(tmp_path / "out"), precompute_ref_log_probs=True, per_device_train_batch_size=5, num_train_epochs=1, report_to="none", bf16=False,
-            save_strategy="no", disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
+            str(tmp_path / "out"),
+            precompute_ref_log_probs=True,
+            per_device_train_batch_size=5,
+            num_train_epochs=1,
+            report_to="none",
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
         seen = []
 
         class Watched(DPOTrainer):

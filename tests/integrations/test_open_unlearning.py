@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,11 +16,12 @@ import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
+from processes import run
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from cud_trainer import DifficultyScores
 from cud_trainer.data import prepare_dataset
-from cud_trainer.integrations.open_unlearning import trainers as plugin
+from cud_trainer.integrations.open_unlearning import __main__ as launcher
 from cud_trainer.integrations.open_unlearning.compat import (
     OPTIONAL,
     plain_chat_tokens,
@@ -29,7 +29,9 @@ from cud_trainer.integrations.open_unlearning.compat import (
     without_index,
     without_lapsed_arguments,
 )
+from cud_trainer.integrations.open_unlearning.ids import forget_ids, tokens_of
 from cud_trainer.integrations.open_unlearning.losses import FORGET_LOSSES, complete
+from cud_trainer.integrations.open_unlearning.trainers import difficulty_aware
 from cud_trainer.schedule import make_schedule
 
 TESTS = Path(__file__).parent
@@ -60,7 +62,7 @@ def theirs():
     with stand_ins(*OPTIONAL):
         trainers = importlib.import_module("trainer")
         importlib.import_module("data")
-    plugin.register(trainers)
+    launcher.register(trainers)
     yield trainers
     PreTrainedTokenizerBase.apply_chat_template = before
     sys.path.remove(str(ROOT / "src"))
@@ -96,24 +98,43 @@ def collate(items):
 
 
 def scores(data=None, files=None) -> DifficultyScores:
-    data = data if data is not None else plugin.tokens_of(dataset(files).forget)
+    data = data if data is not None else tokens_of(dataset(files).forget)
     ids = list(prepare_dataset(data, make_tokenizer(chat=True))["sample_id"])
     return DifficultyScores(ids, {"loss": np.random.default_rng(0).permutation(N).astype(float)})
 
 
 def make(theirs, output, data, name="GradDiff", collator=collate, method=None, **options):
     settings = {
-        "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "num_train_epochs": 2,
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 3,
-        "logging_steps": 1, "remove_unused_columns": False, "eval_strategy": "epoch", **options,
-    }  # fmt: skip
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        "eval_strategy": "epoch",
+        **options,
+    }
     kind = theirs.TRAINER_REGISTRY["CUD" + name]
-    method = {"schedule": "easy_to_hard", "difficulty": scores(plugin.tokens_of(data.forget)), **(method or {})}
-    word = {"processing_class" if "processing_class" in inspect.signature(theirs.load_trainer).parameters else "tokenizer": make_tokenizer(chat=True)}  # fmt: skip
+    method = {"schedule": "easy_to_hard", "difficulty": scores(tokens_of(data.forget)), **(method or {})}
+    word = {
+        "processing_class"
+        if "processing_class" in inspect.signature(theirs.load_trainer).parameters
+        else "tokenizer": make_tokenizer(chat=True)
+    }
     return kind(
-        model=make_model(0).double(), args=TrainingArguments(str(output), **settings), train_dataset=data,
-        data_collator=collator, **word, **METHODS.get(name, {}), **method,
-    )  # fmt: skip
+        model=make_model(0).double(),
+        args=TrainingArguments(str(output), **settings),
+        train_dataset=data,
+        data_collator=collator,
+        **word,
+        **METHODS.get(name, {}),
+        **method,
+    )
 
 
 def served_by(trainer):
@@ -192,13 +213,13 @@ class TestLosses:
             def compute_loss(self, *args, **options):
                 return 3 * super().compute_loss(*args, **options)
 
-        theirs._register_trainer(plugin.difficulty_aware(NPO))
+        theirs._register_trainer(difficulty_aware(NPO))
         try:
             trainer = make(theirs, tmp_path, dataset(files), "NPO", method={"schedule": "upweight_hard"})
             with pytest.raises(ValueError, match="NPO of this version .* is not the one .* use weights: sampling"):
                 trainer.train()
         finally:
-            theirs._register_trainer(plugin.difficulty_aware(npo))
+            theirs._register_trainer(difficulty_aware(npo))
 
     def test_dual_weight_moves_after_the_warm_up(self, theirs, files, tmp_path):
         """One pass of two is 2.5 steps: the third is without, the fourth with an update."""
@@ -214,17 +235,19 @@ class TestOrder:
     def test_the_plan_is_served_whatever_the_split(self, theirs, files, tmp_path):
         """The same forget samples with the same retain partners and replies, also after a resume."""
         runs = []
-        for part, options in enumerate([
-            {"save_strategy": "steps", "save_steps": 2},
-            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        ]):  # fmt: skip
+        for part, options in enumerate(
+            [
+                {"save_strategy": "steps", "save_steps": 2},
+                {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            ]
+        ):
             data = dataset(files, idk=True)
             trainer = make(theirs, tmp_path / str(part), data, "DPO", **options)
             pairs = served_by(trainer)
             trainer.train()
             assert trainer.state.global_step == 5
             runs.append((pairs, trainer.state.log_history[-2]["loss"]))
-        table = scores(plugin.tokens_of(data.forget))
+        table = scores(tokens_of(data.forget))
         order = np.argsort(table["loss"], kind="stable").tolist()
         assert [forget for forget, _ in runs[0][0]] == [*order, *order]
         assert trainer.planned_ids == [table.ids[row] for row in [*order, *order]]
@@ -241,7 +264,7 @@ class TestOrder:
         trainer = make(theirs, tmp_path, data, name, method=method)
         pairs = served_by(trainer)
         trainer.train()
-        ids = scores(plugin.tokens_of(data.forget)).ids
+        ids = scores(tokens_of(data.forget)).ids
         assert [ids[forget] for forget, _ in pairs] == trainer.planned_ids
         assert trainer.planned_ids != trainer.schedule.order.tolist()
         if not REAL:
@@ -259,22 +282,22 @@ class TestOrder:
 class TestIds:
     def test_by_tokens(self, files):
         data = dataset(files)
-        assert plugin.forget_ids(data, scores(files=files), make_tokenizer(chat=True)) == scores(files=files).ids
+        assert forget_ids(data, scores(files=files), make_tokenizer(chat=True)) == scores(files=files).ids
 
     def test_by_rows(self, files):
         """What `cud score` gives for the same file with the same tokenizer, whatever the columns are called."""
         table = scores(qa_dataset(N))
-        assert plugin.forget_ids(dataset(files), table, make_tokenizer(chat=True)) == table.ids
+        assert forget_ids(dataset(files), table, make_tokenizer(chat=True)) == table.ids
         qa_dataset(N).rename_columns({"question": "q", "answer": "a"}).to_json(files / "renamed.json")
         data = dataset(files, forget="renamed.json")
         data.forget.question_key, data.forget.answer_key = "q", "a"
-        assert plugin.forget_ids(data, table, make_tokenizer(chat=True)) == table.ids
+        assert forget_ids(data, table, make_tokenizer(chat=True)) == table.ids
 
     def test_by_column(self, files):
         names = [f"s{row}" for row in range(N)]
         qa_dataset(N).add_column("id", names).to_json(files / "named.json")
         table = DifficultyScores(names[::-1], {"loss": np.arange(N)})
-        assert plugin.forget_ids(dataset(files, forget="named.json"), table, make_tokenizer(chat=True)) == names
+        assert forget_ids(dataset(files, forget="named.json"), table, make_tokenizer(chat=True)) == names
 
     def test_of_a_copy(self, files):
         """Scores whose ids only another copy of the forget set has; its texts are compared."""
@@ -282,40 +305,40 @@ class TestIds:
         copy = qa_dataset(N).add_column("sample_id", names)
         copy.to_parquet(files / "copy.parquet")
         table, tokenizer = DifficultyScores(names, {"loss": np.arange(N)}), make_tokenizer(chat=True)
-        assert plugin.forget_ids(dataset(files), table, tokenizer, [str(files / "copy.parquet")]) == names
+        assert forget_ids(dataset(files), table, tokenizer, [str(files / "copy.parquet")]) == names
         copy.select([1, 0, *range(2, N)]).to_parquet(files / "swapped.parquet")
         with pytest.raises(ValueError, match="another sample than the forget set in row 0"):
-            plugin.forget_ids(dataset(files), table, tokenizer, [str(files / "swapped.parquet"), None, None])
+            forget_ids(dataset(files), table, tokenizer, [str(files / "swapped.parquet"), None, None])
         copy.select(range(4)).to_parquet(files / "short.parquet")
         with pytest.raises(ValueError, match="ids_from has 4 samples, the forget set 10"):
-            plugin.forget_ids(dataset(files), table, tokenizer, [str(files / "short.parquet")])
+            forget_ids(dataset(files), table, tokenizer, [str(files / "short.parquet")])
         with pytest.raises(ValueError, match="ids_from dataset nothing.json does not exist"):
-            plugin.forget_ids(dataset(files), table, tokenizer, "nothing.json")
+            forget_ids(dataset(files), table, tokenizer, "nothing.json")
         Dataset.from_dict({"text": ["a"] * N}).to_parquet(files / "text.parquet")
         with pytest.raises(ValueError, match="they have no text column in common"):
-            plugin.forget_ids(dataset(files), table, tokenizer, [str(files / "text.parquet")])
+            forget_ids(dataset(files), table, tokenizer, [str(files / "text.parquet")])
 
     def test_scores_of_other_samples(self, files):
         table = scores(qa_dataset(N, start=100))
         with pytest.raises(ValueError) as caught:
-            plugin.forget_ids(dataset(files), table, make_tokenizer(chat=True))
+            forget_ids(dataset(files), table, make_tokenizer(chat=True))
         message = str(caught.value)
         assert "(10 samples) are not those of this forget set (10 samples)" in message and "ids_from" in message
         assert "their column of ids: none" in message and "their rows: 0 of 10 have scores" in message
 
     def test_retain_anchor_and_no_forget_set(self, files):
         with pytest.raises(ValueError, match="needs data.anchor=forget, got 'retain'"):
-            plugin.forget_ids(dataset(files, anchor="retain"), None, None)
+            forget_ids(dataset(files, anchor="retain"), None, None)
         with pytest.raises(ValueError, match="need their ForgetRetainDataset"):
-            plugin.forget_ids(qa_dataset(3), None, None)
-        assert plugin.forget_ids(dataset(files), None, None) == [str(row) for row in range(N)]
+            forget_ids(qa_dataset(3), None, None)
+        assert forget_ids(dataset(files), None, None) == [str(row) for row in range(N)]
 
     def test_export(self, files, tmp_path):
         """What is written has, for `cud score`, the ids that training looks for."""
         data = dataset(files)
         data.retain.data = data.retain.data.select([0, 1, 1, 2])
         with pytest.raises(SystemExit):
-            plugin.exporting(tmp_path)(None, None, train_dataset=data)
+            launcher.exporting(tmp_path)(None, None, train_dataset=data)
         forget = Dataset.from_parquet(str(tmp_path / "forget.parquet"))
         assert scores(forget).ids == scores(files=files).ids
         assert len(Dataset.from_parquet(str(tmp_path / "retain.parquet"))) == 3
@@ -370,16 +393,17 @@ class TestCompatibility:
         }
 
     def test_launcher_arguments(self, tmp_path, capsys):
-        options, hydra = plugin.arguments(["--root", str(ROOT), "--", "trainer=CUDNPO", "task_name=x"])
+        options, hydra = launcher.arguments(["--root", str(ROOT), "--", "trainer=CUDNPO", "task_name=x"])
         assert options.root == ROOT and options.export is None
         assert hydra == ["trainer=CUDNPO", "task_name=x", "--config-name=unlearn.yaml", f"--config-dir={RECIPES}"]
         own = ["--config-dir=mine", "-cn", "train.yaml"]
-        assert plugin.arguments(["--root", str(ROOT), "--", *own])[1] == own
-        assert plugin.main(["--root", str(tmp_path)]) == 2
+        assert launcher.arguments(["--root", str(ROOT), "--", *own])[1] == own
+        assert launcher.main(["--root", str(tmp_path)]) == 2
         assert "it has no src/train.py; give --root" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(bool(REAL), reason="the real one needs data and a model of its own")
+@pytest.mark.subprocess
 def test_launcher_end_to_end(files, tmp_path):
     """Their `train.py` and configurations, our trainer: served by difficulty, weighted, in a process of its own."""
     pytest.importorskip("hydra")
@@ -387,16 +411,20 @@ def test_launcher_end_to_end(files, tmp_path):
     make_tokenizer(chat=True).save_pretrained(tmp_path / "model")
     table = scores(files=files)
     table.save(tmp_path / "difficulty.parquet")
-    command = [
-        sys.executable, "-m", "cud_trainer.integrations.open_unlearning", "--root", str(ROOT), "--",
-        "trainer=CUDNPO", f"model={tmp_path / 'model'}", f"data.forget={files / 'forget.json'}",
-        f"data.retain={files / 'retain.json'}", f"trainer.args.output_dir={tmp_path / 'out'}",
+    arguments = [
+        "--root",
+        str(ROOT),
+        "--",
+        "trainer=CUDNPO",
+        f"model={tmp_path / 'model'}",
+        f"data.forget={files / 'forget.json'}",
+        f"data.retain={files / 'retain.json'}",
+        f"trainer.args.output_dir={tmp_path / 'out'}",
         f"trainer.method_args.difficulty={tmp_path / 'difficulty.parquet'}",
         "trainer.method_args.schedule=hard_to_easy+upweight_hard",
         "+trainer.method_args.schedule_args.upweight_hard.strength=0.5",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    ]
+    done = run("cud_trainer.integrations.open_unlearning", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "served.json").read_text())
     order = np.argsort(-table["loss"], kind="stable").tolist()

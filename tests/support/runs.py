@@ -1,12 +1,10 @@
-"""Runs of `CUDTrainer` on a tiny model, in this process or under torchrun."""
+"""Runs of `CUDTrainer` on a tiny model, in this process or in others, as torchrun starts them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from builders import PYTHONPATH, SUPPORT, make_model, make_tokenizer, qa_dataset
+import processes as started
+from builders import SUPPORT, make_model, make_tokenizer, qa_dataset
 
 from cud_trainer import CUDConfig, CUDTrainer
 
@@ -51,19 +49,8 @@ def torchrun(output, result, *checkpoint, processes=2, killed=False, **options) 
     """What `ddp_worker` writes down; `killed` expects it to die."""
     options = {"processes": processes, **options}
     arguments = [output, result, json.dumps(options), *checkpoint]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-        str(SUPPORT / "ddp_worker.py"),
-        *map(str, arguments),
-    ]
     for attempt in range(2):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = started.run(SUPPORT / "ddp_worker.py", *arguments, processes=processes)
         if killed:
             assert done.returncode != 0 and not Path(result).exists(), done.stdout + done.stderr
             return {}

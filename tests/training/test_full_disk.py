@@ -15,7 +15,9 @@ from studies import config, results
 from cud_trainer.cli import main
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import DiskFullError, atomic_write, full_disk_named, write_json
-from cud_trainer.trainer import STATE_FILE
+from cud_trainer.training.checkpoints import STATE_FILE
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,20 @@ def refused(capsys, command) -> str:
 
 
 def score(world, folder, *extra) -> list[str]:
-    return ["score", *data(world), "--output", str(folder / "scores.parquet"), "--metrics", "loss", "grad_norm",
-            "--bf16", "false", "--use_cpu", "true", *extra]  # fmt: skip
+    return [
+        "score",
+        *data(world),
+        "--output",
+        str(folder / "scores.parquet"),
+        "--metrics",
+        "loss",
+        "grad_norm",
+        "--bf16",
+        "false",
+        "--use_cpu",
+        "true",
+        *extra,
+    ]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -184,10 +198,19 @@ def test_evaluate_on_a_full_disk(world, disk, capsys):
 
 
 def test_study_on_a_full_disk(world, disk, capsys):
-    command = config(world, disk / "out", grid={"schedule": ["uniform"]}, train={
-        "objective": "ga", "passes": 1, "difficulty": "none", "per_device_train_batch_size": 9, "bf16": False,
-        "use_cpu": True,
-    })  # fmt: skip
+    command = config(
+        world,
+        disk / "out",
+        grid={"schedule": ["uniform"]},
+        train={
+            "objective": "ga",
+            "passes": 1,
+            "difficulty": "none",
+            "per_device_train_batch_size": 9,
+            "bf16": False,
+            "use_cpu": True,
+        },
+    )
     ballast = fill(disk, 12_000)
     assert main(command) in (1, 2)
     error = capsys.readouterr().err

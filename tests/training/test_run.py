@@ -2,19 +2,17 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from builders import PYTHONPATH, ROOT, SUPPORT, make_model, make_tokenizer, qa_dataset
+from builders import ROOT, SUPPORT, make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
 from peft import LoraConfig
+from processes import run
 from runs import checksum, config, make_trainer, torchrun
 from transformers import TrainerCallback
 
@@ -23,7 +21,10 @@ from cud_trainer.data import pad_batch
 from cud_trainer.logprobs import answer_probability, score_answers
 from cud_trainer.models.trainable import layer_range, train_only
 from cud_trainer.objectives import OBJECTIVES, UnlearningLoss, register_objective
-from cud_trainer.trainer import REFERENCE_FILE, DivergenceError
+from cud_trainer.trainer import DivergenceError
+from cud_trainer.training.checkpoints import REFERENCE_FILE
+
+pytestmark = pytest.mark.slow
 
 # Everything that follows the run at once.
 LIVELY = {
@@ -58,7 +59,7 @@ class TestFollowing:
         assert min(active) < 1 and len(set(weights)) == len(weights) == 9
         assert lively.served_ids == lively.schedule.order.tolist()
         alone = {"schedule": "hard_to_easy+upweight_hard", "schedule_args": {}}
-        assert lively.schedule.dynamic and lively._state()["schedule"] != alone
+        assert lively.schedule.dynamic and lively.run_identity()["schedule"] != alone
 
     def test_retain_weight_by_hand(self, lively):
         """retain_weight += dual_rate * (retain loss - limit), never below 0."""
@@ -91,6 +92,7 @@ class TestFollowing:
         assert checksum(resumed.model) == checksum(lively.model)
         assert resumed.progress.state() == lively.progress.state()
 
+    @pytest.mark.subprocess
     def test_two_processes_killed_and_resumed(self, lively, tmp_path):
         small = {**LIVELY, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
         torchrun(tmp_path / "out", tmp_path / "a.json", killed=True, kill_at=6, **small)
@@ -110,14 +112,13 @@ class TestFollowing:
 
 
 def killed_run(output: Path, step: int, options: dict) -> None:
-    worker = [sys.executable, str(SUPPORT / "ddp_worker.py"), str(output), str(output) + ".json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     given = json.dumps({**options, "processes": 1, "kill_at": step, "overwrite": False})
-    done = subprocess.run([*worker, given], env=environment, capture_output=True, text=True, timeout=300)
+    done = run(SUPPORT / "ddp_worker.py", output, f"{output}.json", given)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.parametrize("step", [1, 4, 9])
+@pytest.mark.subprocess
 def test_killed_anywhere_and_resumed_it_is_the_same_run(lively, tmp_path, step):
     """SIGKILL in the middle of a step; the checkpoint before it continues, bit for bit. Killed at first: a new start."""
     output = tmp_path / "out"
@@ -270,9 +271,15 @@ class TestWeights:
     def test_share_of_the_update_against_gradients_one_by_one(self, tmp_path):
         """Norm of each sample's own part of the step's gradient, taken by autograd."""
         options = {
-            "schedule": "upweight_hard", "objective": "graddiff", "retain_weight": 2.0, "passes": 1, "n_buckets": 2,
-            "per_device_train_batch_size": 9, "log_update_share": True, "save_strategy": "no",
-        }  # fmt: skip
+            "schedule": "upweight_hard",
+            "objective": "graddiff",
+            "retain_weight": 2.0,
+            "passes": 1,
+            "n_buckets": 2,
+            "per_device_train_batch_size": 9,
+            "log_update_share": True,
+            "save_strategy": "no",
+        }
         trainer = make_trainer(tmp_path / "out", gradient_checkpointing=True, **options)
         matrices = [p for p in trainer.model.parameters() if p.ndim > 1]
         order, buckets = trainer.schedule.order, trainer.buckets
@@ -299,9 +306,13 @@ class TestWeights:
         def run(name, **options):
             peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if adapter else None
             trainer = make_trainer(
-                tmp_path / name, per_device_train_batch_size=2, gradient_accumulation_steps=2, peft_config=peft_config,
-                save_strategy="no", **options,
-            )  # fmt: skip
+                tmp_path / name,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                peft_config=peft_config,
+                save_strategy="no",
+                **options,
+            )
             trainer.train()
             return trainer
 
@@ -372,9 +383,15 @@ class TestEnds:
 
     def test_a_retain_loss_too_high_puts_the_last_checkpoint_back(self, tmp_path):
         trainer = make_trainer(
-            tmp_path / "out", objective="graddiff", retain_weight=0.0, max_retain_loss=6.5, passes=20, save_steps=1,
-            learning_rate=3e-3, save_total_limit=1,
-        )  # fmt: skip
+            tmp_path / "out",
+            objective="graddiff",
+            retain_weight=0.0,
+            max_retain_loss=6.5,
+            passes=20,
+            save_steps=1,
+            learning_rate=3e-3,
+            save_total_limit=1,
+        )
         with pytest.raises(DivergenceError, match="above max_retain_loss=6.5; .* The model is back at .*checkpoint-"):
             trainer.train()
         from safetensors.torch import load_file
@@ -394,9 +411,18 @@ class TestEvaluation:
     def test_by_hand_and_best_state(self, tmp_path):
         tokenizer = make_tokenizer()
         trainer = make_trainer(
-            tmp_path / "out", tokenizer=tokenizer, passes=4, eval_strategy="steps", eval_steps=2, save_steps=2,
-            load_best_model_at_end=True, eval_retain_samples=3, learning_rate=5e-3, objective="graddiff", retain_weight=0.3,
-        )  # fmt: skip
+            tmp_path / "out",
+            tokenizer=tokenizer,
+            passes=4,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_steps=2,
+            load_best_model_at_end=True,
+            eval_retain_samples=3,
+            learning_rate=5e-3,
+            objective="graddiff",
+            retain_weight=0.3,
+        )
         start = answer_probability(trainer.model, trainer.forget)
         kept = answer_probability(trainer.model, trainer.retain.select([0, 3, 6]))
         trainer.train()
@@ -425,6 +451,7 @@ class TestEvaluation:
         assert "eval_loss" in trainer.evaluate(qa_dataset(3, 300))
         assert trainer.predict(qa_dataset(3, 300)).metrics["test_loss"] > 0
 
+    @pytest.mark.subprocess
     def test_two_processes_measure_what_one_does(self, tmp_path):
         trainer = make_trainer(tmp_path / "one", passes=1)
         trainer.train()
@@ -463,9 +490,14 @@ class TestEvaluation:
 class TestCard:
     def test_says_how_and_what_is_left(self, tmp_path):
         trainer = make_trainer(
-            tmp_path / "out", passes=2, eval_strategy="steps", eval_steps=2, objective_args={"beta": 0.2},
-            schedule="upweight_hard", schedule_args={"strength": 0.5},
-        )  # fmt: skip
+            tmp_path / "out",
+            passes=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            objective_args={"beta": 0.2},
+            schedule="upweight_hard",
+            schedule_args={"strength": 0.5},
+        )
         trainer.train()
         for _ in range(2):  # written again, not twice
             trainer.save_model(str(tmp_path / "out"))
@@ -473,9 +505,12 @@ class TestCard:
         card = (tmp_path / "out" / "README.md").read_text()
         assert card.count("## Unlearning") == 1 and card.startswith("---") and "2601.09624" in card
         for line in (
-            "| objective | npo (beta=0.2) |", "| schedule | upweight_hard (strength=0.5) |", "| difficulty | loss |",
-            "| retain loss | nll, weight 1 |", "measured at step 5:",
-        ):  # fmt: skip
+            "| objective | npo (beta=0.2) |",
+            "| schedule | upweight_hard (strength=0.5) |",
+            "| difficulty | loss |",
+            "| retain loss | nll, weight 1 |",
+            "measured at step 5:",
+        ):
             assert line in card, line
         last = [entry for entry in trainer.state.log_history if "eval_forget_prob" in entry][-1]
         assert f"| difficulty bucket 4, hardest | {last['eval_forget_prob/bucket_4']:.4f} |" in card
@@ -494,15 +529,21 @@ class TestCard:
 
 
 class TestSharded:
+    @pytest.mark.subprocess
     def test_fsdp_on_two_processes_is_the_same_run(self, tmp_path):
         """FSDP 2 over gloo: reference and difficulty are computed before the model is sharded."""
         options = {"objective": "npo", "passes": 2, "schedule": "upweight_hard+dynamic", "save_strategy": "no"}
         alone = make_trainer(tmp_path / "one", model=make_model(0), **options)
         alone.train()
         found = torchrun(
-            tmp_path / "two", tmp_path / "r.json", per_device_train_batch_size=2, gradient_checkpointing=False, fsdp=True,
-            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}, **options,
-        )  # fmt: skip
+            tmp_path / "two",
+            tmp_path / "r.json",
+            per_device_train_batch_size=2,
+            gradient_checkpointing=False,
+            fsdp=True,
+            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+            **options,
+        )
         assert found["type"] == "DistributedType.FSDP"
         assert found["served"] == found["planned"] == alone.served_ids
         losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]

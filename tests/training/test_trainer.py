@@ -76,7 +76,7 @@ class TestResume:
     def test_scores_are_not_computed_again(self, tmp_path, monkeypatch):
         first = make_trainer(tmp_path / "out")
         first.train()
-        monkeypatch.setattr("cud_trainer.trainer.score_difficulty", lambda *a, **k: pytest.fail("computed again"))
+        monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed again"))
         resumed = make_trainer(tmp_path / "out")
         assert (resumed.difficulty_scores["loss"] == first.difficulty_scores["loss"]).all()
 
@@ -107,6 +107,7 @@ class TestResume:
             make_trainer(tmp_path / "other")
 
 
+@pytest.mark.subprocess
 class TestTwoProcesses:
     def test_same_run_straight_and_resumed(self, straight, tmp_path):
         small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -327,7 +328,7 @@ class TestScores:
             config(tmp_path, **options, schedule_args={"odds": {"power": -1.0}})
 
     def test_difficulty_none_costs_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cud_trainer.trainer.score_difficulty", lambda *a, **k: pytest.fail("computed"))
+        monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed"))
         trainer = make_trainer(tmp_path / "out", difficulty="none", schedule="uniform")
         assert trainer.difficulty_scores is None
         trainer.train()
@@ -411,8 +412,12 @@ class TestGivenScores:
     def test_the_first_metric_orders(self, tmp_path):
         ids, scores = self.scores(tmp_path)
         trainer = make_trainer(
-            tmp_path / "out", forget=qa_dataset(8), difficulty="given", difficulty_scores=scores, schedule="easy_to_hard",
-        )  # fmt: skip
+            tmp_path / "out",
+            forget=qa_dataset(8),
+            difficulty="given",
+            difficulty_scores=scores,
+            schedule="easy_to_hard",
+        )
         assert trainer.schedule.order.tolist()[:8] == ids[::-1]
         assert trainer.difficulty_scores.metrics == ["given", "theirs"]
         assert trainer.buckets.tolist() == [3, 3, 2, 2, 1, 1, 0, 0]

@@ -83,11 +83,11 @@ def without_lapsed_arguments(load_trainer_args: Any) -> Any:
     """Their `load_trainer_args`, which gets no training argument that transformers 5 has dropped."""
 
     def load(trainer_args: Mapping[str, Any], dataset: Any) -> Any:
-        kept = dict(trainer_args)
+        arguments = dict(trainer_args)
         for name, variable in LAPSED.items():
-            if name in kept:
-                os.environ.setdefault(variable, str(kept.pop(name)))
-        return load_trainer_args(kept, dataset)
+            if name in arguments:
+                os.environ.setdefault(variable, str(arguments.pop(name)))
+        return load_trainer_args(arguments, dataset)
 
     return load
 

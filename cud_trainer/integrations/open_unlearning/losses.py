@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Trainer
 
 from ...data import IGNORE_INDEX
 from ...logprobs import wide
+from ...models.modes import evaluation_mode
 
+# How far our loss with weights of 1 may be from the trainer's own, relative and absolute; bfloat16 has 3 digits.
+TOLERANCE = (0.02, 1e-3)
 INPUTS = ("input_ids", "attention_mask", "labels")
 
 
@@ -67,12 +71,12 @@ def ceu(trainer: Any, model: Any, forget: Mapping[str, Any]) -> Tensor:
     logits = _logits(model, forget)
     labels = forget["labels"].to(logits.device)
     answer = labels != IGNORE_INDEX
-    kept = (answer & (answer.cumsum(-1) > trainer.ignore_first_n_answer_tokens))[:, 1:]
-    chosen = logits[:, :-1][kept]
-    target = chosen.detach().scatter(-1, labels[:, 1:][kept].unsqueeze(-1), float("-inf")).softmax(-1)
-    values = torch.zeros(kept.shape, dtype=logits.dtype, device=logits.device)
-    values[kept] = -(target * chosen.log_softmax(-1)).sum(-1)
-    return _token_mean(values, kept)
+    counted = (answer & (answer.cumsum(-1) > trainer.ignore_first_n_answer_tokens))[:, 1:]
+    chosen = logits[:, :-1][counted]
+    target = chosen.detach().scatter(-1, labels[:, 1:][counted].unsqueeze(-1), float("-inf")).softmax(-1)
+    values = torch.zeros(counted.shape, dtype=logits.dtype, device=logits.device)
+    values[counted] = -(target * chosen.log_softmax(-1)).sum(-1)
+    return _token_mean(values, counted)
 
 
 def undial(trainer: Any, model: Any, forget: Mapping[str, Any]) -> Tensor:
@@ -159,3 +163,21 @@ def complete(trainer: Any, model: Any, inputs: Mapping[str, Any], forget_loss: T
     if hasattr(trainer, "final_loss_value"):  # PDU: the dual weight of the retain term follows the run
         return trainer.final_loss_value([forget_loss, retain_loss])
     return trainer.gamma * forget_loss + trainer.alpha * retain_loss
+
+
+def compare(trainer: Any, model: Any, inputs: Mapping[str, Any], trainer_class: type[Trainer]) -> None:
+    """Raise `ValueError` unless our forget losses give the loss of the trainer's own `compute_loss` on this batch.
+
+    PDU's own has side effects (its dual weight, its log) and is not called.
+    """
+    if hasattr(trainer, "final_loss_value"):
+        return
+    name = trainer_class.__name__
+    with torch.no_grad(), evaluation_mode(model):
+        theirs = float(trainer_class.compute_loss(trainer, model, inputs))
+        ours = float(complete(trainer, model, inputs, FORGET_LOSSES[name](trainer, model, inputs["forget"]).mean()))
+    if not abs(ours - theirs) <= TOLERANCE[0] * abs(theirs) + TOLERANCE[1]:
+        raise ValueError(
+            f"{name} of this version of open-unlearning is not the one whose losses are known by sample: its loss is "
+            f"{theirs:.6g}, that made of them {ours:.6g}; use weights: sampling"
+        )

@@ -10,8 +10,10 @@ from builders import qa_dataset
 
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
-from evaluation.commands.import_open_unlearning import Evaluation, import_results, rows_by_text
+from evaluation.commands.import_open_unlearning import import_results
+from evaluation.metrics.open_unlearning import Evaluation, rows_by_text
 from evaluation.metrics.utility import closer_to_one, forget_quality, model_utility, true_better
+from evaluation.report.schema import jsonable
 
 N = 12
 SECRET = "town"  # in every answer
@@ -146,7 +148,8 @@ def test_undefined_values_and_another_definition(tmp_path):
     found = results()
     found["exact_memorization"]["value_by_index"]["3"]["score"] = None
     found["forget_truth_ratio"]["agg_value"] = float(values(found, "forget_truth_ratio", "score").mean())
-    report, frame = import_results(Evaluation.load(save(tmp_path / "run", found)), scores=scores())
+    made, frame = import_results(Evaluation.load(save(tmp_path / "run", found)), scores=scores())
+    report = jsonable(made)
     assert "exact_memorization" not in frame and "truth_ratio" not in frame
     rows = {row["label"]: row["cells"] for row in table_of(report, "open_unlearning")["rows"]}
     assert rows["exact_memorization"] == [0.1, "undefined for 1 of 12 samples"]
@@ -171,12 +174,21 @@ def broken(change):
         (broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"].pop("4")), "has 11 samples, but no index 4"),
         (broken(lambda r: r["forget_Q_A_Prob"].update(value_by_index={})), "has 0 samples, but no index 0"),
         (broken(lambda r: r["forget_Q_A_Prob"].update(value_by_index=[1])), "has no values by sample"),
-        (broken(lambda r: r["extraction_strength"]["value_by_index"].pop("11")), "extraction_strength has 11 samples, forget_Q_A_Prob 12"),
-        (broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"]["2"].clear()), "sample 2 of forget_Q_A_Prob has no 'prob'"),
-        (broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"]["2"].update(prob="x")), "prob of sample 2 .* is no number"),
+        (
+            broken(lambda r: r["extraction_strength"]["value_by_index"].pop("11")),
+            "extraction_strength has 11 samples, forget_Q_A_Prob 12",
+        ),
+        (
+            broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"]["2"].clear()),
+            "sample 2 of forget_Q_A_Prob has no 'prob'",
+        ),
+        (
+            broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"]["2"].update(prob="x")),
+            "prob of sample 2 .* is no number",
+        ),
         (results(n=9), "has 9 forget samples, the difficulty scores 12"),
     ],
-)  # fmt: skip
+)
 def test_refusals(tmp_path, capsys, content, message):
     scores().save(tmp_path / "difficulty.parquet")
     command = [

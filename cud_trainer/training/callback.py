@@ -1,0 +1,70 @@
+"""The callback that ties a run to the Trainer's loop."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..files import DiskFullError, write_json
+from .checkpoints import STATE_FILE
+from .progress import DivergenceError
+
+logger = logging.get_logger(__name__)
+
+
+class RunCallback(TrainerCallback):
+    """Follows the run from step to step, checks a checkpoint before it is written, and puts the run's position into it.
+
+    Args:
+        trainer: a `CUDTrainer`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.stepwise:
+            self._follow(state, control)
+        elif control.should_save or control.should_evaluate:
+            self.trainer.recorder.flush(state.global_step)
+        if control.should_save:
+            self._check_weights(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            try:
+                write_json(checkpoint / STATE_FILE, self.trainer.checkpoint_state())
+            except DiskFullError:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                raise
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.recorder.flush(state.global_step)
+
+    def _follow(self, state: TrainerState, control: TrainerControl) -> None:
+        """Take in the step that has just ended: new weights, a new balance, or the end."""
+        record, progress = self.trainer.recorder.flush(state.global_step), self.trainer.progress
+        if record is None:
+            return
+        progress.after_step(record, state.global_step)
+        if progress.done:
+            logger.info(f"the mean forget probability is {progress.forget_prob:.4f} at step {state.global_step}: done")
+            control.should_training_stop = True
+
+    def _check_weights(self, state: TrainerState) -> None:
+        """Raise `DivergenceError` when a weight is no longer finite: such a checkpoint must not be written."""
+        parameters = self.trainer.model.parameters()
+        sums = [parameter.detach().sum() for parameter in parameters if parameter.requires_grad]
+        if not all(bool(torch.isfinite(total)) for total in sums):
+            raise DivergenceError(
+                f"training diverged: a weight is not finite after step {state.global_step}; lower the learning "
+                "rate or raise the retain weight."
+            )

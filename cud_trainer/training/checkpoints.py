@@ -1,0 +1,130 @@
+"""What a run leaves in its folder: names, what may be begun or continued there, and saves that are whole or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..config import CUDConfig
+from ..files import DiskFullError, check_output_dir, full_disk_named, holds_something
+from ..schedule import Schedule
+
+STATE_FILE = "cud_state.json"
+SCORES_FILE = "difficulty.parquet"
+SCHEDULE_FILE = "schedule.parquet"
+REFERENCE_FILE = "reference.safetensors"
+WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
+# What does not go to the hub with a model: `reference.safetensors` has the likely tokens of memorised answers.
+NEVER_UPLOADED = (REFERENCE_FILE, f"{WORK_DIR}/*", ".*.tmp")
+UPLOADED_IF_ASKED = (SCORES_FILE, SCHEDULE_FILE)
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The last complete checkpoint in `output`: one whose writing was cut short has no state of ours yet."""
+    complete = [path.parent for path in output.glob(f"checkpoint-*/{STATE_FILE}") if path.parent.name[11:].isdecimal()]
+    return str(max(complete, key=lambda path: int(path.name[11:]))) if complete else None
+
+
+def begun(output: str | Path) -> set[str]:
+    """Names in `output` of what a run leaves that ended before its first checkpoint was whole; the trainer checks
+    that it was the same run."""
+    output = Path(output)
+    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE}
+    if (output / SCHEDULE_FILE).exists():
+        cut_short = {path.name for path in output.glob("checkpoint-*") if not (path / STATE_FILE).exists()}
+        names |= {"README.md", *cut_short}
+    return names
+
+
+def check_may_start(args: CUDConfig) -> None:
+    """An output directory with something foreign in it is refused at once; whether a run in it is resumed or started
+    anew is only known in `train`."""
+    output = Path(args.output_dir)
+    ran_before = output.is_dir() and ((output / SCORES_FILE).exists() or any(output.glob("checkpoint-*")))
+    resume = bool(args.resume_from_checkpoint) or ran_before
+    check_output_dir(output, overwrite=args.overwrite, resume=resume, known=begun(output))
+
+
+def check_starts_anew(output: Path, schedule: Schedule) -> None:
+    """Raise `ValueError` when `output` holds more than the same run leaves before its first checkpoint."""
+    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE}
+    if _holds_schedule(output / SCHEDULE_FILE, schedule):  # a run that was killed before its first checkpoint
+        own_names = begun(output)
+    if holds_something(output, own_names):
+        check_output_dir(output)
+
+
+def _holds_schedule(path: Path, schedule: Schedule) -> bool:
+    try:
+        return Schedule.load(path).hash == schedule.hash
+    except ValueError:
+        return False
+
+
+def checkpoint_to_resume(output: Path, asked: str | bool | None) -> Path | None:
+    """The checkpoint folder that `resume_from_checkpoint` stands for; `ValueError` for `True` where there is none."""
+    if asked is not True:
+        return Path(asked) if asked else None
+    last = last_checkpoint(output)
+    if last is None:
+        raise ValueError(f"there is no complete checkpoint to resume from in {output}")
+    return Path(last)
+
+
+def read_state(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """State at `checkpoint`; `ValueError` unless it continues the run of this identity."""
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
+    state = json.loads(path.read_text())
+    for key, value in identity.items():
+        if state[key] != value:
+            raise ValueError(
+                f"cannot resume from {checkpoint}: its {key.replace('_', ' ')} is {state[key]}, here it is "
+                f"{value}; model, data, schedule, seed and global batch must be those of the interrupted run"
+            )
+    return state
+
+
+@contextmanager
+def whole_model(target: Path, *, writes: bool) -> Iterator[Path]:
+    """A folder to save a model in; on leaving, its files go one by one to their place in `target`.
+
+    Args:
+        writes: whether this process is one that writes.
+    """
+    staging = target / f".model.{os.getpid()}.tmp"
+    try:
+        with full_disk_named(target):
+            if writes and (target / "README.md").is_file():  # PEFT adds to it
+                staging.mkdir(parents=True)
+                shutil.copy(target / "README.md", staging)
+            yield staging
+            made = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
+            stale = target.glob("model*.safetensors*") if made else ()
+            for path in [path for path in stale if path.relative_to(target) not in made]:
+                path.unlink()  # weights that were saved in another number of files
+            for name in sorted(made):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staging / name, target / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def whole_checkpoint(checkpoint: Path, *, writes: bool) -> Iterator[None]:
+    """A checkpoint that cannot be written whole is removed; until it is, it has no state of ours."""
+    if writes:
+        (checkpoint / STATE_FILE).unlink(missing_ok=True)
+    try:
+        with full_disk_named(checkpoint):
+            yield
+    except DiskFullError:
+        if writes:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        raise

@@ -1,0 +1,239 @@
+"""`RunInputs`: what a run is given, checked and prepared before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from datasets import Dataset
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..config import CUDConfig
+from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prepare_dataset, prepare_samples
+from ..difficulty import DifficultyScores
+from ..difficulty.scores import GIVEN, merge_metrics
+from ..models.loading import load_causal_lm
+from ..models.trainable import train_only
+from ..objectives import UnlearningLoss
+from ..objectives.alternatives import with_alternatives
+from ..scoring import check_metrics
+from .checkpoints import check_may_start
+
+Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
+
+
+@dataclass(frozen=True, eq=False)
+class RunInputs:
+    """What a run is given; whoever gets one checks and prepares nothing again.
+
+    Attributes:
+        args: options.
+        loss: the objective and retain loss of `args`.
+        model: the model before unlearning, not wrapped yet.
+        tokenizer: with pad and eos tokens.
+        peft_config: the adapter to train, or `None`.
+        forget, retain: prepared samples. `forget` has alternative answers where the objective needs them.
+        evaluated: further prepared samples, for the Trainer's own evaluation loss.
+        scores: difficulty scores made before, in the order of `forget`; `None` when they are to be computed, or when
+            the run needs none.
+    """
+
+    args: CUDConfig
+    loss: UnlearningLoss
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    peft_config: Any
+    forget: Samples
+    retain: Samples | None
+    evaluated: Evaluated
+    scores: DifficultyScores | None
+
+    @classmethod
+    def checked(
+        cls,
+        args: CUDConfig,
+        model: nn.Module | str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        forget: Dataset,
+        retain: Dataset | None,
+        evaluated: Evaluated,
+        peft_config: Any,
+        scores: DifficultyScores | None,
+    ) -> RunInputs:
+        """The inputs of `CUDTrainer`.
+
+        Cheap checks come first, then the data, then the model. Alternative answers that the model writes are all that
+        is computed.
+
+        Raises:
+            ValueError: for bad input, naming the sample, column or option.
+        """
+        loss = args.unlearning_loss
+        _check_options(args, loss, retain, peft_config, scores)
+        if tokenizer is None:
+            if not isinstance(model, str):
+                raise ValueError("pass the tokenizer as processing_class")
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        check_tokenizer(tokenizer)
+        forget_samples = prepare_samples(
+            forget,
+            tokenizer,
+            tokenizer_checked=True,
+            max_length=args.max_length,
+            name="forget",
+            keep_columns=[args.group_column] if args.group_column else [],
+            counterfactual_column=args.counterfactual_column,
+        )
+        retain_samples = None
+        if retain is not None:
+            retain_samples = prepare_samples(
+                retain, tokenizer, tokenizer_checked=True, max_length=args.max_length, name="retain"
+            )
+            check_disjoint(forget_samples, retain_samples)
+        if args.difficulty is not None and len(forget_samples) < args.n_buckets:
+            raise ValueError(f"cannot make {args.n_buckets} difficulty buckets of {len(forget_samples)} forget samples")
+        evaluated = prepare_evaluated(evaluated, tokenizer, args.max_length)
+        steps = -(-len(forget_samples) * args.passes // global_batch(args))
+        if args.max_steps > steps:
+            raise ValueError(
+                f"max_steps={args.max_steps} goes beyond the schedule ({steps} steps for {args.passes} passes): "
+                "raise passes"
+            )
+        model = _checked_model(model, args, loss, peft_config)
+        inputs = cls(args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None)
+        inputs = replace(inputs, scores=inputs._checked_scores(scores))
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "the model's weights are already partitioned by DeepSpeed: difficulty and reference quantities are "
+                "computed before that. Load it without zero.Init (`zero3_init_flag: false`)"
+            )
+        return replace(inputs, forget=inputs._with_alternatives(forget))
+
+    @property
+    def paired_retain(self) -> Samples | None:
+        """The retain samples that steps train on; `None` without a retain loss."""
+        return self.retain if self.loss.uses_retain else None
+
+    @cached_property
+    def evaluated_retain(self) -> Samples | None:
+        """The retain samples that an evaluation scores."""
+        return None if self.retain is None else evenly_spaced(self.retain, self.args.eval_retain_samples)
+
+    @property
+    def needed_metrics(self) -> list[str]:
+        """The difficulty metrics that the run reads, the primary one first."""
+        if self.args.difficulty is None:
+            return []
+        return merge_metrics(self.args.difficulty, [*self.args.schedule_metrics, "loss", "length"])
+
+    @property
+    def global_batch(self) -> int:
+        """Pairs of an optimizer step, over all processes."""
+        return global_batch(self.args)
+
+    @property
+    def evaluates_itself(self) -> bool:
+        """Whether evaluations during training have no other dataset than the forget and retain set."""
+        return self.evaluated is None and self.args.eval_strategy != "no"
+
+    def _checked_scores(self, scores: DifficultyScores | None) -> DifficultyScores | None:
+        """Scores made before, in the order of the forget samples, with all that the schedule reads."""
+        args = self.args
+        if scores is None:
+            check_metrics(self.needed_metrics or ["loss"], {}, self.model)
+        elif args.difficulty is not None:
+            scores = scores.aligned(self.forget.ids)
+            if args.difficulty == GIVEN:
+                scores = scores.with_given()
+            for metric in args.schedule_metrics:
+                scores[metric]  # raises when it is not there
+        return scores
+
+    def _with_alternatives(self, dataset: Dataset) -> Samples:
+        """The forget set with the alternative answers that the objective asks for, the same on all processes."""
+        args, source = self.args, self.loss.spec.alternative
+        if source is None:
+            return self.forget
+        options = args.alternative_options()
+        if source != "model":
+            return with_alternatives(self.forget, dataset, self.tokenizer, source, **options)
+        shared: list[Any] = [None]
+        if args.process_index == 0:
+            with on_device(self.model, args):
+                written = with_alternatives(self.forget, dataset, self.tokenizer, source, model=self.model, **options)
+                shared = [written.dataset.to_dict()]
+        if args.world_size > 1:
+            broadcast_object_list(shared)
+        return replace(self.forget, dataset=Dataset.from_dict(shared[0]))
+
+
+def global_batch(args: CUDConfig) -> int:
+    """Pairs of an optimizer step, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def prepare_evaluated(dataset: Evaluated, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Evaluated:
+    """What the Trainer's own evaluation loss is taken of, prepared."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {
+            name: prepare_dataset(part, tokenizer, max_length=max_length, name=f"eval ({name})")
+            for name, part in dataset.items()
+        }
+    return prepare_dataset(dataset, tokenizer, max_length=max_length, name="eval")
+
+
+def _check_options(
+    args: CUDConfig, loss: UnlearningLoss, retain: Dataset | None, peft_config: Any, scores: DifficultyScores | None
+) -> None:
+    """Raise `ValueError` for what contradicts itself whatever the data and the model are."""
+    if args.difficulty == GIVEN and scores is None:
+        raise ValueError(f"difficulty {GIVEN!r} is the first metric of difficulty_scores: give them")
+    if args.process_index == 0:
+        check_may_start(args)
+    if peft_config is not None and args.trainable_layers is not None:
+        raise ValueError("trainable_layers is for training without an adapter; use layers_to_transform of the adapter")
+    if loss.uses_retain and retain is None:
+        raise ValueError(
+            f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
+        )
+
+
+def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss, peft_config: Any) -> nn.Module:
+    """The model, loaded if it is a name, with the layers that are trained; `ValueError` when it cannot be."""
+    if isinstance(model, str):
+        options = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+        # As in TRL: full precision weights unless asked otherwise, mixed precision comes from `bf16`.
+        options.setdefault("dtype", "float32")
+        options.setdefault("trust_remote_code", args.trust_remote_code)
+        model = load_causal_lm(model, **options)
+        args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
+    loss.check_model(model.config)
+    if getattr(model, "is_quantized", False) and peft_config is None and not hasattr(model, "peft_config"):
+        raise ValueError("the model's weights are quantised and cannot be trained: give a peft_config (QLoRA)")
+    if args.trainable_layers is not None:
+        train_only(model, args.trainable_layers)
+    return model
+
+
+@contextmanager
+def on_device(model: nn.Module, args: CUDConfig) -> Iterator[None]:
+    """The model on the device it is scored on. A run that shards it later gets it back on the CPU."""
+    if hasattr(model, "hf_device_map"):
+        yield
+        return
+    device = next(model.parameters()).device
+    model.to(args.device)
+    try:
+        yield
+    finally:
+        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        if (args.fsdp or args.deepspeed or launched) and device != args.device:
+            model.to(device)

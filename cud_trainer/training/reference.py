@@ -1,0 +1,58 @@
+"""What the model before unlearning said of each sample: computed when a run starts, found again when it starts anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..models.fingerprint import model_fingerprint
+from ..objectives import Reference
+from ..objectives.alternatives import alternatives_fingerprint
+from .checkpoints import REFERENCE_FILE
+from .inputs import RunInputs
+
+
+def run_reference(trainer: Any, inputs: RunInputs) -> Reference:
+    """Reference quantities, from `output_dir` where an earlier start of this run left them.
+
+    Args:
+        trainer: whose model is as it will be trained, with its adapter if it has one.
+    """
+    loss, args = inputs.loss, inputs.args
+    if not loss.uses_reference and not loss.uses_hidden:
+        return Reference()
+    device = trainer.model.get_input_embeddings().weight.device
+    fingerprint = _fingerprint(trainer, inputs)
+    path = Path(args.output_dir) / REFERENCE_FILE
+    earlier = Reference.load(path, fingerprint, device)
+    if earlier is not None:
+        return earlier
+    with trainer.accelerator.autocast():
+        reference = loss.reference(
+            trainer.model,
+            inputs.forget,
+            inputs.retain,
+            batch_size=args.per_device_train_batch_size,
+            device=device,
+            seed=args.seed,
+        )
+    trainer.accelerator.wait_for_everyone()  # nobody may find it who has not looked yet
+    if trainer.is_world_process_zero():
+        reference.save(path, fingerprint)
+    return reference
+
+
+def _fingerprint(trainer: Any, inputs: RunInputs) -> str:
+    """Of all that the quantities depend on, 16 hex digits."""
+    loss, args = inputs.loss, inputs.args
+    parts = [
+        model_fingerprint(trainer.accelerator.unwrap_model(trainer.model)),
+        inputs.forget.fingerprint,
+        "" if inputs.retain is None else inputs.retain.fingerprint,
+        str(alternatives_fingerprint(inputs.forget)),
+        json.dumps([loss.objective, loss.objective_args, loss.retain_loss, loss.reference_top_k, args.seed]),
+        f"{args.bf16}{args.fp16}{args.per_device_train_batch_size}",
+    ]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

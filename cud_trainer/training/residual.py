@@ -1,0 +1,76 @@
+"""What is left of the forget set, and of the retain set, in the model as it is now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather
+
+from ..data import Samples
+from ..difficulty import Buckets
+from ..logprobs import answer_probability
+from .inputs import RunInputs
+
+
+class ResidualMemorisation:
+    """Measures answer probabilities of a trainer's model.
+
+    Args:
+        trainer: a `CUDTrainer`, wrapped for its device.
+        inputs: of the run.
+        buckets: difficulty buckets of the forget samples, or `None`.
+        stepwise: whether the run looks at every sample after every step, and so from the start.
+
+    Attributes:
+        at_start: answer probability of each forget sample before training, `[N]`; `None` where nobody asks for it.
+    """
+
+    def __init__(self, trainer: Any, inputs: RunInputs, buckets: Buckets | None, *, stepwise: bool) -> None:
+        self.trainer, self.inputs, self.buckets = trainer, inputs, buckets
+        self.forget, self.retain = inputs.forget, inputs.evaluated_retain
+        evaluates = inputs.args.eval_strategy != "no"
+        self.at_start = self.probabilities(self.forget) if stepwise or evaluates else None
+        self._retain_at_start = self._mean(self.retain) if evaluates and self.retain is not None else None
+
+    def measure(self) -> tuple[np.ndarray, dict[str, float]]:
+        """Answer probability of each forget sample, `[N]`, and the metrics that `CUDTrainer.predict` describes."""
+        probability = self.probabilities(self.forget)
+        metrics = {"forget_prob": float(probability.mean())}
+        if self.buckets is not None:
+            metrics |= {f"forget_prob/bucket_{n}": mean for n, mean in self.buckets.means(probability).items()}
+        if self.retain is not None:
+            metrics["retain_prob"] = self._mean(self.retain)
+        start = None if self.at_start is None else float(self.at_start.mean())
+        if start:
+            forgotten = float(np.clip(1 - metrics["forget_prob"] / start, 0, 1))
+            before = self._retain_at_start
+            retained = min(metrics["retain_prob"] / before, 1.0) if before else 1.0
+            total = forgotten + retained
+            metrics["balance"] = 2 * forgotten * retained / total if before and total > 0 else forgotten
+        return probability, metrics
+
+    def _mean(self, samples: Samples) -> float:
+        return float(self.probabilities(samples).mean())
+
+    def probabilities(self, samples: Samples) -> np.ndarray:
+        """Answer probability of each sample, `[N]`, shared among the processes."""
+        trainer, args = self.trainer, self.inputs.args
+        world, count = args.world_size, len(samples)
+        # Every process does as many forward passes: sharded models need all of them for each.
+        rows = np.arange(args.process_index, world * -(-count // world), world) % count
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        with trainer.accelerator.autocast():
+            part = answer_probability(
+                trainer.model_wrapped if sharded else trainer.model,
+                samples.select(rows),
+                batch_size=args.per_device_eval_batch_size,
+                device=args.device if sharded else None,
+            )
+        table = torch.stack([torch.from_numpy(rows).double(), torch.from_numpy(part)], dim=1)
+        if world > 1:
+            table = gather(table.to(args.device)).cpu()
+        values = np.empty(count)
+        values[table[:, 0].long().numpy()] = table[:, 1].numpy()
+        return values

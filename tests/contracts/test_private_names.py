@@ -1,0 +1,38 @@
+"""Private names of other packages that are used outside `training/hooks.py`: one test each, which fails when they go
+away."""
+
+import inspect
+
+import torch
+from accelerate import cpu_offload
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import WandbCallback
+
+
+def test_an_offloaded_module_says_where_it_runs():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert not hasattr(model[0], "_hf_hook")
+    cpu_offload(model, execution_device="cpu")
+    assert model[0].weight.device.type == "meta"
+    assert torch.device(model[0]._hf_hook.execution_device) == torch.device("cpu")
+
+
+def test_open_progress_bars_are_listed(tmp_path):
+    with (tmp_path / "bar").open("w") as file:
+        bar = tqdm(total=2, file=file)
+        assert bar in tqdm._instances
+        bar.close()
+        assert bar not in tqdm._instances
+
+
+def test_a_trainer_drops_columns_of_a_given_dataset(tmp_path):
+    model = torch.nn.Linear(1, 1)  # its forward reads `input`
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    data = Dataset.from_dict({"input": [1.0], "author": ["x"]})
+    assert trainer._remove_unused_columns(data, description="training").column_names == ["input"]
+
+
+def test_the_wandb_callback_keeps_its_module():
+    assert "self._wandb = wandb" in inspect.getsource(WandbCallback)
