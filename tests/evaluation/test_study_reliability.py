@@ -85,9 +85,7 @@ def wait_for(output: Path, pattern: str, process: subprocess.Popen) -> bool:
 
 def wait_for_the_end(session: int) -> None:
     """Until no process of a study is left, its workers among them."""
-    deadline = time.monotonic() + 600
-    while alive := processes(session):
-        assert time.monotonic() < deadline, f"still there: {alive}"
+    while processes(session):
         time.sleep(0.05)
 
 
