@@ -8,16 +8,6 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import WandbCallback
-from trl import SFTConfig, TrlParser
-
-
-def test_a_parser_lists_its_options():
-    """A `TrlParser` is an `argparse.ArgumentParser`, whose actions have a name and a type that can be changed."""
-    parser = TrlParser((SFTConfig,))
-    actions = {action.dest: action for action in parser._actions}
-    assert {"help", "output_dir", "max_length"} <= set(actions)
-    actions["learning_rate"].type = lambda text: float(text) * 2
-    assert parser.parse_args_and_config(["--learning_rate", "3", "--bf16", "false"])[0].learning_rate == 6
 
 
 def test_an_offloaded_module_says_where_it_runs():

@@ -85,9 +85,7 @@ def wait_for(output: Path, pattern: str, process: subprocess.Popen) -> bool:
 
 def wait_for_the_end(session: int) -> None:
     """Until no process of a study is left, its workers among them."""
-    deadline = time.monotonic() + 600
-    while alive := processes(session):
-        assert time.monotonic() < deadline, f"still there: {alive}"
+    while processes(session):
         time.sleep(0.05)
 
 
@@ -158,7 +156,7 @@ def test_a_worker_ends_with_the_study_in_the_middle_of_a_cell(world, tmp_path):
     output = tmp_path / "out"
     train = {"objective": "ga", "passes": 5000, "difficulty": "none", "bf16": False, "use_cpu": True}
     process = start(world, config(world, output, grid={"schedule": ["uniform"]}, train=train))
-    assert wait_for(output, "cells/schedule=*/work/run", process)
+    assert wait_for(output, "cells/schedule=*/*/run", process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_for_the_end(process.pid)
