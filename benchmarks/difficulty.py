@@ -7,23 +7,26 @@
 
 For every model seed: a small Llama (or `--model`, for a night) learns the data by heart; every metric is computed on
 it; every objective, full and LoRA, is calibrated with one seed (cross-fitted by author) and then run with other seeds
-by `CUDTrainer`, uniformly, half of the forget set per step. Target: answer probability after unlearning, mean over the
-snapshots at which the mean forget probability is 15-75% of its start, and over the seeds. Every part is kept in
-`--work_dir`: a killed run goes on there.
+in studies (`evaluation.study`), uniformly, half of the forget set per step. Target: answer probability after
+unlearning, mean over the snapshots at which the mean forget probability is 15-75% of its start, and over the seeds.
+Every part is a cell that is kept in `--work_dir`: a killed run goes on there.
 """
 
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+from evaluation.study.engine import Finished, check_finished, run_study
+from evaluation.study.grid import Cell
+from evaluation.study.options import StudyArguments
+from evaluation.study.pool import Pool
 
 OBJECTIVES = {  # learning rates: full, LoRA
     "ga": (1e-4, 1e-3),
@@ -32,15 +35,34 @@ OBJECTIVES = {  # learning rates: full, LoRA
     "simnpo": (6e-4, 3e-3),
 }
 PARTS = ("full", "lora")
+SETS = ("forget", "retain", "retain_eval")
 RETAIN_WEIGHT = 4.0
 TRAINING_FREE = (
-    "loss", "length", "self_confidence", "circuit_mass", "circuit_signature", "grad_norm", "grad_alignment", "mrd",
-    "mrd_published", "noise_stability", "atypicality", "retain_similarity",
-)  # fmt: skip
+    "loss",
+    "length",
+    "self_confidence",
+    "circuit_mass",
+    "circuit_signature",
+    "grad_norm",
+    "grad_alignment",
+    "mrd",
+    "mrd_published",
+    "noise_stability",
+    "atypicality",
+    "retain_similarity",
+)
 CALIBRATED = (
-    "cud", "cud_paper", "cud_log", "cud_edges", "cud_edges_outputs", "cud_edges_hidden", "cud_edges_gradients",
-    "hidden_neighbours", "group_mean", "calibration",
-)  # fmt: skip
+    "cud",
+    "cud_paper",
+    "cud_log",
+    "cud_edges",
+    "cud_edges_outputs",
+    "cud_edges_hidden",
+    "cud_edges_gradients",
+    "hidden_neighbours",
+    "group_mean",
+    "calibration",
+)
 VARIANTS = {  # beside the default, which is fitted from edges, hidden states, gradient norms and outputs
     "cud_log": {"variant": "log"},
     "cud_edges": {"features": ["edges"]},
@@ -50,19 +72,9 @@ VARIANTS = {  # beside the default, which is fitted from edges, hidden states, g
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One piece of work: a model, its training-free scores, the scores calibrated for a condition, or a run."""
-
-    kind: str
-    model_seed: int
-    objective: str = ""
-    part: str = ""
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        return "-".join(str(x) for x in (self.kind, self.model_seed, self.objective, self.part, self.seed) if x != "")
+# What a world and its model depend on, and what scores do beside.
+WORLD = ("tofu", "model", "forget_config", "batch", "forget", "retain", "epochs")
+SCORES = (*WORLD, "passes", "rate_scale")
 
 
 def data(args: argparse.Namespace, seed: int):
@@ -90,22 +102,6 @@ def data(args: argparse.Namespace, seed: int):
     return Testbed(forget=forget, retain=retain, retain_eval=evaluated, train=concatenate_datasets([forget, retain]))
 
 
-def settings(args: argparse.Namespace, objective: str, part: str):
-    """Learning rate, retain weight and adapter of a condition."""
-    from peft import LoraConfig
-
-    rate = OBJECTIVES[objective][PARTS.index(part)] * args.rate_scale
-    adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if part == "lora" else None
-    return rate, RETAIN_WEIGHT, adapter
-
-
-def load(args: argparse.Namespace, seed: int):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(args.work_dir) / f"model-{seed}-0"
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
 def untrained(args: argparse.Namespace, testbed, seed: int):
     """The model before it has learned the data, its tokenizer, and options of `memorise`."""
     from evaluation.testbed import tiny_llama, train_tokenizer
@@ -131,26 +127,44 @@ def memorised(args: argparse.Namespace, testbed, seed: int, train=None):
     model, tokenizer, options = untrained(args, testbed, seed)
     if train is not None:
         testbed = replace(testbed, train=train)
-    found = memorise(model, tokenizer, testbed, epochs=args.epochs, seed=seed, progress=False, **options)
-    return model, tokenizer, found.losses
+    trained = memorise(model, tokenizer, testbed, epochs=args.epochs, seed=seed, progress=False, **options)
+    return model, tokenizer, trained.losses
 
 
-def make_model(args: argparse.Namespace, cell: Cell) -> dict:
-    model, tokenizer, losses = memorised(args, data(args, cell.model_seed), cell.model_seed)
-    folder = Path(args.work_dir) / cell.name
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_model(args: argparse.Namespace, testbed, seed: int, folder: Path) -> dict:
+    """A model that knows the data by heart, in `folder`/model; how it learned."""
+    model, tokenizer, losses = memorised(args, testbed, seed)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     return {"parameters": sum(p.numel() for p in model.parameters()), "losses": losses}
 
 
-def score(args: argparse.Namespace, cell: Cell) -> dict:
-    """Scores of all training-free metrics, or of all calibrated ones for a condition; seconds of each kind of pass."""
-    from cud_trainer import score_difficulty
+def save_data(testbed, folder: Path) -> None:
+    """The data as `cud` reads it, in `folder`."""
+    for name in SETS:
+        if not (folder / f"{name}.jsonl").exists():
+            getattr(testbed, name).to_json(folder / f"{name}.part")
+            os.replace(folder / f"{name}.part", folder / f"{name}.jsonl")
+
+
+def world_of(work_dir: Path, seed: int) -> Path:
+    return work_dir / f"world-{seed}"
+
+
+def make_world(work_dir: Path, cell: Cell) -> dict:
+    """Work of a cell: data and model."""
+    args, seed = argparse.Namespace(**cell.settings), cell.settings["model_seed"]
+    testbed, folder = data(args, seed), world_of(work_dir, seed)
+    save_data(testbed, folder)
+    sizes = {name: len(getattr(testbed, name)) for name in SETS}
+    return {"sizes": sizes, **save_model(args, testbed, seed, folder)}
+
+
+def register_variants() -> None:
+    """Make metrics of `VARIANTS`, and of MRD as published."""
     from cud_trainer.difficulty import METRICS, register_metric
-    from cud_trainer.difficulty.circuit_metrics import cud
+    from cud_trainer.difficulty.cud import cud
     from cud_trainer.difficulty.metrics import mrd
-    from cud_trainer.objectives import UnlearningLoss
-    from cud_trainer.scoring.calibration import CalibrationSettings
 
     for name, variant in VARIANTS.items():
         if name not in METRICS:
@@ -159,7 +173,20 @@ def score(args: argparse.Namespace, cell: Cell) -> dict:
             )
     if "mrd_published" not in METRICS:
         register_metric("mrd_published")(lambda context: mrd(context, relative=True))
-    testbed, (model, tokenizer) = data(args, cell.model_seed), load(args, cell.model_seed)
+
+
+def score(work_dir: Path, cell: Cell) -> dict:
+    """Work of a cell: scores of all training-free metrics, or of all calibrated ones for a condition; CPU seconds of
+    each kind of pass."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cud_trainer import score_difficulty
+
+    register_variants()
+    args, seed = argparse.Namespace(**cell.settings), cell.settings["model_seed"]
+    folder = world_of(work_dir, seed) / "model"
+    testbed = data(args, seed)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     options = dict(retain_dataset=testbed.retain, group_column="author", batch_size=args.batch, seed=0, progress=False)
     if cell.kind == "score":
         seconds = {}
@@ -170,16 +197,36 @@ def score(args: argparse.Namespace, cell: Cell) -> dict:
         scores = score_difficulty(model, testbed.forget, tokenizer, metrics=TRAINING_FREE, **options)
         start = time.process_time()
         epoch(model, tokenizer, testbed, args.batch)
-        return {"columns": columns(scores), "seconds": seconds, "epoch_seconds": time.process_time() - start}
-    rate, weight, adapter = settings(args, cell.objective, cell.part)
-    calibration = CalibrationSettings(
-        loss=UnlearningLoss(cell.objective), retain_weight=weight, learning_rate=rate, max_passes=args.passes,
-        batch_size=min(50, args.batch + 10), seed=0, peft_config=adapter,
-    )  # fmt: skip
+        return {"columns": columns(scores), "cpu_seconds": seconds, "epoch_seconds": time.process_time() - start}
     start = time.process_time()
+    calibration = calibration_of(args)
     scores = score_difficulty(model, testbed.forget, tokenizer, metrics=CALIBRATED, calibration=calibration, **options)
     seconds = time.process_time() - start
-    return {"columns": columns(scores), "seconds": seconds, "calibration": scores.provenance["calibration"]["runs"]}
+    runs = scores.provenance["calibration"]["runs"]
+    return {"columns": columns(scores), "cpu_seconds": seconds, "calibration": runs}
+
+
+def calibration_of(args: argparse.Namespace):
+    """How scores are calibrated for a condition, `args.objective` and `args.part`."""
+    from peft import LoraConfig
+
+    from cud_trainer.objectives import UnlearningLoss
+    from cud_trainer.scoring.calibration import CalibrationSettings
+
+    adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if args.part == "lora" else None
+    return CalibrationSettings(
+        loss=UnlearningLoss(args.objective),
+        retain_weight=RETAIN_WEIGHT,
+        learning_rate=rate(args, args.objective, args.part),
+        max_passes=args.passes,
+        batch_size=min(50, args.batch + 10),
+        seed=0,
+        peft_config=adapter,
+    )
+
+
+def rate(args: argparse.Namespace, objective: str, part: str) -> float:
+    return OBJECTIVES[objective][PARTS.index(part)] * args.rate_scale
 
 
 def columns(scores) -> dict[str, list[float]]:
@@ -202,89 +249,71 @@ def epoch(model, tokenizer, testbed, batch_size: int) -> None:
         optimizer.zero_grad()
 
 
-def unlearn(args: argparse.Namespace, cell: Cell) -> dict:
-    """A uniform run by `CUDTrainer`; it ends when less than 12% of the forget probability is left."""
-    import logging
+def unlearn(args: argparse.Namespace, pool: Pool, seed: int, part: str) -> Finished:
+    """A study of uniform runs; they end when less than 12% of the forget probability is left."""
+    from trl import ModelConfig
 
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
-    from transformers.utils.logging import set_verbosity
-
-    from cud_trainer import CUDConfig, CUDTrainer
-    from cud_trainer.data import prepare_samples
-    from evaluation.trajectory import TradeoffCallback
-
-    set_verbosity(logging.ERROR)
-    testbed, (model, tokenizer) = data(args, cell.model_seed), load(args, cell.model_seed)
-    rate, weight, adapter = settings(args, cell.objective, cell.part)
-    half = len(testbed.forget) // 2  # a step sees half of the forget set
+    world = world_of(args.work_dir, seed)
+    sizes = read(args, f"model-{seed}")["sizes"]
+    half = sizes["forget"] // 2  # a step sees half of the forget set
     size = max(n for n in range(1, args.batch + 21) if half % n == 0)
-    config = CUDConfig(
-        output_dir=str(Path(args.work_dir) / "runs" / cell.name), objective=cell.objective, retain_weight=weight,
-        difficulty="none", schedule="uniform", passes=args.passes * 2, learning_rate=rate, max_length=512,
-        lr_scheduler_type="constant_with_warmup", warmup_steps=2, seed=cell.seed,
-        per_device_train_batch_size=size, gradient_accumulation_steps=len(testbed.forget) // 2 // size,
-        bf16=False, gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
-        disable_tqdm=True, overwrite=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    path = TradeoffCallback(
-        prepare_samples(testbed.forget, tokenizer, name="forget"),
-        prepare_samples(testbed.retain_eval, tokenizer, name="retain_eval"),
+    study = StudyArguments(
+        forget_dataset=str(world / "forget.jsonl"),
+        retain_dataset=str(world / "retain.jsonl"),
+        utility_dataset=str(world / "retain_eval.jsonl"),
+        retain_eval_samples=sizes["retain_eval"],
+        output_dir=str(args.work_dir / f"runs-{seed}-{part}"),
+        end_below=0.12,
+        grid=[
+            {
+                "objective": [objective],
+                "learning_rate": [rate(args, objective, part)],
+                "seed": args.run_seeds,
+            }
+            for objective in args.objectives
+        ],
+        train={
+            "retain_weight": RETAIN_WEIGHT,
+            "difficulty": "none",
+            "schedule": "uniform",
+            "passes": args.passes * 2,
+            "max_length": 512,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 2,
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": half // size,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+        },
+    )
+    lora = {"use_peft": True, "lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
+    return run_study(
+        study, ModelConfig(model_name_or_path=str(world / "model"), **(lora if part == "lora" else {})), pool
     )
 
-    class Enough(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = path.path.forget[-1].mean() < 0.12 * path.path.forget[0].mean()
 
-    trainer = CUDTrainer(
-        model, config, forget_dataset=testbed.forget, retain_dataset=testbed.retain, processing_class=tokenizer,
-        peft_config=adapter, callbacks=[path, Enough()],
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    start = time.process_time()
-    trainer.train()
-    return {
-        "forget": [snapshot.tolist() for snapshot in path.path.forget],
-        "retain": path.path.retain,
-        "seconds": time.process_time() - start,
-    }
+def cells(args: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
+    """What is done before the runs: worlds with their models, then scores."""
 
+    def cell(kind: str, names: tuple[str, ...], seed: int, **choices) -> Cell:
+        choices = {"model_seed": seed, **choices}
+        name = "-".join(map(str, (kind, *choices.values())))
+        return Cell(kind, name, choices, {**{option: getattr(args, option) for option in names}, **choices})
 
-WORK = {"model": make_model, "score": score, "calibrate": score, "run": unlearn}
+    worlds = [cell("model", WORLD, seed) for seed in args.model_seeds]
+    scores = [cell("score", SCORES, seed) for seed in args.model_seeds]
+    scores += [
+        cell("calibrate", SCORES, seed, objective=objective, part=part)
+        for seed, objective, part in itertools.product(args.model_seeds, args.objectives, PARTS)
+    ]
+    return worlds, scores
 
 
-def do(args: argparse.Namespace, cell: Cell) -> str:
-    import torch
-
-    torch.set_num_threads(1)
-    path = Path(args.work_dir) / f"{cell.name}.json"
-    if not path.exists():
-        start = time.time()
-        result = WORK[cell.kind](args, cell)
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(result))
-        os.replace(temporary, path)
-        return f"{cell.name}: {time.time() - start:.0f} s"
-    return f"{cell.name}: kept"
-
-
-def cells(args: argparse.Namespace) -> list[list[Cell]]:
-    """Work in order; what stands in one list can be done at the same time."""
-    rounds = [[Cell("model", seed) for seed in args.model_seeds]]
-    for seed in args.model_seeds:
-        conditions = list(itertools.product(args.objectives, PARTS))
-        rounds.append(
-            [Cell("score", seed)]
-            + [
-                cell
-                for objective, part in conditions
-                for cell in (
-                    Cell("calibrate", seed, objective, part),
-                    *(Cell("run", seed, objective, part, number) for number in args.run_seeds),
-                )
-            ]
-        )
-    return rounds
+def read(args: argparse.Namespace, name: str) -> dict | None:
+    """What a cell came to, if it is finished."""
+    path = args.work_dir / "cells" / name / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def main() -> None:
@@ -302,18 +331,28 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of memorising")
     parser.add_argument("--passes", type=int, default=15, help="of calibration at most; runs have twice as many")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work_dir", default="difficulty-study")
+    parser.add_argument("--work_dir", type=Path, default=Path("difficulty-study"))
     parser.add_argument("--output", type=Path, default=Path("difficulty"))
     args = parser.parse_args()
-    Path(args.work_dir).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for group in cells(args):
-            for line in [pool.submit(do, args, cell) for cell in group]:
-                print(line.result(), flush=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    worlds, scores = cells(args)
+    check_finished(args.work_dir, [*worlds, *scores], overwrite=False)
+    with Pool(args.workers) as pool:
+        failed = pool.run(args.work_dir, worlds, make_world)
+        seeds = [cell.choices["model_seed"] for cell in worlds if cell.name not in failed]
+        failed |= pool.run(args.work_dir, [cell for cell in scores if cell.choices["model_seed"] in seeds], score)
+        runs = {}
+        for seed, part in itertools.product(seeds, PARTS):
+            finished = unlearn(args, pool, seed, part)
+            failed |= {f"{seed}, {part}, {name}": reason for name, reason in finished.failed.items()}
+            for run in finished.runs():
+                runs[seed, run.panel, part, run.seed] = run
     from difficulty_report import report
 
-    command = "python benchmarks/difficulty.py " + " ".join(sys.argv[1:])
-    report(args, command)
+    report(args, runs, "python benchmarks/difficulty.py " + " ".join(sys.argv[1:]))
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,56 +1,45 @@
-"""The tables and the picture of `difficulty.py`, from the parts in its work directory."""
+"""The tables and the picture of `difficulty.py`, from its cells and runs."""
 
 import argparse
 import json
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from attribution import machine
-from difficulty import CALIBRATED, OBJECTIVES, PARTS, RETAIN_WEIGHT, TRAINING_FREE, Cell
+from difficulty import CALIBRATED, OBJECTIVES, PARTS, RETAIN_WEIGHT, TRAINING_FREE, read
 from scipy.stats import spearmanr
 
 from cud_trainer.models.fingerprint import versions
 from evaluation import statistics as stats
-from evaluation.report.audit import averaged_residual
+from evaluation.study.runs import Run
+from evaluation.trajectory import averaged_residual
+
+Runs = dict[tuple[int, str, str, int], Run]  # by model seed, objective, part and seed
 
 
-def read(args: argparse.Namespace, cell: Cell) -> dict | None:
-    return _read(Path(args.work_dir) / f"{cell.name}.json")
-
-
-@cache
-def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def target(args: argparse.Namespace, seed: int, objective: str, part: str) -> dict | None:
+def target(args: argparse.Namespace, runs: Runs, seed: int, objective: str, part: str) -> dict | None:
     """Residual memorisation of a condition: by run seed `[S, N]`, and how far the runs got."""
-    runs = [read(args, Cell("run", seed, objective, part, number)) for number in args.run_seeds]
-    if any(run is None for run in runs):
+    same = [runs.get((seed, objective, part, number)) for number in args.run_seeds]
+    if any(run is None for run in same):
         return None
-    forget = [[np.array(snapshot) for snapshot in run["forget"]] for run in runs]
-    residuals = np.stack([averaged_residual(path)[0] for path in forget])
-    shares = [[float(s.mean() / path[0].mean()) for s in path] for path in forget]
+    shares = [run.forget.mean(1) / run.forget[0].mean() for run in same]
     return {
-        "residuals": residuals,
-        "start": forget[0][0],
-        "end_share": [path[-1] for path in shares],
-        "snapshots_used": [sum(0.15 <= share <= 0.75 for share in path) for path in shares],
-        "retain": [[run["retain"][0], run["retain"][-1]] for run in runs],
-        "seconds": [run["seconds"] for run in runs],
+        "residuals": np.stack([averaged_residual(list(run.forget))[0] for run in same]),
+        "end_share": [float(path[-1]) for path in shares],
+        "snapshots_used": [int(((path >= 0.15) & (path <= 0.75)).sum()) for path in shares],
+        "retain": [[float(run.retain[0]), float(run.retain[-1])] for run in same],
+        "seconds": [run.seconds for run in same],
     }
 
 
-def condition(args: argparse.Namespace, seed: int, objective: str, part: str) -> dict | None:
-    found, calibrated = target(args, seed, objective, part), read(args, Cell("calibrate", seed, objective, part))
-    free = read(args, Cell("score", seed))
-    if found is None or calibrated is None or free is None:
+def condition(args: argparse.Namespace, runs: Runs, seed: int, objective: str, part: str) -> dict | None:
+    left = target(args, runs, seed, objective, part)
+    calibrated, free = read(args, f"calibrate-{seed}-{objective}-{part}"), read(args, f"score-{seed}")
+    if left is None or calibrated is None or free is None:
         return None
-    values = found["residuals"].mean(0)
+    values = left["residuals"].mean(0)
     columns = {name: np.array(column) for name, column in {**free["columns"], **calibrated["columns"]}.items()}
     controls = np.column_stack([columns["loss"], columns["length"]])
-    ceiling = stats.ceiling(found["residuals"], seed=0)
     rows = []
     for name in (*TRAINING_FREE, *CALIBRATED):
         trivial = name in ("loss", "length")
@@ -69,17 +58,17 @@ def condition(args: argparse.Namespace, seed: int, objective: str, part: str) ->
         "objective": objective,
         "part": part,
         "n": len(values),
-        "ceiling": ceiling,
+        "ceiling": stats.ceiling(left["residuals"], seed=0),
         "rows": rows,
-        "end_share": found["end_share"],
-        "snapshots_used": found["snapshots_used"],
-        "retain": found["retain"],
-        "run_seconds": found["seconds"],
-        "calibration_seconds": calibrated["seconds"],
+        "end_share": left["end_share"],
+        "snapshots_used": left["snapshots_used"],
+        "retain": left["retain"],
+        "run_seconds": left["seconds"],
+        "calibration_seconds": calibrated["cpu_seconds"],
     }
 
 
-def transfer(args: argparse.Namespace, metric: str) -> list[dict]:
+def transfer(args: argparse.Namespace, runs: Runs, metric: str) -> list[dict]:
     """Spearman of `metric`, calibrated on one condition, with what another one leaves; mean over model seeds."""
     names = [(objective, part) for part in PARTS for objective in OBJECTIVES]
     rows = []
@@ -87,9 +76,10 @@ def transfer(args: argparse.Namespace, metric: str) -> list[dict]:
         for goal in names:
             values = []
             for seed in args.model_seeds:
-                calibrated, found = read(args, Cell("calibrate", seed, *source)), target(args, seed, *goal)
-                if calibrated is not None and found is not None:
-                    values.append(spearmanr(calibrated["columns"][metric], found["residuals"].mean(0)).statistic)
+                calibrated = read(args, "-".join(map(str, ("calibrate", seed, *source))))
+                left = target(args, runs, seed, *goal)
+                if calibrated is not None and left is not None:
+                    values.append(spearmanr(calibrated["columns"][metric], left["residuals"].mean(0)).statistic)
             if values:
                 rows.append({"calibrated": list(source), "target": list(goal), "spearman": float(np.mean(values))})
     return rows
@@ -113,16 +103,16 @@ def summary(conditions: list[dict]) -> list[dict]:
             entry["agreement"] = float(np.mean([c["ceiling"]["agreement"]["value"] for c in same]))
             entry["metrics"] = {}
             for number, row in enumerate(same[0]["rows"]):
-                found = [c["rows"][number] for c in same]
-                spearman = [r["spearman"]["value"] for r in found]
+                rows_of_metric = [c["rows"][number] for c in same]
+                spearman = [r["spearman"]["value"] for r in rows_of_metric]
                 entry["metrics"][row["metric"]] = {
                     "spearman": float(np.mean(spearman)),
                     "each": spearman,
                     "share": float(np.mean([value / top for value, top in zip(spearman, attainable, strict=True)])),
                     "partial": None
                     if row["partial"] is None
-                    else float(np.mean([r["partial"]["value"] for r in found])),
-                    "auroc": float(np.mean([r["auroc"]["value"] for r in found])),
+                    else float(np.mean([r["partial"]["value"] for r in rows_of_metric])),
+                    "auroc": float(np.mean([r["auroc"]["value"] for r in rows_of_metric])),
                 }
             rows.append(entry)
     return rows
@@ -130,19 +120,19 @@ def summary(conditions: list[dict]) -> list[dict]:
 
 def costs(args: argparse.Namespace) -> dict[str, float]:
     """CPU time of a metric in training passes over the forget set, medians over models."""
-    free = [part for seed in args.model_seeds if (part := read(args, Cell("score", seed)))]
-    found = {
-        name: float(np.median([part["seconds"][name] / part["epoch_seconds"] for part in free]))
+    free = {seed: part for seed in args.model_seeds if (part := read(args, f"score-{seed}"))}
+    shares = {
+        name: float(np.median([part["cpu_seconds"][name] / part["epoch_seconds"] for part in free.values()]))
         for name in TRAINING_FREE
     }
     calibrated = [
-        part["seconds"] / base["epoch_seconds"]
-        for seed, base in zip(args.model_seeds, free, strict=False)
+        part["cpu_seconds"] / base["epoch_seconds"]
+        for seed, base in free.items()
         for objective in OBJECTIVES
         for kind in PARTS
-        if (part := read(args, Cell("calibrate", seed, objective, kind)))
+        if (part := read(args, f"calibrate-{seed}-{objective}-{kind}"))
     ]
-    return {**found, "calibration and all that it feeds": float(np.median(calibrated))}
+    return {**shares, "calibration and all that it feeds": float(np.median(calibrated))}
 
 
 def figure(value: float | None) -> str:
@@ -168,9 +158,9 @@ def markdown(result: dict) -> str:
     for name in table[0]["metrics"]:
         cells = []
         for row in table:
-            found = row["metrics"][name]
-            partial = "" if found["partial"] is None else f" ({figure(found['partial'])})"
-            cells.append(f"{figure(found['spearman'])}{partial}")
+            entry = row["metrics"][name]
+            partial = "" if entry["partial"] is None else f" ({figure(entry['partial'])})"
+            cells.append(f"{figure(entry['spearman'])}{partial}")
         lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {figure(result['cost'].get(name))} |")
     for label, key in (("another seed", "agreement"), ("attainable", "attainable")):
         lines.append(f"| *{label}* | " + " | ".join(figure(row[key]) for row in table) + " | |")
@@ -183,9 +173,9 @@ def markdown(result: dict) -> str:
         "",
     ]
     names = [f"{row['objective']}, {row['part']}" for row in table]
-    found = {(", ".join(r["calibrated"]), ", ".join(r["target"])): r["spearman"] for r in result["transfer"]}
+    pairs = {(", ".join(r["calibrated"]), ", ".join(r["target"])): r["spearman"] for r in result["transfer"]}
     lines += ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    lines += [f"| {a} | " + " | ".join(figure(found.get((a, b))) for b in names) + " |" for a in names]
+    lines += [f"| {a} | " + " | ".join(figure(pairs.get((a, b))) for b in names) + " |" for a in names]
     return "\n".join(lines) + "\n"
 
 
@@ -212,26 +202,26 @@ def picture(result: dict, path: Path) -> None:
     figure_.savefig(path, dpi=130)
 
 
-def report(args: argparse.Namespace, command: str) -> None:
+def report(args: argparse.Namespace, runs: Runs, command: str) -> None:
     conditions = [
-        found
+        entry
         for seed in args.model_seeds
         for part in PARTS
         for objective in OBJECTIVES
-        if (found := condition(args, seed, objective, part))
+        if (entry := condition(args, runs, seed, objective, part))
     ]
-    kept = ("model", "forget_config", "forget", "retain", "model_seeds", "run_seeds", "epochs", "passes", "rate_scale")
+    shown = ("model", "forget_config", "forget", "retain", "model_seeds", "run_seeds", "epochs", "passes", "rate_scale")
     result = {
         "testbed": (f"TOFU, {args.model or 'small Llama'}" if args.tofu else "generated authors"),
         "command": command,
-        "settings": {name: getattr(args, name) for name in kept}
+        "settings": {name: getattr(args, name) for name in shown}
         | {"retain_weight": RETAIN_WEIGHT, "rates": OBJECTIVES},
         "machine": machine(),
         "versions": versions(),
         "n": conditions[0]["n"],
         "summary": summary(conditions),
         "transfer_metric": "cud",
-        "transfer": transfer(args, "cud"),
+        "transfer": transfer(args, runs, "cud"),
         "cost": costs(args),
         "conditions": conditions,
     }

@@ -51,33 +51,41 @@ BEDS = {
     "generated": Bed("generated", False, 20, 40),
     "tofu": Bed("tofu", True, 18, 40, lora_scale=5.0),
     "smollm2": Bed(
-        "smollm2", True, 4, 8, forget_config="forget05", retain=200, model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        lora_scale=4.0, passes=5,
+        "smollm2",
+        True,
+        4,
+        8,
+        forget_config="forget05",
+        retain=200,
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        lora_scale=4.0,
+        passes=5,
     ),
-}  # fmt: skip
+}
 
 
 def prepare(args: argparse.Namespace, bed: Bed, seed: int) -> Path:
     """Model and data of a testbed on disk, as `cud` reads them, and what a model says that never saw the forget set."""
     sys.path.insert(0, str(HERE))
-    from difficulty import Cell, data, make_model
+    from difficulty import data, save_data, save_model
     from schedules_report import NEVER_SEEN
 
     folder = Path(args.work_dir) / f"{bed.name}-{seed}"
     options = argparse.Namespace(
-        tofu=args.tofu if bed.tofu else None, model=bed.model and (args.smollm2 or bed.model),
-        forget_config=bed.forget_config, forget=200, retain=bed.retain, batch=bed.batch, epochs=bed.epochs,
-        work_dir=str(folder),
-    )  # fmt: skip
+        tofu=args.tofu if bed.tofu else None,
+        model=bed.model and (args.smollm2 or bed.model),
+        forget_config=bed.forget_config,
+        forget=200,
+        retain=bed.retain,
+        batch=bed.batch,
+        epochs=bed.epochs,
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "model").exists():
-        make_model(options, Cell("model", seed))
-        os.replace(folder / f"model-{seed}-0", folder / "model")
     testbed = data(options, seed)
-    for name in ("forget", "retain", "retain_eval"):
-        if not (folder / f"{name}.jsonl").exists():
-            getattr(testbed, name).to_json(folder / f"{name}.part")
-            os.replace(folder / f"{name}.part", folder / f"{name}.jsonl")
+    if not (folder / "model").exists():
+        save_model(options, testbed, seed, folder / "part")
+        os.replace(folder / "part" / "model", folder / "model")
+    save_data(testbed, folder)
     if not (folder / NEVER_SEEN).exists():
         write_json(folder / NEVER_SEEN, never_seen(options, testbed, seed))
     return folder
@@ -116,14 +124,26 @@ def score(folder: Path, bed: Bed, objective: str, part: str) -> None:
     adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if part == "lora" else None
     rate = OBJECTIVES[objective][PARTS.index(part)] * (bed.lora_scale if adapter else 1.0)
     calibration = CalibrationSettings(
-        loss=UnlearningLoss(objective), retain_weight=CALIBRATION_WEIGHT, seed=0, max_passes=bed.passes,
-        learning_rate=rate, batch_size=bed.batch + 10, peft_config=adapter,
-    )  # fmt: skip
+        loss=UnlearningLoss(objective),
+        retain_weight=CALIBRATION_WEIGHT,
+        seed=0,
+        max_passes=bed.passes,
+        learning_rate=rate,
+        batch_size=bed.batch + 10,
+        peft_config=adapter,
+    )
     score_difficulty(
-        AutoModelForCausalLM.from_pretrained(folder / "model"), forget, AutoTokenizer.from_pretrained(folder / "model"),
-        metrics=METRICS, retain_dataset=retain, calibration=calibration, group_column="author", seed=0,
-        batch_size=bed.batch, progress=False,
-    ).save(path)  # fmt: skip
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        forget,
+        AutoTokenizer.from_pretrained(folder / "model"),
+        metrics=METRICS,
+        retain_dataset=retain,
+        calibration=calibration,
+        group_column="author",
+        seed=0,
+        batch_size=bed.batch,
+        progress=False,
+    ).save(path)
 
 
 def study(args: argparse.Namespace, folder: Path, name: str, settings: dict, objective: str) -> Path:

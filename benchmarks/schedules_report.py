@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
 from evaluation import statistics as stats
-from evaluation.report import audit
+from evaluation.report.cells import interval_text
 from evaluation.report.plots import COLOURS
-from evaluation.study.command import Cell
-from evaluation.study.report import (
+from evaluation.study.grid import Cell
+from evaluation.study.runs import (
     BASE,
     Run,
     first_seeds,
@@ -277,7 +277,7 @@ def predicted(entry: dict) -> list[str]:
     """How well each score, known before, ranks what the `uniform` runs left."""
     if "predictors" not in entry:
         return []
-    found = [f"{name} {audit.shown(rho)}" for name, rho in entry["predictors"].items()]
+    found = [f"{name} {interval_text(stats.Interval(**rho))}" for name, rho in entry["predictors"].items()]
     return [f"Spearman with what the `uniform` runs left (CUD cross-fitted by author): {', '.join(found)}.", ""]
 
 

@@ -6,8 +6,6 @@ report is the same number the loss was made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .data import IGNORE_INDEX, Samples
+from .models.modes import evaluation_mode
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -78,18 +77,6 @@ class AnswerScores:
 def answer_positions(labels: Tensor) -> Tensor:
     """Indices `[K]` of the positions whose *next* token is an answer token in any row of `labels` `[B, T]`."""
     return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(-1)
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is back in its own, also where they differ."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inputs: Any) -> AnswerScores:

@@ -1,10 +1,37 @@
-"""Options of registered functions: their keyword-only parameters, checked by name before anything runs."""
+"""What is registered under a name, and the options it takes: keyword-only parameters, checked before anything runs."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Entry = TypeVar("Entry")
+
+
+class Registry(dict[str, Entry], Generic[Entry]):
+    """Entries by name, in the order they were registered.
+
+    Args:
+        kind: what an entry is called in errors, for example `"objective"`.
+        hint: what an error adds to the names to choose from.
+    """
+
+    def __init__(self, kind: str, hint: str = "") -> None:
+        super().__init__()
+        self.kind, self.hint = kind, hint
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Register `entry`; `ValueError` when the name is taken."""
+        if name in self:
+            raise ValueError(f"{self.kind} {name!r} is already registered")
+        self[name] = entry
+
+    def find(self, name: str) -> Entry:
+        """The entry of this name; `ValueError` naming those to choose from when there is none."""
+        if name not in self:
+            raise ValueError(f"unknown {self.kind} {name!r}; choose one of {sorted(self)}{self.hint}")
+        return self[name]
 
 
 def keyword_options(function: Callable[..., Any]) -> dict[str, Any]:
@@ -13,16 +40,49 @@ def keyword_options(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def check_known(owner: str, function: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Raise `ValueError` naming an option in `given` that `function` does not have, and those it has."""
-    known = keyword_options(function)
-    for option in given:
-        if option not in known:
-            raise ValueError(f"{owner} has no option {option!r}; it has {sorted(known) or 'none'}")
+def check_options(
+    owner: str,
+    function: Callable[..., Any],
+    options: dict[str, Any],
+    check: Callable[..., Any] | None = None,
+    *,
+    numbers: bool = True,
+) -> None:
+    """Check the options that `function` is to be called with.
+
+    Args:
+        owner: what the function is called in errors, for example `"objective 'npo'"`.
+        options: those that are given.
+        check: `(owner, **options)`, called with every option, given or default; raises `ValueError` for a bad value.
+        numbers: an option without a default, or with a number or `None` for one, must be a number (or `None`, where
+            that is the default).
+
+    Raises:
+        ValueError: naming an option that the function does not have, or needs, or a value that it cannot have.
+    """
+    defaults = keyword_options(function)
+    for option in options:
+        if option not in defaults:
+            raise ValueError(f"{owner} has no option {option!r}; it has {sorted(defaults) or 'none'}")
+    options = {**defaults, **options}
+    for option, value in options.items():
+        if value is inspect.Parameter.empty:
+            raise ValueError(f"{owner} needs option {option!r}")
+    if numbers:
+        check_numbers(owner, {name: options[name] for name in defaults if _is_number(defaults[name], options[name])})
+    if check is not None:
+        check(owner, **options)
 
 
-def check_numbers(owner: str, given: dict[str, Any]) -> None:
-    """Raise `ValueError` naming an option in `given` whose value is not a number."""
-    for option, value in given.items():
+def _is_number(default: Any, value: Any) -> bool:
+    """Whether an option with this default must be a number when it has this value."""
+    if default is None:
+        return value is not None
+    return default is inspect.Parameter.empty or type(default) in (int, float)
+
+
+def check_numbers(owner: str, options: dict[str, Any]) -> None:
+    """Raise `ValueError` naming an option whose value is not a number."""
+    for option, value in options.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"option {option!r} of {owner} must be a number, got {value!r}")

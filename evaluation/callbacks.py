@@ -25,13 +25,13 @@ class BucketPlot(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
-        found = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
-        shown = {key: value for key, value in found.items() if key.startswith("forget_prob/") or key == "retain_prob"}
-        if not shown or not state.is_world_process_zero:
+        named = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
+        drawn = {key: value for key, value in named.items() if key.startswith("forget_prob/") or key == "retain_prob"}
+        if not drawn or not state.is_world_process_zero:
             return
         if self.history and state.global_step <= self.history[-1][0]:
             self.history = [entry for entry in self.history if entry[0] < state.global_step]
-        self.history.append((state.global_step, shown))
+        self.history.append((state.global_step, drawn))
         figure = self.figure()
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

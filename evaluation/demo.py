@@ -11,49 +11,38 @@ loss never sees (their answers it does: it is robustness to rewording, not wider
 
 from __future__ import annotations
 
-import datetime
-import itertools
-import multiprocessing
 import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
-from cud_trainer.config import DEFAULT_SCHEDULE
 from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.files import check_output_dir
-from cud_trainer.models.fingerprint import versions
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.scoring.calibration import CalibrationSettings
 
-from . import statistics as stats
-from .report import audit
-from .report import tables as sections
-from .study.report import worst_quarter
-from .trajectory import Path as RunPath
+from . import demo_report
+from .demo_report import BUCKETS, OBJECTIVES, SCHEDULES
+from .report.cells import means
+from .report.circuits import strongest_edges
+from .study.runs import Run
 
 CIRCUITS_FILE = "circuits.safetensors"
+SETS = ("forget", "retain", "retain_eval")
 METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
-BUCKETS = 4
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "graddiff": {"learning_rate": 1e-3, "passes": 12},
-    "npo": {"learning_rate": 1e-3, "passes": 12},
-}
-SCHEDULES = ("uniform", DEFAULT_SCHEDULE)
+LEARNING_RATE, PASSES = 1e-3, 12
 
 
 @dataclass
@@ -89,33 +78,6 @@ class DemoArguments:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One unlearning run, as data that can go to another process."""
-
-    output_dir: str
-    seed: int
-    objective: str
-    schedule: str
-    retain_weight: float
-    run_seed: int
-    evaluate: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.objective}-{self.schedule}-w{self.retain_weight:g}-s{self.run_seed}"
-
-
-@dataclass
-class Outcome:
-    """What one run left: its path, and at its end every metric of forget and retain samples if asked for."""
-
-    job: Job
-    path: RunPath
-    forget: dict[str, np.ndarray] | None = None
-    retain: dict[str, np.ndarray] | None = None
-
-
 def main(argv: list[str]) -> int:
     """Entry point of `cud demo`."""
     from cud_trainer.commands.parser import parse_options
@@ -141,11 +103,15 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
     with clock("difficulty"):
         scores = _score(args, output)
     with clock("unlearn"):
-        outcomes, fit = _unlearn(args, output, scores)
+        runs = _unlearn(args, output, sizes["n_forget"])
     with clock("report"):
-        results = _results(args, command, before, sizes, scores, *_circuits(args, output), outcomes, fit)
+        chosen = demo_report.reported(runs, args.retain_level, args.seed)
+        circuits, faithfulness = _circuits(args, output)
+        results = demo_report.results(
+            command, before, sizes, scores, circuits, faithfulness, runs, retain_level=args.retain_level, seed=args.seed
+        )
         results["run"]["seconds"] = clock.seconds
-        per_sample = _per_sample(scores, outcomes)
+        per_sample = demo_report.per_sample(scores, chosen)
     write_report(results, output, per_sample)
     return results
 
@@ -164,11 +130,13 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
     memorise(model, tokenizer, testbed, epochs=args.epochs, seed=args.seed)
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
+    for name in SETS:
+        getattr(testbed, name).to_json(_data(output, name))
     before = {}
     for name in ("forget", "retain_eval"):
         prepared = prepare_samples(getattr(testbed, name), tokenizer, name=name)
         values = evaluate_memorization(model, prepared, tokenizer, batch_size=64, desc=f"measure {name}")
-        before["retain" if name == "retain_eval" else name] = audit.means(values, args.seed)
+        before["retain" if name == "retain_eval" else name] = means(values, args.seed)
     sizes = {
         "n_forget": len(testbed.forget),
         "n_retain": len(testbed.retain),
@@ -191,7 +159,7 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
     scores: dict[str, DifficultyScores] = {}
     circuits = output / CIRCUITS_FILE
     circuits.unlink(missing_ok=True)
-    for objective, options in OBJECTIVES.items():
+    for objective in OBJECTIVES:
         scores[objective] = score_difficulty(
             model,
             testbed.forget,
@@ -201,8 +169,8 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
             calibration=CalibrationSettings(
                 loss=UnlearningLoss(objective),
                 retain_weight=float(np.median(args.retain_weights)),
-                learning_rate=options["learning_rate"],
-                max_passes=options["passes"] * 3 // 4,
+                learning_rate=LEARNING_RATE,
+                max_passes=PASSES * 3 // 4,
                 batch_size=64,
                 seed=args.seed,
             ),
@@ -211,7 +179,7 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
             seed=args.seed,
             save_circuits=None if circuits.exists() else circuits,  # of the model alone: the same for all objectives
         )
-        scores[objective].save(output / f"difficulty-{objective}.parquet", overwrite=args.overwrite)
+        scores[objective].save(_scores_file(output, objective), overwrite=args.overwrite)
     return scores
 
 
@@ -222,332 +190,57 @@ def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithful
     model, tokenizer = _load(output)
     forget = prepare_samples(build_testbed(args.seed).forget, tokenizer, name="forget")
     table = CircuitTable.load(output / CIRCUITS_FILE).aligned(list(forget["sample_id"]))
-    kept = dataset_faithfulness(model, forget, audit.strongest_edges(table), batch_size=40, seed=args.seed)
-    return table, kept
+    faithfulness = dataset_faithfulness(model, forget, strongest_edges(table), batch_size=40, seed=args.seed)
+    return table, faithfulness
 
 
-def _unlearn(
-    args: DemoArguments, output: Path, scores: dict[str, DifficultyScores]
-) -> tuple[list[Outcome], list[dict[str, Any]]]:
-    """Fit the retain weight of every condition on one seed, then run the reported seeds with it."""
-    conditions = list(itertools.product(OBJECTIVES, SCHEDULES))
+def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> list[Run]:
+    """A study in `output`/study: every retain weight on one seed, then the reported seeds with the best of each."""
+    from trl import ModelConfig
 
-    def job(objective: str, schedule: str, weight: float, seed: int, evaluate: bool = False) -> Job:
-        return Job(str(output), args.seed, objective, schedule, weight, seed, evaluate)
+    from .study.engine import run_study
+    from .study.options import StudyArguments
 
-    total = len(conditions) * (len(args.retain_weights) + args.report_seeds)
-    with _pool(args.workers) as submit, tqdm(total=total, desc="unlearn", unit="run") as bar:
-        fit_jobs = [job(o, s, w, args.seed) for (o, s), w in itertools.product(conditions, args.retain_weights)]
-        tried = {outcome.job: outcome for outcome in submit(fit_jobs, bar)}
-        fit: list[dict[str, Any]] = []
-        chosen: dict[tuple[str, str], float] = {}
-        for objective, schedule in conditions:
-            hardest = scores[objective].buckets("cud", BUCKETS) == BUCKETS - 1
-            rows: list[dict[str, Any]] = []
-            for weight in args.retain_weights:
-                found = _at_level(tried[job(objective, schedule, weight, args.seed)].path, args.retain_level)
-                rows.append(
-                    {
-                        "objective": objective,
-                        "schedule": schedule,
-                        "retain_weight": weight,
-                        "forget": float(found[0].mean()),
-                        "hardest_bucket": float(found[0][hardest].mean()),
-                        "chosen": False,
-                    }
-                )
-            best = min(rows, key=lambda row: row["forget"])
-            best["chosen"] = True
-            chosen[objective, schedule] = best["retain_weight"]
-            fit += rows
-        final_jobs = [
-            job(o, s, chosen[o, s], args.seed + 1 + number, evaluate=number == 0)
-            for (o, s), number in itertools.product(conditions, range(args.report_seeds))
-        ]
-        outcomes = {outcome.job: outcome for outcome in submit(final_jobs, bar)}
-    return [outcomes[item] for item in final_jobs], fit
-
-
-def run_job(job: Job) -> Outcome:
-    """One unlearning run from the saved model, with a snapshot after every step."""
-    from transformers.trainer_callback import PrinterCallback
-
-    from cud_trainer import CUDConfig, CUDTrainer
-
-    from .metrics.memorization import evaluate_memorization
-    from .testbed import build_testbed
-    from .trajectory import TradeoffCallback
-
-    _quiet()
-    output = Path(job.output_dir)
-    testbed, (model, tokenizer) = build_testbed(job.seed), _load(output)
-    options = OBJECTIVES[job.objective]
-    args = CUDConfig(
-        output_dir=str(output / "runs" / job.name),
-        objective=job.objective,
-        retain_weight=job.retain_weight,
-        schedule=job.schedule,
-        passes=options["passes"],
-        learning_rate=options["learning_rate"],
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=2,
-        per_device_train_batch_size=len(testbed.forget) // 2,
-        seed=job.run_seed,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        overwrite=True,
-    )
-    forget = prepare_samples(testbed.forget, tokenizer, name="forget")
-    retain = prepare_samples(testbed.retain_eval, tokenizer, name="retain_eval")
-    callback = TradeoffCallback(forget, retain)
-    trainer = CUDTrainer(
-        model,
-        args,
-        forget_dataset=testbed.forget,
-        retain_dataset=testbed.retain,
-        processing_class=tokenizer,
-        difficulty_scores=DifficultyScores.load(output / f"difficulty-{job.objective}.parquet"),
-        callbacks=[callback],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    outcome = Outcome(job, callback.path)
-    if job.evaluate:
-        outcome.forget = evaluate_memorization(trainer.model, forget, tokenizer, batch_size=64)
-        outcome.retain = evaluate_memorization(trainer.model, retain, tokenizer, batch_size=64)
-    return outcome
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def _at_level(path: RunPath, share: float) -> tuple[np.ndarray, float]:
-    """Per-sample forget probability `[N]` where a run has forgotten most at matched retain utility, and its step."""
-    forget, retain = np.array(path.forget), np.array(path.retain)
-    position = audit.matched_position(retain, forget.mean(1), share * retain[0])
-    assert position is not None  # the start is above the level
-    return audit.at_position(forget, position), float(audit.at_position(np.array(path.steps), position))
-
-
-def _results(
-    args: DemoArguments,
-    command: str,
-    before: dict[str, Any],
-    sizes: dict[str, Any],
-    scores: dict[str, DifficultyScores],
-    circuits: CircuitTable,
-    kept: Faithfulness,
-    outcomes: list[Outcome],
-    fit: list[dict[str, Any]],
-) -> dict[str, Any]:
-    seed = args.seed
-    grouped: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        grouped.setdefault((outcome.job.objective, outcome.job.schedule), []).append(outcome)
-    findings: list[str] = []
-    difficulty, conditions, matched, tables = [], [], [], []
-    start = float(outcomes[0].path.retain[0])
-    for objective, options in OBJECTIVES.items():
-        table = scores[objective]
-        bucket = table.buckets("cud", BUCKETS)
-        residuals = [audit.averaged_residual(run.path.forget)[0] for run in grouped[objective, "uniform"]]
-        section = audit.difficulty_section(
-            objective,
-            table.columns,
-            residuals,
-            target=f"answer probability after uniform unlearning, mean over {len(residuals)} seeds and over the "
-            "snapshots at which the mean forget probability is 15-75% of its start",
-            seed=seed,
-        )
-        against = audit.spearman_difference(table["cud"], table["loss"], np.mean(residuals, axis=0), seed=seed)
-        section["cud_minus_loss"] = against.as_dict()
-        if objective == next(iter(OBJECTIVES)):
-            note = f"Buckets are those of CUD calibrated for {objective}; what is left is that of {objective}, uniform."
-            pictures = audit.circuit_section(
-                circuits, bucket, np.mean(residuals, axis=0), seed=seed, note=note, kept=kept
-            )
-        difficulty.append(section)
-        findings.append(_difficulty_finding(objective, section, against))
-
-        rows, by_seed = [], {}
-        for schedule in SCHEDULES:
-            runs = grouped[objective, schedule]
-            found = [_at_level(run.path, args.retain_level) for run in runs]
-            left = np.mean([values for values, _ in found], axis=0)
-            by_seed[schedule] = {run.job.run_seed: values for run, (values, _) in zip(runs, found, strict=True)}
-            rows.append(
-                {
-                    "schedule": schedule,
-                    "retain_weight": runs[0].job.retain_weight,
-                    "forget": stats.bootstrap_mean(left, seed=seed).as_dict(),
-                    "hardest_bucket": stats.bootstrap_mean(left[bucket == BUCKETS - 1], seed=seed).as_dict(),
-                    "steps": float(np.mean([step for _, step in found])),
-                    "reason": None,
-                }
-            )
-            conditions.append(_condition(objective, schedule, runs, bucket, options, seed))
-        level = args.retain_level * start
-        # No difference over samples: two schedules differ from seed to seed by far more.
-        matched.append({"objective": objective, "retain_level": level, "rows": rows, "difference": None})
-        worst, means = (
-            {schedule: {run: float(of(values)) for run, values in found.items()} for schedule, found in by_seed.items()}
-            for of in (worst_quarter, np.mean)
-        )
-        tables.append(_by_seed(objective, worst, means))
-        findings.append(_schedule_finding(objective, level, worst, means))
-    findings.append(
-        "Retain utility is measured on retained facts asked in other words than the retain loss uses; knowledge that "
-        "it never mentions is not measured, and falls further. Whether a schedule needs its difficulty is not measured "
-        "either: in an audit a random difficulty gave nearly the same. The ceiling is that of few seeds, and noisy."
-    )
-    return {
-        "schema_version": 1,
-        "title": "cud demo: which fictitious authors are hard to forget?",
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "run": {
-            "command": command.strip(),
-            "seed": seed,
-            "versions": versions(),
-            "model": {key: sizes[key] for key in ("parameters", "layers", "hidden_size", "vocabulary")},
-            "data": {key: value for key, value in sizes.items() if key.startswith("n_")},
-            "seconds": {},
-        },
-        "before": before,
-        "difficulty": {
-            "note": "Spearman correlation of each metric, computed before unlearning, with what is left afterwards. "
-            "CUD is cross-fitted: anchors never include the author that is scored. One model and one forget set: "
-            "intervals are over its samples, not over models.",
-            "objectives": difficulty,
-        },
-        "circuits": pictures,
-        "conditions": conditions,
-        "retain_weight_fit": fit,
-        "fit_note": "Fitted for each condition on a seed of its own, by the lowest mean forget probability at matched "
-        "retain utility.",
-        "matched": matched,
-        "tables": tables,
-        "findings": findings,
-    }
-
-
-def _condition(
-    objective: str, schedule: str, runs: list[Outcome], bucket: np.ndarray, options: dict[str, Any], seed: int
-) -> dict[str, Any]:
-    curve = [
-        {
-            "seed": run.job.run_seed,
-            "step": step,
-            "retain": retain,
-            "forget": float(forget.mean()),
-            "buckets": [float(forget[bucket == number].mean()) for number in range(BUCKETS)],
-        }
-        for run in runs
-        for step, retain, forget in zip(run.path.steps, run.path.retain, run.path.forget, strict=True)
-    ]
-    last = next(run for run in runs if run.forget is not None and run.retain is not None)
-    assert last.forget is not None and last.retain is not None
-    return {
-        "name": f"{objective} / {schedule}",
-        "objective": objective,
-        "schedule": schedule,
-        "retain_weight": runs[0].job.retain_weight,
-        "learning_rate": options["learning_rate"],
-        "passes": options["passes"],
-        "seeds": [run.job.run_seed for run in runs],
-        "curve": curve,
-        "final": {
-            "seed": last.job.run_seed,
-            "forget": audit.means(last.forget, seed),
-            "retain": audit.means(last.retain, seed),
-            "buckets": audit.by_bucket(last.forget, bucket, seed),
-        },
-    }
-
-
-def _difficulty_finding(objective: str, section: dict[str, Any], against: stats.Interval) -> str:
-    found = {row["metric"]: row["spearman"] for row in section["rows"]}
-    partial = next(row["partial"] for row in section["rows"] if row["metric"] == "cud")
-    return (
-        f"{objective}: Spearman with residual memorisation: CUD {audit.shown(found['cud'])}, its top-k cosine form "
-        f"(cud_paper, inspired by the paper, not as published) {audit.shown(found['cud_paper'])}, circuit mass "
-        f"{audit.shown(found['circuit_mass'])}, initial loss {audit.shown(found['loss'])}; between seeds "
-        f"{section['ceiling']['agreement']['value']:.2f}. CUD less loss {audit.shown(against.as_dict())}; CUD given "
-        f"loss and length {audit.shown(partial)}. Intervals are over the samples of one model, and "
-        "say nothing of another."
-    )
-
-
-BySeed = dict[str, dict[int, float]]  # a figure of each schedule and seed
-
-
-def _schedule_finding(objective: str, level: float, worst: BySeed, means: BySeed) -> str:
-    change = _change(worst)
-    beyond = np.isfinite(change.low) and not change.low <= 0 <= change.high
-    verdict = ("less" if change.value < 0 else "more") + " than with uniform" if beyond else "undecided"
-    return (
-        f"{objective} at retain probability {level:.3f}, worst quarter by outcome, seed by seed: {_seeds(worst)}; "
-        f"change {_percent(change)} over {len(worst[SCHEDULES[0]])} seeds: {verdict}. Mean of all "
-        f"samples: {_seeds(means)}."
-    )
-
-
-def _change(found: BySeed) -> stats.Interval:
-    """Of the difficulty-aware schedule from `uniform`, paired by seed."""
-    uniform, aware = (found[schedule] for schedule in SCHEDULES)
-    return stats.paired_change(*(np.array([values[run] for run in sorted(uniform)]) for values in (aware, uniform)))
-
-
-def _seeds(found: BySeed) -> str:
-    return ", ".join(
-        f"{schedule} " + " ".join(f"{found[schedule][run]:.3f}" for run in sorted(found[schedule]))
-        for schedule in SCHEDULES
-    )
-
-
-def _percent(change: stats.Interval) -> str:
-    if not np.isfinite(change.value):
-        return "n/a"
-    high = f"{100 * change.high:+.0f}" if change.high < 10 else "more than +1000"
-    return f"{100 * change.value:+.0f}% [{100 * change.low:+.0f}, {high}]"
-
-
-def _by_seed(objective: str, worst: BySeed, means: BySeed) -> dict[str, Any]:
-    """The table behind the finding."""
-    return sections.table(
-        f"seeds-{objective}",
-        f"{objective}: schedules by seed, at matched retain utility",
-        "The worst quarter is picked by the result, of each run its own. Change: geometric mean over seeds, with "
-        "its 95% t interval over seeds of the paired log ratio.",
-        ["worst quarter by outcome", "all samples"],
-        [
-            *(
-                (f"{schedule}, seed {run}", [worst[schedule][run], means[schedule][run]])
-                for schedule in SCHEDULES
-                for run in sorted(worst[schedule])
-            ),
-            (f"change with {SCHEDULES[1]}", [_percent(_change(worst)), _percent(_change(means))]),
+    folder = output / "study"
+    shutil.rmtree(folder, ignore_errors=True)  # runs of other code are no runs of this one
+    workers = args.workers or (1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8))
+    if workers > 1:  # the runs are too small to use several threads each
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    study = StudyArguments(
+        forget_dataset=str(_data(output, "forget")),
+        retain_dataset=str(_data(output, "retain")),
+        utility_dataset=str(_data(output, "retain_eval")),
+        output_dir=str(folder),
+        workers=workers,
+        retain_level=[args.retain_level],
+        tune_on="all",
+        generate_seeds=[args.seed + 1],
+        n_buckets=BUCKETS,
+        grid=[
+            {
+                "objective": [objective],
+                "difficulty_scores": [str(_scores_file(output, objective))],
+                "schedule": list(SCHEDULES),
+                "retain_weight": list(dict.fromkeys(args.retain_weights)),
+                "seed": [args.seed + number for number in range(1 + args.report_seeds)],
+            }
+            for objective in OBJECTIVES
         ],
+        train={
+            "passes": PASSES,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 2,
+            "per_device_train_batch_size": n_forget // 2,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        },
     )
-
-
-def _per_sample(scores: dict[str, DifficultyScores], outcomes: list[Outcome]) -> pd.DataFrame:
-    """One row per forget sample: difficulty by objective, and what every reported run left at its end. No text."""
-    first = next(iter(scores.values()))
-    frame = pd.DataFrame({"sample_id": first.ids, "fold": first.fold})
-    for objective, table in scores.items():
-        for name, values in table.columns.items():
-            frame[f"{objective}/{name}"] = values
-        frame[f"{objective}/bucket"] = table.buckets("cud", BUCKETS) + 1
-    for outcome in outcomes:
-        frame[f"{outcome.job.name}/probability"] = outcome.path.forget[-1]
-        for name, values in (outcome.forget or {}).items():
-            frame[f"{outcome.job.name}/{name}"] = values
-    return frame
+    finished = run_study(study, ModelConfig(model_name_or_path=str(output / "model")))
+    for name, reason in finished.failed.items():
+        raise ValueError(f"run {name} failed: {reason}")
+    return finished.runs()
 
 
 # -- plumbing ----------------------------------------------------------------------------------------------------------
@@ -566,37 +259,13 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 1)
 
 
-@contextmanager
-def _pool(workers: int | None) -> Iterator[Any]:
-    """Yields `submit(jobs, bar)`, which runs jobs and yields outcomes as they finish.
-
-    The runs are too small to use several threads each, so cores take one run each. With an accelerator they run one
-    after the other.
-    """
-    if workers is None:
-        workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
-    if workers == 1:
-
-        def serial(jobs: list[Job], bar: tqdm) -> Iterator[Outcome]:
-            for job in jobs:
-                yield run_job(job)
-                bar.update()
-
-        yield serial
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as executor:
-
-        def parallel(jobs: list[Job], bar: tqdm) -> Iterator[Outcome]:
-            for future in as_completed([executor.submit(run_job, job) for job in jobs]):
-                yield future.result()
-                bar.update()
-
-        yield parallel
+def _data(output: Path, name: str) -> Path:
+    """One of `SETS`, as the runs read it."""
+    return output / "data" / f"{name}.jsonl"
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _scores_file(output: Path, objective: str) -> Path:
+    return output / f"difficulty-{objective}.parquet"
 
 
 def _load(output: Path) -> tuple[Any, Any]:

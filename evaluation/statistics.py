@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -111,6 +112,19 @@ def spearman(x: np.ndarray, y: np.ndarray, *, seed: int = 0, n_boot: int = BOOTS
     return _bootstrap(len(x), lambda rows: _correlation(_ranks(x[rows]), _ranks(y[rows])), seed, n_boot)
 
 
+def spearman_difference(a: np.ndarray, b: np.ndarray, target: np.ndarray, *, seed: int, n_boot: int = 2000) -> Interval:
+    """Spearman of `a` with `target` minus that of `b`, with a paired bootstrap interval over samples, 95%."""
+
+    def difference(rows: np.ndarray) -> float:
+        return stats.spearmanr(a[rows], target[rows]).statistic - stats.spearmanr(b[rows], target[rows]).statistic
+
+    generator = np.random.default_rng(seed)
+    size = len(target)
+    draws = [difference(generator.integers(0, size, size)) for _ in range(n_boot)]
+    low, high = np.nanpercentile(draws, LEVELS)
+    return Interval(difference(np.arange(size)), float(low), float(high))
+
+
 def kendall(x: np.ndarray, y: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> Interval:
     """Kendall's tau-b, in [-1, 1]; NaN when either series is constant."""
     x, y = _pair(x, y)
@@ -182,7 +196,7 @@ def auroc_extremes(
     return _bootstrap(len(chosen), figure, seed, n_boot)
 
 
-def ceiling(residuals: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> dict[str, object]:
+def ceiling(residuals: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> dict[str, Any]:
     """How well residual memorisation agrees with itself over seeds: no predictor can be asked to do better.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,45 @@ class Path:
     steps: list[int] = field(default_factory=list)
     forget: list[np.ndarray] = field(default_factory=list)
     retain: list[float] = field(default_factory=list)
+
+
+def averaged_residual(
+    forget: Sequence[np.ndarray], window: tuple[float, float] = (0.15, 0.75)
+) -> tuple[np.ndarray, list[int]]:
+    """Residual memorisation of a run: mean over the snapshots at which the mean forget probability is inside `window`
+    (shares of the first snapshot's), and which snapshots these are. Falls back to the one closest to the middle."""
+    shares = np.array([snapshot.mean() for snapshot in forget]) / forget[0].mean()
+    used = [i for i, share in enumerate(shares) if window[0] <= share <= window[1]]
+    if not used:
+        used = [int(np.argmin(np.abs(shares - sum(window) / 2)))]
+    return np.mean([forget[i] for i in used], axis=0), used
+
+
+def matched_position(utility: np.ndarray, residual: np.ndarray, level: float) -> float | None:
+    """Where on a run's path the residual is lowest while utility is at least `level`; `None` if it never is.
+
+    Args:
+        utility, residual: along the path, `[T]`. Between two snapshots the path is a straight line, so that the point
+            may lie on a crossing of the level.
+
+    Returns:
+        A position in [0, T - 1]; its fraction is that between two snapshots.
+    """
+    candidates = [float(i) for i in np.flatnonzero(utility >= level)]
+    for i in range(len(utility) - 1):
+        if (utility[i] - level) * (utility[i + 1] - level) < 0:
+            candidates.append(i + (utility[i] - level) / (utility[i] - utility[i + 1]))
+    if not candidates:
+        return None
+    return min(candidates, key=lambda position: float(at_position(residual, position)))
+
+
+def at_position(values: np.ndarray, position: float) -> np.ndarray:
+    """`values [T, ...]` at a fractional position along the first axis, by linear interpolation."""
+    values = np.asarray(values, dtype=float)
+    before = int(position)
+    after = min(before + 1, len(values) - 1)
+    return values[before] + (position - before) * (values[after] - values[before])
 
 
 class TradeoffCallback(TrainerCallback):

@@ -27,7 +27,6 @@ def model():
 @pytest.fixture
 def cells_in_process(monkeypatch):
     """Cells of a study run in this process: their own would spend most of the time on imports."""
-    from evaluation.study import cell as study_cell
-    from evaluation.study import command as study
+    from evaluation.study import pool
 
-    monkeypatch.setattr(study.Worker, "run", lambda worker, cell: study_cell.main(worker.study, cell.name))
+    monkeypatch.setattr(pool.Worker, "run", lambda worker, study, cell, work: pool.complete(study, cell, work))

@@ -4,12 +4,12 @@ from .architectures import (
     ARCHITECTURES,
     Architecture,
     check_architecture,
-    model_graph,
     register_architecture,
 )
 from .attribution import EdgeAttributions, attribute_dataset, edge_attributions, mean_outputs
 from .faithfulness import Faithfulness, circuit_metric, dataset_faithfulness, faithfulness
 from .graph import Graph
+from .parts import model_graph
 from .selection import SELECTIONS, prune_circuits, select_circuits
 from .signature import SIGNATURE, circuit_signature
 from .similarity import DISTANCES, distance

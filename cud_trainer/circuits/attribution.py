@@ -19,7 +19,7 @@ with the source outputs by one batched matrix product per layer, in chunks of po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,14 +29,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
-from ..logprobs import AnswerScores, evaluation_mode, position_ids, score_answers
-from ..models.layers import base_causal_lm
+from ..logprobs import AnswerScores, position_ids, score_answers, wide
+from ..models.layers import base_causal_lm, embedding_device
+from ..models.modes import evaluation_without_gradients, lifted
 from ..resumable import WorkDir, run_batches
-from .architectures import DecoderParts, decoder_parts, place
 from .contraction import GradientSums, contract
 from .graph import Graph
 from .interpolation import interpolate_nodes
-from .recording import Recorder, SourceOutputs, frozen, lifted, wide
+from .parts import DecoderParts, decoder_parts
+from .recording import Pass, Recorder, SourceOutputs
 
 METHODS = ("eap", "eap-ig", "ig-activations")
 BASELINES = ("zero", "mean", "counterfactual")
@@ -70,13 +71,13 @@ class EdgeAttributions:
 
 def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
     """Raise `ValueError` naming the first option with an unknown value."""
-    for option, value, known in (
+    for option, value, choices in (
         ("method", method, METHODS),
         ("baseline", baseline, BASELINES),
         ("metric", metric, METRICS),
     ):
-        if value not in known:
-            raise ValueError(f"unknown {option} {value!r} for edge attribution; choose one of {sorted(known)}")
+        if value not in choices:
+            raise ValueError(f"unknown {option} {value!r} for edge attribution; choose one of {sorted(choices)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"edge attribution needs steps >= 1, got {steps!r}")
 
@@ -180,7 +181,7 @@ def edge_attributions(
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     counterfactual = batch.get(COUNTERFACTUAL)
-    with quiet(model), Recorder(parts, ungroup_kv) as recorder:
+    with evaluation_without_gradients(model), Recorder(parts, ungroup_kv) as recorder:
         embeddings, precision = embedded(model, batch["input_ids"])
         corrupt = means
         if baseline == "counterfactual":
@@ -200,15 +201,7 @@ def edge_attributions(
                 )
             else:
                 steps = 1 if method == "eap" else steps
-                for k in range(1, steps + 1):  # ends at the clean input, whose outputs are the clean ones
-                    point = record = None  # frees the last point's tensors before the next one's are made
-                    inputs = embeddings if k == steps else start + (k / steps) * (embeddings - start)
-                    inputs = inputs.detach().requires_grad_()
-                    record = recorder.start()
-                    point = evaluate(inputs)
-                    torch.autograd.grad(point.objective.sum(), inputs)
-                    sums.add(record, point.factor / steps)
-        assert point is not None and record is not None
+                point, record = _interpolate_inputs(recorder, sums, evaluate, start, embeddings, steps)
         clean = recorder.outputs(record, embeddings)
     with torch.autocast(device.type, enabled=False):
         result = contract(sums, graph, clean, corrupt, batch["attention_mask"])
@@ -219,6 +212,28 @@ def edge_attributions(
         point.scores.mean_logps.detach().cpu(),
         point.scores.lengths.cpu(),
     )
+
+
+def _interpolate_inputs(
+    recorder: Recorder,
+    sums: GradientSums,
+    evaluate: Callable[[Tensor], Point],
+    start: Tensor,
+    embeddings: Tensor,
+    steps: int,
+) -> tuple[Point, Pass]:
+    """Add the gradients at `steps` points from `start` to the clean input to `sums`; the clean point and its record."""
+    point = record = None
+    for k in range(1, steps + 1):  # ends at the clean input, whose outputs are the clean ones
+        point = record = None  # frees the last point's tensors before the next one's are made
+        inputs = embeddings if k == steps else start + (k / steps) * (embeddings - start)
+        inputs = inputs.detach().requires_grad_()
+        record = recorder.start()
+        point = evaluate(inputs)
+        torch.autograd.grad(point.objective.sum(), inputs)
+        sums.add(record, point.factor / steps)
+    assert point is not None and record is not None
+    return point, record
 
 
 @torch.no_grad()
@@ -235,7 +250,7 @@ def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -
     device = embedding_device(model)
     totals: list[Tensor] | None = None
     positions = 0
-    with quiet(model), Recorder(parts) as recorder:
+    with evaluation_without_gradients(model), Recorder(parts) as recorder:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             outputs = forward_outputs(model, recorder, batch, batch["input_ids"])
@@ -279,17 +294,6 @@ def embedded(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Callable[[
     if embeddings.dtype in (torch.bfloat16, torch.float16):
         return embeddings.float(), partial(lifted, model, embeddings.dtype)
     return embeddings, nullcontext
-
-
-@contextmanager
-def quiet(model: PreTrainedModel):
-    """Evaluation mode, no parameter gradients."""
-    with evaluation_mode(model), frozen(model):
-        yield
-
-
-def embedding_device(model: PreTrainedModel) -> torch.device:
-    return place(model.get_input_embeddings())[0]
 
 
 def check_batch(batch: dict[str, Tensor], baseline: str, metric: str, means: SourceOutputs | None) -> None:
@@ -356,8 +360,8 @@ def attribute_dataset(
             "lengths": result.lengths,
         }
 
-    found = run_batches("circuits", samples, compute, plan, device=device, work=work, progress=progress)
-    broken = (~found["edges"].isfinite().all(1)).nonzero().flatten().tolist()
+    scored = run_batches("circuits", samples, compute, plan, device=device, work=work, progress=progress)
+    broken = (~scored["edges"].isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
         raise ValueError(f"edge scores of sample {samples.ids[broken[0]]!r} are not finite")
-    return found["edges"], found["mean_logps"], found["lengths"], graph
+    return scored["edges"], scored["mean_logps"], scored["lengths"], graph

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..logprobs import wide
 from .graph import Graph
-from .recording import LayerPass, Pass, Recorder, SourceOutputs, wide
+from .recording import LayerPass, Pass, Recorder, SourceOutputs
 
 # Source outputs and gradients of this many bytes are held at a time while contracting.
 CHUNK_BYTES = 256 * 2**20
@@ -216,9 +217,9 @@ def _write_deltas(
     shape = (*padding.shape[:2], -1)
     hidden = padding[:, window]
 
-    def delta(own: Tensor, other: Tensor | None) -> Tensor:
-        own = wide(own[:, window]).to(device)
-        change = -own if other is None else wide(other.expand(shape)[:, window]).to(device) - own
+    def delta(output: Tensor, baseline: Tensor | None) -> Tensor:
+        output = wide(output[:, window]).to(device)
+        change = -output if baseline is None else wide(baseline.expand(shape)[:, window]).to(device) - output
         return change.masked_fill_(hidden, 0.0)
 
     out[0] = delta(clean.embedding, None if corrupt is None else corrupt.embedding)

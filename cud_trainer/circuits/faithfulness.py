@@ -13,21 +13,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
-from ..logprobs import score_answers
-from .architectures import DecoderParts, decoder_parts
+from ..logprobs import score_answers, wide
+from ..models.layers import embedding_device
+from ..models.modes import evaluation_without_gradients, ungrouped
 from .attribution import (
     bytes_per_token,
     check_batch,
     check_options,
     embedded,
-    embedding_device,
     forward_outputs,
     mean_outputs,
     metric_point,
-    quiet,
 )
 from .graph import Graph
-from .recording import LayerMaps, Recorder, SourceOutputs, ungrouped, wide
+from .parts import DecoderParts, decoder_parts
+from .recording import LayerMaps, Recorder, SourceOutputs
 
 
 @dataclass
@@ -140,14 +140,14 @@ def dataset_faithfulness(
     plan = samples.plan(bytes_per_token=per_token, batch_size=batch_size, batch_bytes=batch_bytes)
     if options.get("baseline") == "mean" and "means" not in options:
         options["means"] = mean_outputs(model, (samples.pad(rows) for rows in plan))
-    found = [
+    results = [
         faithfulness(model, samples.pad(rows), circuits[rows], seed=seed + rows[0], **options)
         for rows in tqdm(plan, desc="faithfulness", disable=not progress)
     ]
     order = torch.tensor([row for rows in plan for row in rows]).argsort()
 
     def together(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in found], dim=-1)[..., order]
+        return torch.cat([getattr(result, name) for result in results], dim=-1)[..., order]
 
     return Faithfulness(*[together(field.name) for field in fields(Faithfulness)])
 
@@ -177,7 +177,7 @@ def circuit_metric(
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     corrupt = means
-    with quiet(model):
+    with evaluation_without_gradients(model):
         if baseline == "counterfactual":
             with Recorder(parts) as recorder:
                 corrupt = forward_outputs(model, recorder, batch, batch[COUNTERFACTUAL])
@@ -241,8 +241,8 @@ class _EdgePatching:
         self._stack.callback(handle.remove)
 
     @staticmethod
-    def _difference(own: Tensor, other: Tensor | None) -> Tensor:
-        return wide(own) if other is None else wide(own) - wide(other).to(own.device)
+    def _difference(output: Tensor, baseline: Tensor | None) -> Tensor:
+        return wide(output) if baseline is None else wide(output) - wide(baseline).to(output.device)
 
     def _read(self, stream: Tensor, columns: slice | Tensor, sources: int) -> Tensor:
         """What destinations read, `[B, V, T, d]`, given the model's own stream `[B, T, d]`."""
@@ -259,21 +259,21 @@ class _EdgePatching:
         first_column = index * graph.destinations_per_layer
         mlp_column = first_column + graph.destinations_per_layer - 1
         mlp_source = before_attention + graph.n_heads
-        kept: dict[str, Tensor] = {}
+        seen: dict[str, Tensor] = {}
 
         def keep_stream(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict) -> None:
-            kept["stream"] = args[0] if args else kwargs["hidden_states"]
+            seen["stream"] = args[0] if args else kwargs["hidden_states"]
 
         def keep_heads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept["heads"] = wide(args[0])
+            seen["heads"] = wide(args[0])
 
         def keep_scale(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert maps.output_norm is not None
-            kept["heads"] = kept["heads"] * maps.output_norm.inverse_scale(maps.output_norm.centre(wide(args[0])))
+            seen["heads"] = seen["heads"] * maps.output_norm.inverse_scale(maps.output_norm.centre(wide(args[0])))
 
         def write_heads(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             corrupt = None if self.corrupt is None else self.corrupt.heads[index]
-            heads = self._difference(kept.pop("heads"), corrupt).unflatten(-1, (graph.n_heads, -1))
+            heads = self._difference(seen.pop("heads"), corrupt).unflatten(-1, (graph.n_heads, -1))
             written = torch.einsum("bthc,hcd->bhtd", heads, maps.writers())
             self.beyond[:, before_attention:mlp_source] = written.to(self.beyond.device)
 
@@ -282,9 +282,9 @@ class _EdgePatching:
             self.beyond[:, mlp_source] = self._difference(output, corrupt).to(self.beyond.device)
 
         def read_mlp(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            stream = kept["stream"] if layer.shared_norm else args[0]
-            own = self._read(stream, slice(mlp_column, mlp_column + 1), before_mlp).squeeze(1)
-            return (layer.mlp_norm(own) if layer.shared_norm and layer.mlp_norm is not None else own, *args[1:])
+            stream = seen["stream"] if layer.shared_norm else args[0]
+            read = self._read(stream, slice(mlp_column, mlp_column + 1), before_mlp).squeeze(1)
+            return (layer.mlp_norm(read) if layer.shared_norm and layer.mlp_norm is not None else read, *args[1:])
 
         def read_heads(number: int) -> Callable:
             start = sum(len(heads) for heads in maps.expansion[:number])
@@ -292,12 +292,12 @@ class _EdgePatching:
             columns = first_column + torch.argsort(maps.order)[raw]
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                own = self._read(kept["stream"], columns.to(self.missing.device), before_attention)
+                read = self._read(seen["stream"], columns.to(self.missing.device), before_attention)
                 if layer.attention_norm is not None:
-                    own = layer.attention_norm(own)
+                    read = layer.attention_norm(read)
                 weight, bias = maps.projection(number)
                 # by head, in the precision of the product that this replaces
-                heads = torch.einsum("bvtd,vcd->btvc", own.to(weight.dtype), weight)
+                heads = torch.einsum("bvtd,vcd->btvc", read.to(weight.dtype), weight)
                 return (heads if bias is None else heads + bias).flatten(2).to(output.dtype)
 
             return hook

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..logprobs import wide
+from ..models.modes import answering
 from .contraction import GradientSums
-from .recording import Pass, Recorder, SourceOutputs, answering, wide
+from .recording import Pass, Recorder, SourceOutputs
 
 Evaluate = Callable[[Tensor], Any]
 
@@ -94,20 +96,8 @@ def interpolate_nodes(
             with _skipping(layers, index + 1, leaf):
                 at_mlp[index] += _run(recorder, sums, evaluate, embeddings, leaf, runs)
 
-    # A cotangent that arrives at a node's output in that node's own runs passes through everything upstream of it, but
-    # not through the node: in at the layer's input, and at what else was added on the way.
-    targets, cotangents = [], []
-    for index in range(n_layers):
-        pairs = [(residual[index], at_attention[index] + at_mlp[index]), (attention[index], at_mlp[index])]
-        if parallel:
-            pairs.append((mlp[index], at_attention[index]))
-        for target, cotangent in pairs if index else pairs[1:]:  # nothing is upstream of the first layer's input
-            targets.append(target)
-            cotangents.append(cotangent)
-    largest = torch.stack([cotangent.abs().amax((1, 2)).to(embeddings.device) for cotangent in cotangents]).amax(0)
-    unit = torch.exp2(
-        largest.clamp(min=torch.finfo(largest.dtype).tiny).log2().round()
-    )  # keeps half precision in range
+    targets, cotangents = _upstream(residual, attention, mlp, at_attention, at_mlp, parallel)
+    unit = _unit(cotangents, embeddings.device)
     scaled = [
         (cotangent / unit.to(cotangent.device).view(-1, 1, 1)).to(target.dtype)
         for target, cotangent in zip(targets, cotangents, strict=True)
@@ -115,6 +105,36 @@ def interpolate_nodes(
     torch.autograd.grad(targets, inputs, grad_outputs=scaled)
     sums.add(clean, unit)
     return point, clean
+
+
+def _upstream(
+    residual: list[Tensor],
+    attention: list[Tensor],
+    mlp: list[Tensor],
+    at_attention: list[Tensor],
+    at_mlp: list[Tensor],
+    parallel: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of the clean pass, and the cotangents that the nodes' own runs put in there.
+
+    A cotangent that arrives at a node's output in that node's own runs passes through everything upstream of it, but
+    not through the node: in at the layer's input, and at what else was added on the way.
+    """
+    targets, cotangents = [], []
+    for index in range(len(attention)):
+        pairs = [(residual[index], at_attention[index] + at_mlp[index]), (attention[index], at_mlp[index])]
+        if parallel:
+            pairs.append((mlp[index], at_attention[index]))
+        for target, cotangent in pairs if index else pairs[1:]:  # nothing is upstream of the first layer's input
+            targets.append(target)
+            cotangents.append(cotangent)
+    return targets, cotangents
+
+
+def _unit(cotangents: list[Tensor], device: torch.device) -> Tensor:
+    """A power of 2 near each sample's largest cotangent, `[B]`: divided by it, half precision stays in range."""
+    largest = torch.stack([cotangent.abs().amax((1, 2)).to(device) for cotangent in cotangents]).amax(0)
+    return torch.exp2(largest.clamp(min=torch.finfo(largest.dtype).tiny).log2().round())
 
 
 def _run(
@@ -141,14 +161,14 @@ def _moves(
     """`corrupt - clean` of every node's output: embedding, attention by layer (without W_O's bias), MLP by layer."""
     outputs = recorder.outputs(clean, embeddings)
 
-    def move(own: Tensor, other: Tensor | None) -> Tensor:
-        return -wide(own) if other is None else wide(other).to(own.device) - wide(own)
+    def move(output: Tensor, baseline: Tensor | None) -> Tensor:
+        return -wide(output) if baseline is None else wide(baseline).to(output.device) - wide(output)
 
     attention = []
     for index, maps in enumerate(recorder.maps):
         heads = move(outputs.heads[index], None if corrupt is None else corrupt.heads[index])
         attention.append(heads @ maps.writers().flatten(0, 1))
-    mlps = [move(own, None if corrupt is None else corrupt.mlps[index]) for index, own in enumerate(outputs.mlps)]
+    mlps = [move(output, None if corrupt is None else corrupt.mlps[index]) for index, output in enumerate(outputs.mlps)]
     return move(outputs.embedding, None if corrupt is None else corrupt.embedding), attention, mlps
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .architectures import DecoderParts, LayerParts, NormMap, linear_map, norm_map
+from ..logprobs import wide
+from ..models.modes import ungrouped
+from .maps import NormMap, linear_map, norm_map
+from .parts import DecoderParts, LayerParts
 
 
 @dataclass
@@ -276,20 +277,6 @@ class Recorder:
         return hook
 
 
-@contextmanager
-def ungrouped(attention: Any, n_heads: int) -> Iterator[None]:
-    """The attention takes one key/value head per query head from its projections, inside."""
-    values = {"num_key_value_groups": 1, "num_key_value_heads": n_heads}
-    before = {name: getattr(attention, name) for name in values if hasattr(attention, name)}
-    try:
-        for name in before:
-            setattr(attention, name, values[name])
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(attention, name, value)
-
-
 def own_copy(args: tuple[Tensor, ...], store: Callable[[Tensor], None]) -> tuple[Tensor, ...]:
     """Arguments in which the first tensor is a view of its own, whose gradient goes to `store`.
 
@@ -300,57 +287,3 @@ def own_copy(args: tuple[Tensor, ...], store: Callable[[Tensor], None]) -> tuple
     view = args[0].view_as(args[0])
     view.register_hook(store)
     return (view, *args[1:])
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters without gradients inside, but for those given one there; all flags restored afterwards."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def answering(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """`module` runs `forward` in place of its own, inside. Offloading has put an instance attribute there before us."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-@contextmanager
-def lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """A model with weights of `dtype` that reads float32 embeddings keeps its residual stream in float32, inside.
-
-    Autocast leaves its matrix products in half precision. The edges of long answers then rank more nearly as they do in
-    float32, at little cost: Spearman 0.995 instead of 0.990 on SmolLM2-135M in bfloat16.
-    """
-    device = next(model.parameters()).device.type
-    with ExitStack() as stack:
-        for module in model.modules():
-            # Autocast does this on GPUs; on CPUs a LayerNorm refuses inputs that are wider than its weights.
-            if isinstance(module, nn.LayerNorm) and module.weight is not None and module.weight.dtype == dtype:
-                stack.enter_context(answering(module, partial(_wide_layer_norm, module)))
-        stack.enter_context(torch.autocast("cpu" if device == "meta" else device, dtype))
-        yield
-
-
-def _wide_layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    bias = None if module.bias is None else module.bias.float()
-    return nn.functional.layer_norm(x.float(), module.normalized_shape, module.weight.float(), bias, module.eps)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32: sums over positions and layers lose too much in half precision."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -8,9 +8,15 @@ from torch import Tensor
 from .graph import Graph
 
 SIGNATURE = (
-    "mean_edge_length", "mean_source_depth", "mean_destination_depth", "late_share", "attention_share", "mlp_share",
-    "longest_path", "n_edges",
-)  # fmt: skip
+    "mean_edge_length",
+    "mean_source_depth",
+    "mean_destination_depth",
+    "late_share",
+    "attention_share",
+    "mlp_share",
+    "longest_path",
+    "n_edges",
+)
 
 
 def circuit_signature(edges: Tensor, graph: Graph, circuits: Tensor | None = None) -> dict[str, Tensor]:

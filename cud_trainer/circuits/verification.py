@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models.layers import base_causal_lm
-from .architectures import decoder_parts, linear_map
-from .attribution import embedded, embedding_device, quiet
-from .recording import Recorder, wide
+from ..logprobs import wide
+from ..models.layers import base_causal_lm, embedding_device
+from ..models.modes import evaluation_without_gradients
+from .attribution import embedded
+from .maps import linear_map
+from .parts import decoder_parts
+from .recording import Pass, Recorder
 
 
 @torch.no_grad()
@@ -30,38 +33,54 @@ def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: flo
         ValueError: naming every part that does not fit, or as `edge_attributions` for one that is missing.
     """
     parts = decoder_parts(model)
-    device = embedding_device(model)
     vocabulary = base_causal_lm(model).config.get_text_config().vocab_size
-    tokens = torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(seed)).to(device)
-    embeddings, precision = embedded(model, tokens)
+    tokens = torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(seed))
+    embeddings, precision = embedded(model, tokens.to(embedding_device(model)))
     if tolerance is None:
         half = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()).itemsize < 4
         tolerance = 0.05 if half else 1e-3
-    mlp_reads: dict[int, Tensor] = {}
     problems: list[str] = []
 
-    def keep(index: int):
+    def check(what: str, actual: Tensor, expected: Tensor) -> None:
+        error = (wide(actual) - wide(expected)).abs().max() / wide(expected).abs().max().clamp(min=1e-30)
+        if not float(error) <= tolerance:
+            problems.append(f"{what} (off by {float(error):.2g} of the largest value)")
+
+    with evaluation_without_gradients(model), Recorder(parts) as recorder:
+        record, mlp_reads = _record(model, recorder, embeddings, precision)
+    outputs = recorder.outputs(record, embeddings)
+    for index, mlp_read in enumerate(mlp_reads):
+        _check_layer(check, recorder, record, index, outputs.heads[index], mlp_read)
+    contributions = [wide(layer.attention_live) + wide(layer.mlp_live) for layer in record.layers]  # type: ignore[arg-type]
+    change = wide(record.final_residual) - wide(record.layers[0].residual)  # type: ignore[arg-type]
+    check(
+        "the contributions of attention and MLPs do not add up to the residual stream",
+        torch.stack(contributions).sum(0),
+        change,
+    )
+    problems += _misplaced_heads(model, recorder, embeddings, precision)
+    if problems:
+        raise ValueError(f"the description does not fit the model: {'; '.join(problems)}")
+
+
+def _record(
+    model: PreTrainedModel, recorder: Recorder, embeddings: Tensor, precision: Callable[[], AbstractContextManager]
+) -> tuple[Pass, list[Tensor]]:
+    """One forward pass, and what every MLP read in it; `ValueError` naming the parts that never ran."""
+    mlp_reads: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             mlp_reads[index] = args[0]
 
         return hook
 
-    def check(what: str, found: Tensor, expected: Tensor) -> None:
-        error = (wide(found) - wide(expected)).abs().max() / wide(expected).abs().max().clamp(min=1e-30)
-        if not float(error) <= tolerance:
-            problems.append(f"{what} (off by {float(error):.2g} of the largest value)")
-
-    handles = []
-    with quiet(model), Recorder(parts) as recorder:
-        record = recorder.start(live=True)
-        try:
-            for index, layer in enumerate(parts.layers):
-                handles.append(layer.mlp_input.register_forward_pre_hook(keep(index)))
-            with precision():
-                model(inputs_embeds=embeddings, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+    record = recorder.start(live=True)
+    with ExitStack() as stack:
+        for index, layer in enumerate(recorder.parts.layers):
+            stack.callback(layer.mlp_input.register_forward_pre_hook(keep(index)).remove)
+        with precision():
+            model(inputs_embeds=embeddings, use_cache=False)
     silent = [
         f"layer {index} never ran its {name}"
         for index, layer in enumerate(record.layers)
@@ -70,51 +89,48 @@ def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: flo
     ]
     if silent or record.final_residual is None:
         raise ValueError(f"the description does not fit the model: {'; '.join(silent) or 'the final norm never ran'}")
-    outputs = recorder.outputs(record, embeddings)
-    total = None
-    for index, seen in enumerate(record.layers):
-        maps, modules = recorder.maps[index], parts.layers[index]
-        stream, attention, mlp = wide(seen.residual), wide(seen.attention_live), wide(seen.mlp_live)  # type: ignore[arg-type]
-        normed = stream if maps.norm is None else maps.norm(stream)
-        for number, found in enumerate(seen.projections):
-            weight, bias = linear_map(modules.qkv[number], parts.hidden_size)
-            expected = normed @ wide(weight).T + (0 if bias is None else wide(bias))
-            assert found is not None
-            check(
-                f"layer {index}: projection {number} of qkv does not read attention_norm of the layer's input",
-                found,
-                expected,
-            )
-        _, bias = linear_map(modules.o, parts.n_heads * parts.head_dim)
-        written = wide(outputs.heads[index]) @ maps.writers().flatten(0, 1)
-        if bias is not None:
-            moved = (
-                wide(bias) if maps.output_norm is None else maps.output_norm.centre(wide(bias)) * maps.output_norm.gain
-            )
-            written = written + moved * (1 if seen.heads_scale is None else seen.heads_scale)
-        if maps.output_norm is not None:
-            written = written + maps.output_norm.bias
+    return record, [mlp_reads[index] for index in range(len(record.layers))]
+
+
+def _check_layer(
+    check: Callable[[str, Tensor, Tensor], None],
+    recorder: Recorder,
+    record: Pass,
+    index: int,
+    heads: Tensor,
+    mlp_read: Tensor,
+) -> None:
+    """Whether a layer's projections and MLP read what the description says, and its heads add up to its attention."""
+    parts, maps, seen = recorder.parts, recorder.maps[index], record.layers[index]
+    modules, parallel = parts.layers[index], parts.description.parallel
+    stream, attention = wide(seen.residual), wide(seen.attention_live)  # type: ignore[arg-type]
+    normed = stream if maps.norm is None else maps.norm(stream)
+    for number, projection in enumerate(seen.projections):
+        weight, bias = linear_map(modules.qkv[number], parts.hidden_size)
+        assert projection is not None
         check(
-            f"layer {index}: heads, o and attention_output_norm do not add up to what attention contributes",
-            written,
-            attention,
+            f"layer {index}: projection {number} of qkv does not read attention_norm of the layer's input",
+            projection,
+            normed @ wide(weight).T + (0 if bias is None else wide(bias)),
         )
-        expected = stream if parts.description.parallel else stream + attention
-        if modules.shared_norm:
-            expected = normed
-        relation = "without" if parts.description.parallel else "with"
-        check(
-            f"layer {index}: the MLP does not read the stream {relation} attention's contribution",
-            mlp_reads[index],
-            expected,
-        )
-        total = attention + mlp if total is None else total + attention + mlp
-    assert total is not None
-    change = wide(record.final_residual) - wide(record.layers[0].residual)  # type: ignore[arg-type]
-    check("the contributions of attention and MLPs do not add up to the residual stream", total, change)
-    problems += _misplaced_heads(model, recorder, embeddings, precision)
-    if problems:
-        raise ValueError(f"the description does not fit the model: {'; '.join(problems)}")
+    _, bias = linear_map(modules.o, parts.n_heads * parts.head_dim)
+    written = wide(heads) @ maps.writers().flatten(0, 1)
+    if bias is not None:
+        moved = wide(bias) if maps.output_norm is None else maps.output_norm.centre(wide(bias)) * maps.output_norm.gain
+        written = written + moved * (1 if seen.heads_scale is None else seen.heads_scale)
+    if maps.output_norm is not None:
+        written = written + maps.output_norm.bias
+    check(
+        f"layer {index}: heads, o and attention_output_norm do not add up to what attention contributes",
+        written,
+        attention,
+    )
+    expected = stream if parallel else stream + attention
+    check(
+        f"layer {index}: the MLP does not read the stream {'without' if parallel else 'with'} attention's contribution",
+        mlp_read,
+        normed if modules.shared_norm else expected,
+    )
 
 
 def _misplaced_heads(
@@ -128,7 +144,7 @@ def _misplaced_heads(
     parts, maps = recorder.parts, recorder.maps[0]
     groups = parts.n_heads // parts.n_kv_heads
     problems = []
-    with quiet(model), recorder:
+    with evaluation_without_gradients(model), recorder:
 
         def heads(module: nn.Module | None = None, change: Callable | None = None) -> Tensor:
             handle = module.register_forward_hook(change) if module is not None and change is not None else None

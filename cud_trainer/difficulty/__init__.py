@@ -1,10 +1,10 @@
 """How hard each forget sample will be to unlearn, before unlearning. Every metric: higher = harder."""
 
 from . import circuit_metrics, metrics  # noqa: F401  (they register themselves)
-from .anchors import AnchorBank
 from .buckets import Buckets
 from .context import DifficultyContext
-from .cud import CUDSettings, cud_scores, make_folds
+from .cud import AnchorBank, CUDSettings, cud_scores
+from .folds import make_folds
 from .registry import METRICS, Metric, register_metric
 from .scores import DifficultyScores
 

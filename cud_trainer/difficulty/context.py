@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..circuits import Graph, attribute_dataset, model_graph
-from ..circuits.attribution import embedding_device
 from ..data import BATCH_BYTES, Samples
-from ..logprobs import evaluation_mode, score_answers
+from ..logprobs import score_answers
+from ..models.layers import embedding_device
+from ..models.modes import evaluation_mode
 from ..resumable import Compute, WorkDir, run_batches
-from .cud import make_folds
+from .folds import make_folds
 from .gradients import mean_gradient, sample_gradients
 from .noise import noise_effects
 from .outputs import output_features
@@ -119,8 +120,8 @@ class DifficultyContext:
                 scores = score_answers(model, batch)
             return {"mean_logps": scores.mean_logps.float(), "lengths": scores.lengths}
 
-        found = self._pass(name, self.forget, compute, hidden=8, model=model)
-        return found["mean_logps"], found["lengths"]
+        scored = self._pass(name, self.forget, compute, hidden=8, model=model)
+        return scored["mean_logps"], scored["lengths"]
 
     @cached_property
     def forget_outputs(self) -> dict[str, Tensor]:
@@ -151,12 +152,12 @@ class DifficultyContext:
             direction = mean_gradient(self.model, ({k: v.to(self.device) for k, v in b.items()} for b in batches))
             norm = float(torch.stack([part.double().square().sum().cpu() for part in direction]).sum().sqrt())
         name = "gradients" if direction is None else "gradients-retain"
-        found = self._pass(
+        gradients = self._pass(
             name, self.forget, lambda batch: sample_gradients(self.model, batch, direction), hidden=self._activations
         )
         if direction is not None:
-            found["cosines"] = found["products"].double() / (found["squares"].double().sum(1).sqrt() * norm)
-        return found
+            gradients["cosines"] = gradients["products"].double() / (gradients["squares"].double().sum(1).sqrt() * norm)
+        return gradients
 
     def noise(self, sigma: float, draws: int) -> dict[str, Tensor]:
         """What noise on the weights does to every forget sample, see `noise_effects`; one pass for all metrics."""

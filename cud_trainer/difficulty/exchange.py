@@ -109,24 +109,24 @@ def read_published(
             str(method): 1 - _ranks(part["order"].tolist(), ids, path)
             for method, part in table.groupby("method", sort=False)
         }
-    found = _load(path)
-    if isinstance(found, Mapping) and set(found) == {"easy", "hard"}:
-        return {name: _sides(found, ids, path)}
-    vectors = [key for key in VECTORS if isinstance(found, Mapping) and key in found and key not in ids]
+    content = _load(path)
+    if isinstance(content, Mapping) and set(content) == {"easy", "hard"}:
+        return {name: _sides(content, ids, path)}
+    vectors = [key for key in VECTORS if isinstance(content, Mapping) and key in content and key not in ids]
     if vectors:
-        found = found[vectors[0]]
-    if isinstance(found, Mapping):
+        content = content[vectors[0]]
+    if isinstance(content, Mapping):
         values = np.full(len(ids), np.nan)
-        rows = _rows(list(found), ids, path)
-        values[rows] = [_number(value, path) for value in found.values()]
+        rows = _rows(list(content), ids, path)
+        values[rows] = [_number(value, path) for value in content.values()]
         missing = np.flatnonzero(np.isnan(values))
         if missing.size:
             raise ValueError(f"{path} has no score for {missing.size} samples, the first is {ids[missing[0]]!r}")
     else:
-        flat = found.float().numpy() if isinstance(found, torch.Tensor) else found
+        flat = content.float().numpy() if isinstance(content, torch.Tensor) else content
         flat = flat.reshape(-1) if isinstance(flat, np.ndarray) else flat
         if not isinstance(flat, (np.ndarray, list, tuple)):
-            raise ValueError(f"{path} holds a {type(found).__name__}, no scores")
+            raise ValueError(f"{path} holds a {type(content).__name__}, no scores")
         values = np.array([_number(value, path) for value in flat])
         if len(values) != len(ids):
             raise ValueError(f"{path} has {len(values)} scores for {len(ids)} samples")
@@ -183,8 +183,8 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".pt":
             try:
-                found = torch.load(path, map_location="cpu", weights_only=True)
-                return found.float().numpy() if isinstance(found, torch.Tensor) else found
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                return content.float().numpy() if isinstance(content, torch.Tensor) else content
             except Exception as error:  # a damaged file makes torch's unpickler raise nearly anything
                 raise ValueError(f"{type(error).__name__}: {error}") from None
         if path.suffix == ".json":

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..circuits.attribution import quiet
 from ..logprobs import score_answers, wide
 from ..models.matrices import WeightMatrix, columns_out, embedding_scale, multiply, weight_matrices
+from ..models.modes import evaluation_without_gradients
 
 
 def sample_gradients(
@@ -37,7 +37,7 @@ def sample_gradients(
         ValueError: for a model with weights that cannot be told by sample, see `weight_matrices`.
     """
     recorder = GradientRecorder(weight_matrices(model), direction)
-    with quiet(model), torch.enable_grad(), recorder.attached():
+    with evaluation_without_gradients(model), torch.enable_grad(), recorder.attached():
         scores = score_answers(model, batch)
         (-scores.mean_logps).sum().backward()
     return recorder.results(len(batch["input_ids"]))
@@ -50,10 +50,10 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
         ValueError: as `sample_gradients`.
     """
     weights = [matrix.weight for matrix in weight_matrices(model)]
-    kept = {weight: weight.grad for weight in weights}
+    before = {weight: weight.grad for weight in weights}
     samples = 0
     try:
-        with quiet(model), torch.enable_grad():
+        with evaluation_without_gradients(model), torch.enable_grad():
             for weight in weights:
                 weight.requires_grad_(True)
                 weight.grad = None
@@ -65,7 +65,7 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
         ]
     finally:
         for weight in weights:
-            weight.grad = kept[weight]
+            weight.grad = before[weight]
 
 
 class GradientRecorder:
@@ -112,8 +112,8 @@ class GradientRecorder:
             self.seen.add(module)
             if not output.requires_grad:  # weights are frozen: this is where the graph begins
                 output.requires_grad_()
-            given = inputs[0].detach()
-            output.register_hook(lambda gradient: self._take(index, module, given, gradient))
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: self._take(index, module, x, gradient))
 
         return forward
 
@@ -133,8 +133,8 @@ class GradientRecorder:
                 square = square + 2 * _tied_product(*self.halves.pop(index), module, x, gradient)
             else:
                 self.halves[index] = (module, x, gradient)
-        known = self.squares[index]
-        self.squares[index] = square if known is None else known + square.to(known.device)
+        so_far = self.squares[index]
+        self.squares[index] = square if so_far is None else so_far + square.to(so_far.device)
         if self.direction is not None:
             fixed = self.direction[index].to(gradient.device, gradient.dtype)
             if isinstance(module, nn.Embedding):
@@ -145,11 +145,11 @@ class GradientRecorder:
 
     def results(self, size: int) -> dict[str, Tensor]:
         squares = [torch.zeros(size) if square is None else square.cpu() for square in self.squares]
-        found = {"squares": torch.stack(squares, dim=1).clamp(min=0)}
+        results = {"squares": torch.stack(squares, dim=1).clamp(min=0)}
         if self.direction is not None:
             assert self.products is not None
-            found["products"] = self.products.cpu()
-        return found
+            results["products"] = self.products.cpu()
+        return results
 
 
 def _square(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors
@@ -27,9 +28,9 @@ def length(context: DifficultyContext) -> np.ndarray:
     return context.answers[1]
 
 
-def _check_confidence(kind: str) -> None:
+def _check_confidence(owner: str, *, kind: str) -> None:
     if kind not in ("margin", "entropy"):
-        raise ValueError(f"unknown kind {kind!r} of difficulty metric 'self_confidence'; choose 'margin' or 'entropy'")
+        raise ValueError(f"unknown kind {kind!r} of {owner}; choose 'margin' or 'entropy'")
 
 
 @register_metric("self_confidence", check=_check_confidence)
@@ -44,10 +45,10 @@ def self_confidence(context: DifficultyContext, *, kind: str = "margin") -> np.n
     return values if kind == "margin" else -values
 
 
-def _check_reference(reference_model: str | None, revision: str | None) -> None:
+def _check_reference(owner: str, *, reference_model: str | None, **options: Any) -> None:
     if not reference_model or not isinstance(reference_model, str):
         raise ValueError(
-            "difficulty metric 'memorization' needs a reference model: give its option reference_model (a folder or "
+            f"{owner} needs a reference model: give its option reference_model (a folder or "
             "hub id of the model before it saw the forget set, or trained without it)"
         )
 
@@ -67,7 +68,7 @@ def memorization(
     Raises:
         ValueError: without `reference_model`, or when it has another vocabulary.
     """
-    _check_reference(reference_model, revision)
+    _check_reference("difficulty metric 'memorization'", reference_model=reference_model)
     model = context.model
     try:
         reference = AutoModelForCausalLM.from_pretrained(reference_model, revision=revision, dtype=model.dtype)
@@ -79,8 +80,8 @@ def memorization(
             f"the reference model {reference_model!r} has another vocabulary ({sizes[1]} tokens, the model {sizes[0]})"
         )
     reference = reference.to(context.device).eval()
-    known, _ = context.score_answers(reference, f"reference-{model_fingerprint(reference)}")
-    return context.answers[0] - known.double().numpy()
+    reference_logps, _ = context.score_answers(reference, f"reference-{model_fingerprint(reference)}")
+    return context.answers[0] - reference_logps.double().numpy()
 
 
 @register_metric("grad_norm")
@@ -120,14 +121,14 @@ def grad_alignment(context: DifficultyContext) -> np.ndarray:
     return context.gradients["cosines"].numpy()
 
 
-def _check_noise(sigma: float, draws: int, relative: bool = False) -> None:
+def _check_noise(owner: str, *, sigma: float, draws: int, relative: bool = False) -> None:
     check_numbers("parameter noise", {"sigma": sigma, "draws": draws})
     if not sigma > 0:
         raise ValueError(f"option 'sigma' of parameter noise must be positive, got {sigma!r}")
     if not isinstance(draws, int) or draws < 1:
         raise ValueError(f"option 'draws' of parameter noise must be a positive integer, got {draws!r}")
     if not isinstance(relative, bool):
-        raise ValueError(f"option 'relative' of difficulty metric 'mrd' must be true or false, got {relative!r}")
+        raise ValueError(f"option 'relative' of {owner} must be true or false, got {relative!r}")
 
 
 @register_metric("mrd", check=_check_noise)
@@ -141,10 +142,10 @@ def mrd(context: DifficultyContext, *, sigma: float = 0.05, draws: int = 10, rel
         sigma: standard deviation of δ as a share of that of each weight matrix.
         draws: noise samples.
     """
-    found = context.noise(float(sigma), draws)
+    effects = context.noise(float(sigma), draws)
     if relative:
-        return -found["relative_drop"].double().abs().numpy()
-    return -found["drop"].double().numpy()
+        return -effects["relative_drop"].double().abs().numpy()
+    return -effects["drop"].double().numpy()
 
 
 @register_metric("noise_stability", check=_check_noise)
@@ -157,7 +158,7 @@ def noise_stability(context: DifficultyContext, *, sigma: float = 0.05, draws: i
     return -context.noise(float(sigma), draws)["deviation"].double().numpy()
 
 
-def _check_neighbours(k: int) -> None:
+def _check_neighbours(owner: str, *, k: int) -> None:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"option 'k' (neighbours) must be a positive integer, got {k!r}")
 
@@ -181,10 +182,10 @@ def retain_similarity(context: DifficultyContext, *, k: int = 20) -> np.ndarray:
     forget, retain = _hidden(context), context.retain_outputs["hidden"].double().numpy()
     k = min(k, len(forget) + len(retain) - 1)
     nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(np.concatenate([forget, retain]))
-    found = nearest.kneighbors(forget, return_distance=False)
-    others = found != np.arange(len(forget))[:, None]
+    neighbours = nearest.kneighbors(forget, return_distance=False)
+    others = neighbours != np.arange(len(forget))[:, None]
     others[others.all(1), -1] = False  # a twin took the sample's own place
-    return ((found >= len(forget)) & others).sum(1) / k
+    return ((neighbours >= len(forget)) & others).sum(1) / k
 
 
 @register_metric("hidden_neighbours", cross_fitted=True, check=_check_neighbours)

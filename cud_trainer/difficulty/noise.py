@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..logprobs import evaluation_mode, score_answers
+from ..logprobs import score_answers
 from ..models.matrices import WeightMatrix, multiply, weight_matrices
+from ..models.modes import evaluation_mode
 from .outputs import last_hidden
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..logprobs import AnswerScores, evaluation_mode, score_answers
+from ..logprobs import AnswerScores, score_answers
+from ..models.modes import evaluation_mode
 
 
 @torch.no_grad()

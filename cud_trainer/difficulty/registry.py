@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..registry import check_known, keyword_options
+from ..registry import Registry, check_options
 
 if TYPE_CHECKING:
     from .context import DifficultyContext
@@ -25,8 +25,8 @@ class Metric:
         needs_retain: whether it compares with a retain set.
         needs_groups: whether it needs a group (author, topic) for every sample.
         cross_fitted: whether a sample's score depends on folds of the others.
-        check: `(**options)`, called with every option of `compute`, given or default; raises `ValueError` for a value
-            that one cannot have.
+        check: `(owner, **options)`, called with every option of `compute`, given or default; raises `ValueError` for a
+            value that one cannot have.
     """
 
     name: str
@@ -37,13 +37,12 @@ class Metric:
     cross_fitted: bool = False
     check: Callable[..., Any] | None = None
 
-    def check_options(self, given: dict[str, Any]) -> None:
+    def check_options(self, options: dict[str, Any]) -> None:
         """Raise `ValueError` for an option this metric does not have, or a value it cannot have."""
-        if not isinstance(given, dict):
-            raise ValueError(f"options of difficulty metric {self.name!r} must be a dictionary, got {given!r}")
-        check_known(f"difficulty metric {self.name!r}", self.compute, given)
-        if self.check is not None:
-            self.check(**{**keyword_options(self.compute), **given})
+        owner = f"difficulty metric {self.name!r}"
+        if not isinstance(options, dict):
+            raise ValueError(f"options of {owner} must be a dictionary, got {options!r}")
+        check_options(owner, self.compute, options, self.check, numbers=False)
 
     def check_data(self, context: DifficultyContext) -> None:
         """Raise `ValueError` naming what this metric needs and `context` lacks."""
@@ -53,16 +52,14 @@ class Metric:
             raise ValueError(f"difficulty metric {self.name!r} needs a group for every sample: give group_column")
 
 
-METRICS: dict[str, Metric] = {}
+METRICS: Registry[Metric] = Registry("difficulty metric")
 
 
 def register_metric(name: str, **properties: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a difficulty metric under `name`; `properties` are those of `Metric`. `ValueError` if taken."""
 
     def register(compute: Callable[..., Any]) -> Callable[..., Any]:
-        if name in METRICS:
-            raise ValueError(f"difficulty metric {name!r} is already registered")
-        METRICS[name] = Metric(name, compute, **properties)
+        METRICS.add(name, Metric(name, compute, **properties))
         return compute
 
     return register

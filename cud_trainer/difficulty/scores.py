@@ -156,9 +156,9 @@ class DifficultyScores:
         if Path(path).suffix in TABLES:
             frame = read_table(Path(path))
             names = [name for name in frame.columns if name not in RESERVED]
-            own = {name: frame[name].to_numpy(dtype=float) for name in names}
+            columns = {name: frame[name].to_numpy(dtype=float) for name in names}
             fold = frame["fold"].to_numpy() if "fold" in frame else None
-            return cls._read(path, frame["sample_id"].tolist(), own, fold, {})
+            return cls._read(path, frame["sample_id"].tolist(), columns, fold, {})
         table, header = read_parquet(path, "difficulty scores")
         if header.get("format") != FORMAT_VERSION:
             raise ValueError(f"{path} has format {header.get('format')}, this version reads {FORMAT_VERSION}")

@@ -42,10 +42,10 @@ def file_hash(path: str | Path) -> str:
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
     names = ("cud-trainer", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    found = {}
+    installed = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed

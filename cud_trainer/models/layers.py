@@ -1,9 +1,10 @@
-"""The decoder layers of a causal LM, of any architecture."""
+"""The decoder layers of a causal LM, of any architecture, and where it takes its inputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -28,3 +29,20 @@ def base_causal_lm(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype a module takes its inputs; offloaded weights lie elsewhere until it is called."""
+    parameter = next(module.parameters())
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    if parameter.device.type == "meta":
+        for part in module.modules():
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device), dtype
+    return parameter.device, dtype
+
+
+def embedding_device(model: Any) -> torch.device:
+    """Where a model takes its tokens."""
+    return device_and_dtype(model.get_input_embeddings())[0]

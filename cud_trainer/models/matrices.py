@@ -37,7 +37,7 @@ def weight_matrices(model: nn.Module) -> list[WeightMatrix]:
             weights.
     """
     base: Any = base_causal_lm(model)
-    found: dict[int, WeightMatrix] = {}
+    matrices: dict[int, WeightMatrix] = {}
     covered = set()
     for name, module in base.named_modules():
         if not isinstance(module, KINDS):
@@ -46,11 +46,11 @@ def weight_matrices(model: nn.Module) -> list[WeightMatrix]:
         covered.add(id(weight))
         if not weight.is_floating_point():
             raise ValueError(f"{name}.weight is quantised ({weight.dtype}): gradients and noise need floating point")
-        found.setdefault(id(weight), WeightMatrix(f"{name}.weight", weight, [])).modules.append(module)
+        matrices.setdefault(id(weight), WeightMatrix(f"{name}.weight", weight, [])).modules.append(module)
     for name, parameter in base.named_parameters():
         if parameter.ndim > 1 and id(parameter) not in covered:
             raise ValueError(f"{name} belongs to no linear map or embedding: its gradient cannot be taken by sample")
-    return list(found.values())
+    return list(matrices.values())
 
 
 def gradients_by_sample(model: nn.Module) -> bool:

@@ -33,8 +33,8 @@ def train_only(model: nn.Module, text: str) -> list[str]:
         raise ValueError(f"trainable_layers {text!r} names layer {wanted[-1]}, the model has layers 0 to {depth - 1}")
     prefixes = tuple(f"{name}.{layer}." for layer in wanted)
     trained = []
-    for own, parameter in model.named_parameters():
-        parameter.requires_grad_(own.startswith(prefixes))
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name.startswith(prefixes))
         if parameter.requires_grad:
-            trained.append(own)
+            trained.append(parameter_name)
     return trained

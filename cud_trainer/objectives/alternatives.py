@@ -20,7 +20,7 @@ from ..data import (
     question_and_answer,
     tokenise_answer,
 )
-from ..logprobs import evaluation_mode
+from ..models.modes import evaluation_mode
 
 REFUSALS = (
     "I don't know.",

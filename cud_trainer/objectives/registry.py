@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..registry import check_known, check_numbers, keyword_options
+from ..registry import Registry, check_options, keyword_options
 
 # What a forget loss can ask for. B samples, K positions that predict an answer token of any of them, V tokens of
 # vocabulary; everything belongs to the forget sample unless its name says otherwise. "reference" is the model before
@@ -50,7 +50,7 @@ class Objective:
             `"model"` itself; `None` when there is none.
         token_mean: whether the loss of a sample is a mean over its answer tokens, so that a batch can be averaged over
             tokens instead of samples.
-        check: `(**options)`, called with every option, given or default; raises `ValueError` for a bad value.
+        check: `(owner, **options)`, called with every option, given or default; raises `ValueError` for a bad value.
     """
 
     name: str
@@ -72,22 +72,16 @@ class Objective:
         """Whether it reads what the model before unlearning says."""
         return any("reference" in name for name in self.needs)
 
-    def options(self, given: dict[str, Any]) -> dict[str, Any]:
+    def options(self, options: dict[str, Any]) -> dict[str, Any]:
         """All options, given or default."""
-        return {**keyword_options(self.loss), **given}
+        return {**keyword_options(self.loss), **options}
 
-    def check_options(self, given: dict[str, Any]) -> None:
+    def check_options(self, options: dict[str, Any]) -> None:
         """Raise `ValueError` naming an option that this objective does not have or a value it cannot have."""
-        owner = f"objective {self.name!r}"
-        check_known(owner, self.loss, given)
-        defaults = keyword_options(self.loss)
-        # an option whose default is None may be None
-        check_numbers(owner, {k: v for k, v in given.items() if v is not None or defaults[k] is not None})
-        if self.check is not None:
-            self.check(owner, **self.options(given))
+        check_options(f"objective {self.name!r}", self.loss, options, self.check)
 
 
-OBJECTIVES: dict[str, Objective] = {}
+OBJECTIVES: Registry[Objective] = Registry("objective")
 
 
 def register_objective(name: str, **properties: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -98,8 +92,6 @@ def register_objective(name: str, **properties: Any) -> Callable[[Callable[..., 
     """
 
     def register(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if name in OBJECTIVES:
-            raise ValueError(f"objective {name!r} is already registered")
         objective = Objective(name, loss, **properties)
         unknown = [quantity for quantity in objective.needs if quantity not in QUANTITIES]
         if unknown:
@@ -113,7 +105,7 @@ def register_objective(name: str, **properties: Any) -> Callable[[Callable[..., 
             raise ValueError(f"objective {name!r} must both read an alternative answer and say where it comes from")
         if "hidden" in objective.needs and "layer" not in keyword_options(loss):
             raise ValueError(f"objective {name!r} reads hidden states: it needs an option 'layer'")
-        OBJECTIVES[name] = objective
+        OBJECTIVES.add(name, objective)
         return loss
 
     return register

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..data import Samples
-from ..logprobs import AnswerScores, evaluation_mode, score_answers
+from ..logprobs import AnswerScores, score_answers
 from ..models.layers import decoder_layers
+from ..models.modes import evaluation_mode
 from .reference import Reference, TopTokens, spread
 from .registry import OBJECTIVES, Objective
 from .retain import RETAIN_LOSSES, retain_activations, retain_kl, retain_nll
@@ -56,8 +57,7 @@ class UnlearningLoss:
     reference_top_k: int = 128
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}; choose one of {sorted(OBJECTIVES)}")
+        OBJECTIVES.find(self.objective)
         self.spec.check_options(self.objective_args)
         if self.retain_loss is None:
             self.retain_loss = self.spec.retain_loss

@@ -142,11 +142,11 @@ class Schedule:
                 header["settings"],
                 tuple((name, options) for name, options in header.get("dynamic", [])),
             )
-            found, said = schedule.hash, header["hash"]
+            actual, recorded = schedule.hash, header["hash"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # columns or entries of another kind
             raise ValueError(f"cannot read a schedule from {path}: {type(error).__name__}: {error}") from None
-        if found != said:
-            raise ValueError(f"schedule {path} was altered: its hash is {found}, its header says {said}")
+        if actual != recorded:
+            raise ValueError(f"schedule {path} was altered: its hash is {actual}, its header says {recorded}")
         return schedule
 
 
@@ -206,16 +206,16 @@ def schedule_of(
     if retain_ids is not None and len(retain_ids) == 0:
         raise ValueError("there is no retain sample to pair with")
     values = {part.name: _difficulty(part, difficulty, size) for part, _ in parts}
-    order, own = next(((part, own) for part, own in parts if part.kind == "order"), (None, {}))
+    order, order_options = next((entry for entry in parts if entry[0].kind == "order"), (None, {}))
     weight = np.ones(size)
-    for part, given in parts:
+    for part, part_options in parts:
         if part.kind == "weights":
-            weight = part.function(values[part.name], **given)
+            weight = part.function(values[part.name], **part_options)
     ids = np.array(list(forget_ids))
     orders, weights = [], []
     for number in range(passes):
         turn = Turn(number, passes, size, seed)
-        rows = turn.shuffled if order is None else order.function(values[order.name], turn, **own)
+        rows = turn.shuffled if order is None else order.function(values[order.name], turn, **order_options)
         orders.append(ids[rows])
         served = weight[rows]
         # an order that serves some samples more often than others would shift the mean
@@ -227,20 +227,20 @@ def schedule_of(
         np.concatenate(weights),
         _partners(retain_ids, total, seed),
         {"name": name, "options": options, "seed": seed, "passes": passes},
-        tuple((part.name, dict(given)) for part, given in parts if part.kind == "dynamic"),
+        tuple((part.name, dict(part_options)) for part, part_options in parts if part.kind == "dynamic"),
     )
 
 
-def _difficulty(part: Part, given: Any, size: int) -> np.ndarray | None:
+def _difficulty(part: Part, difficulty: Any, size: int) -> np.ndarray | None:
     """What `part` reads, checked."""
     if part.metric is None:
         return None
-    found = given.get(part.metric) if isinstance(given, Mapping) else given
-    if found is None:
+    values = difficulty.get(part.metric) if isinstance(difficulty, Mapping) else difficulty
+    if values is None:
         raise ValueError(
             f"schedule {part.name!r} needs {'difficulty' if part.metric == 'difficulty' else part.metric} scores"
         )
-    values = np.asarray(found, dtype=np.float64)
+    values = np.asarray(values, dtype=np.float64)
     if values.shape != (size,) or not np.isfinite(values).all():
         raise ValueError(f"schedule {part.name!r} needs one finite difficulty per forget sample ({size})")
     if part.metric == "difficulty" and size > 1 and np.ptp(values) == 0:

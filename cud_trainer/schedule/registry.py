@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..registry import check_known, check_numbers, keyword_options
+from ..registry import Registry, check_options
 
 KINDS = ("order", "weights", "dynamic")
 
@@ -31,19 +31,18 @@ class Part:
     metric: str | None = "difficulty"
     check: Callable[..., Any] | None = None
 
-    def check_options(self, given: dict[str, Any]) -> None:
+    def check_options(self, options: dict[str, Any]) -> None:
         """Raise `ValueError` for an option this schedule does not have, or a value it cannot have."""
-        owner = f"schedule {self.name!r}"
-        check_known(owner, self.function, given)
-        options = {**keyword_options(self.function), **given}
-        check_numbers(owner, {key: value for key, value in options.items() if key not in ("form",)})
+        check_options(f"schedule {self.name!r}", self.function, options, self._check_values)
+
+    def _check_values(self, owner: str, **options: Any) -> None:
         if "low" in options and not 0 <= options["low"] <= 1 <= options["high"]:
             raise ValueError(f"{owner} needs 0 <= low <= 1 <= high, got {options['low']!r} and {options['high']!r}")
         if self.check is not None:
             self.check(owner, **options)
 
 
-SCHEDULES: dict[str, Part] = {}
+SCHEDULES: Registry[Part] = Registry("schedule", hint=", or several joined by '+'")
 
 
 def register_schedule(
@@ -56,13 +55,11 @@ def register_schedule(
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        if name in SCHEDULES:
-            raise ValueError(f"schedule {name!r} is already registered")
         if "+" in name or name != name.strip():
             raise ValueError(f"a schedule cannot be called {name!r}: '+' joins schedules")
         if kind not in KINDS:
             raise ValueError(f"kind of schedule {name!r} must be one of {list(KINDS)}, got {kind!r}")
-        SCHEDULES[name] = Part(name, kind, function, **properties)
+        SCHEDULES.add(name, Part(name, kind, function, **properties))
         return function
 
     return register
@@ -76,29 +73,27 @@ def parse(name: str, options: dict[str, Any] | None = None) -> list[tuple[Part, 
     """
     options = options or {}
     names = [part.strip() for part in name.split("+")]
-    for part in names:
-        if part not in SCHEDULES:
-            raise ValueError(f"unknown schedule {part!r}; choose one of {sorted(SCHEDULES)}, or several joined by '+'")
+    parts = [SCHEDULES.find(part) for part in names]
     if len(set(names)) < len(names):
         raise ValueError(f"schedule {name!r} has a part twice")
     for kind in ("order", "weights"):
-        same = [part for part in names if SCHEDULES[part].kind == kind]
+        same = [part.name for part in parts if part.kind == kind]
         if len(same) > 1:
             raise ValueError(
                 f"schedule {name!r} has more than one {'order' if kind == 'order' else 'set of weights'}: {same}"
             )
     if len(names) == 1:
-        found = [(SCHEDULES[names[0]], dict(options))]
+        parsed = [(parts[0], dict(options))]
     else:
         for key, value in options.items():
             if key not in names or not isinstance(value, dict):
                 raise ValueError(
                     f"options of schedule {name!r} go by its parts, for example {{{names[0]!r}: {{...}}}}; got {key!r}"
                 )
-        found = [(SCHEDULES[part], dict(options.get(part, {}))) for part in names]
-    for spec, given in found:
-        spec.check_options(given)
-    return found
+        parsed = [(part, dict(options.get(part.name, {}))) for part in parts]
+    for part, own_options in parsed:
+        part.check_options(own_options)
+    return parsed
 
 
 def within(low: float, high: float, *names: str, open_low: bool = False) -> Callable[..., None]:

@@ -1,6 +1,6 @@
 """Difficulty scores of a forget set, and the calibration run that shows which samples go first."""
 
-from .calibration import Calibration, CalibrationSettings, adapter_identity, calibrate, throw_away
+from .calibration import Calibration, CalibrationSettings, adapter_identity, calibrate
 from .request import ScoringRequest, check_metrics
 from .score import score_difficulty
 
@@ -12,5 +12,4 @@ __all__ = [
     "calibrate",
     "check_metrics",
     "score_difficulty",
-    "throw_away",
 ]

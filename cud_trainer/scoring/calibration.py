@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import PairedCollator, Samples
 from ..logprobs import answer_probability
+from ..models.modes import restored_afterwards
 from ..objectives import Reference, UnlearningLoss
 
 logger = logging.get_logger(__name__)
@@ -33,8 +31,6 @@ STILL_UNTOUCHED = 0.9
 # would decide what goes first: without a slow first pass the seed changed the ranking from 0.95 to 0.6-0.9 (Spearman
 # with NPO runs of other seeds).
 FIRST_PASS = 0.1
-# LoRA initialisations that leave the model's own weights alone; others (PiSSA, OLoRA, ...) take something out of them.
-PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def adapter_identity(peft_config: Any) -> str | None:
@@ -147,7 +143,7 @@ def calibrate(
         ValueError: when the run diverges.
     """
     settings = settings.for_data(retain)
-    with throw_away(model, settings.peft_config) as trained:
+    with restored_afterwards(model, settings.peft_config) as trained:
         return _run(trained, forget, retain, settings, progress)
 
 
@@ -257,43 +253,3 @@ def _step(
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-@contextmanager
-def throw_away(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
-    """The model to train, put back as it was on leaving.
-
-    Dropout stays off (evaluation mode): it would blur which sample goes first. Weights that are trained in place, or
-    changed by an adapter's initialisation, are kept aside on the CPU; an adapter is taken off again.
-    """
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    # Taking an adapter off leaves trained copies of `modules_to_save` and hooks behind; some cannot be taken off.
-    tables: list[Any] = [table for module in modes for table in (module._modules, module._forward_hooks)]
-    parts = [dict(table) for table in tables]
-    model.eval()
-    trained: Any = model
-    saved: dict[nn.Parameter, torch.Tensor] = {}
-    try:
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            if getattr(peft_config, "init_lora_weights", None) not in PLAIN_INITIALISATIONS:
-                saved = {p: p.detach().cpu().clone() for p in flags}
-            trained = get_peft_model(model, peft_config).eval()
-        saved |= {p: p.detach().cpu().clone() for p in flags if p.requires_grad and p not in saved}  # also biases
-        yield trained
-    finally:
-        if trained is not model and hasattr(trained, "unload"):
-            trained.unload()
-        for table, entries in zip(tables, parts, strict=True):
-            table.clear()
-            table.update(entries)
-        with torch.no_grad():
-            for parameter, values in saved.items():
-                parameter.copy_(values)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-        for module, mode in modes.items():
-            module.training = mode

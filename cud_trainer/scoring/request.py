@@ -12,7 +12,7 @@ from ..circuits.attribution import check_options, needs_counterfactual
 from ..data import Samples
 from ..difficulty import METRICS
 from ..difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
-from ..difficulty.cud import make_folds
+from ..difficulty.folds import make_folds
 from ..files import check_new_file
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir
@@ -26,8 +26,7 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
     if not metrics:
         raise ValueError(f"no difficulty metric given; choose from {sorted(METRICS)}")
     for name in [*metrics, *options]:
-        if name not in METRICS:
-            raise ValueError(f"unknown difficulty metric {name!r}; choose one of {sorted(METRICS)}")
+        METRICS.find(name)
     for name in dict.fromkeys([*options, *metrics]):
         given = options.get(name, {})
         METRICS[name].check_options(given)

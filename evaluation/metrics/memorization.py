@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, Samples
-from cud_trainer.logprobs import AnswerScores, evaluation_mode, score_answers, wide
+from cud_trainer.logprobs import AnswerScores, score_answers, wide
+from cud_trainer.models.modes import evaluation_mode
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 GENERATED = ("rouge_l_recall", "verbatim")
@@ -191,15 +192,17 @@ def evaluate_memorization(
         values["verbatim"] = verbatim(truths, answers)
     for number in range(samples):
         answers = generate_answers(
-            model, prepared, tokenizer, batch_size=batch_size, temperature=temperature, seed=seed + number,
+            model,
+            prepared,
+            tokenizer,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed + number,
             desc=desc and f"{desc}, sample {number + 1}",
-        )  # fmt: skip
-        for name, found in (
-            ("rouge_l_recall", rouge_l_recall(truths, answers)),
-            ("verbatim", verbatim(truths, answers)),
-        ):
-            known = values.get(f"sampled_{name}")
-            values[f"sampled_{name}"] = found if known is None else np.maximum(known, found)
+        )
+        for name, metric in (("rouge_l_recall", rouge_l_recall), ("verbatim", verbatim)):
+            drawn, largest = metric(truths, answers), values.get(f"sampled_{name}")
+            values[f"sampled_{name}"] = drawn if largest is None else np.maximum(largest, drawn)
     return values
 
 

@@ -13,21 +13,7 @@ from transformers import PreTrainedModel
 
 from cud_trainer.data import Samples
 from cud_trainer.logprobs import answer_probability, score_answers
-from cud_trainer.scoring.calibration import throw_away
-
-
-@contextmanager
-def _all_trained(model: nn.Module) -> Iterator[None]:
-    """Every weight takes a gradient; afterwards those that did before."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in flags:
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+from cud_trainer.models.modes import all_trained, restored_afterwards
 
 
 def relearn(
@@ -50,10 +36,10 @@ def relearn(
     """
     if not len(rows) or not steps or min(steps) < 1:
         raise ValueError(f"relearning needs samples and steps of at least 1, got {len(rows)} and {list(steps)}")
-    found = {0: answer_probability(model, forget, batch_size=batch_size)}
+    by_step = {0: answer_probability(model, forget, batch_size=batch_size)}
     generator = np.random.default_rng(seed)
     device = model.get_input_embeddings().weight.device
-    with _all_trained(model), throw_away(model, None):
+    with all_trained(model), restored_afterwards(model, None):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
         order: list[int] = []
         for step in range(1, max(steps) + 1):
@@ -66,8 +52,8 @@ def relearn(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if step in steps:
-                found[step] = answer_probability(model, forget, batch_size=batch_size)
-    return found
+                by_step[step] = answer_probability(model, forget, batch_size=batch_size)
+    return by_step
 
 
 def round_trip(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
@@ -99,7 +85,7 @@ def quantised(model: nn.Module, bits: int) -> Iterator[nn.Module]:
     whole: Any = model
     outer = (whole.get_input_embeddings(), whole.get_output_embeddings())
     embeddings = {id(part.weight) for part in outer if part is not None}
-    kept: list[tuple[Tensor, Tensor]] = []
+    before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for module in model.modules():
@@ -108,12 +94,12 @@ def quantised(model: nn.Module, bits: int) -> Iterator[nn.Module]:
                     and module.weight.is_floating_point()
                     and id(module.weight) not in embeddings
                 ):
-                    kept.append((module.weight, module.weight.detach().cpu().clone()))
+                    before.append((module.weight, module.weight.detach().cpu().clone()))
                     module.weight.copy_(round_trip(module.weight, bits, 128 if bits == 4 else None))
         yield model
     finally:
         with torch.no_grad():
-            for weight, values in kept:
+            for weight, values in before:
                 weight.copy_(values)
 
 
@@ -127,21 +113,21 @@ def between(model: nn.Module, other: dict[str, Tensor], share: float) -> Iterato
     Raises:
         ValueError: naming the first parameter that the two do not share.
     """
-    own = dict(model.named_parameters())
-    for name, parameter in own.items():
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         if name not in other or other[name].shape != parameter.shape:
             raise ValueError(f"the models differ in {name}: there is no straight line between them")
-    kept = {name: parameter.detach().cpu().clone() for name, parameter in own.items()}
+    before = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
     try:
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 start = other[name].to(parameter.device, parameter.dtype)
                 parameter.copy_(start + share * (parameter - start) if share < 1 else parameter)
         yield model
     finally:
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(kept[name])
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
 
 
 def straight_line(

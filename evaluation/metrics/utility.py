@@ -100,8 +100,8 @@ def answer_logps(
         if column not in dataset.column_names:
             raise ValueError(f"{name} dataset has no column {column!r}; it has {sorted(dataset.column_names)}")
     answers: list[list[str]] = []
-    for row, given in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
-        answers.append([text for value in given for text in ([value] if isinstance(value, str) else value)])
+    for row, texts in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
+        answers.append([text for value in texts for text in ([value] if isinstance(value, str) else value)])
         if len(answers[row]) != len(answers[0]) or not answers[row]:
             raise ValueError(f"{name} sample {row} has {len(answers[row])} answers, the first has {len(answers[0])}")
     pairs: list[dict[str, Any]] = [
@@ -110,8 +110,8 @@ def answer_logps(
         for number, text in enumerate(texts)
     ]
     prepared = prepare_samples(Dataset.from_list(pairs), tokenizer, max_length=max_length, name=name)
-    found = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["mean_logps"]
-    return found.reshape(len(answers), len(answers[0]))
+    mean_logps = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["mean_logps"]
+    return mean_logps.reshape(len(answers), len(answers[0]))
 
 
 def tofu_utility(
@@ -137,7 +137,7 @@ def tofu_utility(
         prepared = prepare_samples(
             dataset.select_columns(["question", "answer"]), tokenizer, max_length=max_length, name=name
         )
-        own = evaluate_memorization(
+        measured = evaluate_memorization(
             model,
             prepared,
             tokenizer,
@@ -147,12 +147,12 @@ def tofu_utility(
             desc=desc and f"{desc}: {name}",
         )
         wrong = answer_logps(model, dataset, tokenizer, ["perturbed_answer"], **options)
-        correct = own["mean_logps"]
+        correct = measured["mean_logps"]
         values[f"{name}/probability"] = (
-            normalised_probability(correct, wrong) if name in NORMALISED else own["probability"]
+            normalised_probability(correct, wrong) if name in NORMALISED else measured["probability"]
         )
         if generate:
-            values[f"{name}/rouge_l_recall"] = own["rouge_l_recall"]
+            values[f"{name}/rouge_l_recall"] = measured["rouge_l_recall"]
         if "paraphrased_answer" in dataset.column_names and name not in NORMALISED:
             correct = answer_logps(model, dataset, tokenizer, ["paraphrased_answer"], **options)[:, 0]
         values[f"{name}/truth_ratio"] = true_better(truth_ratio(correct, wrong))

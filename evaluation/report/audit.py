@@ -1,216 +1,142 @@
-"""Sections of `results.json`: what is left of the forget set by difficulty, and how well difficulty predicted it."""
+"""What puts the report on one unlearned model together: what is left by difficulty, and the tables beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
+import pandas as pd
 
-from cud_trainer.circuits import CircuitTable, Faithfulness, circuit_signature, select_circuits
+from cud_trainer.difficulty import Buckets, DifficultyScores
 
-from .. import statistics as stats
+from ..metrics import privacy
+from ..metrics.measure import Measured
+from ..statistics import Interval
+from .cells import interval_text, means
+from .difficulty import TRIVIAL, comparisons_note, difficulty_section
+from .schema import Condition, Difficulty, Final, Head, Results, Run, Table
+from .tables import by_bucket, change_table, forget_quality_table, privacy_table, relative_table, utility_table
 
-# How the metrics are called in reports, and whether they are trivial (no circuit needed).
-LABELS = {
-    "cud": ("CUD", "circuit"),
-    "cud_paper": ("CUD, top 200 edges by cosine (cud_paper)", "circuit"),
-    "circuit_mass": ("circuit mass", "circuit"),
-    "loss": ("initial log-probability", "trivial"),
-    "length": ("answer length", "trivial"),
-}
-TRIVIAL = ("loss", "length")
-CIRCUIT_EDGES = 200
+Sets = Mapping[str, Mapping[str, np.ndarray]]
 
 
-def shown(interval: dict[str, Any]) -> str:
-    """A figure with its interval as text, `0.712 [0.601, 0.803]`; `n/a` where it is undefined."""
-    value, low, high = interval["value"], interval["low"], interval["high"]
-    return "n/a" if value is None or not np.isfinite(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def means(values: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
-    """Mean over samples of every metric, with its bootstrap interval."""
-    return {name: stats.bootstrap_mean(column, seed=seed).as_dict() for name, column in values.items()}
-
-
-def by_bucket(values: dict[str, np.ndarray], bucket: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """One row per difficulty bucket, 1 = easiest: its size and the mean of every metric with its interval."""
-    rows = []
-    for number in range(int(bucket.max()) + 1):
-        inside = bucket == number
-        part = {name: column[inside] for name, column in values.items()}
-        rows.append({"bucket": number + 1, "n": int(inside.sum()), **means(part, seed)})
-    return rows
-
-
-def difficulty_section(
-    objective: str,
-    columns: dict[str, np.ndarray],
-    residuals: Sequence[np.ndarray],
+def audit_results(
+    after: Sets,
+    run: Run,
     *,
-    target: str,
-    seed: int,
-) -> dict[str, Any]:
-    """How well each metric predicts residual memorisation.
+    before: Sets | None = None,
+    scores: DifficultyScores | None = None,
+    buckets: Buckets | None = None,
+    seed: int = 0,
+    name: str = "model",
+) -> Results:
+    """`Results` of one unlearned model, without tables.
 
     Args:
-        columns: metric name -> score of every forget sample, `[N]`, higher = harder; must contain loss and length.
-        residuals: residual memorisation of every sample, one array `[N]` per unlearning seed.
-        target: what `residuals` is, in words.
+        after, before: `{"forget": {metric: [N]}, "retain": {metric: [M]}}` of the unlearned and the original model.
+        run: how they were made.
+        scores: difficulty of the forget samples, in the same order.
+        buckets: made of one of its metrics; `None` without scores.
     """
-    target_values = np.mean(residuals, axis=0)
-    controls = np.column_stack([columns[name] for name in TRIVIAL])
-    rows = []
-    for name, values in columns.items():
-        label, kind = LABELS.get(name, (name, "circuit"))
-        row: dict[str, Any] = {"metric": name, "label": label, "kind": kind}
-        row["spearman"] = stats.spearman(values, target_values, seed=seed).as_dict()
-        row["partial"] = (
-            None if name in TRIVIAL else stats.partial_spearman(values, target_values, controls, seed=seed).as_dict()
-        )
-        # Counting pairs is slow: fewer draws.
-        row["kendall"] = stats.kendall(values, target_values, seed=seed, n_boot=200).as_dict()
-        row["auroc"] = stats.auroc_extremes(values, target_values, seed=seed).as_dict()
-        rows.append(row)
-    section: dict[str, Any] = {"objective": objective, "n": len(target_values), "target": target, "rows": rows}
-    if len(residuals) > 1:
-        section["ceiling"] = {**stats.ceiling(np.stack(residuals), seed=seed), "n_seeds": len(residuals)}
-    return section
+    final = Final(sets={part: means(values, seed) for part, values in after.items()})
+    started = None if before is None else {part: means(values, seed) for part, values in before.items()}
+    findings = []
+    for part in ("forget", "retain"):
+        if part in final.sets:
+            line = f"mean {part} probability {interval_text(final.sets[part]['probability'])}"
+            if started is not None and part in started:
+                line += f" (before unlearning {started[part]['probability'].value:.3f})"
+            findings.append(line)
+    condition = Condition(
+        name=name,
+        objective=None,
+        schedule=None,
+        retain_weight=None,
+        learning_rate=None,
+        seeds=[],
+        curve=[],
+        final=final,
+    )
+    title = f"Residual memorisation of {name}"
+    results = Results(head=Head.now(title), conditions=[condition], findings=findings, before=started, run=run)
+    if scores is not None and buckets is not None:
+        final.buckets = by_bucket(after["forget"], buckets, seed)
+        easy, hard = (interval_text(final.buckets[side].metrics["probability"]) for side in (0, -1))
+        findings.append(f"easiest bucket {easy}, hardest bucket {hard} (answer probability)")
+        if all(column in scores.columns for column in TRIVIAL):
+            results.difficulty, lines = _difficulty(after["forget"]["probability"], scores, buckets, seed, name)
+            findings += lines
+    return results
 
 
-def averaged_residual(
-    forget: Sequence[np.ndarray], window: tuple[float, float] = (0.15, 0.75)
-) -> tuple[np.ndarray, list[int]]:
-    """Residual memorisation of a run: mean over the snapshots at which the mean forget probability is inside `window`
-    (shares of the first snapshot's), and which snapshots these are. Falls back to the one closest to the middle."""
-    shares = np.array([snapshot.mean() for snapshot in forget]) / forget[0].mean()
-    used = [i for i, share in enumerate(shares) if window[0] <= share <= window[1]]
-    if not used:
-        used = [int(np.argmin(np.abs(shares - sum(window) / 2)))]
-    return np.mean([forget[i] for i in used], axis=0), used
-
-
-def spearman_difference(
-    a: np.ndarray, b: np.ndarray, target: np.ndarray, *, seed: int, n_boot: int = 2000
-) -> stats.Interval:
-    """Spearman of `a` with `target` minus that of `b`, with a paired bootstrap interval over samples, 95%."""
-    from scipy.stats import spearmanr
-
-    def difference(rows: np.ndarray) -> float:
-        return spearmanr(a[rows], target[rows]).statistic - spearmanr(b[rows], target[rows]).statistic
-
-    generator = np.random.default_rng(seed)
-    size = len(target)
-    draws = [difference(generator.integers(0, size, size)) for _ in range(n_boot)]
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return stats.Interval(difference(np.arange(size)), float(low), float(high))
-
-
-def matched_position(utility: np.ndarray, residual: np.ndarray, level: float) -> float | None:
-    """Where on a run's path the residual is lowest while utility is at least `level`; `None` if it never is.
-
-    Args:
-        utility, residual: along the path, `[T]`. Between two snapshots the path is a straight line, so that the point
-            may lie on a crossing of the level.
-
-    Returns:
-        A position in [0, T - 1]; its fraction is that between two snapshots.
-    """
-    candidates = [float(i) for i in np.flatnonzero(utility >= level)]
-    for i in range(len(utility) - 1):
-        if (utility[i] - level) * (utility[i + 1] - level) < 0:
-            candidates.append(i + (utility[i] - level) / (utility[i] - utility[i + 1]))
-    if not candidates:
-        return None
-    return min(candidates, key=lambda position: float(at_position(residual, position)))
-
-
-def at_position(values: np.ndarray, position: float) -> np.ndarray:
-    """`values [T, ...]` at a fractional position along the first axis, by linear interpolation."""
-    values = np.asarray(values, dtype=float)
-    before = int(position)
-    after = min(before + 1, len(values) - 1)
-    return values[before] + (position - before) * (values[after] - values[before])
-
-
-def strongest_edges(table: CircuitTable, k: int = CIRCUIT_EDGES) -> torch.Tensor:
-    """The circuits that the report is about: the `k` edges (all, if there are fewer) with the largest |score|."""
-    return select_circuits(table.edges, table.graph, selection="top_k", k=min(k, table.graph.n_edges))
-
-
-def signature_of(table: CircuitTable, k: int = CIRCUIT_EDGES) -> dict[str, np.ndarray]:
-    """Signature of the circuits that the report is about, each `[N]`; NaN for empty circuits."""
-    found = circuit_signature(table.edges, table.graph, strongest_edges(table, k))
-    return {name: values.numpy() for name, values in found.items()}
-
-
-def circuit_section(
-    table: CircuitTable,
-    bucket: np.ndarray,
-    residual: np.ndarray | None,
-    *,
-    seed: int,
-    note: str,
-    k: int = CIRCUIT_EDGES,
-    shown_edges: int = 150,
-    kept: Faithfulness | None = None,
-) -> dict[str, Any]:
-    """Where the circuits of easy and hard samples lie: their signature by bucket, and the edges that tell them apart.
-
-    Args:
-        table: edge scores of the forget samples, `N`.
-        bucket: difficulty bucket of each sample, 0 = easiest, `[N]`.
-        residual: what is left of each sample, `[N]`, if it is known.
-        note: whose buckets and whose residual these are, in words.
-        k: edges of a circuit (top-k by |score|).
-        shown_edges: how many edges the pictures show.
-        kept: faithfulness of the circuits that `strongest_edges` gives, on the model they were taken from.
-    """
-    circuits = strongest_edges(table, k)
-    empty = ~circuits.any(1)
-    signature = signature_of(table, k)
-    if kept is not None:
-        signature["faithfulness"] = kept.share.double().numpy()
-        signature["faithfulness_of_random_edges"] = kept.random_share.double().mean(0).numpy()
-    full = ~empty.numpy()
-    edges = table.edges.double()
-    unit = edges / torch.linalg.vector_norm(edges, dim=1, keepdim=True).clamp(min=torch.finfo(edges.dtype).tiny)
-    easy, hard = (torch.from_numpy((bucket == side) & full) for side in (0, int(bucket.max())))
-    difference = unit[hard].abs().mean(0) - unit[easy].abs().mean(0)
-    section: dict[str, Any] = {
-        "n": len(table.ids),
-        "n_empty": int(empty.sum()),
-        "k": min(k, table.graph.n_edges),
-        "note": note,
-        "settings": table.settings,
-        "layers": table.graph.n_layers,
-        "heads": table.graph.n_heads,
-        "kv_heads": table.graph.n_kv_heads,
-        "signature": list(signature),
-        "buckets": by_bucket({name: values[full] for name, values in signature.items()}, bucket[full], seed),
-        "mean_circuit": _strongest(unit[full].mean(0), table, shown_edges),
-        "difference": _strongest(difference, table, shown_edges),
-    }
-    if residual is not None:
-        section["spearman"] = [
-            {"name": name, "spearman": stats.spearman(signature[name][full], residual[full], seed=seed).as_dict()}
-            for name in signature
-        ]
-    return section
-
-
-def _strongest(values: torch.Tensor, table: CircuitTable, count: int) -> list[dict[str, Any]]:
-    """The edges with the largest absolute values, strongest first."""
-    places = table.graph.mask.nonzero()
-    order = values.abs().argsort(descending=True, stable=True)[:count].tolist()
-    return [
-        {
-            "source": table.graph.sources[int(places[edge, 0])],
-            "destination": table.graph.destinations[int(places[edge, 1])],
-            "value": float(values[edge]),
-        }
-        for edge in order
-        if float(values[edge]) != 0
+def _difficulty(
+    left: np.ndarray, scores: DifficultyScores, buckets: Buckets, seed: int, name: str
+) -> tuple[Difficulty, list[str]]:
+    """How well each metric predicted what is `left` of each sample, `[N]`; findings on the buckets' metric and loss."""
+    section = difficulty_section(name, scores.columns, [left], target="answer probability now", seed=seed)
+    note = "One unlearned model: without a second seed there is no ceiling to compare with. "
+    rows = {row.metric: row for row in section.rows}
+    findings = [
+        f"Spearman of {rows[metric].label} with it: {interval_text(rows[metric].spearman)}"
+        for metric in (buckets.metric, "loss")
     ]
+    return Difficulty(note=note + comparisons_note(len(section.rows)), objectives=[section]), findings
+
+
+def measured_tables(
+    after: Measured, before: Measured | None, reference: Measured | None, buckets: Buckets | None, seed: int
+) -> tuple[list[Table], list[str]]:
+    """Tables and findings that only need what was measured."""
+    tables, findings = [], []
+    if reference is not None:
+        tables.append(relative_table(after.sets["forget"], reference.sets["forget"], seed))
+    if after.truth_ratio is not None or reference is not None:
+        never_saw, original = (None if other is None else other.truth_ratio for other in (reference, before))
+        tables.append(forget_quality_table(after.truth_ratio, never_saw, original, seed))
+        quality = tables[-1].rows[0].cells[1]
+        if isinstance(quality, float):
+            findings.append(f"forget quality (KS p-value of truth ratios against the reference model) {quality:.3g}")
+    if after.utility:
+        tables.append(utility_table(after.utility, None if before is None else before.utility, seed))
+        total = tables[-1].rows[-1].cells[0]
+        if isinstance(total, float):
+            findings.append(f"model utility (TOFU) {total:.3f}")
+    if after.paraphrased is not None:
+        as_asked = "as asked in training"
+        conditions = {as_asked: after.sets["forget"]["probability"], "in other words": after.paraphrased}
+        note = "Answer probability of the forget set when the question is asked in other words (TOFU)."
+        tables.append(change_table("paraphrase", "Other wording", note, as_asked, conditions, buckets, seed))
+    if "holdout" in after.sets:
+        members, others = (_attacks(after, reference, name) for name in ("forget", "holdout"))
+        unseen = None
+        if reference is not None:
+            unseen = _attacks(reference, None, "forget"), _attacks(reference, None, "holdout")
+        tables.append(privacy_table(members, others, unseen, seed, buckets))
+        lowest = next(row for row in tables[-1].rows if row.label == "min_k").cells[0]
+        if isinstance(lowest, Interval):
+            findings.append(f"membership inference (Min-K%): AUC {interval_text(lowest)}")
+    return tables, findings
+
+
+def _attacks(measured: Measured, reference: Measured | None, name: str) -> dict[str, np.ndarray]:
+    return privacy.attack_scores(
+        measured.statistics[name], measured.texts[name], None if reference is None else reference.statistics[name]
+    )
+
+
+def per_sample_table(
+    ids: Sequence[str],
+    after: Measured,
+    before: Measured | None,
+    reference: Measured | None,
+    scores: DifficultyScores | None,
+    buckets: Buckets | None,
+) -> pd.DataFrame:
+    """One row per forget sample: what was measured, its difficulty and its bucket (1 = easiest). No text."""
+    frame = pd.DataFrame({"sample_id": ids, **after.per_sample()})
+    for name, other in (("before", before), ("reference", reference)):
+        if other is not None:
+            frame = frame.assign(**{f"{name}/{key}": values for key, values in other.per_sample().items()})
+    if scores is not None and buckets is not None:
+        frame = frame.assign(**scores.columns, bucket=buckets.number + 1)
+    return frame

@@ -6,12 +6,13 @@ marks where it came from. It needs no network and holds no forget text.
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -20,64 +21,31 @@ from matplotlib.figure import Figure
 from cud_trainer.files import atomic_write, write_json
 
 from ..metrics.memorization import METRICS
+from ..statistics import Interval
 from . import plots
-
-SCHEMA_VERSION = 1
-REQUIRED = ("schema_version", "title", "created", "run", "findings")
-RUN = ("command", "seed", "versions", "model", "data", "seconds")
-# What the entries of optional sections must have for the page and the plots; `*` stands for every entry of a list.
-ENTRIES = {
-    "difficulty": ("note", "objectives"),
-    "difficulty.objectives.*": ("objective", "n", "target", "rows"),
-    "difficulty.objectives.*.ceiling": ("agreement", "attainable", "n_seeds"),
-    "difficulty.objectives.*.rows.*": ("metric", "label", "kind", "spearman", "partial", "auroc"),
-    "circuits": (
-        "n",
-        "n_empty",
-        "k",
-        "note",
-        "settings",
-        "layers",
-        "heads",
-        "kv_heads",
-        "signature",
-        "buckets",
-        "mean_circuit",
-        "difference",
-    ),
-    "circuits.buckets.*": ("bucket", "n"),
-    "tables.*": ("id", "title", "note", "columns", "rows"),
-    "tables.*.rows.*": ("label", "cells"),
-    "circuits.spearman.*": ("name", "spearman"),
-    "conditions.*": ("name", "objective", "schedule", "retain_weight", "seeds", "final"),
-    "conditions.*.curve.*": ("seed", "retain", "forget", "buckets"),
-    "conditions.*.final": ("forget",),
-    "conditions.*.final.buckets.*": ("bucket", "n", "probability"),
-    "retain_weight_fit.*": ("objective", "schedule", "retain_weight", "forget", "hardest_bucket", "chosen"),
-    "matched.*": ("objective", "retain_level", "rows", "difference"),
-    "matched.*.rows.*": ("schedule", "retain_weight", "forget", "hardest_bucket", "steps", "reason"),
-    "matched.*.difference": ("schedule", "against", "forget", "hardest_bucket"),
-}
+from .cells import Cell, Missing, format_number
+from .schema import Results, jsonable, read_results
 
 
-def write_report(results: dict[str, Any], out_dir: str | Path, per_sample: pd.DataFrame | None = None) -> Path:
+def write_report(
+    results: Results | Mapping[str, Any], out_dir: str | Path, per_sample: pd.DataFrame | None = None
+) -> Path:
     """Write everything into `out_dir` and return the path of `report.html`.
 
     Args:
-        results: see the module's tests for the schema (version 1); `before`, `difficulty`, `conditions`,
-            `retain_weight_fit` and `matched` may be missing.
+        results: `Results`, or the same as plain values.
         per_sample: one row per forget sample, without text.
 
     Raises:
         ValueError: naming a required entry that is missing.
     """
-    results = jsonable(results)
-    check(results)
+    plain = jsonable(results)
+    read = read_results(plain)  # nothing but what stands in the file is shown
     out_dir = Path(out_dir)
-    write_json(out_dir / "results.json", results)
+    write_json(out_dir / "results.json", plain)
     if per_sample is not None:
         atomic_write(out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False))
-    figures = make_figures(results)
+    figures = make_figures(read)
     inline = {}
     for name, figure in figures.items():
         svg = plots.to_svg(figure)
@@ -85,49 +53,50 @@ def write_report(results: dict[str, Any], out_dir: str | Path, per_sample: pd.Da
         inline[name] = Markup(re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg))
         atomic_write(out_dir / "plots" / f"{name}.svg", partial(_write_text, svg))
         atomic_write(out_dir / "plots" / f"{name}.png", partial(_write_png, figure))
-    atomic_write(out_dir / "summary.md", partial(_write_text, summary(results)))
-    page = render(results, inline)
+    atomic_write(out_dir / "summary.md", partial(_write_text, summary(read)))
+    page = render(plain, inline, metrics_of(read))
     return atomic_write(out_dir / "report.html", partial(_write_text, page))
 
 
-def summary(results: dict[str, Any]) -> str:
+def summary(results: Results) -> str:
     """Markdown for a model card: findings, what is left by difficulty bucket, and every table."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            if value.get("value") is None:
-                return f"n/a ({value['reason']})" if value.get("reason") else "n/a"
-            shown = format_number(value["value"])
-            bounds = [format_number(value[side]) for side in ("low", "high") if value.get(side) is not None]
-            value = f"{shown} [{', '.join(bounds)}]" if bounds else shown
-        # a cell must not end the table, nor bring markup of its own
-        found = format_number(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        return found.replace("|", "\\|").replace("\n", " ")
-
-    def rows(head: list[str], body: list[list[Any]]) -> list[str]:
-        return [
-            "| " + " | ".join(map(text, head)) + " |",
-            "|" + "---|" * len(head),
-            *("| " + " | ".join(map(text, line)) + " |" for line in body),
-            "",
-        ]
-
-    lines = ["## Unlearning", "", *(f"- {text(finding)}" for finding in results["findings"]), ""]
-    for condition in results.get("conditions", []):
-        buckets = condition["final"].get("buckets")
+    lines = ["## Unlearning", "", *(f"- {_markdown(finding)}" for finding in results.findings), ""]
+    for condition in results.conditions or []:
+        buckets = condition.final.buckets
         if buckets:
-            names = [name for name in METRICS if name in buckets[0]]
-            lines += [f"### {text(condition['name'])}: residual memorisation by difficulty (1 = easiest)", ""]
-            lines += rows(
-                ["bucket", "samples", *names], [[row["bucket"], row["n"], *(row[n] for n in names)] for row in buckets]
-            )
-    for entry in results.get("tables", []):
-        lines += [f"### {text(entry['title'])}", "", text(entry["note"]), ""]
-        lines += rows(["", *entry["columns"]], [[row["label"], *row["cells"]] for row in entry["rows"]])
-    run = results["run"]
+            names = [name for name in METRICS if name in buckets[0].metrics]
+            lines += [f"### {_markdown(condition.name)}: residual memorisation by difficulty (1 = easiest)", ""]
+            body: list[list[Cell]] = [[row.bucket, row.n, *(row.metrics[name] for name in names)] for row in buckets]
+            lines += _markdown_table(["bucket", "samples", *names], body)
+    for table in results.tables or []:
+        lines += [f"### {_markdown(table.title)}", "", _markdown(table.note), ""]
+        lines += _markdown_table(["", *table.columns], [[row.label, *row.cells] for row in table.rows])
     about = "Intervals are 95% bootstrap intervals over samples."
-    lines.append(f"Seed {run['seed']}, schema version {results['schema_version']}. {about}")
+    lines.append(f"Seed {results.run.seed}, schema version {results.head.schema_version}. {about}")
     return "\n".join(lines) + "\n"
+
+
+def _markdown(cell: Cell) -> str:
+    """A cell in one line that does not end the table, nor brings markup of its own."""
+    if isinstance(cell, Missing):
+        return f"n/a ({cell.reason})" if cell.reason else "n/a"
+    if isinstance(cell, Interval):
+        if not np.isfinite(cell.value):
+            return "n/a"
+        bounds = [format_number(bound) for bound in (cell.low, cell.high) if np.isfinite(bound)]
+        shown = format_number(cell.value)
+        cell = f"{shown} [{', '.join(bounds)}]" if bounds else shown
+    text = format_number(cell).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown_table(head: list[str], body: list[list[Cell]]) -> list[str]:
+    return [
+        "| " + " | ".join(map(_markdown, head)) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(map(_markdown, line)) + " |" for line in body),
+        "",
+    ]
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -136,49 +105,6 @@ def _write_text(text: str, path: Path) -> None:
 
 def _write_png(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150, facecolor="white")
-
-
-def check(results: dict[str, Any]) -> None:
-    """Raise `ValueError` naming a required entry that is missing, or another schema version."""
-    for key in REQUIRED:
-        if key not in results:
-            raise ValueError(f"results have no {key!r}")
-    for key in RUN:
-        if key not in results["run"]:
-            raise ValueError(f"results have no 'run.{key}'")
-    for pattern, keys in ENTRIES.items():
-        for path, entry in _entries(results, pattern):
-            for key in keys:
-                if key not in entry:
-                    raise ValueError(f"results have no '{path}.{key}'")
-    if results["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"results have schema version {results['schema_version']}, this writes {SCHEMA_VERSION}")
-
-
-def _entries(results: dict[str, Any], pattern: str) -> list[tuple[str, Any]]:
-    """The entries that are there at `pattern`, with their paths."""
-    found: list[tuple[str, Any]] = [("", results)]
-    for part in pattern.split("."):
-        inner = [
-            (f"{path}.{key}".lstrip("."), entry[key])
-            for path, entry in found
-            for key in (range(len(entry)) if part == "*" else [part] if part in entry else [])
-        ]
-        found = [(path, entry) for path, entry in inner if entry is not None]
-    return found
-
-
-def jsonable(value: Any) -> Any:
-    """Plain JSON values: numpy and torch values unpacked, NaN and infinity as null."""
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if hasattr(value, "tolist"):
-        return jsonable(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def lookup(results: dict[str, Any], path: str) -> Any:
@@ -192,35 +118,20 @@ def lookup(results: dict[str, Any], path: str) -> Any:
     return value
 
 
-def format_number(value: Any) -> str:
-    """How a single value is shown."""
-    if value is None:
-        return "n/a"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) >= 2:  # weights and steps, not probabilities
-        value = int(value)
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        return f"{value:.2g}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def make_figures(results: dict[str, Any]) -> dict[str, Any]:
+def make_figures(results: Results) -> dict[str, Figure]:
     """The figures that the results have data for, by name."""
     figures = {}
-    conditions = results.get("conditions", [])
-    curves = [condition for condition in conditions if condition.get("curve")]
+    conditions = results.conditions or []
+    curves = [condition for condition in conditions if condition.curve]
     if curves:
-        figures["tradeoff"] = plots.tradeoff(curves, results.get("matched", []))
-    bucketed = [condition for condition in conditions if condition["final"].get("buckets")]
+        figures["tradeoff"] = plots.tradeoff(curves, results.matched or [])
+    bucketed = [condition for condition in conditions if condition.final.buckets]
     if bucketed:
         figures["buckets"] = plots.buckets(bucketed)
-    if results.get("difficulty", {}).get("objectives"):
-        figures["predictors"] = plots.predictors(results["difficulty"]["objectives"])
-    if results.get("circuits"):
-        section = results["circuits"]
+    if results.difficulty is not None and results.difficulty.objectives:
+        figures["predictors"] = plots.predictors(results.difficulty.objectives)
+    if results.circuits is not None:
+        section = results.circuits
         figures["circuit"] = plots.circuit(section, "mean_circuit", "works against the answer", "helps the answer")
         figures["circuit_difference"] = plots.circuit(
             section, "difference", "stronger in the hardest bucket", "stronger in the easiest bucket"
@@ -228,8 +139,21 @@ def make_figures(results: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def render(results: dict[str, Any], figures: dict[str, Markup]) -> str:
-    """The HTML page."""
+def metrics_of(results: Results) -> list[str]:
+    """The metrics of residual memorisation that some condition, or the model before unlearning, has."""
+    sets = [condition.final.sets["forget"] for condition in results.conditions or []]
+    sets.append((results.before or {}).get("forget", {}))
+    return [name for name in METRICS if any(name in values for values in sets)]
+
+
+def render(results: dict[str, Any], figures: dict[str, Markup], metrics: list[str]) -> str:
+    """The HTML page.
+
+    Args:
+        results: what stands in `results.json`.
+        figures: SVG by name.
+        metrics: columns of the tables of what is left.
+    """
     environment = Environment(
         loader=PackageLoader("evaluation.report", "templates"),
         autoescape=select_autoescape(default=True, default_for_string=True),
@@ -276,10 +200,4 @@ def render(results: dict[str, Any], figures: dict[str, Markup]) -> str:
     environment.globals.update(
         any_cell=any_cell, num=num, interval=interval, sort_key=sort_key, lookup=partial(lookup, results)
     )
-    metrics = [
-        name
-        for name in METRICS
-        if any(name in condition["final"]["forget"] for condition in results.get("conditions", []))
-        or name in results.get("before", {}).get("forget", {})
-    ]
     return environment.get_template("report.html.j2").render(r=results, figures=figures, metrics=metrics)

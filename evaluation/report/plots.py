@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from .schema import Circuits, Condition, DifficultySection, EdgeRow, Matched
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#777777"
@@ -28,49 +31,44 @@ def _plain(text: Any) -> str:
     return str(text).replace("$", r"\$")
 
 
-def _shown(value: float | None) -> float:
-    """What cannot be drawn as NaN, which matplotlib leaves out."""
-    return float("nan") if value is None else value
-
-
-def _name(condition: dict[str, Any]) -> str:
-    schedule, weight = condition["schedule"] or condition["name"], condition["retain_weight"]
+def _name(condition: Condition) -> str:
+    schedule, weight = condition.schedule or condition.name, condition.retain_weight
     return _plain(schedule if weight is None else f"{schedule} (retain weight {weight:g})")
 
 
-def _objectives(conditions: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(condition["objective"] for condition in conditions))
+def _objectives(conditions: list[Condition]) -> list[str | None]:
+    return list(dict.fromkeys(condition.objective for condition in conditions))
 
 
-def tradeoff(conditions: list[dict[str, Any]], matched: list[dict[str, Any]]) -> Figure:
+def tradeoff(conditions: list[Condition], matched: list[Matched]) -> Figure:
     """Retain utility against what is left: hardest bucket (top), all forget samples (bottom); a column an objective."""
     objectives = _objectives(conditions)
     figure, axes = _figure(len(objectives), 2, sharex="col", sharey=True)
     for column, objective in enumerate(objectives):
-        mine = [condition for condition in conditions if condition["objective"] == objective]
+        mine = [condition for condition in conditions if condition.objective == objective]
         for row, what in enumerate(("hardest bucket", "all forget samples")):
             ax = axes[row][column]
             for number, condition in enumerate(mine):
-                for seed in condition["seeds"]:
-                    points = [point for point in condition["curve"] if point["seed"] == seed]
-                    left = [point["buckets"][-1] if row == 0 else point["forget"] for point in points]
+                for seed in condition.seeds:
+                    points = [point for point in condition.curve if point.seed == seed]
+                    left = [point.buckets[-1] if row == 0 else point.forget for point in points]
                     ax.plot(
-                        [point["retain"] for point in points],
+                        [point.retain for point in points],
                         left,
                         STYLES[number % len(STYLES)],
                         marker=".",
                         markersize=4,
                         linewidth=1.4,
                         color=COLOURS[number % len(COLOURS)],
-                        label=_name(condition) if seed == condition["seeds"][0] else None,
+                        label=_name(condition) if seed == condition.seeds[0] else None,
                     )
-            for level in (entry["retain_level"] for entry in matched if entry["objective"] == objective):
+            for level in (entry.retain_level for entry in matched if entry.objective == objective):
                 ax.axvline(level, color=GREY, linewidth=1, linestyle=":")
             ax.set_ylim(-0.02, 1.02)
             if column == 0:
                 ax.set_ylabel(f"left of {what}\n(answer probability)")
             if row == 0:
-                ax.set_title(_plain(objective or mine[0]["name"]))
+                ax.set_title(_plain(objective or mine[0].name))
             else:
                 ax.set_xlabel("kept: retain answer probability")
                 # Below the axes: inside, it would cover the upper left, where slow runs pass.
@@ -78,19 +76,20 @@ def tradeoff(conditions: list[dict[str, Any]], matched: list[dict[str, Any]]) ->
     return figure
 
 
-def buckets(conditions: list[dict[str, Any]], metric: str = "probability") -> Figure:
+def buckets(conditions: list[Condition], metric: str = "probability") -> Figure:
     """What is left by difficulty bucket at the end of each run, with 95% intervals."""
     objectives = _objectives(conditions)
     figure, axes = _figure(len(objectives), sharey=True)
     for column, objective in enumerate(objectives):
         ax = axes[0][column]
-        mine = [condition for condition in conditions if condition["objective"] == objective]
+        mine = [condition for condition in conditions if condition.objective == objective]
         width = 0.8 / len(mine)
         count = 0
         for number, condition in enumerate(mine):
-            rows = condition["final"]["buckets"]
+            rows = condition.final.buckets or []
             count = len(rows)
-            values, lows, highs = ([_shown(row[metric][key]) for row in rows] for key in ("value", "low", "high"))
+            figures = [row.metrics[metric] for row in rows]
+            values, lows, highs = ([getattr(one, side) for one in figures] for side in ("value", "low", "high"))
             # The value first: max(0, NaN) is 0, max(NaN, 0) is NaN.
             errors = [
                 [max(value - low, 0.0) for value, low in zip(values, lows, strict=True)],
@@ -98,57 +97,58 @@ def buckets(conditions: list[dict[str, Any]], metric: str = "probability") -> Fi
             ]
             positions = [index + (number - (len(mine) - 1) / 2) * width for index in range(len(rows))]
             ax.bar(
-                positions, values, width, yerr=errors, capsize=3, color=COLOURS[number % len(COLOURS)],
-                label=_plain(condition["schedule"] or condition["name"]), error_kw={"elinewidth": 1},
-            )  # fmt: skip
+                positions,
+                values,
+                width,
+                yerr=errors,
+                capsize=3,
+                color=COLOURS[number % len(COLOURS)],
+                label=_plain(condition.schedule or condition.name),
+                error_kw={"elinewidth": 1},
+            )
         ax.set_xticks(range(count), ["easiest", *[str(i + 2) for i in range(count - 2)], "hardest"][:count])
         ax.set_xlabel("difficulty bucket, predicted before unlearning")
         if column == 0:
             ax.set_ylabel(f"left: {metric.replace('_', ' ')}")
-        ax.set_title(_plain(objective or mine[0]["name"]))
+        ax.set_title(_plain(objective or mine[0].name))
         ax.legend(fontsize=8, frameon=False)
     return figure
 
 
-def predictors(objectives: list[dict[str, Any]]) -> Figure:
+def predictors(objectives: list[DifficultySection]) -> Figure:
     """Spearman of each metric with what is left, trivial predictors in grey, the seed-to-seed ceiling as a line."""
     # One order for all panels, that of the first: they are there to be compared.
-    first = sorted(
-        objectives[0]["rows"], key=lambda row: -2 if row["spearman"]["value"] is None else row["spearman"]["value"]
-    )
-    rows = first + [row for section in objectives[1:] for row in section["rows"]]
-    labels = {row["metric"]: _plain(row["label"]) for row in rows}
+    first = sorted(objectives[0].rows, key=lambda row: row.spearman.value if math.isfinite(row.spearman.value) else -2)
+    rows = first + [row for section in objectives[1:] for row in section.rows]
+    labels = {row.metric: _plain(row.label) for row in rows}
     position = {metric: number for number, metric in enumerate(labels)}
     figure, axes = _figure(len(objectives), height=1.3 + 0.32 * len(labels), sharey=True)
     for column, section in enumerate(objectives):
         ax = axes[0][column]
-        for row in section["rows"]:
-            value, low, high = (_shown(row["spearman"][key]) for key in ("value", "low", "high"))
-            at = position[row["metric"]]
-            colour = GREY if row["kind"] == "trivial" else COLOURS[0]
-            ax.plot([low, high], [at, at], color=colour, linewidth=2)
-            ax.plot(value, at, "o", color=colour, markersize=6)
+        for row in section.rows:
+            spearman, at = row.spearman, position[row.metric]
+            colour = GREY if row.kind == "trivial" else COLOURS[0]
+            ax.plot([spearman.low, spearman.high], [at, at], color=colour, linewidth=2)
+            ax.plot(spearman.value, at, "o", color=colour, markersize=6)
         ax.set_yticks(range(len(labels)), list(labels.values()))
         ax.set_ylim(-0.6, len(labels) - 0.4)
         ax.axvline(0, color="black", linewidth=0.8)
-        ceiling = section.get("ceiling")
-        if ceiling and ceiling["agreement"]["value"] is not None:
-            ax.axvline(
-                ceiling["agreement"]["value"], color=COLOURS[1], linestyle="--", linewidth=1.2, label="another seed"
-            )
-            if ceiling["attainable"] is not None:
-                ax.axvline(ceiling["attainable"], color=COLOURS[2], linestyle=":", linewidth=1.2, label="attainable")
+        ceiling = section.ceiling
+        if ceiling is not None and math.isfinite(ceiling.agreement.value):
+            ax.axvline(ceiling.agreement.value, color=COLOURS[1], linestyle="--", linewidth=1.2, label="another seed")
+            if ceiling.attainable is not None:
+                ax.axvline(ceiling.attainable, color=COLOURS[2], linestyle=":", linewidth=1.2, label="attainable")
             if not figure.legends:
                 figure.legend(
                     *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
                 )
         ax.set_xlim(-1, 1)
         ax.set_xlabel("Spearman with residual memorisation")
-        ax.set_title(_plain(section["objective"]))
+        ax.set_title(_plain(section.objective))
     return figure
 
 
-def circuit(section: dict[str, Any], edges: str, positive: str, negative: str) -> Figure:
+def circuit(section: Circuits, edges: str, positive: str, negative: str) -> Figure:
     """Edges of a circuit, layers as columns: heads from below, each layer's MLP above them.
 
     Args:
@@ -156,7 +156,7 @@ def circuit(section: dict[str, Any], edges: str, positive: str, negative: str) -
         edges: its entry with the edges, `"mean_circuit"` or `"difference"`.
         positive, negative: what edges of either sign mean; width is by absolute value.
     """
-    layers, heads, kv_heads = section["layers"], section["heads"], section["kv_heads"]
+    layers, heads, kv_heads = section.layers, section.heads, section.kv_heads
     figure = Figure(figsize=(min(4 + 0.5 * (layers + 2), 14), 3.8), layout="constrained")
     ax = figure.subplots()
 
@@ -169,21 +169,25 @@ def circuit(section: dict[str, Any], edges: str, positive: str, negative: str) -
         if name[0] == "m":
             return int(layer) + 0.45, heads + 0.6
         head, _, part = rest.partition(".")
-        number = int(head[1:])
+        number = float(head[1:])
         if part in ("k", "v"):  # between the query heads that share it
             number = (number + 0.5) * heads / kv_heads - 0.5
-        return float(layer), float(number)
+        return float(layer), number
 
-    shown = section[edges]
-    largest = max((abs(edge["value"]) for edge in shown), default=1.0)
+    shown: list[EdgeRow] = getattr(section, edges)
+    largest = max((abs(edge.value) for edge in shown), default=1.0)
     for edge in reversed(shown):  # the strongest on top
-        (x0, y0), (x1, y1) = place(edge["source"]), place(edge["destination"])
-        strength = abs(edge["value"]) / largest
+        (x0, y0), (x1, y1) = place(edge.source), place(edge.destination)
+        strength = abs(edge.value) / largest
         ax.plot(
-            [x0, x1], [y0, y1], color=COLOURS[0] if edge["value"] > 0 else COLOURS[1], linewidth=0.4 + 3 * strength,
-            alpha=0.25 + 0.65 * strength, solid_capstyle="round",
-        )  # fmt: skip
-    nodes = {place(name) for edge in shown for name in (edge["source"], edge["destination"])}
+            [x0, x1],
+            [y0, y1],
+            color=COLOURS[0] if edge.value > 0 else COLOURS[1],
+            linewidth=0.4 + 3 * strength,
+            alpha=0.25 + 0.65 * strength,
+            solid_capstyle="round",
+        )
+    nodes = {place(name) for edge in shown for name in (edge.source, edge.destination)}
     ax.scatter([x for x, _ in nodes], [y for _, y in nodes], s=14, color="black", zorder=3)
     for colour, label in ((COLOURS[0], positive), (COLOURS[1], negative)):
         ax.plot([], [], color=colour, linewidth=2, label=label)

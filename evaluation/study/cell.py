@@ -1,201 +1,230 @@
-"""Works on the cells of a study whose names it reads from standard input: `python -m evaluation.study.cell STUDY_DIR`.
-
-A finished cell is answered by a line on standard output; what else a cell prints goes to its `log.txt`. After a failure
-the process ends, so that no cell starts from what another left behind.
-"""
+"""What one cell of a study does: `work_on` is its way from a folder with its settings to its result."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import gc
 import json
 import logging
-import os
-import queue
 import shutil
-import sys
-import threading
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import ModelConfig
 
-from cud_trainer.cli import one_line
-from cud_trainer.files import disk_full
+from cud_trainer import CUDConfig
+from cud_trainer.data import Samples
+
+from ..trajectory import TradeoffCallback
+from .grid import Cell
+from .options import StudyArguments
+
+GENERATE_BATCH = 64  # generating is slow one by one
 
 
-def main(study: Path, name: str) -> None:
+@dataclass(frozen=True)
+class _World:
+    """What all cells of a study share: the model, and the data as loaded (not prepared)."""
+
+    model: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    forget: Dataset
+    retain: Dataset | None
+    utility: Dataset | None
+
+
+def work_on(study: Path, cell: Cell) -> dict[str, Any]:
+    """Do the work of a cell in its folder of the study; returns what its `result.json` is to hold."""
     from transformers.utils.logging import set_verbosity
-    from trl import ModelConfig
-
-    from cud_trainer import CUDConfig
-    from cud_trainer.commands.options import load_tokenizer
-    from cud_trainer.files import write_json
-
-    from .command import StudyArguments
 
     set_verbosity(logging.ERROR)
-    folder = study / "cells" / name
-    cell = json.loads((folder / "cell.json").read_text())
-    shared = json.loads((study / "study.json").read_text())["shared"]
-    known = {key: value for key, value in shared["model"].items() if key in ModelConfig.__dataclass_fields__}
-    model_args = ModelConfig(**known)
-    # The grid is of no use here, but must be there.
-    data = StudyArguments(**shared["data"], grid={"seed": [0]})
-    tokenizer = load_tokenizer(model_args)
-    forget, retain = data.load(tokenizer)
+    folder = study / "cells" / cell.name
+    world = _world(study)
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
     options = {
-        "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
-        **cell["settings"]["options"],
-    }  # fmt: skip
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        **cell.settings["options"],
+    }
     args = CUDConfig(str(work / "run"), **options, overwrite=True)
-    started = time.time()
-    work_on = _scores if cell["kind"] == "scores" else _run
-    result = work_on(study, folder, cell, args, forget, retain, tokenizer, model_args, data.load_utility(tokenizer))
+    result = (_scores if cell.kind == "scores" else _run)(study, cell, args, world)
     shutil.rmtree(work, ignore_errors=True)
-    write_json(folder / "result.json", {**result, "seconds": time.time() - started, "fingerprint": cell["fingerprint"]})
+    return result
 
 
-def _scores(
-    study: Path, folder: Path, cell: dict, args: Any, forget: Any, retain: Any, tokenizer: Any, model_args: Any, _: Any
-) -> dict:
+def _world(study: Path) -> _World:
+    from cud_trainer.commands.options import load_tokenizer
+
+    shared = json.loads((study / "study.json").read_text())["shared"]
+    fields = ModelConfig.__dataclass_fields__
+    model = ModelConfig(**{name: value for name, value in shared["model"].items() if name in fields})
+    # The grid is of no use here, but must be there.
+    data = StudyArguments(**shared["data"], grid={"seed": [0]})
+    tokenizer = load_tokenizer(model)
+    return _World(model, tokenizer, *data.load(tokenizer), data.load_utility(tokenizer))
+
+
+def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
     """The difficulty scores that several runs share."""
     from cud_trainer.commands.score import score_model
 
+    folder = study / "cells" / cell.name
     scores = score_model(
-        args, model_args, forget, retain, tokenizer, metrics=cell["settings"]["metrics"], work_dir=folder / "parts"
+        args,
+        world.model,
+        world.forget,
+        world.retain,
+        world.tokenizer,
+        metrics=cell.settings["metrics"],
+        work_dir=folder / "parts",
     )
     scores.save(folder / "scores.parquet", overwrite=True)
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return {"metrics": scores.metrics}
 
 
-def _run(
-    study: Path,
-    folder: Path,
-    cell: dict,
-    args: Any,
-    forget: Any,
-    retain: Any,
-    tokenizer: Any,
-    model_args: Any,
-    utility: Any,
-) -> dict:
+def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
     """An unlearning run and its trade-off curve."""
     from transformers.trainer_callback import PrinterCallback
     from trl import get_peft_config
 
-    from cud_trainer import CUDTrainer, DifficultyScores
+    from cud_trainer import CUDTrainer
     from cud_trainer.commands.options import model_options
-    from cud_trainer.data import evenly_spaced, prepare_samples
     from cud_trainer.trainer import DivergenceError
 
-    from ..metrics.memorization import teacher_forced
-    from ..metrics.robustness import relearn
-    from ..trajectory import TradeoffCallback
-
-    settings = cell["settings"]
-    scores = None
-    if settings["scores_cell"] is not None:
-        scores = DifficultyScores.load(study / "cells" / settings["scores_cell"] / "scores.parquet")
-    elif "scores_file" in settings:
-        scores = DifficultyScores.load(settings["scores_file"])
-    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
-    prepared = prepare_samples(forget, tokenizer, max_length=args.max_length, name="forget")
-    kept = None
-    measured = retain if utility is None else utility
-    if measured is not None:
-        part = evenly_spaced(measured, settings["retain_eval_samples"])
-        kept = prepare_samples(part, tokenizer, max_length=args.max_length, name="utility")
-    again = settings.get("relearn")
-    path = TradeoffCallback(
-        prepared, kept if kept is not None else prepared, every=settings["snapshot_every"],
-        keep_at=None if again is None or kept is None else again["level"],
-    )  # fmt: skip
+    settings = cell.settings
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(world.model)}
+    forget, utility = _measured(args, world, settings["retain_eval_samples"])
+    relearning = settings.get("relearn")
+    tradeoff = TradeoffCallback(
+        forget,
+        forget if utility is None else utility,
+        every=settings["snapshot_every"],
+        keep_at=None if relearning is None or utility is None else relearning["level"],
+    )
     trainer = CUDTrainer(
-        model_args.model_name_or_path, args, forget_dataset=forget, retain_dataset=retain, processing_class=tokenizer,
-        peft_config=get_peft_config(model_args), difficulty_scores=scores, callbacks=[path],
-    )  # fmt: skip
+        world.model.model_name_or_path,
+        args,
+        forget_dataset=world.forget,
+        retain_dataset=world.retain,
+        processing_class=world.tokenizer,
+        peft_config=get_peft_config(world.model),
+        difficulty_scores=_scores_of(study, settings),
+        callbacks=[tradeoff, _End(tradeoff, settings.get("end_below", 0.0))],
+    )
     trainer.remove_callback(PrinterCallback)
     diverged = None
     try:
         trainer.train()
     except DivergenceError as error:  # the curve up to there is a result
         diverged = str(error)
-    finite = [i for i, snapshot in enumerate(path.path.forget) if np.isfinite(snapshot).all()]
+    path = tradeoff.path
+    finite = [i for i, snapshot in enumerate(path.forget) if np.isfinite(snapshot).all()]
     final = {}
-    for name, part in (("forget", prepared), ("retain", kept)):
-        if part is not None and diverged is None:
-            values = teacher_forced(trainer.model, part, tokenizer, batch_size=args.per_device_eval_batch_size)
-            final[name] = {key: column.tolist() for key, column in values.items()}
+    if diverged is None:
+        final = _final_metrics(trainer.model, args, world.tokenizer, forget, utility, settings.get("generate", False))
     relearned = None
-    if again is not None and path.best is not None:
-        number, weights = path.best
-        trainer.model.load_state_dict(weights, strict=False)
-        # The same samples in every cell, so that the others can be compared one by one.
-        rows = np.random.default_rng(0).permutation(len(prepared))[: again["samples"]]
-        found = relearn(
-            trainer.model, prepared, rows.tolist(), steps=[again["steps"]],
-            learning_rate=again["rate"],
-        )  # fmt: skip
-        relearned = {
-            "step": path.path.steps[number],
-            "taught": sorted(rows.tolist()),
-            "before": found[0].tolist(),
-            "after": found[again["steps"]].tolist(),
-        }
+    if relearning is not None and tradeoff.best is not None:
+        relearned = _relearned(trainer.model, tradeoff, forget, relearning)
     return {
         "relearned": relearned,
-        "steps": [path.path.steps[i] for i in finite],
-        "forget": [path.path.forget[i].tolist() for i in finite],
-        "retain": [path.path.retain[i] for i in finite] if kept is not None else None,
+        "steps": [path.steps[i] for i in finite],
+        "forget": [path.forget[i].tolist() for i in finite],
+        "retain": [path.retain[i] for i in finite] if utility is not None else None,
         "final": final,
         "diverged": diverged,
-        "forget_ids": list(prepared.ids),
+        "forget_ids": list(forget.ids),
     }
 
 
-def serve(study: Path) -> None:
-    """Do one cell after the other until standard input ends."""
-    names: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    busy = threading.Event()
+def _measured(args: CUDConfig, world: _World, most: int) -> tuple[Samples, Samples | None]:
+    """What is measured during a run, prepared: the forget set, and of what measures utility `most` samples at most."""
+    from cud_trainer.data import evenly_spaced, prepare_samples
 
-    def listen() -> None:
-        for line in sys.stdin:
-            busy.set()
-            names.put(line.strip())
-        names.put(None)
-        if busy.is_set():  # the study was killed: what is not finished is begun anew by its next start
-            os._exit(1)
-
-    answers = os.fdopen(os.dup(1), "w")
-    threading.Thread(target=listen, daemon=True).start()
-    while (name := names.get()) is not None:
-        try:
-            with (study / "cells" / name / "log.txt").open("w") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            main(study, name)
-        except Exception as error:
-            if not (isinstance(error, (ValueError, OSError)) or disk_full(error)):
-                raise
-            with contextlib.suppress(OSError):
-                print(one_line(error), flush=True)
-            if disk_full(error):  # the log may have no room for that line
-                os._exit(errno.ENOSPC)
-            sys.exit(2)
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        sys.stdout.flush()
-        busy.clear()
-        print(name, file=answers, flush=True)
+    forget = prepare_samples(world.forget, world.tokenizer, max_length=args.max_length, name="forget")
+    utility = world.retain if world.utility is None else world.utility
+    if utility is None:
+        return forget, None
+    part = evenly_spaced(utility, most)
+    return forget, prepare_samples(part, world.tokenizer, max_length=args.max_length, name="utility")
 
 
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+def _scores_of(study: Path, settings: dict[str, Any]) -> Any:
+    """The difficulty scores that a run builds on: those of a cell, or made before; `None` for a run without any."""
+    from cud_trainer import DifficultyScores
+
+    if settings["scores_cell"] is not None:
+        return DifficultyScores.load(study / "cells" / settings["scores_cell"] / "scores.parquet")
+    return DifficultyScores.load(settings["scores_file"]) if "scores_file" in settings else None
+
+
+class _End(TrainerCallback):
+    """Ends a run when less than a share of the starting forget probability is left.
+
+    Args:
+        tradeoff: runs before this callback.
+        share: in [0, 1); 0 never ends a run.
+    """
+
+    def __init__(self, tradeoff: TradeoffCallback, share: float) -> None:
+        self.tradeoff, self.share = tradeoff, share
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        forget = self.tradeoff.path.forget
+        if forget[-1].mean() < self.share * forget[0].mean():
+            control.should_training_stop = True
+
+
+def _final_metrics(
+    model: Any,
+    args: CUDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Samples,
+    utility: Samples | None,
+    generate: bool,
+) -> dict[str, dict[str, list[float]]]:
+    """What is left at the end of a run, of every sample; with `generate` also by the answers that it gives."""
+    from ..metrics.memorization import evaluate_memorization
+
+    final = {}
+    for name, part in (("forget", forget), ("retain", utility)):
+        if part is not None:
+            values = evaluate_memorization(
+                model,
+                part,
+                tokenizer,
+                batch_size=GENERATE_BATCH if generate else args.per_device_eval_batch_size,
+                generate=generate,
+                token_statistics=True,
+            )
+            final[name] = {metric: column.tolist() for metric, column in values.items()}
+    return final
+
+
+def _relearned(model: Any, tradeoff: TradeoffCallback, forget: Samples, settings: dict[str, Any]) -> dict[str, Any]:
+    """What comes back of the forget set when some of its samples are taught again, from the best snapshot."""
+    from ..metrics.robustness import relearn
+
+    assert tradeoff.best is not None
+    number, weights = tradeoff.best
+    model.load_state_dict(weights, strict=False)
+    # The same samples in every cell, so that the others can be compared one by one.
+    rows = np.random.default_rng(0).permutation(len(forget))[: settings["samples"]]
+    left = relearn(
+        model,
+        forget,
+        rows.tolist(),
+        steps=[settings["steps"]],
+        learning_rate=settings["rate"],
+    )
+    return {
+        "step": tradeoff.path.steps[number],
+        "taught": sorted(rows.tolist()),
+        "before": left[0].tolist(),
+        "after": left[settings["steps"]].tolist(),
+    }

@@ -90,9 +90,14 @@ def test_text_inside_a_model_of_text_and_images(case):
     text = case("gemma3_text")
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
-        text_config=text.config.to_dict(), vision_config={**vision, "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4, image_token_index=255, boi_token_index=254, eoi_token_index=253, tie_word_embeddings=False,
-    )  # fmt: skip
+        text_config=text.config.to_dict(),
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=255,
+        boi_token_index=254,
+        eoi_token_index=253,
+        tie_word_embeddings=False,
+    )
     model = Gemma3ForConditionalGeneration(config).double().eval()
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())

@@ -170,10 +170,17 @@ def test_matches_oracle_on_variants(settings):
 def test_matches_oracle_on_every_architecture(architecture, ungroup_kv):
     module, name = ARCHITECTURES[architecture]
     config = AutoConfig.for_model(
-        architecture, vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=False,
+        architecture,
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
         **({} if architecture == "qwen2" else {"head_dim": 12}),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = getattr(module, f"{name}ForCausalLM")(config).double().eval()
     for key, parameter in model.named_parameters():

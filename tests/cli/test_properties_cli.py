@@ -18,8 +18,7 @@ from cud_trainer.circuits.graph import Graph
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_dataset
 from cud_trainer.data.sources import load_samples
-from cud_trainer.difficulty import DifficultyScores
-from cud_trainer.difficulty.anchors import AnchorBank
+from cud_trainer.difficulty import AnchorBank, DifficultyScores
 from cud_trainer.schedule import Schedule, make_schedule
 
 EXAMPLES = int(os.environ.get("CUD_EXAMPLES", "25"))
@@ -248,7 +247,7 @@ def test_configurations(world, tmp_path_factory, capsys, command, wrong, draw):
     path.write_bytes("\n".join(lines).encode() + (b"\n# \xff" if how == "bytes" else b""))
     place = ["--output", str(output)] if command == "score" else ["--output_dir", str(output)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluation.study.Worker.run", lambda *a: "not run here")
+        patch.setattr("evaluation.study.pool.Worker.run", lambda *a: "not run here")
         patch.chdir(folder)
         checked(capsys, [command, "--config", str(path), *place], output, (0, 1, 2) if command == "study" else (0, 2))
     if how != "value":
@@ -278,7 +277,7 @@ def test_options(world, tmp_path, monkeypatch, capsys, command, arguments, messa
 
 def test_mappings_on_the_command_line(world, tmp_path, capsys):
     from cud_trainer.commands.parser import parse_options
-    from evaluation.study.command import StudyArguments
+    from evaluation.study.options import StudyArguments
 
     (found,) = parse_options((StudyArguments,), ["--grid", '{"seed": [1, 2]}', "--train", '{"passes": 2}'], "cud study")
     assert found.grid == {"seed": [1, 2]} and found.train == {"passes": 2}

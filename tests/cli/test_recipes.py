@@ -20,7 +20,7 @@ from cud_trainer import CUDConfig
 from cud_trainer.cli import main
 from cud_trainer.commands.options import TrainArguments
 from cud_trainer.difficulty import DifficultyScores
-from evaluation.study.command import read_arguments
+from evaluation.study.options import read_arguments
 from evaluation.testbed import train_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -388,7 +388,7 @@ def test_a_study_of_a_recipe(world, tmp_path, cells_in_process):
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies_are_valid_plans(world, name):
     """Every cell of the studies as they stand is a configuration that `cud train` accepts."""
-    from evaluation.study.command import plan
+    from evaluation.study.grid import plan
 
     words = ["--config", str(RECIPES / name), "--model_name_or_path", str(world / "model")]
     recipes = RUNS if name == "sweep.yaml" else [None]

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_dataset
 from cud_trainer.data.chunks import chunk_lengths, chunk_texts
-from cud_trainer.difficulty import DifficultyScores
-from cud_trainer.difficulty.cud import make_folds
+from cud_trainer.difficulty import DifficultyScores, make_folds
 
 
 def with_bos():

@@ -19,8 +19,8 @@ from cud_trainer.difficulty import (
     make_folds,
     register_metric,
 )
-from cud_trainer.difficulty.circuit_metrics import circuit_mass, cud
-from cud_trainer.difficulty.cud import anchor_circuit, extremes, log_standardisation
+from cud_trainer.difficulty.circuit_metrics import circuit_mass
+from cud_trainer.difficulty.cud import anchor_circuit, cud, extremes, log_standardisation
 from cud_trainer.logprobs import score_answers
 
 VARIANTS = [

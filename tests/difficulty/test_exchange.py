@@ -80,9 +80,11 @@ class TestPublished:
     def test_every_layout(self, tmp_path):
         values = [0.5, 2.0, -1.0, 3.0]
         for name, content in (
-            ("tensor", torch.tensor(values)), ("list", values), ("ids", dict(zip(IDS, values, strict=True))),
+            ("tensor", torch.tensor(values)),
+            ("list", values),
+            ("ids", dict(zip(IDS, values, strict=True))),
             ("positions", {0: 0.5, 1: 2.0, 2: torch.tensor(-1.0)} | {"7": 3.0}),
-        ):  # fmt: skip
+        ):
             torch.save(content, tmp_path / f"{name}.pt")
             assert self.read(tmp_path / f"{name}.pt") == values
         assert self.read(tmp_path / "list.pt", higher="easier") == [-v for v in values]
@@ -152,7 +154,7 @@ class TestPublished:
             ("k.csv", "method,order\nNPO,1\n", "ranks 1 different samples of 4"),
             ("i.npy", "", "are read from .pt, .json, .txt and .csv files, not from 'i.npy'"),
         ],
-    )  # fmt: skip
+    )
     def test_refusals(self, tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -13,8 +13,8 @@ from cud_trainer import score_difficulty
 from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import METRICS, AnchorBank, DifficultyContext, DifficultyScores
 from cud_trainer.difficulty import metrics as M
-from cud_trainer.difficulty.circuit_metrics import cud, signature
-from cud_trainer.difficulty.cud import agreement, calibrated_scores
+from cud_trainer.difficulty.circuit_metrics import signature
+from cud_trainer.difficulty.cud import agreement, calibrated_scores, cud
 from cud_trainer.difficulty.gradients import mean_gradient, sample_gradients
 from cud_trainer.difficulty.noise import hash_of, noise_effects, parameter_noise
 from cud_trainer.difficulty.outputs import output_features
@@ -26,10 +26,15 @@ def make_context(n=12, retain=True, residual=None, **options) -> DifficultyConte
     tokenizer = make_tokenizer()
     residual = np.linspace(0, 1, n) if residual is None else residual
     return DifficultyContext(
-        make_model(0), prepare_samples(qa_dataset(n), tokenizer), prepare_samples(qa_dataset(9, 50), tokenizer) if retain
-        else None, folds=4, progress=False, calibrate=lambda objective: residual,
-        metrics=("grad_alignment",) if retain else (), **options,
-    )  # fmt: skip
+        make_model(0),
+        prepare_samples(qa_dataset(n), tokenizer),
+        prepare_samples(qa_dataset(9, 50), tokenizer) if retain else None,
+        folds=4,
+        progress=False,
+        calibrate=lambda objective: residual,
+        metrics=("grad_alignment",) if retain else (),
+        **options,
+    )
 
 
 def one(prepared, row):
@@ -382,10 +387,18 @@ def test_every_metric_end_to_end(tmp_path):
     make_model(1).save_pretrained(tmp_path / "reference")
     data = qa_dataset(12).add_column("author", [f"author{i % 6}" for i in range(12)])
     options = dict(
-        metrics=sorted(METRICS), retain_dataset=qa_dataset(9, 50), group_column="author", folds=3, progress=False,
-        metric_args={"memorization": {"reference_model": str(tmp_path / "reference")}, "mrd": {"draws": 2},
-                     "noise_stability": {"draws": 2}, "cud": {"variant": "calibrated"}},
-    )  # fmt: skip
+        metrics=sorted(METRICS),
+        retain_dataset=qa_dataset(9, 50),
+        group_column="author",
+        folds=3,
+        progress=False,
+        metric_args={
+            "memorization": {"reference_model": str(tmp_path / "reference")},
+            "mrd": {"draws": 2},
+            "noise_stability": {"draws": 2},
+            "cud": {"variant": "calibrated"},
+        },
+    )
     scores = score_difficulty(make_model(0), data, make_tokenizer(), work_dir=tmp_path / "work", **options)
     assert scores.metrics == sorted(METRICS)
     files = {path.name.rsplit("-", 2)[0] for path in (tmp_path / "work").glob("*.safetensors")}

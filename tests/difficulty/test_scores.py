@@ -227,10 +227,22 @@ class TestScoring:
         found = []
         for seed in (1, 1, 2):
             torch.manual_seed(len(found))
-            lora = CalibrationSettings(learning_rate=1e-2, max_passes=2, seed=0, peft_config=LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))  # fmt: skip
+            lora = CalibrationSettings(
+                learning_rate=1e-2,
+                max_passes=2,
+                seed=0,
+                peft_config=LoraConfig(r=2, target_modules=["q_proj", "up_proj"]),
+            )
             scores = score_difficulty(
-                make_model(0), qa_dataset(6), make_tokenizer(), metrics=["cud"], folds=2, calibration=lora, seed=seed, progress=False
-            )  # fmt: skip
+                make_model(0),
+                qa_dataset(6),
+                make_tokenizer(),
+                metrics=["cud"],
+                folds=2,
+                calibration=lora,
+                seed=seed,
+                progress=False,
+            )
             assert scores.provenance["calibration"]["adapter"]
             found.append(scores.provenance["calibration"]["runs"]["npo"]["forget_probability"])
         assert found[0] == found[1] != found[2]

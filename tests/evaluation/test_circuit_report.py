@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from cud_trainer.circuits import CircuitTable, Graph, circuit_signature, select_circuits
-from evaluation.report import audit, plots
+from cud_trainer.difficulty import Buckets
+from evaluation.report import plots
+from evaluation.report.circuits import circuit_section
+from evaluation.report.schema import jsonable
 
 
 def table(n=24, graph=None):
@@ -25,7 +28,7 @@ def section(**options):
         found,
         bucket,
         residual,
-        audit.circuit_section(found, bucket, residual, seed=0, note="whose", k=30, **options),
+        jsonable(circuit_section(found, Buckets(bucket, 4), residual, seed=0, note="whose", k=30, **options)),
     )
 
 
@@ -58,10 +61,10 @@ def test_numbers_by_hand():
 @pytest.mark.parametrize("graph", [Graph(4, 4, 2), Graph(30, 9, 3), Graph(2, 3, 3, parallel=True)], ids=str)
 def test_pictures_are_drawn(graph):
     found = table(8, graph)
-    result = audit.circuit_section(found, np.arange(8) // 2, None, seed=0, note="whose")
+    result = circuit_section(found, Buckets(np.arange(8) // 2, 4), None, seed=0, note="whose")
     for edges in ("mean_circuit", "difference"):
         assert plots.to_svg(plots.circuit(result, edges, "more", "less")).startswith("<svg")
-    assert "spearman" not in result
+    assert "spearman" not in jsonable(result)
 
 
 def test_rows_are_aligned_by_id():

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from evaluation import demo
+from evaluation import demo, demo_report
 from evaluation import statistics as stats
+from evaluation.report.schema import Ceiling, DifficultySection, PredictorRow, jsonable
 
-UNIFORM, AWARE = demo.SCHEDULES
+UNIFORM, AWARE = demo_report.SCHEDULES
 
 
 def finding(uniform, aware):
     worst = {UNIFORM: dict(enumerate(uniform, 1)), AWARE: dict(enumerate(aware, 1))}
-    return demo._schedule_finding("npo", 0.9, worst, worst), demo._by_seed("npo", worst, worst)
+    table = demo_report._by_seed("npo", worst, worst)
+    return demo_report._schedule_finding("npo", 0.9, worst, worst), jsonable(table)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +45,10 @@ def test_the_interval_is_over_seeds():
 
 
 def test_cud_paper_is_called_what_it_is():
-    row = {"spearman": {"value": 0.5, "low": 0.4, "high": 0.6}}
-    section = {
-        "rows": [{**row, "metric": name, "partial": row["spearman"]} for name in demo.METRICS],
-        "ceiling": {"agreement": {"value": 0.97}},
-    }
-    text = demo._difficulty_finding("npo", section, stats.Interval(0.1, 0.01, 0.2))
+    half = stats.Interval(0.5, 0.4, 0.6)
+    figures = {"kind": "circuit", "spearman": half, "partial": half, "auroc": half}
+    rows = [PredictorRow(metric=name, label=name, **figures) for name in demo.METRICS]
+    ceiling = Ceiling(agreement=stats.Interval(0.97, 0.9, 0.99), attainable=0.98, n_seeds=2)
+    section = DifficultySection(objective="npo", n=9, target="", rows=rows, ceiling=ceiling)
+    text = demo_report._difficulty_finding("npo", section, stats.Interval(0.1, 0.01, 0.2))
     assert "not as published" in text and "better" not in text

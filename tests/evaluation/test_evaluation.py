@@ -9,7 +9,6 @@ from scipy.stats import spearmanr
 from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.logprobs import answer_probability
-from evaluation.commands.evaluate import audit_results
 from evaluation.metrics.memorization import (
     GENERATED,
     METRICS,
@@ -22,7 +21,11 @@ from evaluation.metrics.memorization import (
     teacher_forced,
     true_answers,
 )
-from evaluation.report import audit
+from evaluation.report.audit import audit_results
+from evaluation.report.difficulty import difficulty_section
+from evaluation.report.schema import Run, jsonable
+from evaluation.statistics import spearman_difference
+from evaluation.trajectory import TradeoffCallback, at_position, averaged_residual, matched_position
 
 
 @pytest.fixture(scope="module")
@@ -113,29 +116,28 @@ class TestPath:
     def test_matched_position_on_a_crossing(self):
         retain = np.array([1.0, 0.9, 0.7])
         forget = np.array([1.0, 0.6, 0.2])
-        position = audit.matched_position(retain, forget, 0.8)
+        position = matched_position(retain, forget, 0.8)
         assert position == pytest.approx(1.5)
-        assert audit.at_position(forget, position) == pytest.approx(0.4)
-        assert audit.matched_position(retain, forget, 1.1) is None
-        assert audit.matched_position(retain, forget, 0.5) == 2.0
+        assert at_position(forget, position) == pytest.approx(0.4)
+        assert matched_position(retain, forget, 1.1) is None
+        assert matched_position(retain, forget, 0.5) == 2.0
 
     def test_a_run_that_recovers_counts_at_its_best(self):
         retain = np.array([1.0, 0.5, 0.95, 0.97])
         forget = np.array([1.0, 0.5, 0.1, 0.2])
-        assert audit.matched_position(retain, forget, 0.9) == 2.0
-        assert audit.matched_position(retain, forget[::-1], 0.9) == pytest.approx(0.2)
+        assert matched_position(retain, forget, 0.9) == 2.0
+        assert matched_position(retain, forget[::-1], 0.9) == pytest.approx(0.2)
 
     def test_averaged_residual_uses_the_window(self):
         forget = [np.full(2, v) for v in (1.0, 0.8, 0.5, 0.3, 0.1)]
-        values, used = audit.averaged_residual(forget)
+        values, used = averaged_residual(forget)
         assert used == [2, 3] and values.tolist() == pytest.approx([0.4, 0.4])
-        assert audit.averaged_residual([np.full(2, v) for v in (1.0, 0.01)])[1] == [1]
+        assert averaged_residual([np.full(2, v) for v in (1.0, 0.01)])[1] == [1]
 
     def test_callback_records_every_step(self, tmp_path):
         from runs import config
 
         from cud_trainer import CUDTrainer
-        from evaluation.trajectory import TradeoffCallback
 
         tokenizer = make_tokenizer()
         forget, retain = prepare_samples(qa_dataset(9), tokenizer), prepare_samples(qa_dataset(3, 50), tokenizer)
@@ -160,12 +162,12 @@ class TestAudit:
             "loss": target + generator.normal(size=80),
             "length": generator.normal(size=80),
         }
-        section = audit.difficulty_section("npo", columns, [target, target + 0.2], target="t", seed=0)
+        section = jsonable(difficulty_section("npo", columns, [target, target + 0.2], target="t", seed=0))
         rows = {row["metric"]: row for row in section["rows"]}
         assert rows["cud"]["spearman"]["value"] == pytest.approx(spearmanr(columns["cud"], target).statistic)
         assert rows["cud"]["partial"]["value"] > 0.9 and rows["loss"]["partial"] is None
         assert section["ceiling"]["agreement"]["value"] == pytest.approx(1.0)
-        difference = audit.spearman_difference(columns["cud"], columns["loss"], target, seed=0)
+        difference = spearman_difference(columns["cud"], columns["loss"], target, seed=0)
         assert difference.low > 0
         assert difference.value == pytest.approx(rows["cud"]["spearman"]["value"] - rows["loss"]["spearman"]["value"])
 
@@ -176,7 +178,11 @@ class TestAudit:
             [str(i) for i in range(12)],
             {"cud": values["probability"].copy(), "loss": generator.normal(size=12), "length": np.arange(12.0)},
         )
-        results = audit_results({"forget": values, "retain": values}, before={"forget": values}, scores=scores)
+        run = Run(command="", seed=0, versions={}, model={}, data={}, seconds={})
+        sets = {"forget": values, "retain": values}
+        results = jsonable(
+            audit_results(sets, run, before={"forget": values}, scores=scores, buckets=scores.bucketed())
+        )
         buckets = results["conditions"][0]["final"]["buckets"]
         assert [row["n"] for row in buckets] == [3, 3, 3, 3]
         expected = np.sort(values["probability"]).reshape(4, 3).mean(1)

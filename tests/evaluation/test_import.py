@@ -10,8 +10,10 @@ from builders import qa_dataset
 
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
-from evaluation.commands.import_open_unlearning import Evaluation, import_results, rows_by_text
+from evaluation.commands.import_open_unlearning import import_results
+from evaluation.metrics.open_unlearning import Evaluation, rows_by_text
 from evaluation.metrics.utility import closer_to_one, forget_quality, model_utility, true_better
+from evaluation.report.schema import jsonable
 
 N = 12
 SECRET = "town"  # in every answer
@@ -146,7 +148,8 @@ def test_undefined_values_and_another_definition(tmp_path):
     found = results()
     found["exact_memorization"]["value_by_index"]["3"]["score"] = None
     found["forget_truth_ratio"]["agg_value"] = float(values(found, "forget_truth_ratio", "score").mean())
-    report, frame = import_results(Evaluation.load(save(tmp_path / "run", found)), scores=scores())
+    made, frame = import_results(Evaluation.load(save(tmp_path / "run", found)), scores=scores())
+    report = jsonable(made)
     assert "exact_memorization" not in frame and "truth_ratio" not in frame
     rows = {row["label"]: row["cells"] for row in table_of(report, "open_unlearning")["rows"]}
     assert rows["exact_memorization"] == [0.1, "undefined for 1 of 12 samples"]

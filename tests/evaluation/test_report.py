@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from evaluation.metrics.memorization import METRICS
-from evaluation.report.page import format_number, jsonable, lookup, write_report
+from evaluation.report.cells import format_number
+from evaluation.report.page import lookup, write_report
+from evaluation.report.schema import jsonable
 
 NASTY = "<script>alert('x')</script> & \"quotes\""
 

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,16 +12,20 @@ import pytest
 import yaml
 from builders import make_model, make_tokenizer, qa_dataset
 from studies import config, results
+from transformers import TrainerControl
 
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
-from evaluation.report import audit
 from evaluation.statistics import Interval
-from evaluation.study import report as study_report
-from evaluation.study.command import Cell, StudyArguments, plan
-from evaluation.study.report import first_seeds, place, reported, verdict, worst_quarter
+from evaluation.study import cell as study_cell
+from evaluation.study import runs as study_runs
+from evaluation.study.grid import Cell, plan
+from evaluation.study.options import StudyArguments
+from evaluation.study.report import verdict
+from evaluation.study.runs import coordinates, first_seeds, reported, worst_quarter
+from evaluation.trajectory import at_position, matched_position
 
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
@@ -64,9 +69,9 @@ def test_comparison_by_hand(finished):
     for path in (finished / "cells").glob("schedule=*"):
         run = json.loads((path / "result.json").read_text())
         forget, retain = np.array(run["forget"]), np.array(run["retain"])
-        position = audit.matched_position(retain, forget.mean(1), 0.95 * retain[0])
+        position = matched_position(retain, forget.mean(1), 0.95 * retain[0])
         schedule = re.search(r"schedule=(\w+)", path.name)[1]
-        level.setdefault(schedule, []).append(audit.at_position(forget, position))
+        level.setdefault(schedule, []).append(at_position(forget, position))
         assert run["steps"] == [0, 1, 2, 3, 4]
     scores = pd.read_parquet(next((finished / "cells").glob("scores-*/scores.parquet")))
     order = np.argsort(scores["loss"].to_numpy(), kind="stable")
@@ -99,6 +104,7 @@ def tuned(world, tmp_path_factory):
     settings = config(
         world, root / "out", grid=grid, train=train, utility_dataset=str(root / "utility.jsonl"),
         retain_level=[0.95, 0.5], relearn_samples=4, relearn_steps=2, relearn_rate=0.003,
+        generate_seeds=[2],
     )  # fmt: skip
     assert main(settings) == 0
     return root / "out"
@@ -141,18 +147,54 @@ class Outcome:
     tuning: str
     seed: int
     left: float
+    easy: float = 0.0
     hardest = np.array([False, True])
 
     def at(self, level):
-        return np.array([0.0, self.left]), 1.0
+        return np.array([self.easy, self.left]), 1.0
 
 
 @pytest.mark.parametrize(("tuning_seeds", "best", "reported_on"), [(1, "lucky once", [2, 3]), (2, "steady", [3])])
 def test_settings_are_chosen_on_the_first_seeds_and_reported_on_the_others(tuning_seeds, best, reported_on):
     runs = [Outcome("lucky once", seed, left) for seed, left in ((1, 0.1), (2, 0.9), (3, 0.9))]
     runs += [Outcome("steady", seed, 0.3) for seed in (1, 2, 3)]
-    kept = study_report.tuned(runs, 0.95, tuning_seeds)
+    kept = study_runs.tuned(runs, 0.95, tuning_seeds)
     assert {run.tuning for run in kept} == {best} and [run.seed for run in kept] == reported_on
+
+
+@pytest.mark.parametrize(("tune_on", "best"), [("hardest", "of the hardest"), ("all", "of all")])
+def test_settings_are_chosen_by_what_is_left_of(tune_on, best):
+    runs = [Outcome("of the hardest", seed, 0.1, easy=0.9) for seed in (1, 2)]
+    runs += [Outcome("of all", seed, 0.3, easy=0.1) for seed in (1, 2)]
+    kept = study_runs.tuned(runs, 0.95, tune_on=tune_on)
+    assert [(run.tuning, run.seed) for run in kept] == [(best, 2)]
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.0, False), (0.4, False), (0.6, True)])
+def test_a_run_ends_when_little_is_left(share, ends):
+    tradeoff = SimpleNamespace(path=SimpleNamespace(forget=[np.array([1.0, 0.8]), np.array([0.6, 0.3])]))
+    control = TrainerControl()
+    study_cell._End(tradeoff, share).on_step_end(None, None, control)
+    assert control.should_training_stop == ends
+
+
+def test_what_is_asked_for_is_in_the_settings_and_what_is_not_is_not():
+    def settings(**options):
+        train = {"difficulty": "none", "bf16": False, "use_cpu": True}
+        return [c.settings for c in plan(StudyArguments(grid={"seed": [1, 2]}, train=train, **options), {})[1]]
+
+    assert all(set(one) & {"generate", "end_below", "relearn"} == set() for one in settings())
+    first, second = settings(generate_seeds=[2], end_below=0.1)
+    assert "generate" not in first and second["generate"] and first["end_below"] == second["end_below"] == 0.1
+
+
+def test_answers_are_generated_with_the_seeds_that_say_so(tuned):
+    finals = {path.parent.name: json.loads(path.read_text())["final"] for path in tuned.glob("cells/*/result.json")}
+    assert {"seed=1", "seed=2"} == {re.search(r"seed=\d", name)[0] for name in finals}
+    for name, final in finals.items():
+        assert set(final) == {"forget", "retain"}
+        assert ("rouge_l_recall" in final["forget"]) == ("seed=2" in name), name
+    assert all("rouge_l_recall" in condition["final"]["forget"] for condition in results(tuned)["conditions"])
 
 
 def test_levels_utility_and_relearning(tuned):
@@ -204,7 +246,7 @@ def test_scores_without_the_metric_are_refused(world, tuned, tmp_path, capsys):
 
 def test_a_finished_study_is_only_reported_again(world, finished, monkeypatch):
     before = results(finished)
-    monkeypatch.setattr("evaluation.study.command.subprocess.Popen", lambda *a, **k: pytest.fail("a cell ran again"))
+    monkeypatch.setattr("evaluation.study.pool.Worker.run", lambda *a: pytest.fail("a cell ran again"))
     assert main(config(world, finished)) == 0
     assert results(finished) == before
 
@@ -254,6 +296,8 @@ def test_other_settings_are_refused_unless_they_may_replace(world, finished, cap
         ({"grid": [{"seed": [1]}, {}]}, "grid is empty"),
         ({"grid": {"seed": [1]}, "relearn_samples": -1}, "relearn_samples must be at least 0"),
         ({"grid": {"seed": [1]}, "tuning_seeds": 0}, "tuning_seeds must be at least 1"),
+        ({"grid": {"seed": [1]}, "tune_on": "worst"}, "tune_on must be 'hardest' or 'all', got 'worst'"),
+        ({"grid": {"seed": [1]}, "end_below": 1.0}, "end_below must be at least 0 and below 1"),
         ({"grid": {"seed": [1, 2], "retain_weight": [1, 4]}, "tuning_seeds": 2}, "leaves no seed to report on: 2 in"),
         ({"grid": {"seed": [1]}, "utility_dataset": "nowhere.jsonl"}, "utility dataset nowhere.jsonl does not exist"),
         ({"grid": {"difficulty_scores": ["no.parquet"]}}, "cannot read difficulty scores from no.parquet"),
@@ -286,7 +330,7 @@ def test_cells_name_the_default_schedule():
     grid = {"learning_rate": [1e-4, 1e-3]}
     train = {"difficulty": "loss", "bf16": False, "use_cpu": True}
     cells = plan(StudyArguments(grid=grid, train=train), {})[1]
-    assert {place(cell).schedule for cell in cells} == {"upweight_hard+odds+per_sample_stop"}
+    assert {coordinates(cell).schedule for cell in cells} == {"upweight_hard+odds+per_sample_stop"}
     named = plan(StudyArguments(grid=grid, train={**train, "schedule": "upweight_hard+odds+per_sample_stop"}), {})[1]
     assert [cell.fingerprint for cell in cells] == [cell.fingerprint for cell in named]
 

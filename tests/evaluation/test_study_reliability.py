@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import cell_work
 import pandas as pd
 import pytest
 from builders import make_model, make_tokenizer, qa_dataset
 from studies import config, results
 
 from cud_trainer.cli import main
+from evaluation.study.grid import Cell
+from evaluation.study.pool import Pool
 
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
@@ -80,15 +83,23 @@ def wait_for(output: Path, pattern: str, process: subprocess.Popen) -> bool:
     return False
 
 
-def cells_alive(output: Path) -> list[str]:
-    """Processes that work on a cell of this study."""
+def wait_for_the_end(session: int) -> None:
+    """Until no process of a study is left, its workers among them."""
+    deadline = time.monotonic() + 600
+    while alive := processes(session):
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.05)
+
+
+def processes(session: int) -> list[str]:
+    """Processes of a session that have not ended."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            command = path.read_bytes().split(b"\0")
+            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
         except OSError:  # it has ended
             continue
-        if b"evaluation.study.cell" in command and str(output).encode() in command:
+        if int(number) == session and state != "Z":
             found.append(path.parent.name)
     return found
 
@@ -135,10 +146,7 @@ def test_killed_at_random_points_it_ends_the_same(world, straight, tmp_path, mon
         elif process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        deadline = time.monotonic() + 30
-        while cells_alive(output) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not cells_alive(output)
+        wait_for_the_end(process.pid)
     assert hits == 2  # it did not just run through
     assert (output / ".lock").exists()  # left behind, and in nobody's way
     assert main(command) == 0
@@ -146,18 +154,50 @@ def test_killed_at_random_points_it_ends_the_same(world, straight, tmp_path, mon
     assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
 
 
-def test_a_worker_ends_with_the_study_in_the_middle_of_a_cell(world, straight, tmp_path):
+def test_a_worker_ends_with_the_study_in_the_middle_of_a_cell(world, tmp_path):
     output = tmp_path / "out"
-    assert main(small(world, output)) == 0
-    (cell, *_) = sorted(output.glob("cells/schedule=*"))
-    (cell / "result.json").unlink()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "evaluation.study.cell", str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        cwd=ROOT,
-    )  # fmt: skip
-    child.stdin.write(f"{cell.name}\n".encode())
-    child.stdin.flush()
-    child.stdin.close()  # as the kernel does when the study is gone
-    assert child.wait(timeout=60) == 1
-    assert child.stdout.read() == b"" and not (cell / "result.json").exists()
-    child.stdout.close()
+    train = {"objective": "ga", "passes": 5000, "difficulty": "none", "bf16": False, "use_cpu": True}
+    process = start(world, config(world, output, grid={"schedule": ["uniform"]}, train=train))
+    assert wait_for(output, "cells/schedule=*/work/run", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for_the_end(process.pid)
+    (cell,) = output.glob("cells/schedule=*")
+    assert not (cell / "result.json").exists()
+
+
+def test_what_a_process_does_to_a_cell_is_of_no_harm_to_the_next(tmp_path):
+    kinds = ["good", "killed", "good", "exits", "wrong", "bug", "full", "good", "good"]
+    cells = [Cell("run", f"{number}-{what}", {}, {"what": what}) for number, what in enumerate(kinds)]
+    with Pool(1, ["7"]) as pool:
+        failed = pool.run(tmp_path, cells, cell_work.work)
+        logs = tmp_path / "cells"
+        assert failed == {
+            "1-killed": f"it was here (exit code -9; {logs / '1-killed' / 'log.txt'})",
+            "3-exits": f"no output (exit code 3; {logs / '3-exits' / 'log.txt'})",
+            "4-wrong": f"a value is wrong (exit code 2; {logs / '4-wrong' / 'log.txt'})",
+            "5-bug": f"RuntimeError: of ours (exit code 1; {logs / '5-bug' / 'log.txt'})",
+            "6-full": f"the disk is full: cannot write to {logs / '6-full'}",
+        }
+        good = [
+            json.loads((logs / name / "result.json").read_text()) for name in ("0-good", "2-good", "7-good", "8-good")
+        ]
+        again = pool.run(tmp_path, [*cells, Cell("run", "9-good", {}, {"what": "good"})], cell_work.work)
+    assert again.keys() == failed.keys()  # what has a result is not run again
+    first, second, third, fourth = (found["process"] for found in good)
+    assert len({first, second, third}) == 3 and third == fourth  # a new one after a failure only
+    assert json.loads((logs / "9-good" / "result.json").read_text())["process"] not in (first, second, third)
+    assert {found["CUDA_VISIBLE_DEVICES"] for found in good} == {"7"}
+    for name in ("0-good", "8-good", "9-good"):
+        assert sorted((logs / name / "log.txt").read_text().splitlines()) == ["a line from C", "a line from Python"]
+
+
+def test_devices_and_cores_are_dealt_to_the_workers(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environments = [worker.environment for worker in Pool(3, ["0", "1"]).workers]
+    assert [found["CUDA_VISIBLE_DEVICES"] for found in environments] == ["0", "1", "0"]
+    assert {found["OMP_NUM_THREADS"] for found in environments} == {"5"}
+    assert "CUDA_VISIBLE_DEVICES" not in Pool(1).workers[0].environment
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert Pool(1).workers[0].environment["OMP_NUM_THREADS"] == "2"

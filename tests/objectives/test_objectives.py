@@ -436,7 +436,10 @@ class TestStep:
             ({"objective_args": {"beta": "0.1"}}, "must be a number, got '0.1'"),
             ({"objective_args": {"beta": True}}, "must be a number, got True"),
             ({"objective": "simnpo", "objective_args": {"gamma": None}}, "must be a number, got None"),
-            ({"retain_loss": "mse"}, "unknown retain_loss 'mse'; choose one of \\['none', 'nll', 'kl', 'activations'\\]"),
+            (
+                {"retain_loss": "mse"},
+                "unknown retain_loss 'mse'; choose one of \\['none', 'nll', 'kl', 'activations'\\]",
+            ),
             ({"retain_loss": "activations"}, "compares hidden states: it goes with 'rmu', not with 'npo'"),
             ({"objective": "kl_min", "retain_loss": "none"}, "needs a retain loss"),
             ({"objective": "wga", "objective_args": {"beta": -1}}, "'beta' of objective 'wga' must not be negative"),
@@ -445,7 +448,7 @@ class TestStep:
             ({"objective": "rmu", "objective_args": {"steering": 0}}, "'steering' of objective 'rmu' must be positive"),
             ({"objective": "graddiff", "retain_loss": "none"}, "needs a retain loss; use 'ga'"),
         ],
-    )  # fmt: skip
+    )
     def test_refusals(self, options, message):
         with pytest.raises(ValueError, match=message):
             UnlearningLoss(**options)

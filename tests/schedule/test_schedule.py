@@ -371,9 +371,14 @@ class TestComposition:
     def test_an_order_with_weights_and_a_stop(self):
         values = {"difficulty": DIFFICULTY, "circuit_mass": DIFFICULTY[::-1], "loss": LOGPS}
         joined = make_schedule(
-            "easy_to_hard + inverse_mass+per_sample_stop", IDS, difficulty=values, passes=2, seed=1,
-            inverse_mass={"high": 4.0}, per_sample_stop={"target": 0.2},
-        )  # fmt: skip
+            "easy_to_hard + inverse_mass+per_sample_stop",
+            IDS,
+            difficulty=values,
+            passes=2,
+            seed=1,
+            inverse_mass={"high": 4.0},
+            per_sample_stop={"target": 0.2},
+        )
         order = make_schedule("easy_to_hard", IDS, difficulty=DIFFICULTY, passes=2, seed=1)
         weights = make_schedule("inverse_mass", IDS, difficulty=DIFFICULTY[::-1], passes=2, seed=1, high=4.0)
         assert joined.order.tolist() == order.order.tolist()

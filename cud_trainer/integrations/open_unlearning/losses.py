@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from ...data import IGNORE_INDEX
-from ...logprobs import evaluation_mode, wide
+from ...logprobs import wide
+from ...models.modes import evaluation_mode
 
 # How far our loss with weights of 1 may be from the trainer's own, relative and absolute; bfloat16 has 3 digits.
 TOLERANCE = (0.02, 1e-3)

@@ -1,8 +1,12 @@
-"""Anchor banks: the calibrated circuits of one forget request, kept for the next one on the same model."""
+"""Anchors: which samples are known to be easy and hard, and banks that keep them.
+
+A bank holds the calibrated circuits of one forget request for the next one on the same model.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,62 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_write, check_new_file
+from ...files import atomic_write, check_new_file
 
 HEADER = ("ids", "graph", "settings")
+
+
+def extremes(residual: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with the lowest (easy) and the highest (hard) residual memorisation, `share` of the rows each.
+
+    Raises:
+        ValueError: with fewer than 2 rows or a constant residual, which tells nothing apart.
+    """
+    if len(residual) < 2:
+        raise ValueError("anchors need at least 2 calibration samples")
+    if np.ptp(residual) == 0:
+        raise ValueError("calibration left every sample with the same residual memorisation: there are no anchors")
+    count = min(max(1, round(share * len(residual))), len(residual) // 2)
+    order = np.argsort(residual, kind="stable")
+    return order[:count], order[-count:]
+
+
+def agreement(residuals: Sequence[np.ndarray], share: float, at_least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that `at_least` of several unlearning methods count among the easiest, or hardest, `share` (paper: 3 of 5).
+
+    Raises:
+        ValueError: when they agree on no easy or no hard sample.
+    """
+    counts = np.zeros((2, len(residuals[0])), dtype=int)
+    for residual in residuals:
+        for side, rows in zip(counts, extremes(residual, share), strict=True):
+            side[rows] += 1
+    easy, hard = (np.flatnonzero(side >= at_least) for side in counts)
+    if not easy.size or not hard.size:
+        raise ValueError(
+            f"{at_least} of {len(residuals)} methods agree on {easy.size} easy and {hard.size} hard samples; anchors "
+            "need both: lower agreement or raise anchor_share"
+        )
+    return easy, hard
+
+
+def given_sides(anchors: dict[str, Any], ids: list[str]) -> np.ndarray:
+    """-1 for easy, 1 for hard, 0 for other samples, from ids given by hand."""
+    if set(anchors) != {"easy", "hard"}:
+        raise ValueError(f"anchors must have exactly the keys 'easy' and 'hard', got {sorted(anchors)}")
+    position = {sample_id: row for row, sample_id in enumerate(ids)}
+    rows = []
+    for side in ("easy", "hard"):
+        unknown = [str(sample_id) for sample_id in anchors[side] if str(sample_id) not in position]
+        if unknown:
+            raise ValueError(f"{side} anchor {unknown[0]!r} is not a forget sample")
+        rows.append(np.array([position[str(sample_id)] for sample_id in anchors[side]], dtype=int))
+    if set(rows[0]) & set(rows[1]):
+        both = ids[next(iter(set(rows[0]) & set(rows[1])))]
+        raise ValueError(f"sample {both!r} is both an easy and a hard anchor")
+    sides = np.zeros(len(ids), dtype=int)
+    sides[rows[0]], sides[rows[1]] = -1, 1
+    return sides
 
 
 @dataclass

@@ -20,9 +20,10 @@ from sklearn.metrics import roc_auc_score
 from cud_trainer import score_difficulty
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_samples
+from cud_trainer.difficulty import Buckets
 from cud_trainer.logprobs import answer_probability
-from evaluation.metrics import measure as harness
 from evaluation.metrics import privacy, robustness
+from evaluation.metrics.lm_eval import lm_eval_figures
 from evaluation.metrics.memorization import (
     evaluate_memorization,
     generate_answers,
@@ -41,6 +42,8 @@ from evaluation.metrics.utility import (
     truth_ratio,
 )
 from evaluation.report import tables as sections
+from evaluation.report.circuits import MECHANISMS, mechanism_table
+from evaluation.report.schema import jsonable
 
 pytestmark = pytest.mark.slow
 
@@ -246,29 +249,31 @@ class TestSections:
     def test_mechanisms_by_their_rule(self):
         generator = np.random.default_rng(0)
         bucket = np.repeat([0, 1, 2, 3], 40)
+        buckets = Buckets(bucket, 4)
 
         def verdict(*shifts):
             signature = {
                 name: np.tile(generator.normal(size=40), 4) + shift * (bucket == 3)  # the same spread everywhere
-                for name, shift in zip(sections.MECHANISMS, shifts, strict=True)
+                for name, shift in zip(MECHANISMS, shifts, strict=True)
             }
-            table, finding = sections.mechanism_table(signature, bucket, seed=0, n_boot=300)
-            return finding.rsplit(": ", 1)[1], table
+            table, finding = mechanism_table(signature, buckets, seed=0, n_boot=300)
+            return finding.rsplit(": ", 1)[1], jsonable(table)
 
         assert verdict(3, 3, 0)[0] == verdict(3, 3, 3)[0] == "yes"
         assert verdict(0, 0, 3)[0] == verdict(0, 0, 0)[0] == verdict(3, 3, -3)[0] == "undecided"
         assert verdict(-3, 0, 0)[0] == "no"
         effect = verdict(3, 3, 0)[1]["rows"][0]["cells"][2]
         assert effect["low"] < 3 < effect["high"]
-        signature = {name: np.full(8, np.nan) for name in sections.MECHANISMS}
-        table, finding = sections.mechanism_table(signature, np.repeat([0, 1], 4), seed=0)
-        assert finding.endswith("undecided") and table["rows"][0]["cells"][2]["reason"]
+        signature = {name: np.full(8, np.nan) for name in MECHANISMS}
+        table, finding = mechanism_table(signature, Buckets(np.repeat([0, 1], 4), 2), seed=0)
+        assert finding.endswith("undecided") and jsonable(table)["rows"][0]["cells"][2]["reason"]
 
     def test_groups(self):
         generator = np.random.default_rng(0)
         groups = np.repeat(list("abcdefgh"), 12)
         level = np.repeat(np.arange(8) / 8, 12)
-        table, finding = sections.group_table(level + 0.01 * generator.random(96), groups, level, seed=0, shown=3)
+        made, finding = sections.group_table(level + 0.01 * generator.random(96), groups, level, seed=0, shown=3)
+        table = jsonable(made)
         assert [row["label"] for row in table["rows"]] == ["h", "g", "f"] and "the first 3 of 8" in table["note"]
         assert "worst 'h'" in finding and "best 'a'" in finding and "(more than groups drawn by chance" in finding
         assert "difficulty explains part of the gap" in finding
@@ -276,18 +281,20 @@ class TestSections:
         assert "(no more than groups drawn by chance" in finding and "does not explain it" in finding
 
     def test_cells_say_why_they_are_empty(self):
-        assert sections.mean(np.array([]), 0)["reason"] == "no samples"
-        assert sections.mean(np.array([1.0, np.nan]), 0)["reason"] == "1 of 2 are not finite"
-        found = sections.forget_quality_table(None, None, None, 0)["rows"][0]["cells"]
+        assert jsonable(sections.mean(np.array([]), 0))["reason"] == "no samples"
+        assert jsonable(sections.mean(np.array([1.0, np.nan]), 0))["reason"] == "1 of 2 are not finite"
+        found = jsonable(sections.forget_quality_table(None, None, None, 0))["rows"][0]["cells"]
         assert all(cell["reason"] == "the forget set has no perturbed_answer column" for cell in found)
         scores = {name: np.arange(5.0) for name in ("loss", "zlib", "min_k")} | {"min_k_plus_plus": np.full(5, np.nan)}
-        rows = {row["label"]: row["cells"] for row in sections.privacy_table(scores, scores, None, 0)["rows"]}
+        rows = {row["label"]: row["cells"] for row in jsonable(sections.privacy_table(scores, scores, None, 0))["rows"]}
         assert rows["reference"][0]["reason"] == "needs reference_model"
         assert rows["min_k_plus_plus"][0]["reason"] == "scores are not finite" and rows["loss"][0]["value"] == 0.5
         apart = ({"loss": np.arange(5.0)}, {"loss": np.arange(5.0) + 9})
-        table = sections.privacy_table(*apart, apart, 0)
+        table = jsonable(sections.privacy_table(*apart, apart, 0))
         assert "holdout set is of another kind" in table["rows"][0]["cells"][1]["reason"]
-        total = sections.utility_table({"retain/probability": np.array([0.5])}, None, 0)["rows"][-1]["cells"][0]
+        total = jsonable(sections.utility_table({"retain/probability": np.array([0.5])}, None, 0))["rows"][-1]["cells"][
+            0
+        ]
         assert "model utility needs retain/rouge_l_recall" in total["reason"]
 
     def test_relearning_by_bucket(self):
@@ -295,7 +302,7 @@ class TestSections:
         bucket = np.repeat([0, 1], 4)
         start = np.full(8, 0.1)
         found = {0: start, 5: start + np.where(bucket == 1, 0.5, 0.2)}
-        table = sections.relearning_table(found, taught, bucket, 2, seed=0)
+        table = jsonable(sections.relearning_table(found, taught, Buckets(bucket, 2), seed=0))
         assert table["columns"] == [
             "taught",
             "others",
@@ -514,8 +521,9 @@ def test_lm_eval_on_a_local_task(tmp_path):
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
         "doc_to_target: label\nmetric_list:\n  - metric: acc\n"
     )
-    table = harness.lm_eval_table(make_model(0), make_tokenizer(), ["tiny_even"], str(tmp_path))
+    figures = lm_eval_figures(make_model(0), make_tokenizer(), ["tiny_even"], str(tmp_path))
+    table = jsonable(sections.lm_eval_table(figures))
     (row,) = [row for row in table["rows"] if row["label"] == "tiny_even: acc"]
     assert 0 <= row["cells"][0] <= 1
     with pytest.raises(ValueError, match="has no task 'missing_task'"):
-        harness.lm_eval_table(make_model(0), make_tokenizer(), ["missing_task"], str(tmp_path))
+        lm_eval_figures(make_model(0), make_tokenizer(), ["missing_task"], str(tmp_path))

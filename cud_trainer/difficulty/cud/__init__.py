@@ -1,0 +1,23 @@
+"""Circuit-guided Unlearning Difficulty: settings, formula, anchors, and the metric that puts them together."""
+
+from .anchors import AnchorBank, agreement, extremes
+from .formula import PENALTIES, anchor_circuit, calibrated_scores, circuits_of, cud_scores, log_standardisation
+from .metric import cud, cud_paper
+from .settings import FEATURES, VARIANTS, CUDSettings
+
+__all__ = [
+    "FEATURES",
+    "PENALTIES",
+    "VARIANTS",
+    "AnchorBank",
+    "CUDSettings",
+    "agreement",
+    "anchor_circuit",
+    "calibrated_scores",
+    "circuits_of",
+    "cud",
+    "cud_paper",
+    "cud_scores",
+    "extremes",
+    "log_standardisation",
+]

@@ -1,0 +1,97 @@
+"""How circuits are compared, and what a calibrated score is fitted from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...circuits import DISTANCES, VECTORS
+from ...registry import check_numbers
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Inspired by the paper, not as published (see `formula`): the k strongest edges with their weights, cosine.
+    "paper": {"vector": "signed", "k": 200, "distance": "cosine"},
+    # The same formula on standardised log |edge score|, which keeps the circuit's mass that the cosine of raw scores
+    # throws away.
+    "log": {"vector": "log", "k": None, "distance": "cosine"},
+    # No anchors: ridge regression from log |edge score| and more to the calibration run's residual memorisation.
+    "calibrated": {"vector": "log", "k": None, "distance": "cosine"},
+}
+FEATURES = ("edges", "hidden", "gradients", "outputs")
+
+
+@dataclass(frozen=True)
+class CUDSettings:
+    """How circuits are compared.
+
+    Attributes:
+        variant: `"calibrated"`, a fit (the best variant in `benchmarks/results/difficulty.md`), or `"log"` or
+            `"paper"`, presets of the three below (`None` fields take their value).
+        vector: `"signed"`, `"binary"` or `"log"` (see `cud_trainer.circuits.circuit_vectors`).
+        k: edges of a circuit; `"all"` for all edges. Not for `"log"`.
+        selection: how `k` edges are chosen, `"top_k"` or `"greedy"` (see `cud_trainer.circuits.select_circuits`).
+        prune: leave out edges on no path from the embedding to the logits. Not for `"log"`.
+        distance: `"cosine"`, `"jaccard"` or `"hamming"`.
+        anchor_share: share of the calibration samples that make each anchor, in (0, 0.5].
+        features: what `"calibrated"` is fitted from: `"edges"` (log |edge score|), `"hidden"` (middle hidden state),
+            `"gradients"` (log gradient norm of every weight matrix), `"outputs"` (log-probability, length, margin,
+            entropy); all of them by default.
+    """
+
+    variant: str = "calibrated"
+    vector: str | None = None
+    k: int | str | None = None
+    distance: str | None = None
+    anchor_share: float = 0.25
+    selection: str = "top_k"
+    prune: bool = False
+    features: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant not in list(VARIANTS):  # a list: an unhashable value is refused like any other
+            raise ValueError(f"unknown CUD variant {self.variant!r}; choose one of {sorted(VARIANTS)}")
+        preset = dict(VARIANTS[self.variant])
+        if self.vector is not None and self.vector != preset["vector"]:
+            preset["k"] = None if self.vector == "log" else 200
+        for name, value in preset.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.vector not in VECTORS:
+            raise ValueError(f"unknown circuit vector {self.vector!r}; choose one of {list(VECTORS)}")
+        if self.distance not in list(DISTANCES):
+            raise ValueError(f"unknown circuit distance {self.distance!r}; choose one of {sorted(DISTANCES)}")
+        if self.vector == "log":
+            if self.k not in (None, "all"):
+                raise ValueError("k does not apply to log-magnitude circuit vectors, they use all edges")
+            if self.distance != "cosine":
+                raise ValueError("log-magnitude circuit vectors are compared by cosine")
+            if self.selection != "top_k" or self.prune:
+                raise ValueError(
+                    "selection and prune do not apply to log-magnitude circuit vectors, they use all edges"
+                )
+        elif self.k != "all" and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
+            raise ValueError(f"k must be a positive number of edges or 'all', got {self.k!r}")
+        if self.selection not in ("top_k", "greedy"):
+            raise ValueError(f"unknown circuit selection {self.selection!r} for CUD; choose 'top_k' or 'greedy'")
+        if self.selection == "greedy" and self.k == "all":
+            raise ValueError("circuit selection 'greedy' needs a number of edges k, got 'all'")
+        if not isinstance(self.prune, bool):
+            raise ValueError(f"prune must be true or false, got {self.prune!r}")
+        check_numbers("CUD", {"anchor_share": self.anchor_share})
+        if self.variant == "calibrated":
+            if self.vector != "log":
+                raise ValueError(
+                    f"the CUD variant 'calibrated' reads log edge scores; {self.vector!r} vectors are for 'paper'"
+                )
+            features = FEATURES if self.features is None else self.features
+            if isinstance(features, str) or not features or any(name not in FEATURES for name in features):
+                raise ValueError(f"features must be a list out of {list(FEATURES)}, got {features!r}")
+            object.__setattr__(self, "features", tuple(features))
+        elif self.features is not None:
+            raise ValueError(f"features belong to the CUD variant 'calibrated', not to {self.variant!r}")
+        if not 0 < self.anchor_share <= 0.5:
+            raise ValueError(f"anchor_share must be in (0, 0.5], got {self.anchor_share!r}")
+
+    @property
+    def edges_kept(self) -> int | None:
+        return self.k if isinstance(self.k, int) else None

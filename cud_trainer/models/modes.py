@@ -1,0 +1,150 @@
+"""What is done to a model and put back: modes, flags, weights, forward functions. Nothing outlives its context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# LoRA initialisations that leave the model's own weights alone; others (PiSSA, OLoRA, ...) take something out of them.
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is back in its own, also where they differ."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def gradient_flags_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The model's parameters; afterwards each takes a gradient if it did before."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield list(flags)
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters without gradients inside, but for those given one there; all flags restored afterwards."""
+    with gradient_flags_kept(model) as parameters:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+
+
+@contextmanager
+def all_trained(model: nn.Module) -> Iterator[None]:
+    """Every weight takes a gradient; afterwards those that did before."""
+    with gradient_flags_kept(model) as parameters:
+        for parameter in parameters:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        yield
+
+
+@contextmanager
+def evaluation_without_gradients(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients."""
+    with evaluation_mode(model), frozen(model):
+        yield
+
+
+@contextmanager
+def restored_afterwards(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
+    """The model to train, put back as it was on leaving.
+
+    Dropout stays off (evaluation mode): it would blur which sample goes first. Weights that are trained in place, or
+    changed by an adapter's initialisation, are kept aside on the CPU; an adapter is taken off again.
+    """
+    # Taking an adapter off leaves trained copies of `modules_to_save` and hooks behind; some cannot be taken off.
+    tables: list[Any] = [table for module in model.modules() for table in (module._modules, module._forward_hooks)]
+    contents = [dict(table) for table in tables]
+    trained: Any = model
+    saved: dict[nn.Parameter, Tensor] = {}
+    with evaluation_mode(model), gradient_flags_kept(model) as parameters:
+        try:
+            if peft_config is not None:
+                from peft import get_peft_model
+
+                if getattr(peft_config, "init_lora_weights", None) not in PLAIN_INITIALISATIONS:
+                    saved = {p: p.detach().cpu().clone() for p in parameters}
+                trained = get_peft_model(model, peft_config).eval()
+            for parameter in parameters:  # also biases that the adapter trains
+                if parameter.requires_grad and parameter not in saved:
+                    saved[parameter] = parameter.detach().cpu().clone()
+            yield trained
+        finally:
+            if trained is not model and hasattr(trained, "unload"):
+                trained.unload()
+            for table, entries in zip(tables, contents, strict=True):
+                table.clear()
+                table.update(entries)
+            with torch.no_grad():
+                for parameter, values in saved.items():
+                    parameter.copy_(values)
+            for parameter in parameters:
+                parameter.grad = None
+
+
+@contextmanager
+def ungrouped(attention: Any, n_heads: int) -> Iterator[None]:
+    """The attention takes one key/value head per query head from its projections, inside."""
+    values = {"num_key_value_groups": 1, "num_key_value_heads": n_heads}
+    before = {name: getattr(attention, name) for name in values if hasattr(attention, name)}
+    try:
+        for name in before:
+            setattr(attention, name, values[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(attention, name, value)
+
+
+@contextmanager
+def answering(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`module` runs `forward` in place of its own, inside. Offloading has put an instance attribute there before us."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def lifted(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """A model with weights of `dtype` that reads float32 embeddings keeps its residual stream in float32, inside.
+
+    Autocast leaves its matrix products in half precision. The edges of long answers then rank more nearly as they do in
+    float32, at little cost: Spearman 0.995 instead of 0.990 on SmolLM2-135M in bfloat16.
+    """
+    device = next(model.parameters()).device.type
+    with ExitStack() as stack:
+        for module in model.modules():
+            # Autocast does this on GPUs; on CPUs a LayerNorm refuses inputs that are wider than its weights.
+            if isinstance(module, nn.LayerNorm) and module.weight is not None and module.weight.dtype == dtype:
+                stack.enter_context(answering(module, partial(_wide_layer_norm, module)))
+        stack.enter_context(torch.autocast("cpu" if device == "meta" else device, dtype))
+        yield
+
+
+def _wide_layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias.float()
+    return nn.functional.layer_norm(x.float(), module.normalized_shape, module.weight.float(), bias, module.eps)

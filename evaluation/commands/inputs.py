@@ -1,0 +1,271 @@
+"""What `cud evaluate` reads: its options, and the data, scores and models that they name, checked beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from cud_trainer.circuits import CircuitTable
+from cud_trainer.circuits.attribution import needs_counterfactual
+from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
+from cud_trainer.data import Samples, check_disjoint, prepare_samples
+from cud_trainer.data.sources import load_samples
+from cud_trainer.difficulty import Buckets, DifficultyScores
+from cud_trainer.models.loading import load_causal_lm
+
+from ..metrics.lm_eval import check_lm_eval
+from ..metrics.utility import UTILITY_SETS
+
+
+@dataclass
+class EvaluateArguments(DataArguments):
+    """What `cud evaluate` reads besides TRL's `ModelConfig`; `model_name_or_path` is the unlearned model or adapter."""
+
+    output_dir: str = field(default="cud-evaluation", metadata={"help": "Where the report goes."})
+    overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that is not empty."})
+    original_model: str | None = field(
+        default=None, metadata={"help": "The model before unlearning, to be measured beside it."}
+    )
+    scores: str | None = field(
+        default=None, metadata={"help": "Difficulty scores (parquet); without them there are no buckets."}
+    )
+    circuits: str | None = field(
+        default=None,
+        metadata={"help": "Edge scores of the forget set (`cud score --save_circuits`), for pictures of the circuits."},
+    )
+    faithfulness: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure what share of the answer metric the circuits keep in the original model, beside random "
+            "circuits (needs circuits and original_model; eight passes)."
+        },
+    )
+    metric: str | None = field(default=None, metadata={"help": "Metric that makes the buckets (default: the primary)."})
+    n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
+    generate: bool = field(default=True, metadata={"help": "Generate answers for ROUGE-L recall and verbatim match."})
+    samples: int = field(
+        default=0, metadata={"help": "Also draw as many answers per prompt at `temperature`; the worst one counts."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of these samples."})
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "A model that never saw the forget set: relative memorisation, forget quality, PrivLeak."},
+    )
+    holdout_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Samples that no model saw, for membership inference; default: the forget dataset."},
+    )
+    holdout_config: str | None = field(
+        default=None, metadata={"help": "Its configuration name; one of the two must be given for attacks."}
+    )
+    holdout_split: str = field(default="train", metadata={"help": "Its split."})
+    neighbour_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Samples near the forget set (same topic, not to be forgotten); default: the forget dataset."
+        },
+    )
+    neighbour_config: str | None = field(
+        default=None, metadata={"help": "Its configuration name; one of the two must be given for a neighbour set."}
+    )
+    neighbour_split: str = field(default="train", metadata={"help": "Its split."})
+    tofu: str | None = field(
+        default=None,
+        metadata={"help": "Id or folder of TOFU, for model utility (retain, real authors, world facts)."},
+    )
+    group_column: str | None = field(
+        default=None, metadata={"help": "Column of the forget dataset (author, topic, source) for a table by group."}
+    )
+    relearn_samples: int = field(
+        default=0, metadata={"help": "Fine-tune a copy on as many forget samples again and see what else comes back."}
+    )
+    relearn_steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10], metadata={"help": "After these steps."})
+    relearn_rate: float = field(default=1e-5, metadata={"help": "Learning rate of relearning."})
+    quantize: list[int] = field(default_factory=list, metadata={"help": "Round the weights to so many bits: 8, 4."})
+    straight_line: bool = field(
+        default=False, metadata={"help": "Measure along the line from the original to the unlearned weights."}
+    )
+    lm_eval_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of lm-evaluation-harness (extra `lm-eval`)."}
+    )
+    lm_eval_include: str | None = field(default=None, metadata={"help": "Folder with tasks of your own for it."})
+    show_text: bool = field(
+        default=False, metadata={"help": "Put forget text and answers into per_sample.parquet. Off: no text anywhere."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Samples per forward pass."})
+    max_length: int | None = field(default=1024, metadata={"help": "The longest sample in tokens."})
+    seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.temperature > 0 or not self.relearn_rate > 0:
+            raise ValueError("temperature and relearn_rate must be positive")
+        if any(bits not in (4, 8) for bits in self.quantize):
+            raise ValueError(f"quantize takes 8 and 4 bits, got {self.quantize}")
+        if self.relearn_samples and (not self.relearn_steps or min(self.relearn_steps) < 1):
+            raise ValueError(f"relearn_steps must be at least 1, got {self.relearn_steps}")
+        if self.straight_line and not self.original_model:
+            raise ValueError("the straight line starts at the original model: give --original_model")
+
+
+@dataclass
+class EvaluateInputs:
+    """What `cud evaluate` works on; the parts fit each other.
+
+    Attributes:
+        args, model_name_or_path, model_options: what was asked for, and how models are loaded.
+        tokenizer: of all models.
+        forget_raw: the forget set as text.
+        sets: prepared `forget` and, where they are given, `retain`, `neighbour` and `holdout` sets.
+        utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
+        groups: of each forget sample, for a table by group.
+        scores, buckets: difficulty of the forget samples, in their order.
+        circuits: edge scores of the forget samples, in their order.
+    """
+
+    args: EvaluateArguments
+    model_name_or_path: str
+    model_options: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    forget_raw: Dataset
+    sets: dict[str, Samples]
+    utility: dict[str, Dataset]
+    groups: list[Any] | None
+    scores: DifficultyScores | None
+    buckets: Buckets | None
+    circuits: CircuitTable | None
+
+    @property
+    def forget(self) -> Samples:
+        return self.sets["forget"]
+
+    def load_model(self, path: str) -> Any:
+        """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings."""
+        model = load_model(path, self.model_options)
+        size = len(self.tokenizer)
+        if size > model.get_input_embeddings().weight.shape[0]:
+            raise ValueError(f"the tokenizer has {size} tokens, more than the embeddings of {path!r}")
+        return model
+
+
+def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInputs:
+    """Read and check all but the models; `ValueError` for what does not fit."""
+    tokenizer = load_tokenizer(model_args)
+    raw = read_datasets(args, tokenizer)
+    sets = {name: prepare_samples(part, tokenizer, max_length=args.max_length, name=name) for name, part in raw.items()}
+    forget = sets["forget"]
+    for name in ("retain", "neighbour", "holdout"):
+        if name in sets:
+            check_disjoint(forget, sets[name])
+    utility = {}
+    if args.tofu:
+        utility = {part: load_samples(args.tofu, name, "train", None, part) for part, name in UTILITY_SETS.items()}
+    groups = None if args.group_column is None else read_groups(raw["forget"], args.group_column)
+    if args.relearn_samples >= len(forget):
+        raise ValueError(
+            f"relearn_samples must leave some of the {len(forget)} forget samples, got {args.relearn_samples}"
+        )
+    if args.lm_eval_tasks:
+        check_lm_eval()
+    scores, buckets = None, None
+    if args.scores:
+        scores = DifficultyScores.load(args.scores).aligned(forget.ids)
+        buckets = scores.bucketed(args.metric, args.n_buckets)
+    circuits = read_circuits(args, forget.ids)
+    options = model_options(model_args)
+    for path in (args.original_model, args.reference_model):
+        if path:
+            check_same_tokenizer(tokenizer, path)
+    assert model_args.model_name_or_path is not None  # it has a tokenizer
+    return EvaluateInputs(
+        args=args,
+        model_name_or_path=model_args.model_name_or_path,
+        model_options=options,
+        tokenizer=tokenizer,
+        forget_raw=raw["forget"],
+        sets=sets,
+        utility=utility,
+        groups=groups,
+        scores=scores,
+        buckets=buckets,
+        circuits=circuits,
+    )
+
+
+def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+    """The data sets as text that the options name: `forget`, and `retain`, `neighbour`, `holdout` where they are."""
+    forget, retain = args.load(tokenizer)
+    raw = {"forget": forget}
+    if retain is not None:
+        raw["retain"] = retain
+    for name in ("neighbour", "holdout"):
+        source, config, split = (getattr(args, f"{name}_{kind}") for kind in ("dataset", "config", "split"))
+        if source or config:
+            raw[name] = args.read(str(source or args.forget_dataset), config, split, None, name, tokenizer)
+    return raw
+
+
+def read_groups(forget: Dataset, column: str) -> list[Any]:
+    """The group of each forget sample; `ValueError` without that column, or where all are in one group."""
+    if column not in forget.column_names:
+        raise ValueError(f"forget dataset has no column {column!r}; it has {sorted(forget.column_names)}")
+    groups = list(forget[column])
+    if len(set(map(str, groups))) < 2:
+        raise ValueError(f"group column {column!r} has one value only")
+    return groups
+
+
+def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | None:
+    """Edge scores of the samples `ids`, if they are asked for; `ValueError` without what they are shown beside."""
+    table = None
+    if args.circuits:
+        if args.scores is None:
+            raise ValueError("circuits are shown by difficulty bucket: give --scores, too")
+        table = CircuitTable.load(args.circuits).aligned(ids)
+    if args.faithfulness:
+        if table is None or not args.original_model:
+            raise ValueError(
+                "faithfulness is that of circuits in the original model: give --circuits and --original_model"
+            )
+        if needs_counterfactual(table.settings["baseline"], table.settings["metric"]):
+            raise ValueError("faithfulness needs circuits of the zero or mean baseline and the metric prob or logprob")
+    return table
+
+
+def load_model(path: str, options: Mapping[str, Any]) -> Any:
+    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither."""
+    try:
+        if (Path(path) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
+        else:
+            model = load_causal_lm(path, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model
+        raise ValueError(f"cannot load a model from {path!r}: {str(error)[:500]}") from None
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return model.to(device).eval()
+
+
+def check_same_tokenizer(tokenizer: Any, path: str) -> None:
+    """Raise `ValueError` when the model at `path` comes with another vocabulary: its figures would mean nothing."""
+    if not Path(path).is_dir() or not any(
+        (Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
+        return
+    other = AutoTokenizer.from_pretrained(path)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{path!r} has another tokenizer ({len(other)} tokens, that of the evaluated model has {len(tokenizer)}): "
+            "the same text is not the same tokens"
+        )

@@ -1,0 +1,89 @@
+"""How well difficulty predicted what is left of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from .. import statistics as stats
+from ..statistics import Interval
+from .cells import mean
+from .schema import Ceiling, DifficultySection, PredictorRow, Table
+from .tables import table
+
+# How the metrics are called in reports, and whether they are trivial (no circuit needed).
+LABELS = {
+    "cud": ("CUD", "circuit"),
+    "cud_paper": ("CUD, top 200 edges by cosine (cud_paper)", "circuit"),
+    "circuit_mass": ("circuit mass", "circuit"),
+    "loss": ("initial log-probability", "trivial"),
+    "length": ("answer length", "trivial"),
+}
+TRIVIAL = ("loss", "length")
+
+
+def difficulty_section(
+    objective: str,
+    columns: Mapping[str, np.ndarray],
+    residuals: Sequence[np.ndarray],
+    *,
+    target: str,
+    seed: int,
+) -> DifficultySection:
+    """How well each metric predicts residual memorisation.
+
+    Args:
+        columns: metric name -> score of every forget sample, `[N]`, higher = harder; must contain loss and length.
+        residuals: residual memorisation of every sample, one array `[N]` per unlearning seed.
+        target: what `residuals` is, in words.
+    """
+    target_values = np.mean(residuals, axis=0)
+    controls = np.column_stack([columns[name] for name in TRIVIAL])
+    rows = []
+    for name, values in columns.items():
+        label, kind = LABELS.get(name, (name, "circuit"))
+        partial = None if name in TRIVIAL else stats.partial_spearman(values, target_values, controls, seed=seed)
+        row = PredictorRow(
+            metric=name,
+            label=label,
+            kind=kind,
+            spearman=stats.spearman(values, target_values, seed=seed),
+            partial=partial,
+            # Counting pairs is slow: fewer draws.
+            kendall=stats.kendall(values, target_values, seed=seed, n_boot=200),
+            auroc=stats.auroc_extremes(values, target_values, seed=seed),
+        )
+        rows.append(row)
+    section = DifficultySection(objective=objective, n=len(target_values), target=target, rows=rows)
+    if len(residuals) > 1:
+        ceiling = stats.ceiling(np.stack(residuals), seed=seed)
+        agreement = Interval(**ceiling["agreement"])
+        section.ceiling = Ceiling(agreement=agreement, attainable=ceiling["attainable"], n_seeds=len(residuals))
+    return section
+
+
+def comparisons_note(count: int) -> str:
+    """What several intervals at once mean."""
+    level = 1 - 0.05 / max(count, 1)
+    return (
+        f"{count} metrics are compared: of as many without any relation {0.05 * count:.1f} would exclude 0 at 95% by "
+        f"chance; hold a single one to {100 * level:.1f}%."
+    )
+
+
+def reliability_by_decile(predicted: np.ndarray, observed: np.ndarray, seed: int, bins: int = 5) -> Table:
+    """Calibration of predicted difficulty: mean observed rank of residual memorisation by bin of predicted rank."""
+    ranks = [(scipy_stats.rankdata(x) - 0.5) / len(x) for x in (predicted, observed)]
+    rows = []
+    edges = np.array_split(np.argsort(ranks[0], kind="stable"), min(bins, len(predicted)))
+    for number, part in enumerate(edges):
+        rows.append((f"bin {number + 1}", [len(part), mean(ranks[0][part], seed), mean(ranks[1][part], seed)]))
+    return table(
+        "calibration",
+        "Predicted and observed difficulty",
+        "Mean rank, 0 = easiest, 1 = hardest; a predictor that knows everything has the same on both sides.",
+        ["samples", "predicted rank", "observed rank"],
+        rows,
+    )

@@ -1,0 +1,189 @@
+"""The cells of a study: which pieces of work its grid stands for, and what each depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from cud_trainer import CUDConfig
+from cud_trainer.difficulty.scores import GIVEN, DifficultyScores, merge_metrics
+from cud_trainer.models.fingerprint import file_hash
+
+from .options import SCORES, StudyArguments
+
+# Options that scores do not depend on: runs that differ in nothing else share theirs.
+NOT_OF_SCORES = {"schedule", "schedule_args", "seed", "n_buckets"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A piece of work: the difficulty scores that runs share, or a run.
+
+    Attributes:
+        kind: `"scores"` or `"run"`.
+        name: of its folder.
+        choices: its values of the grid.
+        settings: everything its outcome depends on, as JSON values.
+    """
+
+    kind: str
+    name: str
+    choices: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """Values of the grid, one of each option, and what they come to.
+
+    Attributes:
+        choices: these values.
+        options: of `cud train`, those that all cells share among them, without a path of scores.
+        config: what they make.
+        scores_file: of scores made before.
+    """
+
+    choices: dict[str, Any]
+    options: dict[str, Any]
+    config: CUDConfig
+    scores_file: str | None
+
+    @property
+    def metrics(self) -> list[str]:
+        """What the run needs of its difficulty scores, the primary metric first."""
+        config = self.config
+        return [] if config.difficulty is None else [config.difficulty, *config.schedule_metrics]
+
+    @property
+    def scores_key(self) -> str:
+        """Equal for runs that share a cell of scores."""
+        return json.dumps(_without(self.options, NOT_OF_SCORES), sort_keys=True)
+
+
+def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[Cell]]:
+    """The score cells, and the run cells that build on them; every configuration is checked.
+
+    Args:
+        base: what all cells depend on (model, data).
+
+    Raises:
+        ValueError: for a combination that `CUDConfig` refuses, naming it.
+    """
+    metrics: dict[str, list[str]] = {}
+    scores_files: dict[str, tuple[list[str], str]] = {}  # metrics and hash of scores made before, by path
+    combinations = []
+    for grid in args.grids:
+        for values in itertools.product(*grid.values()):
+            combination = _combination(args, dict(zip(grid, values, strict=True)))
+            combinations.append(combination)
+            if combination.scores_file is None:
+                metrics.setdefault(combination.scores_key, []).extend(combination.metrics)
+            else:
+                _check_scores_file(combination, scores_files)
+    scores: dict[str, Cell] = {}
+    runs = []
+    for combination in combinations:
+        key = combination.scores_key
+        scores_cell = None
+        if combination.config.difficulty is not None and combination.scores_file is None:
+            if key not in scores:
+                scores[key] = _scores_cell(combination, metrics[key], base)
+            scores_cell = scores[key]
+        settings = _run_settings(args, combination, base, scores_cell, scores_files)
+        runs.append(Cell("run", named(combination.choices), combination.choices, settings))
+    if len({cell.name for cell in runs}) < len(runs):  # values that differ in what a name cannot show
+        runs = [Cell(c.kind, f"{c.name}-{c.fingerprint[:6]}", c.choices, c.settings) for c in runs]
+    if len({cell.name for cell in runs}) < len(runs):
+        raise ValueError("two mappings of grid have a combination in common")
+    return list(scores.values()), runs
+
+
+def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
+    options = {**args.train, **choices}  # type: ignore[dict-item]
+    scores_file = options.pop(SCORES, None)
+    try:
+        config = CUDConfig("unused", **{"report_to": "none", **options})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"cell {named(choices)}: {error}") from None
+    if scores_file is None and config.difficulty == GIVEN:
+        raise ValueError(f"cell {named(choices)}: difficulty {GIVEN!r} needs {SCORES}")
+    options["schedule"] = config.schedule  # the default, too: another version's may differ
+    return _Combination(choices, options, config, scores_file)
+
+
+def _check_scores_file(combination: _Combination, scores_files: dict[str, tuple[list[str], str]]) -> None:
+    """Raise `ValueError` where scores made before lack a metric; reads each file once, into `scores_files`."""
+    path = combination.scores_file
+    assert path is not None
+    if path not in scores_files:
+        scores_files[path] = DifficultyScores.load(path).metrics, file_hash(path)
+    metrics = scores_files[path][0]
+    lacking = [name for name in combination.metrics if name not in (*metrics, GIVEN)]
+    if lacking:
+        raise ValueError(f"cell {named(combination.choices)}: {path} has no metric {lacking[0]!r}; it has {metrics}")
+
+
+def _scores_cell(combination: _Combination, metrics: list[str], base: dict[str, Any]) -> Cell:
+    """The cell of scores that a run builds on; `metrics` are what all runs that share it need."""
+    settings = {
+        **base,
+        "kind": "scores",
+        "options": _without(combination.options, NOT_OF_SCORES),
+        "metrics": merge_metrics(metrics[0], [*metrics[1:], "loss", "length"]),
+    }
+    number = hashlib.sha256(combination.scores_key.encode()).hexdigest()[:8]
+    return Cell("scores", f"scores-{number}", _without(combination.choices, NOT_OF_SCORES), settings)
+
+
+def _run_settings(
+    args: StudyArguments,
+    combination: _Combination,
+    base: dict[str, Any],
+    scores_cell: Cell | None,
+    scores_files: dict[str, tuple[list[str], str]],
+) -> dict[str, Any]:
+    """Everything that the outcome of a run depends on; what is not asked for is not there."""
+    path = combination.scores_file
+    settings = {
+        **base,
+        "kind": "run",
+        "options": combination.options,
+        "snapshot_every": args.snapshot_every,
+        "retain_eval_samples": args.retain_eval_samples,
+        "scores": scores_files[path][1] if path is not None else scores_cell.fingerprint if scores_cell else None,
+        "scores_cell": scores_cell.name if scores_cell else None,
+    }
+    if path is not None:
+        settings["scores_file"] = str(path)
+    if args.relearn_samples:
+        settings["relearn"] = {
+            "samples": args.relearn_samples,
+            "steps": args.relearn_steps,
+            "rate": args.relearn_rate,
+            "level": args.retain_level[0],
+        }
+    if combination.config.seed in args.generate_seeds:
+        settings["generate"] = True
+    if args.end_below:
+        settings["end_below"] = args.end_below
+    return settings
+
+
+def _without(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def named(choices: dict[str, Any]) -> str:
+    """A folder name such as `objective=npo,schedule=uniform,seed=1`."""
+    parts = []
+    for name, value in choices.items():
+        text = json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else str(value)
+        parts.append(f"{name}={''.join(c if c.isalnum() or c in '.-+_' else '_' for c in text)[:40]}")
+    return ",".join(parts)

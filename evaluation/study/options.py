@@ -1,0 +1,213 @@
+"""Options of `cud study`, and what a recipe adds to them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from cud_trainer import CUDConfig
+from cud_trainer.commands.options import DataArguments
+from cud_trainer.commands.parser import parse_options, read_yaml
+
+SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
+TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
+SHARED_FIELDS = {f.name for kind in (DataArguments, ModelConfig) for f in fields(kind)}
+# What a study sets itself.
+RESERVED = {
+    "output_dir",
+    "overwrite",
+    "save_strategy",
+    "eval_strategy",
+    "report_to",
+    "disable_tqdm",
+    "push_to_hub",
+    "max_steps",
+    "resume_from_checkpoint",
+    "target_forget_prob",
+}
+TUNED = ("learning_rate", "retain_weight")
+AT_LEAST = {
+    "workers": 1,
+    "snapshot_every": 1,
+    "retain_eval_samples": 1,
+    "n_buckets": 1,
+    "relearn_steps": 1,
+    "relearn_samples": 0,
+    "tuning_seeds": 1,
+}
+
+
+@dataclass
+class StudyArguments(DataArguments):
+    """What `cud study` reads besides TRL's `ModelConfig` (model, adapter)."""
+
+    output_dir: str = field(default="cud-study", metadata={"help": "Where the cells and the report go."})
+    grid: Any = field(
+        default_factory=dict,
+        metadata={
+            "help": "Options of `cud train` with a list of values each; a cell for every combination. A list of such "
+            "mappings is their union."
+        },
+    )
+    train: dict[str, Any] | str = field(
+        default_factory=dict, metadata={"help": "Options of `cud train` that all cells share."}
+    )
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "A YAML file of `cud train` whose options hold wherever the study does not say otherwise."},
+    )
+    workers: int = field(default=1, metadata={"help": "Cells at a time."})
+    devices: list[str] = field(
+        default_factory=list,
+        metadata={"help": "GPUs to deal the cells to (CUDA_VISIBLE_DEVICES of each), for example 0 1 2."},
+    )
+    snapshot_every: int = field(
+        default=1, metadata={"help": "Optimizer steps between two points of a trade-off curve."}
+    )
+    utility_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Samples whose answer probability is the utility of a curve; better none that the retain loss "
+            "sees. Default: the retain set."
+        },
+    )
+    utility_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
+    utility_split: str = field(default="train", metadata={"help": "Its split."})
+    retain_eval_samples: int = field(
+        default=200, metadata={"help": "How many of them are measured at most, evenly spaced."}
+    )
+    retain_level: list[float] = field(
+        default_factory=lambda: [0.95],
+        metadata={
+            "help": "Conditions are compared at these shares of the starting utility, each tuned for each; curves and "
+            "samples are those of the first."
+        },
+    )
+    tuning_seeds: int = field(
+        default=1,
+        metadata={
+            "help": "Learning rate and retain weight are chosen on so many of the first seeds of the grid, and the "
+            "others are reported. More than one where what is left at a level differs much from seed to seed."
+        },
+    )
+    relearn_samples: int = field(
+        default=0,
+        metadata={
+            "help": "From where a run has forgotten most at the first level, fine-tune on as many forget samples again "
+            "and see what comes back of the others."
+        },
+    )
+    relearn_steps: int = field(default=10, metadata={"help": "Steps of that."})
+    relearn_rate: float = field(default=1e-5, metadata={"help": "Its learning rate."})
+    n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace cells that were run with other settings."})
+    tune_on: Literal["hardest", "all"] = field(
+        default="hardest",
+        metadata={
+            "help": "What decides on learning rate and retain weight: what is left of the hardest bucket, or of all."
+        },
+    )
+    generate_seeds: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Runs with these seeds also generate every answer at their end (ROUGE-L, verbatim)."},
+    )
+    end_below: float = field(
+        default=0.0,
+        metadata={"help": "A run ends when less than this share of the starting forget probability is left; 0: never."},
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.train, dict):
+            raise ValueError(f"train must be a mapping of options, got {self.train!r}")
+        for grid in self.grids:
+            self._check_grid(grid)
+        for name, least in AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.relearn_rate > 0:
+            raise ValueError(f"relearn_rate must be positive, got {self.relearn_rate}")
+        if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
+            raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
+        if self.tune_on not in ("hardest", "all"):
+            raise ValueError(f"tune_on must be 'hardest' or 'all', got {self.tune_on!r}")
+        if not 0 <= self.end_below < 1:
+            raise ValueError(f"end_below must be at least 0 and below 1, got {self.end_below}")
+        for grid in self.grids if self.tuning_seeds > 1 else []:
+            seeds, settings = len(grid.get("seed", [0])), math.prod(len(grid.get(name, [0])) for name in TUNED)
+            if settings > 1 and seeds <= self.tuning_seeds:
+                raise ValueError(
+                    f"tuning_seeds {self.tuning_seeds} leaves no seed to report on: {seeds} in a mapping of grid"
+                )
+
+    def _check_grid(self, grid: Any) -> None:
+        """Raise `ValueError` for one mapping of the grid, or `train` beside it, that is none of options to choose."""
+        if not isinstance(grid, dict):
+            raise ValueError(f"grid must be a mapping of options or a list of such, got {grid!r}")
+        if not grid:
+            raise ValueError(
+                "grid is empty: give options with a list of values, for example {schedule: [uniform, ...]}"
+            )
+        for name, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"grid: {name} needs a list of values, got {values!r}")
+            if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+                raise ValueError(f"grid: {name} has a value twice: {values}")
+        both = sorted(set(grid) & set(self.train))
+        if both:
+            raise ValueError(f"{both[0]!r} is both in grid and in train")
+        for name in [*grid, *self.train]:
+            if name not in TRAIN_FIELDS or name in RESERVED:
+                why = "is set by the study itself" if name in RESERVED else "is no option of `cud train`"
+                raise ValueError(f"{name!r} {why}")
+
+    @property
+    def grids(self) -> list[dict[str, Any]]:
+        """The mappings whose combinations are the cells."""
+        return self.grid if isinstance(self.grid, list) and self.grid else [self.grid]
+
+    def load_utility(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """The samples that measure utility, before they are thinned; `None` for the retain set."""
+        if self.utility_dataset is None and self.utility_config is None:
+            return None
+        source = self.utility_dataset or self.retain_dataset or self.forget_dataset or ""
+        return self.read(source, self.utility_config, self.utility_split, None, "utility", tokenizer)
+
+
+def read_arguments(argv: list[str]) -> tuple[Any, Any]:
+    """Options of a study; those of its recipe stand behind its own.
+
+    Raises:
+        ValueError: for a recipe that cannot be read or has an option that a study has no place for.
+    """
+    kinds = (StudyArguments, ModelConfig)
+    args, model_args = parse_options(kinds, argv, "cud study")
+    if args.recipe is not None:
+        recipe = _read_recipe(args.recipe)
+        shared = {name: value for name, value in recipe.items() if name in SHARED_FIELDS}
+        args, model_args = parse_options(kinds, argv, "cud study", shared)
+        _as_defaults(args, {name: value for name, value in recipe.items() if name not in SHARED_FIELDS | RESERVED})
+    if args.natural_group is not None:
+        _as_defaults(args, {"group_column": args.natural_group})
+    return args, model_args
+
+
+def _as_defaults(args: StudyArguments, options: dict[str, Any]) -> None:
+    """Options of `cud train` that hold where neither the grid nor `train` has them."""
+    in_a_grid = {name for grid in args.grids for name in grid}
+    args.train = {name: value for name, value in options.items() if name not in in_a_grid} | args.train  # type: ignore[operator]
+    for grid in args.grids:  # what another mapping of the grid has cannot stand in `train`
+        grid.update({name: [options[name]] for name in in_a_grid if name in options and name not in grid})
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    recipe = read_yaml(path)
+    unknown = [name for name in recipe if name not in SHARED_FIELDS | TRAIN_FIELDS]
+    if unknown:
+        raise ValueError(f"recipe {path}: a study has no place for {unknown[0]!r}")
+    return recipe

@@ -1,0 +1,188 @@
+"""How the cells of a study run: processes that work on one cell after the other, so that each need not import torch.
+
+Every cell has a folder of its own: its settings (`cell.json`), what it prints (`log.txt`), and at its end
+`result.json`, by which a finished cell is known. One that fails, or whose process is killed, does not take the others
+with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import queue
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from loky import BrokenProcessPool, ProcessPoolExecutor
+from tqdm.auto import tqdm
+
+from cud_trainer.cli import one_line
+from cud_trainer.files import disk_full, write_json
+
+from .cell import work_on
+from .grid import Cell
+
+Work = Callable[[Path, Cell], dict[str, Any]]
+"""What a cell of a study does: its folder is there; returns what its `result.json` is to hold, as JSON values."""
+
+
+class Pool:
+    """Works on cells, several at a time, until it is closed.
+
+    Args:
+        workers: cells at a time.
+        devices: GPUs to deal the workers to (CUDA_VISIBLE_DEVICES of each); none: all of them, for everyone.
+    """
+
+    def __init__(self, workers: int, devices: Sequence[str] = ()) -> None:
+        devices = devices or [""]
+        self.workers = [Worker(devices[number % len(devices)], workers) for number in range(workers)]
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        for worker in self.workers:
+            worker.end(kill=kind is not None)
+
+    def run(self, study: Path, cells: Sequence[Cell], work: Work = work_on) -> dict[str, str]:
+        """Have what is not finished done; returns why cells failed, in one line each, by name."""
+        failed: dict[str, str] = {}
+        todo: queue.SimpleQueue[Cell] = queue.SimpleQueue()
+        for cell in cells:
+            folder = study / "cells" / cell.name
+            if (folder / "result.json").exists():
+                continue
+            content = {"kind": cell.kind, "choices": cell.choices, "settings": cell.settings}
+            write_json(folder / "cell.json", {"fingerprint": cell.fingerprint, **content})
+            todo.put(cell)
+        count = todo.qsize()
+
+        def work_off(worker: Worker) -> None:
+            while True:
+                try:
+                    cell = todo.get_nowait()
+                except queue.Empty:
+                    return
+                reason = worker.run(study, cell, work)
+                if reason is not None:
+                    failed[cell.name] = reason
+                bar.update()
+
+        workers = self.workers[:count]
+        with (
+            ThreadPoolExecutor(max(1, len(workers))) as threads,
+            tqdm(
+                total=len(cells),
+                initial=len(cells) - count,
+                desc=cells[0].kind if cells else "run",
+                unit="cell",
+            ) as bar,
+        ):
+            for future in [threads.submit(work_off, worker) for worker in workers]:
+                future.result()
+        return failed
+
+
+class Worker:
+    """A process that works on one cell after the other.
+
+    After a failure it ends, and the next cell gets a new one, so that none starts from what another left behind.
+
+    Args:
+        device: for CUDA_VISIBLE_DEVICES; empty for all.
+        workers: how many share the cores.
+    """
+
+    def __init__(self, device: str, workers: int) -> None:
+        threads = str(max(1, (os.cpu_count() or 1) // workers))
+        self.environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+        if device:
+            self.environment["CUDA_VISIBLE_DEVICES"] = device
+        self.executor: ProcessPoolExecutor | None = None
+
+    def run(self, study: Path, cell: Cell, work: Work) -> str | None:
+        """Have a cell done; `None`, or why it failed in one line."""
+        if self.executor is None:
+            self.executor = ProcessPoolExecutor(1, env=self.environment, initializer=_end_with, initargs=(os.getpid(),))
+        folder = study / "cells" / cell.name
+        log = folder / "log.txt"
+        log.unlink(missing_ok=True)
+        try:
+            code = self.executor.submit(_logged, study.absolute(), cell, work).result()
+        except BrokenProcessPool as error:  # it was killed; what it says of that ends with its exit code
+            code = int((re.findall(r"\((-?\d+)\)", str(error)) or [1])[-1])
+        if code:
+            self.end()
+        if (folder / "result.json").exists():
+            return None
+        if code == errno.ENOSPC:
+            return f"the disk is full: cannot write to {folder}"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return f"{lines[-1][:300] if lines else 'no output'} (exit code {code}; {log})"
+
+    def end(self, kill: bool = False) -> None:
+        """Let the process end, or kill it in the middle of a cell."""
+        if self.executor is not None:
+            self.executor.shutdown(kill_workers=kill)
+            self.executor = None
+
+
+def complete(study: Path, cell: Cell, work: Work) -> None:
+    """Do the work of a cell and write its result."""
+    started = time.time()
+    result = work(study, cell)
+    seconds = time.time() - started
+    path = study / "cells" / cell.name / "result.json"
+    write_json(path, {**result, "seconds": seconds, "fingerprint": cell.fingerprint})
+
+
+def _logged(study: Path, cell: Cell, work: Work) -> int:
+    """`complete` in this process, with all that anybody prints in the cell's log; 0, or an exit code."""
+    try:
+        with (study / "cells" / cell.name / "log.txt").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        complete(study, cell, work)
+        code = 0
+    except Exception as error:
+        code = _told(error)
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    return code
+
+
+def _told(error: Exception) -> int:
+    """Print why a cell failed, and say it by a number: that of a full disk, 2 for what one line explains, else 1."""
+    full = disk_full(error)
+    try:
+        if full or isinstance(error, (ValueError, OSError)):
+            print(one_line(error), flush=True)
+        else:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+    except OSError:  # the log may have no room for that line
+        full = True
+    return errno.ENOSPC if full else 2 if isinstance(error, (ValueError, OSError)) else 1
+
+
+def _end_with(parent: int) -> None:
+    """Let this process end soon after its parent, in the middle of a cell: what is not finished is begun anew."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
