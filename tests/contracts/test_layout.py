@@ -15,9 +15,24 @@ import cud_trainer
 
 ROOT = Path(__file__).parents[2]
 STAGES = [
-    "files", "registry", "data", "models", "logprobs", "resumable", "circuits", "difficulty", "schedule", "objectives",
-    "scoring", "integrations", "config", "training", "trainer", "commands", "cli",
-]  # fmt: skip
+    "files",
+    "registry",
+    "data",
+    "models",
+    "logprobs",
+    "resumable",
+    "circuits",
+    "difficulty",
+    "schedule",
+    "objectives",
+    "scoring",
+    "integrations",
+    "config",
+    "training",
+    "trainer",
+    "commands",
+    "cli",
+]
 # Pure losses need nothing of circuits, difficulty or schedules.
 FORBIDDEN = {"objectives": {"circuits", "difficulty", "schedule"}, "schedule": {"difficulty", "circuits"}}
 
