@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -165,6 +166,11 @@ def check(case: Case, setting: Setting, dtype: torch.dtype, attention: str, size
     return judged(errors(case.compute(scored, trained, size, dtype), case.expected), dtype)
 
 
+def check_case(case: Callable[[str], Case], name: str, *options: Any) -> dict[str, Any]:
+    """`check`, with a reference that is only computed if it is needed."""
+    return check(case(name), *options)
+
+
 def attention_of(options: dict[str, Any]) -> tuple[str, ...]:
     """The implementations that a case can do: Gemma 2 caps its scores, which sdpa cannot."""
     only = options.get("attn_implementation")
@@ -191,12 +197,17 @@ def text_case(setting: Setting, exact: Any) -> Case:
     return Case(setting.text_model(torch.float64), rows, pad, exact)
 
 
+def tiny_case(source: ModuleType, name: str) -> Case:
+    """One of the tiny models of the oracle."""
+    return Case(source.make_case(name), tiny_rows(), 0, source.double_precision)
+
+
 def run(record: Record, setting: Setting) -> None:
     """All configurations of SmolLM2 first, then one configuration of all architectures after the other."""
     source = oracle()
-    makers = {"smollm2": partial(text_case, setting, source.double_precision)}
+    makers: dict[str, Callable[[], Case]] = {"smollm2": partial(text_case, setting, source.double_precision)}
     for name in source.CASES:
-        makers[name] = lambda name=name: Case(source.make_case(name), tiny_rows(), 0, source.double_precision)
+        makers[name] = partial(tiny_case, source, name)
     kept: dict[str, Case] = {}
 
     def case(name: str) -> Case:
@@ -210,7 +221,7 @@ def run(record: Record, setting: Setting) -> None:
     jobs += [(n, *options) for options in rest for n in source.CASES if options[1] in attention_of(source.CASES[n][1])]
     for name, dtype, attention, size in jobs:
         key = f"{name} {str(dtype).removeprefix('torch.')} {attention} batch {size}"
-        record.figure(key, lambda n=name, d=dtype, a=attention, s=size: check(case(n), setting, d, a, s))
+        record.figure(key, partial(check_case, case, name, setting, dtype, attention, size))
 
 
 def table(figures: dict[str, Any]) -> list[str]:

@@ -88,8 +88,9 @@ def our_run(setting: Setting, model: Any, data: list[Dataset], pairs: int, optio
         config = CUDConfig(
             f"{folder}/run", objective="graddiff", retain_weight=RETAIN_WEIGHT, passes=1, max_steps=steps,
             per_device_train_batch_size=pairs, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=0,
-            use_cpu=setting.device.type == "cpu", bf16=setting.device.type == "cuda", **options,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            gradient_checkpointing=False, seed=0, use_cpu=setting.device.type == "cpu",
+            bf16=setting.device.type == "cuda", **options,
         )  # fmt: skip
         trainer = CUDTrainer(
             model, config, forget_dataset=forget, retain_dataset=retain, processing_class=setting.tokenizer,
