@@ -79,16 +79,19 @@ class Setting:
             rows = [row for part in parts for row in part]
             return train_tokenizer([f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows])
         tokenizer = AutoTokenizer.from_pretrained(self._smollm2())
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         tokenizer.chat_template = None  # a third of the tokens of a short question would be template
         return tokenizer
 
     def text_model(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """SmolLM2, or a small random Llama, on the CPU, frozen."""
         if self.tiny:
-            model = tiny_llama(self.tokenizer, 0, layers=2, hidden_size=64, intermediate_size=128, heads=4, kv_heads=2)
+            size = dict(layers=2, hidden_size=64, intermediate_size=128, heads=4, kv_heads=2)
+            model = tiny_llama(self.tokenizer, 0, **size).to(dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(self._smollm2(), dtype=torch.float32)
-        return model.to(dtype).eval().requires_grad_(False)
+            model = AutoModelForCausalLM.from_pretrained(self._smollm2(), dtype=dtype)
+        return model.eval().requires_grad_(False)
 
     def _smollm2(self) -> str:
         if not self.smollm2:

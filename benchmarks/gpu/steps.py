@@ -98,6 +98,8 @@ def our_run(setting: Setting, model: Any, data: list[Dataset], pairs: int, optio
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        # Mixed precision wraps the model's forward pass; the bare loop must not go through that.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def training(setting: Setting, name: str, *, lora: bool) -> dict[str, Any]:
