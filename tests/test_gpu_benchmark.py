@@ -19,7 +19,7 @@ from benchmarks.gpu.right import judged, oracle, rank_correlation
 from benchmarks.gpu.runs import Job
 from benchmarks.gpu.setting import Setting
 
-ROOT = Path(__file__).parent.parent
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 CPU = torch.device("cpu")
 
 

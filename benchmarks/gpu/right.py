@@ -1,7 +1,7 @@
 """Part `right`: what CUDA computes in float32 and bfloat16 against the CPU in float64.
 
 Per sample: edge scores (EAP) and log-probabilities of the answer tokens; and NPO's loss of all pairs with its gradient.
-The models are SmolLM2 and the tiny models of tests/oracle.py, one or more for every architecture that is described.
+The models are SmolLM2 and the tiny models of the tests' oracle, one or more for every architecture that is described.
 bfloat16: scored with weights in bfloat16, trained as `bf16` does it, float32 weights under autocast.
 """
 
@@ -42,8 +42,8 @@ LIMITS = {
 
 
 def oracle() -> ModuleType:
-    """tests/oracle.py: the tiny models, and the library's norms in float64."""
-    path = Path(__file__).parents[2] / "tests" / "oracle.py"
+    """The tests' oracle: the tiny models, and the library's norms in float64."""
+    path = next((Path(__file__).parents[2] / "tests").rglob("oracle.py"))
     spec = importlib.util.spec_from_file_location("gpu_benchmark_oracle", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
