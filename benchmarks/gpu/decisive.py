@@ -70,22 +70,20 @@ class Share:
     def run(self, record: Record, tasks: list[Task]) -> None:
         """Do named tasks that are not done yet; none is begun that would not end within the budget."""
         queue = [(key, arguments) for key, arguments in tasks if not record.done(key)]
-        running: dict[Future, tuple[str, tuple[Any, ...]]] = {}
-        again: set[str] = set()
+        running: dict[Future, tuple[str, tuple[Any, ...], int]] = {}
         while queue or running:
             while queue and len(running) < self.limit:
                 key, arguments = queue.pop(0)
                 if record.left <= self.wall:
                     record.leave_out(key)
                 else:
-                    running[self.pool.submit(work, *arguments)] = key, arguments
+                    running[self.pool.submit(work, *arguments)] = key, arguments, self.limit
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                key, arguments = running.pop(future)
+                key, arguments, beside = running.pop(future)
                 error = future.exception()
                 figure = future.result() if error is None else failure(error)  # type: ignore[arg-type]
-                if "out_of_memory" in figure and self.limit > 1 and key not in again:
-                    self.limit = max(1, self.limit // 2)
-                    again.add(key)
+                if "out_of_memory" in figure and beside > 1:  # others had their share of it
+                    self.limit = min(self.limit, max(1, beside // 2))
                     queue.insert(0, (key, arguments))
                     continue
                 if arguments[0] == "unlearn" and "seconds" in figure and self.limit > 1:
