@@ -82,11 +82,11 @@ def main() -> None:
     data = Dataset.from_list(
         [{"question": row["question"], "answer": f"{row['answer']} {number}"} for number, row in enumerate(rows)]
     )
-    prepared = prepare_dataset(data, plain)
-    assert prepared.to_dict() == row_by_row(data, plain).to_dict()
-    assert dataset_fingerprint(prepared) == listed_fingerprint(prepared)
     few = data.select(range(min(1000, len(data))))
-    assert prepare_dataset(few, chat).to_dict() == row_by_row(few, chat).to_dict()
+    for tokenizer in (plain, chat):
+        assert prepare_dataset(few, tokenizer).to_dict() == row_by_row(few, tokenizer).to_dict()
+    prepared = prepare_dataset(data, plain)
+    assert dataset_fingerprint(prepared) == listed_fingerprint(prepared)
     halves = [prepared.select(range(half, args.rows, 2)) for half in (0, 1)]
     work = {
         "question and answer": (lambda: row_by_row(data, plain), lambda: prepare_dataset(data, plain)),
@@ -102,16 +102,25 @@ def main() -> None:
             low, middle, high = np.percentile(values[:, 0] / values[:, 1], [0, 50, 100])
             before, after = np.median(values, axis=0) / args.rows * 1e3
             entry[clock] = {
-                "times_faster": middle, "lowest": low, "highest": high,
+                "times_faster": middle,
+                "lowest": low,
+                "highest": high,
                 "milliseconds_a_row": {"row by row": before, "prepare_dataset": after},
-            }  # fmt: skip
-            print(f"{name}, {clock}: {middle:.1f} times ({low:.1f}-{high:.1f}), {before:.3f} -> {after:.3f} ms a row")
+            }
+            print(
+                f"{name}, {clock}: {middle:.1f} times ({low:.1f}-{high:.1f}), {before:.3f} -> {after:.3f} ms a row",
+                flush=True,
+            )
         table.append(entry)
     tokens = sum(len(row) for row in prepared["input_ids"]) / args.rows
     result = {
-        "command": "python benchmarks/prepare.py", "rows": args.rows, "tokens_a_row": tokens, "machine": machine(),
+        "command": "python benchmarks/prepare.py",
+        "rows": args.rows,
+        "tokens_a_row": tokens,
+        "machine": machine(),
+        "repeats": args.repeats,
         "table": table,
-    }  # fmt: skip
+    }
     write_json(args.output, result)
 
 

@@ -79,25 +79,24 @@ def score_difficulty(
     Raises:
         ValueError: for bad input, naming the sample, metric or option, before anything is computed.
     """
-    if processing_class is None and not (isinstance(dataset, Samples) and not isinstance(retain_dataset, Dataset)):
+    if processing_class is None and not (isinstance(dataset, Samples) and isinstance(retain_dataset, Samples | None)):
         raise ValueError("score_difficulty needs the tokenizer: pass processing_class")
     if processing_class is not None:
         check_tokenizer(processing_class)
-    settings = calibration or CalibrationSettings(batch_size=batch_size or 8, seed=seed)
     request = ScoringRequest(
-        metrics,
-        metric_args or {},
-        circuit_args or {},
-        settings,
-        folds,
-        group_column,
-        batch_size,
-        batch_bytes,
-        seed,
-        work_dir,
-        save_circuits,
-        overwrite,
-        progress,
+        metrics=metrics,
+        metric_args=metric_args or {},
+        circuit_args=circuit_args or {},
+        calibration=calibration or CalibrationSettings(batch_size=batch_size or 8, seed=seed),
+        folds=folds,
+        group_column=group_column,
+        batch_size=batch_size,
+        batch_bytes=batch_bytes,
+        seed=seed,
+        work_dir=work_dir,
+        save_circuits=save_circuits,
+        overwrite=overwrite,
+        progress=progress,
     )
     request.check(model)
     forget, retain = _samples(request, dataset, retain_dataset, processing_class, max_length, counterfactual_column)

@@ -234,7 +234,7 @@ class TestSamples:
         data = qa_dataset(5).add_column("author", list("aabbc"))
         whole = score_difficulty(make_model(0), data, PLAIN, retain_dataset=qa_dataset(3, 50), **options)
         forget, retain = prepare_samples(data, PLAIN), prepare_samples(qa_dataset(3, 50), PLAIN, name="retain")
-        monkeypatch.setattr("cud_trainer.data.prepare.prepare_dataset", lambda *a, **k: pytest.fail("again"))
+        monkeypatch.setattr("cud_trainer.data.prepare._prepare", lambda *a, **k: pytest.fail("again"))
         scores = score_difficulty(make_model(0), forget, retain_dataset=retain, **options)
         assert scores.to_pandas().equals(whole.to_pandas()) and scores.provenance == whole.provenance
         with pytest.raises(ValueError, match="forget dataset has no column 'author'; it has"):
