@@ -21,6 +21,8 @@ from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import AnchorBank, DifficultyScores
 from cud_trainer.schedule import Schedule, make_schedule
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("CUD_EXAMPLES", "25"))
 SECRET = "SEKRET"
 IDS = [f"s{i}" for i in range(6)]

@@ -13,6 +13,8 @@ from cud_trainer.logprobs import score_answers
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.scoring.calibration import CalibrationSettings, calibrate
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 
 

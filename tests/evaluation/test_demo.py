@@ -1,12 +1,19 @@
 """What the demo says of its runs: by the worst quarter by outcome, seed by seed, and not more than the seeds allow."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from cud_trainer import DifficultyScores
 from evaluation import demo, demo_report
 from evaluation import statistics as stats
 from evaluation.report.schema import Ceiling, DifficultySection, PredictorRow, jsonable
+from evaluation.study.engine import Finished
+from evaluation.study.grid import plan
+from evaluation.study.runs import coordinates, first_seeds
 
 UNIFORM, AWARE = demo_report.SCHEDULES
 
@@ -52,3 +59,39 @@ def test_cud_paper_is_called_what_it_is():
     section = DifficultySection(objective="npo", n=9, target="", rows=rows, ceiling=ceiling)
     text = demo_report._difficulty_finding("npo", section, stats.Interval(0.1, 0.01, 0.2))
     assert "not as published" in text and "better" not in text
+
+
+@pytest.fixture
+def studies(tmp_path, monkeypatch):
+    """Studies that the demo would run; `failed` says which of their cells fail."""
+    asked = SimpleNamespace(studies=[], failed={})
+
+    def run_study(args, model_args):
+        asked.studies.append(args)
+        return Finished(Path(args.output_dir), args, [], asked.failed, None, 0.0)
+
+    monkeypatch.setattr("evaluation.study.engine.run_study", run_study)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for objective in demo_report.OBJECTIVES:
+        columns = {name: np.arange(3.0) for name in demo.METRICS}
+        DifficultyScores(["a", "b", "c"], columns).save(demo._scores_file(tmp_path, objective))
+    return asked
+
+
+def test_the_runs_are_a_study_tuned_on_a_seed_of_its_own(tmp_path, studies):
+    args = demo.DemoArguments(output_dir=str(tmp_path), retain_weights=[4.0, 16.0], seed=5, workers=2)
+    assert demo._unlearn(args, tmp_path, 120) == []
+    (study,) = studies.studies
+    cells = plan(study, {})[1]
+    assert len(cells) == 2 * 2 * 2 * 3  # objectives, schedules, retain weights, seeds
+    tried = first_seeds(cells)
+    assert len(tried) == 2 * 2 * 2 and {cell.choices["seed"] for cell in tried} == {5}
+    assert {cell.choices["seed"] for cell in cells if cell.settings.get("generate")} == {6}
+    assert all(cell.settings["options"]["per_device_train_batch_size"] == 60 for cell in cells)
+    assert {coordinates(cell).panel for cell in cells} == set(demo_report.OBJECTIVES)
+
+
+def test_a_run_that_fails_is_named(tmp_path, studies):
+    studies.failed["seed=5"] = "no room"
+    with pytest.raises(ValueError, match="run seed=5 failed: no room"):
+        demo._unlearn(demo.DemoArguments(output_dir=str(tmp_path)), tmp_path, 120)

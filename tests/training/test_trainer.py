@@ -16,6 +16,8 @@ from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
 from cud_trainer.data import prepare_samples
 from cud_trainer.trainer import DivergenceError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
