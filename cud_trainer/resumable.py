@@ -77,7 +77,10 @@ class WorkDir:
                 differences = "; ".join(
                     f"{key}: there {recorded.get(key)!r}, here {identity.get(key)!r}" for key in sorted(differs)
                 )
-                return f"work directory {self.path} belongs to another run ({differences}); remove it or choose another one"
+                return (
+                    f"work directory {self.path} belongs to another run ({differences}); "
+                    "remove it or choose another one"
+                )
         elif holds_something(self.path):
             return f"work directory {self.path} holds something else; choose another one"
         else:
