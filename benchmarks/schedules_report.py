@@ -14,10 +14,10 @@ from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
 from evaluation import statistics as stats
 from evaluation.report.cells import interval_text
 from evaluation.report.plots import COLOURS
-from evaluation.study.grid import Cell
 from evaluation.study.runs import (
     BASE,
     Run,
+    finished_cells,
     first_seeds,
     grouped,
     leading,
@@ -55,13 +55,10 @@ MARKERS = ("o", "s", "^", "v")
 
 def runs_of(folder: Path, levels: list[float], tuning_seeds: int) -> list[Run]:
     """The finished runs of a study that figures are made of."""
-    cells = []
-    for path in sorted(folder.glob("cells/*/result.json")):
-        found = json.loads(path.with_name("cell.json").read_text())
-        settings = found["settings"]
-        if "scores_file" in settings:  # relative to where the study ran
-            settings["scores_file"] = str(folder.parent / settings["scores_file"])
-        cells.append(Cell(found["kind"], path.parent.name, found["choices"], settings))
+    cells = finished_cells(folder)
+    for cell in cells:
+        if "scores_file" in cell.settings:  # relative to where the study ran
+            cell.settings["scores_file"] = str(folder.parent / cell.settings["scores_file"])
     cells.sort(key=lambda cell: (cell.settings["options"]["seed"], cell.name))
     tried = first_seeds(cells, tuning_seeds)
     return [Run(folder, cell, 4) for cell in reported(folder, cells, tried, levels, 4)]
@@ -82,7 +79,7 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray, tuning_seeds: i
     rows = []
     for schedule, group in chosen.items():
         hardest = group[0].hardest
-        found = [run.at(level) for run in group]
+        points = [run.at(level) for run in group]
         row = {
             "schedule": schedule,
             "learning_rate": group[0].options["learning_rate"],
@@ -90,14 +87,14 @@ def conditions(runs: list[Run], level: float, floor: np.ndarray, tuning_seeds: i
             "seeds": [run.seed for run in group],
             "hardest": stats.bootstrap_mean(left[schedule][hardest], seed=SEED).as_dict(),
             "all": stats.bootstrap_mean(left[schedule], seed=SEED).as_dict(),
-            **above(floor, [values for values, _ in found], hardest),
-            "worst_quarter": sum(worst_quarter(values) for values, _ in found) / len(found),
-            "worst_by_seed": [worst_quarter(values) for values, _ in found],
-            "all_by_seed": [float(values.mean()) for values, _ in found],
-            "by_seed": [float(values[hardest].mean()) for values, _ in found],
-            "steps": sum(step for _, step in found) / len(found),
-            "seconds": sum(run.seconds * step / run.steps[-1] for run, (_, step) in zip(group, found, strict=True))
-            / len(found),
+            **above(floor, [values for values, _ in points], hardest),
+            "worst_quarter": sum(worst_quarter(values) for values, _ in points) / len(points),
+            "worst_by_seed": [worst_quarter(values) for values, _ in points],
+            "all_by_seed": [float(values.mean()) for values, _ in points],
+            "by_seed": [float(values[hardest].mean()) for values, _ in points],
+            "steps": sum(step for _, step in points) / len(points),
+            "seconds": sum(run.seconds * step / run.steps[-1] for run, (_, step) in zip(group, points, strict=True))
+            / len(points),
         }
         again = [run.relearned for run in group if run.relearned]
         if again:
@@ -129,14 +126,14 @@ def change(row: dict, base: dict, name: str) -> dict[str, float | None]:
     key = "by_seed" if name == "hardest" else f"{name}_by_seed"
     if key not in row or key not in base or not seeds:
         return {"value": 100 * (left_of(row, name) / left_of(base, name) - 1), "low": None, "high": None}
-    found = stats.paired_change(*(np.array(list(by_seed(one, key).values())) for one in (row, base)))
-    return {end: 100 * value if np.isfinite(value) else None for end, value in found.as_dict().items()}
+    relative = stats.paired_change(*(np.array(list(by_seed(one, key).values())) for one in (row, base)))
+    return {end: 100 * value if np.isfinite(value) else None for end, value in relative.as_dict().items()}
 
 
 def by_seed(row: dict, key: str = "by_seed") -> dict[int, float]:
     """The figure of each seed; runs of GA with several retain weights, which it does not use, are one."""
-    found = grouped(list(zip(row["seeds"], row[key], strict=True)), itemgetter(0))
-    return {seed: float(np.mean([value for _, value in found[seed]])) for seed in sorted(found)}
+    figures = grouped(list(zip(row["seeds"], row[key], strict=True)), itemgetter(0))
+    return {seed: float(np.mean([value for _, value in figures[seed]])) for seed in sorted(figures)}
 
 
 def left_of(row: dict, name: str) -> float:
@@ -154,9 +151,9 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
     """Write `output`.json, .md and .png; what the first has about other studies stays."""
     import yaml
 
-    known = output.with_suffix(".json")
-    found = json.loads(known.read_text())["studies"] if known.exists() else []
-    studies = {(entry["testbed"], entry["objective"]): entry for entry in found}
+    path = output.with_suffix(".json")
+    before = json.loads(path.read_text())["studies"] if path.exists() else []
+    studies = {(entry["testbed"], entry["objective"]): entry for entry in before}
     for name, objective, model_seed, folder in finished:
         settings = yaml.safe_load(folder.with_suffix(".yaml").read_text())
         levels = settings["retain_level"]
@@ -176,9 +173,9 @@ def report(finished: list[tuple[str, str, int, Path]], output: Path, command: st
             "never_seen": {"hardest": float(floor[runs[0].hardest].mean()), "all": float(floor.mean())},
             "levels": {str(level): conditions(runs, level, floor, tuning_seeds) for level in levels},
         }
-        known_before = json.loads((folder / "results.json").read_text()).get("difficulty")
-        if known_before:
-            rows = known_before["objectives"][0]["rows"]
+        difficulty = json.loads((folder / "results.json").read_text()).get("difficulty")
+        if difficulty:
+            rows = difficulty["objectives"][0]["rows"]
             studies[name, objective]["predictors"] = {row["metric"]: row["spearman"] for row in rows}
     write(list(studies.values()), output)
 
@@ -201,11 +198,11 @@ def percent(rows: list[dict], row: dict | None, name: str) -> str:
         return ""
     if left_of(base, name) < NEXT_TO_NOTHING:
         return f"{left_of(row, name) - left_of(base, name):+.3f}, absolute"
-    found = row[f"{name}_change"]
-    if found["low"] is None:
-        return f"{found['value']:+.0f}"
-    high = f"{found['high']:+.0f}" if found["high"] is not None and found["high"] < 1000 else "more than +1000"
-    return f"{found['value']:+.0f} [{found['low']:+.0f}, {high}]"
+    interval = row[f"{name}_change"]
+    if interval["low"] is None:
+        return f"{interval['value']:+.0f}"
+    high = f"{interval['high']:+.0f}" if interval["high"] is not None and interval["high"] < 1000 else "more than +1000"
+    return f"{interval['value']:+.0f} [{interval['low']:+.0f}, {high}]"
 
 
 def seeds_of(row: dict) -> str:
@@ -243,7 +240,7 @@ def summary(entries: list[dict]) -> list[str]:
         "predicted, by seed: uniform | default | change, % | relearned: uniform | default | "
         "above never seen: uniform | default |",
         "|---" * 20 + "|",
-    ]  # fmt: skip
+    ]
     for entry in entries:
         for level, rows in sorted(entry["levels"].items(), reverse=True):
             base, best = named(rows, BASE), default(rows)
@@ -269,16 +266,16 @@ def unseen(entry: dict) -> str:
     """What a model says of the samples that never saw them."""
     if "never_seen" not in entry:
         return ""
-    found = entry["never_seen"]
-    return f"never seen: {found['all']:.3f} (hardest quarter {found['hardest']:.3f}); "
+    left = entry["never_seen"]
+    return f"never seen: {left['all']:.3f} (hardest quarter {left['hardest']:.3f}); "
 
 
 def predicted(entry: dict) -> list[str]:
     """How well each score, known before, ranks what the `uniform` runs left."""
     if "predictors" not in entry:
         return []
-    found = [f"{name} {interval_text(stats.Interval(**rho))}" for name, rho in entry["predictors"].items()]
-    return [f"Spearman with what the `uniform` runs left (CUD cross-fitted by author): {', '.join(found)}.", ""]
+    figures = [f"{name} {interval_text(stats.Interval(**rho))}" for name, rho in entry["predictors"].items()]
+    return [f"Spearman with what the `uniform` runs left (CUD cross-fitted by author): {', '.join(figures)}.", ""]
 
 
 def markdown(entries: list[dict]) -> str:
@@ -288,19 +285,23 @@ def markdown(entries: list[dict]) -> str:
         title = f"{entry['testbed']}, {entry['objective']}, model {entry['model_seed']}"
         levels = sorted(entry["levels"], reverse=True)
         lines += [
-            f"## {title}", "",
+            f"## {title}",
+            "",
             f"{entry['samples']} forget samples, starting answer probability {entry['forget_start']:.3f}, utility "
-            f"{entry['retain_start']:.3f}; {unseen(entry)}{entry['runs']} runs.", "",
+            f"{entry['retain_start']:.3f}; {unseen(entry)}{entry['runs']} runs.",
+            "",
             *predicted(entry),
-            "| schedule | seeds | " + " | ".join(f"{level}: left, worst (all)" for level in levels) + " | "
+            "| schedule | seeds | "
+            + " | ".join(f"{level}: left, worst (all)" for level in levels)
+            + " | "
             + " | ".join(f"{level}: change of worst, %" for level in levels)
             + " | predicted, by seed | change, % | steps | s | relearned |",
             "|---" * (2 * len(levels) + 7) + "|",
-        ]  # fmt: skip
+        ]
         first = next(iter(entry["levels"]))
         for row in sorted(entry["levels"][first], key=lambda row: row["schedule"] != BASE):
             same = [[r for r in entry["levels"][level] if r["schedule"] == row["schedule"]] for level in levels]
-            at = [found[0] if found else None for found in same]  # no figure at a level whose settings were not run
+            at = [rows[0] if rows else None for rows in same]  # no figure at a level whose settings were not run
             cells = [f"`{row['schedule']}`", str(len(set(row["seeds"])))]
             cells += [f"{left_of(r, 'worst'):.3f} ({left_of(r, 'all'):.3f})" if r else "" for r in at]
             cells += [percent(entry["levels"][level], r, "worst") for level, r in zip(levels, at, strict=True)]
@@ -330,8 +331,8 @@ def picture(entries: list[dict]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for line, entry in enumerate(entries):
         for number, level in enumerate(levels):
-            found = entry["levels"].get(level, [])
-            rows = [named(found, BASE), named(found, DEFAULT_SCHEDULE)]
+            compared = entry["levels"].get(level, [])
+            rows = [named(compared, BASE), named(compared, DEFAULT_SCHEDULE)]
             if None in rows:
                 continue
             y, colour = line + 0.22 * (number - 1), COLOURS[number]

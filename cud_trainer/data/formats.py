@@ -74,7 +74,7 @@ def tokenise(rows: Sequence[Row], kind: str, tokenizer: PreTrainedTokenizerBase,
         filled(completion, "completion", where)
     starts = tokenizer([prompt for prompt, _, _ in pairs], **ONLY_IDS)["input_ids"]
     wholes = tokenizer([prompt + completion for prompt, completion, _ in pairs], **ONLY_IDS)["input_ids"]
-    return [_answer_from(start, _with_eos(whole, tokenizer)) for start, whole in zip(starts, wholes, strict=True)]
+    return [_answer_from(start, whole) for start, whole in zip(starts, _with_eos(wholes, tokenizer), strict=True)]
 
 
 def text_tokens(text: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
@@ -84,7 +84,7 @@ def text_tokens(text: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> li
 
 def _texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     # A long text is no reason for a warning: what does not fit is an error later, or is cut into chunks.
-    return [_with_eos(tokens, tokenizer) for tokens in tokenizer(texts, verbose=False, **ONLY_IDS)["input_ids"]]
+    return _with_eos(tokenizer(texts, verbose=False, **ONLY_IDS)["input_ids"], tokenizer)
 
 
 def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[Any, Any]:
@@ -155,8 +155,9 @@ def _answer_from(start: list[int], whole: list[int]) -> Tokens:
     return shared, whole
 
 
-def _with_eos(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
+def _with_eos(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    end = tokenizer.eos_token_id
+    return [tokens if tokens and tokens[-1] == end else [*tokens, end] for tokens in sequences]
 
 
 def _given_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:

@@ -123,8 +123,8 @@ def _prepare(
                 desc=f"{name} samples",
             )
         )
-    ids = prepared["sample_id"]
-    check_unique(list(ids), name)
+    ids = prepared["sample_id"][:]  # read at once, not row by row
+    check_unique(ids, name)
     for column in OPTIONAL:
         missing = pc.is_null(prepared.data.column(column)).to_numpy()
         if missing.any() and not missing.all():

@@ -50,7 +50,7 @@ class Samples:
     @cached_property
     def ids(self) -> list[str]:
         """The `sample_id` of every sample."""
-        return list(self.dataset["sample_id"])
+        return self.dataset["sample_id"][:]  # read at once, not row by row
 
     @cached_property
     def fingerprint(self) -> str:

@@ -154,6 +154,7 @@ def _logged(study: Path, cell: Cell, work: Work) -> int:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         complete(study, cell, work)
+        sys.stdout.flush()  # or it comes to the next cell's log
         code = 0
     except Exception as error:
         code = _told(error)

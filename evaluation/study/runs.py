@@ -106,6 +106,15 @@ class Run:
         return at_position(self.forget, position), float(at_position(self.steps, position))
 
 
+def finished_cells(study: Path) -> list[Cell]:
+    """The finished cells in the folder of a study, by name."""
+    cells = []
+    for path in sorted(study.glob("cells/*/result.json")):
+        content = json.loads(path.with_name("cell.json").read_text())
+        cells.append(Cell(content["kind"], path.parent.name, content["choices"], content["settings"]))
+    return cells
+
+
 def first_seeds(cells: Sequence[Cell], tuning_seeds: int = 1) -> list[Cell]:
     """The cells that decide which settings are reported: of each schedule with several, those with its first seeds."""
     first = []

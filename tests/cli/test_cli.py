@@ -28,25 +28,57 @@ def world(tmp_path_factory):
 def test_score_train_evaluate(world, tmp_path, capsys):
     scores, circuits = tmp_path / "scores.parquet", tmp_path / "circuits.safetensors"
     command = [
-        "score", *data(world), "--output", str(scores), "--folds", "3", "--bf16", "false",
-        "--output_dir", str(tmp_path / "unused"), "--use_cpu", "true", "--save_circuits", str(circuits),
-    ]  # fmt: skip
+        "score",
+        *data(world),
+        "--output",
+        str(scores),
+        "--folds",
+        "3",
+        "--bf16",
+        "false",
+        "--output_dir",
+        str(tmp_path / "unused"),
+        "--use_cpu",
+        "true",
+        "--save_circuits",
+        str(circuits),
+    ]
     assert main(command) == 0
     loaded = DifficultyScores.load(scores)
     assert loaded.metrics == ["cud", "cud_paper", "circuit_mass", "loss", "length"] and len(loaded) == 9
     assert not (tmp_path / "unused").exists()
 
     unlearned = tmp_path / "unlearned"
-    extra = ["--schedule", "inverse_mass", "--difficulty_scores", str(scores), "--use_peft", "--lora_r", "2",
-             "--lora_target_modules", "q_proj", "v_proj"]  # fmt: skip
+    extra = [
+        "--schedule",
+        "inverse_mass",
+        "--difficulty_scores",
+        str(scores),
+        "--use_peft",
+        "--lora_r",
+        "2",
+        "--lora_target_modules",
+        "q_proj",
+        "v_proj",
+    ]
     assert main(train(world, unlearned, *extra)) == 0
     assert (unlearned / "adapter_config.json").exists()
     assert "unlearned 9 samples in 5 steps" in capsys.readouterr().out
 
     command = [
-        "evaluate", *data(world), "--scores", str(scores), "--original_model", str(world / "model"),
-        "--output_dir", str(tmp_path / "report"), "--circuits", str(circuits), "--faithfulness", "true",
-    ]  # fmt: skip
+        "evaluate",
+        *data(world),
+        "--scores",
+        str(scores),
+        "--original_model",
+        str(world / "model"),
+        "--output_dir",
+        str(tmp_path / "report"),
+        "--circuits",
+        str(circuits),
+        "--faithfulness",
+        "true",
+    ]
     command[command.index("--model_name_or_path") + 1] = str(unlearned)
     assert main(command) == 0
     results = json.loads((tmp_path / "report" / "results.json").read_text())
@@ -97,22 +129,47 @@ def bad(world, tmp_path):
         "overlap": ([*train(world, out), "--retain_dataset", str(world / "forget.jsonl")], "is in both"),
         "model": ([*train(world, out), "--model_name_or_path", str(tmp_path / "nothing")], "cannot load the tokenizer"),
         "scores": (train(world, out, "--difficulty_scores", str(tmp_path / "blank.jsonl")), "has no column sample_id"),
-        "no data": (["train", "--model_name_or_path", str(world / "model"), "--output_dir", str(out)],
-                    "forget dataset is missing"),
+        "no data": (
+            ["train", "--model_name_or_path", str(world / "model"), "--output_dir", str(out)],
+            "forget dataset is missing",
+        ),
         "demo": (["demo", "--output_dir", str(tmp_path / "full")], "is not empty"),
         "demo option": (["demo", "--retain_weights", "0"], "retain_weights must be positive"),
-        "evaluate": (["evaluate", *data(world), "--scores", "missing.parquet", "--output_dir", str(out)],
-                     "cannot read difficulty scores"),
-        "faithfulness": (["evaluate", *data(world), "--faithfulness", "true", "--output_dir", str(out)],
-                         "give --circuits and --original_model"),
-    }  # fmt: skip
+        "evaluate": (
+            ["evaluate", *data(world), "--scores", "missing.parquet", "--output_dir", str(out)],
+            "cannot read difficulty scores",
+        ),
+        "faithfulness": (
+            ["evaluate", *data(world), "--faithfulness", "true", "--output_dir", str(out)],
+            "give --circuits and --original_model",
+        ),
+    }
 
 
 @pytest.mark.parametrize(
     "case",
-    ["command", "objective", "metric", "output", "missing file", "empty file", "broken file", "columns", "blank answer",
-     "duplicates", "length", "overlap", "model", "scores", "no data", "demo", "demo option", "evaluate", "faithfulness"],
-)  # fmt: skip
+    [
+        "command",
+        "objective",
+        "metric",
+        "output",
+        "missing file",
+        "empty file",
+        "broken file",
+        "columns",
+        "blank answer",
+        "duplicates",
+        "length",
+        "overlap",
+        "model",
+        "scores",
+        "no data",
+        "demo",
+        "demo option",
+        "evaluate",
+        "faithfulness",
+    ],
+)
 def test_bad_input(world, tmp_path, capsys, case):
     import re
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import io
 from collections import defaultdict
 
 import numpy as np
@@ -10,11 +9,9 @@ import pytest
 import torch
 import transformers
 import trl
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from builders import make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
@@ -168,16 +165,6 @@ def test_logits_to_keep_takes_positions():
     torch.testing.assert_close(model(tokens, logits_to_keep=kept).logits, model(tokens).logits[:, kept])
 
 
-def test_a_trainer_can_drop_columns_that_a_model_does_not_read(sft):
-    """`with_difficulty` asks for it before it wraps a dataset, which the Trainer could not do afterwards."""
-    trainer = sft(remove_unused_columns=True)
-    rows = Dataset.from_dict({"input_ids": [[1]], "labels": [[1]], "author": ["a"]})
-    assert set(Trainer._remove_unused_columns(trainer, rows, description="training").column_names) == {
-        "input_ids",
-        "labels",
-    }
-
-
 def test_metrics_stay_the_same_dictionary(sft):
     """The recorder of a run puts its figures there for as long as the trainer lives."""
     trainer = sft()
@@ -196,27 +183,6 @@ def test_weights_of_a_checkpoint_can_be_loaded(sft, tmp_path):
         trainer.model.lm_head.weight.zero_()
     trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
-
-
-def test_open_progress_bars_are_known():
-    """`cud` closes them before it writes an error."""
-    bar = tqdm(total=1, file=io.StringIO())
-    assert bar in list(tqdm._instances)
-    bar.close()
-    assert bar not in list(tqdm._instances)
-
-
-def test_offloaded_modules_say_where_they_run():
-    module = torch.nn.Linear(2, 2)
-    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
-    assert module._hf_hook.execution_device == "cpu"
-
-
-def test_the_wandb_callback_holds_the_module():
-    """What pictures of an evaluation are sent through."""
-    source = inspect.getsource(transformers.integrations.WandbCallback.__init__)
-    assert "self._wandb = wandb" in source
-    assert "self.tb_writer" in inspect.getsource(transformers.integrations.TensorBoardCallback.__init__)
 
 
 def test_options_are_added_through_argparse():

@@ -1,4 +1,5 @@
-"""Private names of other packages that are used outside `training/hooks.py`: one test each, which fails when they go away."""
+"""Private names of other packages that are used outside `training/hooks.py`: one test each, which fails when they go
+away."""
 
 import inspect
 

@@ -31,51 +31,117 @@ def example() -> dict:
     for objective in ("graddiff", "npo"):
         for schedule in ("uniform", "inverse_mass"):
             curve = [
-                {"seed": seed, "step": t, "retain": 0.98 - 0.01 * t, "forget": 0.95 * 0.8**t,
-                 "buckets": [0.95 * rate**t for rate in (0.7, 0.75, 0.8, 0.9)]}
-                for seed in (1, 2) for t in range(8)
-            ]  # fmt: skip
-            final = {"seed": 1, "forget": metrics(), "retain": metrics(),
-                     "buckets": [{"bucket": i + 1, "n": 30, **metrics()} for i in range(4)]}  # fmt: skip
+                {
+                    "seed": seed,
+                    "step": t,
+                    "retain": 0.98 - 0.01 * t,
+                    "forget": 0.95 * 0.8**t,
+                    "buckets": [0.95 * rate**t for rate in (0.7, 0.75, 0.8, 0.9)],
+                }
+                for seed in (1, 2)
+                for t in range(8)
+            ]
+            final = {
+                "seed": 1,
+                "forget": metrics(),
+                "retain": metrics(),
+                "buckets": [{"bucket": i + 1, "n": 30, **metrics()} for i in range(4)],
+            }
             conditions.append(
-                {"name": f"{objective} / {schedule}", "objective": objective, "schedule": schedule,
-                 "retain_weight": 4.0, "learning_rate": 1e-3, "passes": 10, "seeds": [1, 2],
-                 "curve": curve, "final": final}
-            )  # fmt: skip
+                {
+                    "name": f"{objective} / {schedule}",
+                    "objective": objective,
+                    "schedule": schedule,
+                    "retain_weight": 4.0,
+                    "learning_rate": 1e-3,
+                    "passes": 10,
+                    "seeds": [1, 2],
+                    "curve": curve,
+                    "final": final,
+                }
+            )
     rows = [
-        {"metric": name, "label": name, "kind": kind, "spearman": interval(value), "partial": partial,
-         "auroc": interval(0.9)}
+        {
+            "metric": name,
+            "label": name,
+            "kind": kind,
+            "spearman": interval(value),
+            "partial": partial,
+            "auroc": interval(0.9),
+        }
         for name, kind, value, partial in (
-            ("cud", "circuit", 0.7, interval(0.3)), ("loss", "trivial", 0.65, None), (NASTY, "circuit", 0.1, None),
+            ("cud", "circuit", 0.7, interval(0.3)),
+            ("loss", "trivial", 0.65, None),
+            (NASTY, "circuit", 0.1, None),
         )
-    ]  # fmt: skip
+    ]
     sections = [
-        {"objective": objective, "n": 120, "target": "what is left", "rows": rows,
-         "ceiling": {"agreement": interval(0.8), "attainable": 0.94, "n_seeds": 2}, "cud_minus_loss": interval(0.05)}
+        {
+            "objective": objective,
+            "n": 120,
+            "target": "what is left",
+            "rows": rows,
+            "ceiling": {"agreement": interval(0.8), "attainable": 0.94, "n_seeds": 2},
+            "cud_minus_loss": interval(0.05),
+        }
         for objective in ("graddiff", "npo")
-    ]  # fmt: skip
+    ]
     matched = [
-        {"objective": objective, "retain_level": 0.9, "rows": [
-            {"schedule": schedule, "retain_weight": 4.0, "forget": interval(0.2), "hardest_bucket": value,
-             "steps": 11.5, "reason": reason}
-            for schedule, value, reason in (("uniform", interval(0.4), None), ("inverse_mass", None, "never got there"))
-        ], "difference": {"schedule": "inverse_mass", "against": "uniform", "forget": interval(-0.1),
-                          "hardest_bucket": None}}
+        {
+            "objective": objective,
+            "retain_level": 0.9,
+            "rows": [
+                {
+                    "schedule": schedule,
+                    "retain_weight": 4.0,
+                    "forget": interval(0.2),
+                    "hardest_bucket": value,
+                    "steps": 11.5,
+                    "reason": reason,
+                }
+                for schedule, value, reason in (
+                    ("uniform", interval(0.4), None),
+                    ("inverse_mass", None, "never got there"),
+                )
+            ],
+            "difference": {
+                "schedule": "inverse_mass",
+                "against": "uniform",
+                "forget": interval(-0.1),
+                "hardest_bucket": None,
+            },
+        }
         for objective in ("graddiff", "npo")
-    ]  # fmt: skip
+    ]
     return {
-        "schema_version": 1, "title": f"demo {NASTY}", "created": "2026-01-01T00:00:00+00:00",
-        "run": {"command": "cud demo", "seed": 0, "versions": {"cud-trainer": "0.1.0"}, "model": {"parameters": 754816},
-                "data": {"n_forget": 120}, "seconds": {"memorise": 30.5}},
+        "schema_version": 1,
+        "title": f"demo {NASTY}",
+        "created": "2026-01-01T00:00:00+00:00",
+        "run": {
+            "command": "cud demo",
+            "seed": 0,
+            "versions": {"cud-trainer": "0.1.0"},
+            "model": {"parameters": 754816},
+            "data": {"n_forget": 120},
+            "seconds": {"memorise": 30.5},
+        },
         "before": {"forget": metrics(), "retain": metrics()},
         "difficulty": {"note": "a note", "objectives": sections},
         "conditions": conditions,
         "fit_note": "how",
-        "retain_weight_fit": [{"objective": "npo", "schedule": "uniform", "retain_weight": 1.0, "forget": 0.5,
-                               "hardest_bucket": float("nan"), "chosen": True}],
+        "retain_weight_fit": [
+            {
+                "objective": "npo",
+                "schedule": "uniform",
+                "retain_weight": 1.0,
+                "forget": 0.5,
+                "hardest_bucket": float("nan"),
+                "chosen": True,
+            }
+        ],
         "matched": matched,
         "findings": [f"finding {NASTY}", "another"],
-    }  # fmt: skip
+    }
 
 
 class Page(HTMLParser):
@@ -119,9 +185,14 @@ def test_every_figure_is_in_results_json(written):
     for path, text in page.figures:
         assert text == format_number(lookup(results, path)), path
     shown = {path for path, _ in page.figures}
-    for path in ("matched.0.rows.0.hardest_bucket.low", "difficulty.objectives.1.rows.0.partial.value",
-                 "conditions.3.final.buckets.3.rouge_l_recall.high", "retain_weight_fit.0.hardest_bucket",
-                 "difficulty.objectives.0.ceiling.attainable", "findings.1"):  # fmt: skip
+    for path in (
+        "matched.0.rows.0.hardest_bucket.low",
+        "difficulty.objectives.1.rows.0.partial.value",
+        "conditions.3.final.buckets.3.rouge_l_recall.high",
+        "retain_weight_fit.0.hardest_bucket",
+        "difficulty.objectives.0.ceiling.attainable",
+        "findings.1",
+    ):
         assert path in shown
 
 
@@ -184,9 +255,18 @@ def test_equal_results_give_equal_files(written, tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    ["title", "findings", "run.seed", "run.versions", "conditions.1.final", "conditions.0.curve.3.buckets",
-     "matched.0.retain_level", "matched.1.difference.forget", "difficulty.objectives.0.rows.2.partial"],
-)  # fmt: skip
+    [
+        "title",
+        "findings",
+        "run.seed",
+        "run.versions",
+        "conditions.1.final",
+        "conditions.0.curve.3.buckets",
+        "matched.0.retain_level",
+        "matched.1.difference.forget",
+        "difficulty.objectives.0.rows.2.partial",
+    ],
+)
 def test_missing_entry_is_named(tmp_path, path):
     results = copy.deepcopy(example())
     *parents, last = path.split(".")

@@ -21,10 +21,10 @@ from cud_trainer.logprobs import answer_probability
 from evaluation.statistics import Interval
 from evaluation.study import cell as study_cell
 from evaluation.study import runs as study_runs
-from evaluation.study.grid import Cell, plan
+from evaluation.study.grid import plan
 from evaluation.study.options import StudyArguments
 from evaluation.study.report import verdict
-from evaluation.study.runs import coordinates, first_seeds, reported, worst_quarter
+from evaluation.study.runs import coordinates, finished_cells, first_seeds, reported, worst_quarter
 from evaluation.trajectory import at_position, matched_position
 
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
@@ -126,10 +126,7 @@ def test_only_what_is_reported_is_run(tuned):
 
 
 def test_a_schedule_whose_trials_failed_is_left_out(tuned):
-    cells = []
-    for path in sorted(tuned.glob("cells/*/cell.json")):
-        found = json.loads(path.read_text())
-        cells.append(Cell(found["kind"], path.parent.name, found["choices"], found["settings"]))
+    cells = finished_cells(tuned)
     cells.sort(key=lambda cell: cell.settings["options"]["seed"])
     tried = first_seeds(cells)
     assert len(tried) == 6 and {cell.settings["options"]["seed"] for cell in tried} == {1}

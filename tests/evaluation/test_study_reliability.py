@@ -164,30 +164,28 @@ def test_a_worker_ends_with_the_study_in_the_middle_of_a_cell(world, tmp_path):
     assert not (cell / "result.json").exists()
 
 
-def test_what_a_process_does_to_a_cell_is_of_no_harm_to_the_next(tmp_path):
-    kinds = ["good", "killed", "good", "exits", "wrong", "bug", "full", "good", "good"]
+def test_what_a_process_does_to_a_cell_is_of_no_harm_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    kinds = ["good", "killed", "wrong", "bug", "full", "good", "good"]
     cells = [Cell("run", f"{number}-{what}", {}, {"what": what}) for number, what in enumerate(kinds)]
+    folders = tmp_path / "cells"
     with Pool(1, ["7"]) as pool:
         failed = pool.run(tmp_path, cells, cell_work.work)
-        logs = tmp_path / "cells"
-        assert failed == {
-            "1-killed": f"it was here (exit code -9; {logs / '1-killed' / 'log.txt'})",
-            "3-exits": f"no output (exit code 3; {logs / '3-exits' / 'log.txt'})",
-            "4-wrong": f"a value is wrong (exit code 2; {logs / '4-wrong' / 'log.txt'})",
-            "5-bug": f"RuntimeError: of ours (exit code 1; {logs / '5-bug' / 'log.txt'})",
-            "6-full": f"the disk is full: cannot write to {logs / '6-full'}",
-        }
-        good = [
-            json.loads((logs / name / "result.json").read_text()) for name in ("0-good", "2-good", "7-good", "8-good")
-        ]
-        again = pool.run(tmp_path, [*cells, Cell("run", "9-good", {}, {"what": "good"})], cell_work.work)
-    assert again.keys() == failed.keys()  # what has a result is not run again
-    first, second, third, fourth = (found["process"] for found in good)
-    assert len({first, second, third}) == 3 and third == fourth  # a new one after a failure only
-    assert json.loads((logs / "9-good" / "result.json").read_text())["process"] not in (first, second, third)
-    assert {found["CUDA_VISIBLE_DEVICES"] for found in good} == {"7"}
-    for name in ("0-good", "8-good", "9-good"):
-        assert sorted((logs / name / "log.txt").read_text().splitlines()) == ["a line from C", "a line from Python"]
+        good = [json.loads((folders / name / "result.json").read_text()) for name in ("0-good", "5-good", "6-good")]
+        finished = [cell for cell in cells if cell.name not in failed]
+        assert pool.run(tmp_path, [*finished, Cell("run", "7-good", {}, {"what": "good"})], cell_work.work) == {}
+    assert failed == {
+        "1-killed": f"it was here (exit code -9; {folders / '1-killed' / 'log.txt'})",
+        "2-wrong": f"a value is wrong (exit code 2; {folders / '2-wrong' / 'log.txt'})",
+        "3-bug": f"RuntimeError: of ours (exit code 1; {folders / '3-bug' / 'log.txt'})",
+        "4-full": f"the disk is full: cannot write to {folders / '4-full'}",
+    }
+    good.append(json.loads((folders / "7-good" / "result.json").read_text()))
+    first, *others = (result["process"] for result in good)
+    assert len(set(others)) == 1 and first not in others  # a new one after a failure only
+    assert {result["CUDA_VISIBLE_DEVICES"] for result in good} == {"7"}
+    for name in ("0-good", "5-good", "6-good", "7-good"):
+        assert sorted((folders / name / "log.txt").read_text().splitlines()) == ["a line from C", "a line from Python"]
 
 
 def test_devices_and_cores_are_dealt_to_the_workers(monkeypatch):

@@ -98,9 +98,14 @@ class TestPlainTrainer:
             per_sample_loss = None
 
         trainer = make(
-            tmp_path / "out", schedule="upweight_hard", weights="sampling", num_train_epochs=400, kind=Mine, save_strategy="no",
+            tmp_path / "out",
+            schedule="upweight_hard",
+            weights="sampling",
+            num_train_epochs=400,
+            kind=Mine,
+            save_strategy="no",
             schedule_args={"strength": 1.0},
-        )  # fmt: skip
+        )
         counts = np.bincount(numbers(trainer.planned_ids), minlength=N) / 400
         rank = np.argsort(np.argsort(scores()["loss"])) / (N - 1)
         np.testing.assert_allclose(counts, 2 * rank, atol=0.25)
@@ -120,9 +125,15 @@ class TestTRL:
                 return super().compute_loss(model, inputs, *args, **options)
 
         args = SFTConfig(
-            str(tmp_path / "out"), per_device_train_batch_size=5, num_train_epochs=2, report_to="none", bf16=False,
-            save_strategy="no", disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
+            str(tmp_path / "out"),
+            per_device_train_batch_size=5,
+            num_train_epochs=2,
+            report_to="none",
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
         trainer = with_difficulty(Watched)(
             make_model(0),
             args,
@@ -146,9 +157,16 @@ class TestTRL:
         difficulty = np.random.default_rng(0).permutation(N).astype(float)
         table = DifficultyScores([f"s{i}" for i in range(N)], {"loss": difficulty})
         args = DPOConfig(
-            str(tmp_path / "out"), precompute_ref_log_probs=True, per_device_train_batch_size=5, num_train_epochs=1, report_to="none", bf16=False,
-            save_strategy="no", disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
+            str(tmp_path / "out"),
+            precompute_ref_log_probs=True,
+            per_device_train_batch_size=5,
+            num_train_epochs=1,
+            report_to="none",
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
         seen = []
 
         class Watched(DPOTrainer):

@@ -19,9 +19,15 @@ DIFFICULTY = np.random.default_rng(0).permutation(N).astype(float)
 SCORES = DifficultyScores(IDS, {"loss": DIFFICULTY})
 EASY_TO_HARD = np.argsort(DIFFICULTY).tolist()
 SETTINGS = {
-    "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "report_to": "none", "bf16": False,
-    "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
-}  # fmt: skip
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-2,
+    "report_to": "none",
+    "bf16": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -111,11 +117,8 @@ def test_dpo_with_lora(tmp_path):
             return super().compute_loss(model, inputs, *args, **options)
 
     data = Dataset.from_list(
-        [
-            {"id": IDS[i], "prompt": f"Who is {i}?", "chosen": " Nobody", "rejected": f" Person {i}"}
-            for i in range(N)
-        ]
-    )  # fmt: skip
+        [{"id": IDS[i], "prompt": f"Who is {i}?", "chosen": " Nobody", "rejected": f" Person {i}"} for i in range(N)]
+    )
     trainer = with_difficulty(Watched)(
         make_model(0),
         args=DPOConfig(str(tmp_path), **SETTINGS),

@@ -105,17 +105,36 @@ def scores(data=None, files=None) -> DifficultyScores:
 
 def make(theirs, output, data, name="GradDiff", collator=collate, method=None, **options):
     settings = {
-        "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "num_train_epochs": 2,
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 3,
-        "logging_steps": 1, "remove_unused_columns": False, "eval_strategy": "epoch", **options,
-    }  # fmt: skip
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        "eval_strategy": "epoch",
+        **options,
+    }
     kind = theirs.TRAINER_REGISTRY["CUD" + name]
     method = {"schedule": "easy_to_hard", "difficulty": scores(tokens_of(data.forget)), **(method or {})}
-    word = {"processing_class" if "processing_class" in inspect.signature(theirs.load_trainer).parameters else "tokenizer": make_tokenizer(chat=True)}  # fmt: skip
+    word = {
+        "processing_class"
+        if "processing_class" in inspect.signature(theirs.load_trainer).parameters
+        else "tokenizer": make_tokenizer(chat=True)
+    }
     return kind(
-        model=make_model(0).double(), args=TrainingArguments(str(output), **settings), train_dataset=data,
-        data_collator=collator, **word, **METHODS.get(name, {}), **method,
-    )  # fmt: skip
+        model=make_model(0).double(),
+        args=TrainingArguments(str(output), **settings),
+        train_dataset=data,
+        data_collator=collator,
+        **word,
+        **METHODS.get(name, {}),
+        **method,
+    )
 
 
 def served_by(trainer):
@@ -216,10 +235,12 @@ class TestOrder:
     def test_the_plan_is_served_whatever_the_split(self, theirs, files, tmp_path):
         """The same forget samples with the same retain partners and replies, also after a resume."""
         runs = []
-        for part, options in enumerate([
-            {"save_strategy": "steps", "save_steps": 2},
-            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        ]):  # fmt: skip
+        for part, options in enumerate(
+            [
+                {"save_strategy": "steps", "save_steps": 2},
+                {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            ]
+        ):
             data = dataset(files, idk=True)
             trainer = make(theirs, tmp_path / str(part), data, "DPO", **options)
             pairs = served_by(trainer)
@@ -391,13 +412,18 @@ def test_launcher_end_to_end(files, tmp_path):
     table = scores(files=files)
     table.save(tmp_path / "difficulty.parquet")
     arguments = [
-        "--root", str(ROOT), "--",
-        "trainer=CUDNPO", f"model={tmp_path / 'model'}", f"data.forget={files / 'forget.json'}",
-        f"data.retain={files / 'retain.json'}", f"trainer.args.output_dir={tmp_path / 'out'}",
+        "--root",
+        str(ROOT),
+        "--",
+        "trainer=CUDNPO",
+        f"model={tmp_path / 'model'}",
+        f"data.forget={files / 'forget.json'}",
+        f"data.retain={files / 'retain.json'}",
+        f"trainer.args.output_dir={tmp_path / 'out'}",
         f"trainer.method_args.difficulty={tmp_path / 'difficulty.parquet'}",
         "trainer.method_args.schedule=hard_to_easy+upweight_hard",
         "+trainer.method_args.schedule_args.upweight_hard.strength=0.5",
-    ]  # fmt: skip
+    ]
     done = run("cud_trainer.integrations.open_unlearning", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "served.json").read_text())

@@ -61,8 +61,20 @@ def refused(capsys, command) -> str:
 
 
 def score(world, folder, *extra) -> list[str]:
-    return ["score", *data(world), "--output", str(folder / "scores.parquet"), "--metrics", "loss", "grad_norm",
-            "--bf16", "false", "--use_cpu", "true", *extra]  # fmt: skip
+    return [
+        "score",
+        *data(world),
+        "--output",
+        str(folder / "scores.parquet"),
+        "--metrics",
+        "loss",
+        "grad_norm",
+        "--bf16",
+        "false",
+        "--use_cpu",
+        "true",
+        *extra,
+    ]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -186,10 +198,19 @@ def test_evaluate_on_a_full_disk(world, disk, capsys):
 
 
 def test_study_on_a_full_disk(world, disk, capsys):
-    command = config(world, disk / "out", grid={"schedule": ["uniform"]}, train={
-        "objective": "ga", "passes": 1, "difficulty": "none", "per_device_train_batch_size": 9, "bf16": False,
-        "use_cpu": True,
-    })  # fmt: skip
+    command = config(
+        world,
+        disk / "out",
+        grid={"schedule": ["uniform"]},
+        train={
+            "objective": "ga",
+            "passes": 1,
+            "difficulty": "none",
+            "per_device_train_batch_size": 9,
+            "bf16": False,
+            "use_cpu": True,
+        },
+    )
     ballast = fill(disk, 12_000)
     assert main(command) in (1, 2)
     error = capsys.readouterr().err

@@ -78,11 +78,13 @@ def test_model_and_card_are_uploaded_and_nothing_about_samples(hub, tmp_path, lo
     card = upload["README.md"].decode()
     measured = [entry for entry in trainer.state.log_history if "eval_forget_prob" in entry][-1]
     for line in (
-        "| objective | npo |", "| schedule | upweight_hard |", "| difficulty | loss |",
+        "| objective | npo |",
+        "| schedule | upweight_hard |",
+        "| difficulty | loss |",
         f"| difficulty bucket 1, easiest | {measured['eval_forget_prob/bucket_1']:.4f} |",
         f"| difficulty bucket 4, hardest | {measured['eval_forget_prob/bucket_4']:.4f} |",
         f"| retain set | {measured['eval_retain_prob']:.4f} |",
-    ):  # fmt: skip
+    ):
         assert line in card, line
     # They are still where the run left them.
     for name in ("difficulty.parquet", "schedule.parquet", "reference.safetensors"):
@@ -126,11 +128,36 @@ def test_command_line(hub, tmp_path):
     FORGET.to_json(tmp_path / "forget.jsonl")
     qa_dataset(7, 100).to_json(tmp_path / "retain.jsonl")
     command = [
-        "train", "--model_name_or_path", str(tmp_path / "start"), "--forget_dataset", str(tmp_path / "forget.jsonl"),
-        "--retain_dataset", str(tmp_path / "retain.jsonl"), "--output_dir", str(tmp_path / "model"), "--passes", "1",
-        "--difficulty", "loss", "--bf16", "false", "--report_to", "none", "--save_strategy", "no", "--use_cpu", "true",
-        "--learning_rate", "1e-3", "--disable_tqdm", "true", "--push_to_hub", "true", "--hub_model_id", "somebody/model",
-    ]  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        str(tmp_path / "start"),
+        "--forget_dataset",
+        str(tmp_path / "forget.jsonl"),
+        "--retain_dataset",
+        str(tmp_path / "retain.jsonl"),
+        "--output_dir",
+        str(tmp_path / "model"),
+        "--passes",
+        "1",
+        "--difficulty",
+        "loss",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+        "--save_strategy",
+        "no",
+        "--use_cpu",
+        "true",
+        "--learning_rate",
+        "1e-3",
+        "--disable_tqdm",
+        "true",
+        "--push_to_hub",
+        "true",
+        "--hub_model_id",
+        "somebody/model",
+    ]
     assert main(command) == 0
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---") and card.count("## Unlearning") == 1 and "cud-trainer" in card
@@ -152,9 +179,13 @@ class TestCard:
     def test_figures_are_those_of_the_weights_that_were_kept(self, tmp_path):
         """With `load_best_model_at_end` the last evaluation may be of other weights."""
         trainer = run(
-            tmp_path / "model", eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-            metric_for_best_model="forget_prob", greater_is_better=True,
-        )  # fmt: skip
+            tmp_path / "model",
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="forget_prob",
+            greater_is_better=True,
+        )
         trainer.create_model_card()
         assert trainer.state.best_global_step == 2 and trainer.state.global_step > 2
         card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
@@ -165,10 +196,13 @@ class TestCard:
         ids = ["first", "second"]
         forget = FORGET.add_column("id", [*ids, *(f"s{i}" for i in range(7))])
         trainer = make_trainer(
-            tmp_path / "model", forget=forget, difficulty="cud", folds=2,
+            tmp_path / "model",
+            forget=forget,
+            difficulty="cud",
+            folds=2,
             difficulty_args={"anchors": {"easy": ids[:1], "hard": ids[1:]}, "save_anchors": str(tmp_path / "bank.st")},
             difficulty_scores=DifficultyScores(list(forget["id"]), {"cud": [i / 9 for i in range(9)]}),
-        )  # fmt: skip
+        )
         trainer.create_model_card()
         card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
         assert "| difficulty | cud (anchors=given, save_anchors=bank.st) |" in card

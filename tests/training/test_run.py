@@ -271,9 +271,15 @@ class TestWeights:
     def test_share_of_the_update_against_gradients_one_by_one(self, tmp_path):
         """Norm of each sample's own part of the step's gradient, taken by autograd."""
         options = {
-            "schedule": "upweight_hard", "objective": "graddiff", "retain_weight": 2.0, "passes": 1, "n_buckets": 2,
-            "per_device_train_batch_size": 9, "log_update_share": True, "save_strategy": "no",
-        }  # fmt: skip
+            "schedule": "upweight_hard",
+            "objective": "graddiff",
+            "retain_weight": 2.0,
+            "passes": 1,
+            "n_buckets": 2,
+            "per_device_train_batch_size": 9,
+            "log_update_share": True,
+            "save_strategy": "no",
+        }
         trainer = make_trainer(tmp_path / "out", gradient_checkpointing=True, **options)
         matrices = [p for p in trainer.model.parameters() if p.ndim > 1]
         order, buckets = trainer.schedule.order, trainer.buckets
@@ -300,9 +306,13 @@ class TestWeights:
         def run(name, **options):
             peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if adapter else None
             trainer = make_trainer(
-                tmp_path / name, per_device_train_batch_size=2, gradient_accumulation_steps=2, peft_config=peft_config,
-                save_strategy="no", **options,
-            )  # fmt: skip
+                tmp_path / name,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                peft_config=peft_config,
+                save_strategy="no",
+                **options,
+            )
             trainer.train()
             return trainer
 
@@ -373,9 +383,15 @@ class TestEnds:
 
     def test_a_retain_loss_too_high_puts_the_last_checkpoint_back(self, tmp_path):
         trainer = make_trainer(
-            tmp_path / "out", objective="graddiff", retain_weight=0.0, max_retain_loss=6.5, passes=20, save_steps=1,
-            learning_rate=3e-3, save_total_limit=1,
-        )  # fmt: skip
+            tmp_path / "out",
+            objective="graddiff",
+            retain_weight=0.0,
+            max_retain_loss=6.5,
+            passes=20,
+            save_steps=1,
+            learning_rate=3e-3,
+            save_total_limit=1,
+        )
         with pytest.raises(DivergenceError, match="above max_retain_loss=6.5; .* The model is back at .*checkpoint-"):
             trainer.train()
         from safetensors.torch import load_file
@@ -395,9 +411,18 @@ class TestEvaluation:
     def test_by_hand_and_best_state(self, tmp_path):
         tokenizer = make_tokenizer()
         trainer = make_trainer(
-            tmp_path / "out", tokenizer=tokenizer, passes=4, eval_strategy="steps", eval_steps=2, save_steps=2,
-            load_best_model_at_end=True, eval_retain_samples=3, learning_rate=5e-3, objective="graddiff", retain_weight=0.3,
-        )  # fmt: skip
+            tmp_path / "out",
+            tokenizer=tokenizer,
+            passes=4,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_steps=2,
+            load_best_model_at_end=True,
+            eval_retain_samples=3,
+            learning_rate=5e-3,
+            objective="graddiff",
+            retain_weight=0.3,
+        )
         start = answer_probability(trainer.model, trainer.forget)
         kept = answer_probability(trainer.model, trainer.retain.select([0, 3, 6]))
         trainer.train()
@@ -465,9 +490,14 @@ class TestEvaluation:
 class TestCard:
     def test_says_how_and_what_is_left(self, tmp_path):
         trainer = make_trainer(
-            tmp_path / "out", passes=2, eval_strategy="steps", eval_steps=2, objective_args={"beta": 0.2},
-            schedule="upweight_hard", schedule_args={"strength": 0.5},
-        )  # fmt: skip
+            tmp_path / "out",
+            passes=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            objective_args={"beta": 0.2},
+            schedule="upweight_hard",
+            schedule_args={"strength": 0.5},
+        )
         trainer.train()
         for _ in range(2):  # written again, not twice
             trainer.save_model(str(tmp_path / "out"))
@@ -475,9 +505,12 @@ class TestCard:
         card = (tmp_path / "out" / "README.md").read_text()
         assert card.count("## Unlearning") == 1 and card.startswith("---") and "2601.09624" in card
         for line in (
-            "| objective | npo (beta=0.2) |", "| schedule | upweight_hard (strength=0.5) |", "| difficulty | loss |",
-            "| retain loss | nll, weight 1 |", "measured at step 5:",
-        ):  # fmt: skip
+            "| objective | npo (beta=0.2) |",
+            "| schedule | upweight_hard (strength=0.5) |",
+            "| difficulty | loss |",
+            "| retain loss | nll, weight 1 |",
+            "measured at step 5:",
+        ):
             assert line in card, line
         last = [entry for entry in trainer.state.log_history if "eval_forget_prob" in entry][-1]
         assert f"| difficulty bucket 4, hardest | {last['eval_forget_prob/bucket_4']:.4f} |" in card
@@ -503,9 +536,14 @@ class TestSharded:
         alone = make_trainer(tmp_path / "one", model=make_model(0), **options)
         alone.train()
         found = torchrun(
-            tmp_path / "two", tmp_path / "r.json", per_device_train_batch_size=2, gradient_checkpointing=False, fsdp=True,
-            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}, **options,
-        )  # fmt: skip
+            tmp_path / "two",
+            tmp_path / "r.json",
+            per_device_train_batch_size=2,
+            gradient_checkpointing=False,
+            fsdp=True,
+            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+            **options,
+        )
         assert found["type"] == "DistributedType.FSDP"
         assert found["served"] == found["planned"] == alone.served_ids
         losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]

@@ -414,8 +414,12 @@ class TestGivenScores:
     def test_the_first_metric_orders(self, tmp_path):
         ids, scores = self.scores(tmp_path)
         trainer = make_trainer(
-            tmp_path / "out", forget=qa_dataset(8), difficulty="given", difficulty_scores=scores, schedule="easy_to_hard",
-        )  # fmt: skip
+            tmp_path / "out",
+            forget=qa_dataset(8),
+            difficulty="given",
+            difficulty_scores=scores,
+            schedule="easy_to_hard",
+        )
         assert trainer.schedule.order.tolist()[:8] == ids[::-1]
         assert trainer.difficulty_scores.metrics == ["given", "theirs"]
         assert trainer.buckets.tolist() == [3, 3, 2, 2, 1, 1, 0, 0]

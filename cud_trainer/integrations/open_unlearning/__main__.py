@@ -21,7 +21,7 @@ from .compat import OPTIONAL, adapted, plain_chat_tokens, stand_ins, without_lap
 from .ids import tokens_of
 from .trainers import PREFIX, difficulty_aware
 
-CONFIGS = Path(__file__).parents[2] / "recipes" / "open_unlearning"
+CONFIGS = Path(__file__).parents[3] / "recipes" / "open_unlearning"
 
 
 def register(trainers: Any) -> list[str]:

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main(cfg):
     model = AutoModelForCausalLM.from_pretrained(cfg.model)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-    parts = {part: QADataset({"path": "json", "data_files": cfg.data[part], "split": "train"}, {}, tokenizer)
-             for part in ("forget", "retain")}  # fmt: skip
+    parts = {
+        part: QADataset({"path": "json", "data_files": cfg.data[part], "split": "train"}, {}, tokenizer)
+        for part in ("forget", "retain")
+    }
     collator, served = DataCollatorForSupervisedDataset(tokenizer, index="index"), []
 
     def watched(items):
@@ -20,8 +22,16 @@ def main(cfg):
         served.extend(batch["forget"]["index"].tolist())
         return batch
 
-    trainer, args = load_trainer(cfg.trainer, model, ForgetRetainDataset(**parts), None, tokenizer, watched,
-                                 evaluators={"one": None}, template_args={})  # fmt: skip
+    trainer, args = load_trainer(
+        cfg.trainer,
+        model,
+        ForgetRetainDataset(**parts),
+        None,
+        tokenizer,
+        watched,
+        evaluators={"one": None},
+        template_args={},
+    )
     trainer.train()
     evaluated = [entry for entry in trainer.state.log_history if "loss" in entry]
     found = {"handler": cfg.trainer.handler, "served": served, "losses": [entry["loss"] for entry in evaluated]}

@@ -163,8 +163,17 @@ class RMU(GradDiff):
 
 
 class PDU(GradDiff):
-    def __init__(self, retain_loss_eps=0.0, primal_dual=False, dual_step_size=1.0, dual_update_upon="step",
-                 dual_warmup_epochs=0, loss_names=None, *args, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        retain_loss_eps=0.0,
+        primal_dual=False,
+        dual_step_size=1.0,
+        dual_update_upon="step",
+        dual_warmup_epochs=0,
+        loss_names=None,
+        *args,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.preferences, self.can_update = [self.gamma, self.alpha], dual_warmup_epochs == 0
         self.eps, self.size, self.primal_dual = retain_loss_eps, dual_step_size, primal_dual

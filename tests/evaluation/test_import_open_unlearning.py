@@ -174,12 +174,21 @@ def broken(change):
         (broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"].pop("4")), "has 11 samples, but no index 4"),
         (broken(lambda r: r["forget_Q_A_Prob"].update(value_by_index={})), "has 0 samples, but no index 0"),
         (broken(lambda r: r["forget_Q_A_Prob"].update(value_by_index=[1])), "has no values by sample"),
-        (broken(lambda r: r["extraction_strength"]["value_by_index"].pop("11")), "extraction_strength has 11 samples, forget_Q_A_Prob 12"),
-        (broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"]["2"].clear()), "sample 2 of forget_Q_A_Prob has no 'prob'"),
-        (broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"]["2"].update(prob="x")), "prob of sample 2 .* is no number"),
+        (
+            broken(lambda r: r["extraction_strength"]["value_by_index"].pop("11")),
+            "extraction_strength has 11 samples, forget_Q_A_Prob 12",
+        ),
+        (
+            broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"]["2"].clear()),
+            "sample 2 of forget_Q_A_Prob has no 'prob'",
+        ),
+        (
+            broken(lambda r: r["forget_Q_A_Prob"]["value_by_index"]["2"].update(prob="x")),
+            "prob of sample 2 .* is no number",
+        ),
         (results(n=9), "has 9 forget samples, the difficulty scores 12"),
     ],
-)  # fmt: skip
+)
 def test_refusals(tmp_path, capsys, content, message):
     scores().save(tmp_path / "difficulty.parquet")
     command = [

@@ -1,0 +1,284 @@
+"""`cud evaluate` as a whole."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+from builders import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from scipy import stats as scipy_stats
+from tofu import tofu_like
+
+from cud_trainer import score_difficulty
+from cud_trainer.cli import main
+from cud_trainer.data import prepare_samples
+from evaluation.metrics import privacy
+from evaluation.metrics.memorization import (
+    teacher_forced,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Models, an adapter, data sets of TOFU's layout and scores on disk."""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = make_tokenizer()
+    for name, seed in (("original", 0), ("unlearned", 1), ("reference", 2)):
+        make_model(seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    adapted = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(root / "original")
+    adapted.save_pretrained(root / "adapter")
+    tokenizer.save_pretrained(root / "adapter")
+    forget = tofu_like(12)
+    forget.to_json(root / "forget.jsonl")
+    tofu_like(6, 100).select_columns(["question", "answer"]).to_json(root / "retain.jsonl")
+    tofu_like(9, 200).select_columns(["question", "answer"]).to_json(root / "holdout.jsonl")
+    tofu_like(5, 400).select_columns(["question", "answer"]).to_json(root / "neighbour.jsonl")
+    (root / "tofu").mkdir()
+    for number, name in enumerate(("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")):
+        folder = root / "tofu" / name
+        folder.mkdir()
+        tofu_like(4, 300 + 10 * number).to_json(folder / "train.jsonl")
+    lines = [
+        f"- config_name: {n}\n  data_files: {n}/train.jsonl"
+        for n in ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+    ]
+    (root / "tofu" / "README.md").write_text("---\nconfigs:\n" + "\n".join(lines) + "\n---\n")
+    scores = score_difficulty(
+        make_model(0),
+        forget.select_columns(["question", "answer"]),
+        tokenizer,
+        metrics=["circuit_mass", "loss", "length"],
+        progress=False,
+        save_circuits=root / "circuits.safetensors",
+    )
+    scores.save(root / "scores.parquet")
+    return root
+
+
+def arguments(world, output, **options):
+    given = {
+        "model_name_or_path": world / "unlearned",
+        "forget_dataset": world / "forget.jsonl",
+        "output_dir": output,
+        "retain_dataset": world / "retain.jsonl",
+        "batch_size": 4,
+        **options,
+    }
+    result = ["evaluate"]
+    for key, value in given.items():
+        values = value if isinstance(value, list) else [value]
+        result += [f"--{key}", *map(str, values)]
+    return result
+
+
+@pytest.fixture(scope="module")
+def everything(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("audit") / "out"
+    code = main(
+        arguments(
+            world,
+            output,
+            original_model=world / "original",
+            reference_model=world / "reference",
+            scores=world / "scores.parquet",
+            circuits=world / "circuits.safetensors",
+            holdout_dataset=world / "holdout.jsonl",
+            tofu=world / "tofu",
+            neighbour_dataset=world / "neighbour.jsonl",
+            group_column="author",
+            relearn_samples=4,
+            relearn_steps=[1, 3],
+            quantize=[8, 4],
+            straight_line=True,
+            samples=2,
+            n_buckets=3,
+        )
+    )
+    assert code == 0
+    return output
+
+
+class TestCommand:
+    def test_every_section_is_there(self, everything):
+        results = json.loads((everything / "results.json").read_text())
+        assert [table["id"] for table in results["tables"]] == [
+            "relative",
+            "forget_quality",
+            "utility",
+            "paraphrase",
+            "privacy",
+            "groups",
+            "calibration",
+            "mechanisms",
+            "quantisation",
+            "straight_line",
+            "relearning",
+        ]
+        found = " ".join(results["findings"])
+        for part in (
+            "forget quality",
+            "model utility (TOFU)",
+            "membership inference",
+            "4 groups",
+            "as the CUD paper found: ",
+        ):
+            assert part in found
+        assert "3 metrics are compared" in results["difficulty"]["note"]
+        assert results["conditions"][0]["final"]["neighbour"]["probability"]["value"] > 0
+        assert all("kendall" in row for row in results["difficulty"]["objectives"][0]["rows"])
+        frame = pd.read_parquet(everything / "per_sample.parquet")
+        assert len(frame) == 12 and {"truth_ratio", "min_k", "reference/probability", "group", "bucket"} <= set(frame)
+        assert "true_answer" not in frame
+
+    def test_figures_against_the_parts(self, world, everything):
+        """Each again from its own function."""
+        results = json.loads((everything / "results.json").read_text())
+        tables = {table["id"]: {row["label"]: row["cells"] for row in table["rows"]} for table in results["tables"]}
+        frame = pd.read_parquet(everything / "per_sample.parquet")
+        quality = scipy_stats.ks_2samp(frame["truth_ratio"], frame["reference/truth_ratio"]).pvalue
+        assert tables["forget_quality"]["unlearned"][1] == pytest.approx(quality)
+        tokenizer, model = make_tokenizer(), make_model(1)
+        holdout = prepare_samples(tofu_like(9, 200).select_columns(["question", "answer"]), tokenizer)
+        other = teacher_forced(model, holdout, tokenizer)["min_k"]
+        auc = privacy.attack_auc(-frame["min_k"].to_numpy(), -other)
+        assert tables["privacy"]["min_k"][0]["value"] == pytest.approx(auc)
+        before = privacy.attack_auc(
+            -frame["reference/min_k"].to_numpy(), -teacher_forced(make_model(2), holdout, tokenizer)["min_k"]
+        )
+        assert tables["privacy"]["min_k"][1] == pytest.approx(privacy.privleak(auc, before))
+        gap = (frame["probability"] - frame["reference/probability"]).mean()
+        assert tables["relative"]["probability"][2]["value"] == pytest.approx(gap)
+        assert tables["straight_line"]["1"][0]["value"] == pytest.approx(frame["probability"].mean())
+        assert tables["straight_line"]["0"][0]["value"] == pytest.approx(frame["before/probability"].mean())
+        hardest = frame[frame["bucket"] == 3]["probability"].mean()
+        assert tables["quantisation"]["as it is"][-1]["value"] == pytest.approx(hardest)
+
+    def test_no_forget_text_and_nothing_unescaped(self, everything):
+        for path in (p for p in everything.rglob("*") if p.is_file()):
+            content = path.read_bytes()
+            assert b"of the town" not in content and b"Who is" not in content, path
+        page = (everything / "report.html").read_text()
+        assert "<script>document.title" not in page and "&lt;script&gt;document.title" in page
+        summary = (everything / "summary.md").read_text()
+        assert "<script>" not in summary and "&lt;script&gt;" in summary
+        widths = [len(re.findall(r"(?<!\\)\|", line)) for line in summary.splitlines() if line.startswith("|")]
+        assert widths and "### Membership inference" in summary
+
+    def test_adapter_is_evaluated_like_its_merged_model(self, world, tmp_path):
+        from peft import PeftModel
+
+        merged = PeftModel.from_pretrained(make_model(0), world / "adapter").merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        make_tokenizer().save_pretrained(tmp_path / "merged")
+        frames = []
+        for name in (world / "adapter", tmp_path / "merged"):
+            assert (
+                main(
+                    arguments(
+                        world,
+                        tmp_path / f"out-{name.name}",
+                        model_name_or_path=name,
+                        generate=False,
+                        original_model=world / "original",
+                        straight_line=True,
+                        quantize=[8],
+                        relearn_samples=2,
+                    )
+                )
+                == 0
+            )
+            frames.append(pd.read_parquet(tmp_path / f"out-{name.name}" / "per_sample.parquet"))
+        np.testing.assert_allclose(frames[0]["probability"], frames[1]["probability"], rtol=1e-4)
+
+    def test_text_only_if_asked_for(self, world, tmp_path):
+        assert main(arguments(world, tmp_path / "out", generate=False, show_text=True)) == 0
+        assert "of the town" in pd.read_parquet(tmp_path / "out" / "per_sample.parquet")["true_answer"][0]
+
+    def test_nothing_unlearned_is_said(self, world, tmp_path):
+        assert (
+            main(
+                arguments(
+                    world,
+                    tmp_path / "o",
+                    generate=False,
+                    model_name_or_path=world / "original",
+                    original_model=world / "original",
+                )
+            )
+            == 0
+        )
+        assert "nothing was unlearned" in json.loads((tmp_path / "o" / "results.json").read_text())["findings"][0]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"reference_model": "unlearned"}, "has the weights of the model that is evaluated"),
+            ({"group_column": "x"}, "forget dataset has no column 'x'"),
+            (
+                {"group_column": "paraphrased_question", "relearn_samples": 12},
+                "must leave some of the 12 forget samples",
+            ),
+            ({"quantize": [3]}, "quantize takes 8 and 4 bits"),
+            ({"straight_line": True}, "give --original_model"),
+            ({"relearn_samples": 2, "relearn_steps": [0]}, "relearn_steps must be at least 1"),
+            ({"holdout_dataset": "forget.jsonl"}, "is in both|same content"),
+            ({"temperature": 0.0}, "must be positive"),
+            ({"samples": -1}, "samples must be at least 0"),
+            ({"reference_model": "foreign"}, "has another tokenizer"),
+            ({"model_name_or_path": "misfit"}, "cannot load a model from"),
+        ],
+    )
+    def test_refusals(self, world, tmp_path, capsys, options, message):
+        if not (world / "foreign").exists():
+            make_model(0).save_pretrained(world / "foreign")
+            foreign = make_tokenizer()
+            foreign.add_tokens(["extra"])
+            foreign.save_pretrained(world / "foreign")
+            shutil.copytree(world / "adapter", world / "misfit")  # an adapter of another base
+            make_model(0, hidden_size=64).save_pretrained(world / "wide")
+            settings = json.loads((world / "misfit" / "adapter_config.json").read_text())
+            settings["base_model_name_or_path"] = str(world / "wide")
+            (world / "misfit" / "adapter_config.json").write_text(json.dumps(settings))
+        given = {
+            key: world / value if isinstance(value, str) and key.endswith(("_model", "_path", "_dataset")) else value
+            for key, value in options.items()
+        }
+        assert main(arguments(world, tmp_path / "out", generate=False, **given)) != 0
+        error = capsys.readouterr().err
+        assert re.search(message, error) and "Traceback" not in error
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.subprocess
+    def test_in_a_browser(self, everything, tmp_path):
+        """No console error, no request, and the markup of a dataset row is only text."""
+        browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if browser is None:
+            pytest.skip("no Chromium on this machine")
+        done = subprocess.run(
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={tmp_path}",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--enable-logging=stderr",
+                "--v=0",
+                "--dump-dom",
+                f"file://{everything / 'report.html'}",
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert "<title>Residual memorisation of unlearned</title>" in done.stdout
+        assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert '<img src="x"' not in done.stdout and "Membership inference" in done.stdout
