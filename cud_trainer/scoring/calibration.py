@@ -137,7 +137,8 @@ def calibrate(
 
     Args:
         model: the original model; its weights, modes and flags are the same afterwards, also after an error.
-        forget, retain: without a retain set the objective runs without its retain term.
+        forget: what is unlearned.
+        retain: without a retain set the objective runs without its retain term.
 
     Raises:
         ValueError: when the run diverges.
