@@ -17,6 +17,7 @@ from trl.trainer import disable_dropout_in_model
 
 from .config import CUDConfig
 from .difficulty import DifficultyScores
+from .models.modes import on_device
 from .objectives.alternatives import alternatives_fingerprint
 from .schedule import DynamicWeights
 from .training.callback import RunCallback
@@ -30,7 +31,7 @@ from .training.checkpoints import (
     read_state,
 )
 from .training.hooks import SFTTrainerHooks
-from .training.inputs import RunInputs, on_device, prepare_evaluated
+from .training.inputs import RunInputs, prepare_evaluated
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
 from .training.recorder import StepRecorder
@@ -118,7 +119,7 @@ class CUDTrainer(SFTTrainerHooks):
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
-        with on_device(self.model, args):
+        with on_device(self.model, args.device, put_back=inputs.shards_model):
             self.reference = run_reference(self, inputs)
             self.residual = ResidualMemorisation(self, inputs, plan.buckets, stepwise=self.stepwise)
         start = self.residual.at_start

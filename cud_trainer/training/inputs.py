@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -18,6 +16,7 @@ from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prep
 from ..difficulty import DifficultyScores
 from ..difficulty.scores import GIVEN, merge_metrics
 from ..models.loading import load_causal_lm
+from ..models.modes import on_device
 from ..models.trainable import train_only
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
@@ -142,6 +141,12 @@ class RunInputs:
         """Whether evaluations during training have no other dataset than the forget and retain set."""
         return self.evaluated is None and self.args.eval_strategy != "no"
 
+    @property
+    def shards_model(self) -> bool:
+        """Whether the model is split over processes when it is wrapped, and must not be on a device before."""
+        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        return bool(self.args.fsdp or self.args.deepspeed or launched)
+
     def _checked_scores(self, scores: DifficultyScores | None) -> DifficultyScores | None:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
         args = self.args
@@ -165,7 +170,7 @@ class RunInputs:
             return with_alternatives(self.forget, dataset, self.tokenizer, source, **options)
         shared: list[Any] = [None]
         if args.process_index == 0:
-            with on_device(self.model, args):
+            with on_device(self.model, args.device, put_back=self.shards_model):
                 written = with_alternatives(self.forget, dataset, self.tokenizer, source, model=self.model, **options)
                 shared = [written.dataset.to_dict()]
         if args.world_size > 1:
@@ -221,19 +226,3 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
     if args.trainable_layers is not None:
         train_only(model, args.trainable_layers)
     return model
-
-
-@contextmanager
-def on_device(model: nn.Module, args: CUDConfig) -> Iterator[None]:
-    """The model on the device it is scored on. A run that shards it later gets it back on the CPU."""
-    if hasattr(model, "hf_device_map"):
-        yield
-        return
-    device = next(model.parameters()).device
-    model.to(args.device)
-    try:
-        yield
-    finally:
-        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        if (args.fsdp or args.deepspeed or launched) and device != args.device:
-            model.to(device)
