@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import CUDConfig
 from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prepare_dataset, prepare_samples
 from ..difficulty import DifficultyScores
-from ..difficulty.scores import GIVEN, merge_metrics
+from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..models.loading import load_causal_lm
 from ..models.modes import on_device
 from ..models.trainable import train_only
@@ -154,7 +154,7 @@ class RunInputs:
             check_metrics(self.needed_metrics or ["loss"], {}, self.model)
         elif args.difficulty is not None:
             scores = scores.aligned(self.forget.ids)
-            if args.difficulty == GIVEN:
+            if args.difficulty == PRECOMPUTED:
                 scores = scores.with_given()
             for metric in args.schedule_metrics:
                 scores[metric]  # raises when it is not there
@@ -199,8 +199,8 @@ def _check_options(
     args: CUDConfig, loss: UnlearningLoss, retain: Dataset | None, peft_config: Any, scores: DifficultyScores | None
 ) -> None:
     """Raise `ValueError` for what contradicts itself whatever the data and the model are."""
-    if args.difficulty == GIVEN and scores is None:
-        raise ValueError(f"difficulty {GIVEN!r} is the first metric of difficulty_scores: give them")
+    if args.difficulty == PRECOMPUTED and scores is None:
+        raise ValueError(f"difficulty {PRECOMPUTED!r} is the first metric of difficulty_scores: give them")
     if args.process_index == 0:
         check_may_start(args)
     if peft_config is not None and args.trainable_layers is not None:
