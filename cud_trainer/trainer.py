@@ -23,6 +23,7 @@ from .schedule import DynamicWeights
 from .training.callback import RunCallback
 from .training.card import add_section, unlearning_section
 from .training.checkpoints import (
+    REFERENCE_FILE,
     SCHEDULE_FILE,
     SCORES_FILE,
     check_starts_anew,
@@ -180,9 +181,12 @@ class CUDTrainer(SFTTrainerHooks):
             if self.difficulty_scores is not None:
                 self.difficulty_scores.save(output / SCORES_FILE, overwrite=True)
         try:
-            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            result = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except DivergenceError as error:
             raise DivergenceError(f"{error} {self._back_to_the_last_checkpoint()}") from None
+        if self.is_world_process_zero() and not self.args.keep_reference:
+            (output / REFERENCE_FILE).unlink(missing_ok=True)  # no start of this run has to find it any more
+        return result
 
     def _back_to_the_last_checkpoint(self) -> str:
         """Load the weights that were saved last, and say so."""

@@ -75,7 +75,10 @@ class Reference:
     direction: Tensor | None = None
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Write a safetensors file, atomically. It holds numbers and token ids of likely answers, no text."""
+        """Write a safetensors file, atomically, for its owner alone.
+
+        `forget_top` are tokens of the forget set: whoever has the file and the tokenizer reads its answers in them.
+        """
         tensors = {}
         for name in ("forget_logps", "alternative_logps", "direction"):
             if getattr(self, name) is not None:
@@ -88,7 +91,7 @@ class Reference:
                 tensors[name] = torch.cat(values)
                 tensors[f"{name}.sizes"] = torch.tensor([len(value) for value in values])
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}))
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}), private=True)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str, device: torch.device | str) -> Reference | None:
