@@ -121,7 +121,7 @@ class CUDTrainer(SFTTrainerHooks):
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
         with on_device(self.model, args.device, put_back=inputs.shards_model):
-            self.reference = run_reference(self, inputs)
+            self.reference = run_reference(self, inputs, plan)
             self.residual = ResidualMemorisation(self, inputs, plan.buckets, stepwise=self.stepwise)
         start = self.residual.at_start
         logps = np.zeros(len(inputs.forget)) if start is None else np.log(np.maximum(start, 1e-300))

@@ -62,8 +62,9 @@ class Reference:
 
     Attributes:
         forget_logps, alternative_logps: log-probability of each forget sample's answer, and of its alternative, `[N]`.
-        forget_top, retain_top: likeliest tokens.
-        retain_hidden: output of a decoder layer at the answer positions of each retain sample, `[n_tokens, d]`.
+        forget_top, retain_top: likeliest tokens; nothing of a retain sample that is never served.
+        retain_hidden: output of a decoder layer at the answer positions of each retain sample that is served,
+            `[n_tokens, d]`.
         direction: random vector of length 1, `[d]`.
     """
 
@@ -88,7 +89,7 @@ class Reference:
             lists |= {f"{side}.logps": top.logps, f"{side}.ids": top.ids, f"{side}.rest": top.rest}
         for name, values in lists.items():
             if values:
-                tensors[name] = torch.cat(values)
+                tensors[name] = torch.cat([value for value in values if len(value)])
                 tensors[f"{name}.sizes"] = torch.tensor([len(value) for value in values])
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}), private=True)

@@ -184,6 +184,13 @@ class TestObjectives:
                 resume_from_checkpoint=True
             )
 
+    def test_only_what_is_served_has_a_reference(self, tmp_path):
+        options = {"retain_loss": "kl", "passes": 1, "difficulty": "none", "schedule": "uniform"}
+        trainer = make_trainer(tmp_path, retain=qa_dataset(40, 100), objective="npo", **options)
+        known = {row for row, values in enumerate(trainer.reference.retain_top.ids) if len(values)}
+        assert known == set(trainer.plan.rows["retain_index"]) and len(known) == 9
+        trainer.train()
+
     @pytest.mark.parametrize("keep", [False, True])
     def test_reference_goes_when_the_run_is_done(self, tmp_path, keep):
         """It holds the forget text as token ids: private while it is there, gone when no start needs it any more."""
