@@ -103,7 +103,7 @@ class RunPlan:
                 retain,
                 args.pad_to_multiple_of,
                 inputs.loss.uses_alternative,
-                torch.promote_types(inputs.model.get_input_embeddings().weight.dtype, torch.float32),
+                torch.promote_types(next(inputs.model.parameters()).dtype, torch.float32),
             ),
             np.array([position[sample_id] for sample_id in schedule.order.tolist()]),
             len(rows["row"]) // batch,
