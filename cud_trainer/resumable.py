@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data import Samples
-from .files import atomic_write, holds_something, remove_leftovers, write_json
+from .files import atomic_write, holds_something, private_folder, remove_leftovers, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +87,8 @@ class WorkDir:
         elif holds_something(self.path):
             return f"work directory {self.path} holds something else; choose another one"
         else:
-            write_json(record, identity)
+            private_folder(self.path)
+            write_json(record, identity, private=True)
             self.is_new = True
         return None
 
@@ -102,7 +103,7 @@ class WorkDir:
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write tensors under `name`, completely or not at all."""
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        atomic_write(self.path / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary))
+        atomic_write(self.path / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary), private=True)
 
     def remove(self) -> None:
         """See `remove_work`."""

@@ -27,6 +27,7 @@ from .training.callback import RunCallback
 from .training.card import add_section, unlearning_section
 from .training.checkpoints import (
     CHECKPOINTS,
+    REFERENCE_FILE,
     SCHEDULE_FILE,
     SCORES_FILE,
     check_starts_anew,
@@ -127,7 +128,7 @@ class CUDTrainer(SFTTrainerHooks):
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
         with on_device(self.model, args.device, put_back=inputs.shards_model):
-            self.reference = run_reference(self, inputs)
+            self.reference = run_reference(self, inputs, plan)
             self.residual = ResidualMemorisation(self, inputs, plan.buckets, stepwise=self.stepwise)
         start = self.residual.at_start
         logps = np.zeros(len(inputs.forget)) if start is None else np.log(np.maximum(start, 1e-300))
@@ -196,9 +197,12 @@ class CUDTrainer(SFTTrainerHooks):
             if self.difficulty_scores is not None:
                 self.difficulty_scores.save(output / SCORES_FILE, overwrite=True)
         try:
-            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **options)
+            result = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **options)
         except DivergenceError as error:
             raise DivergenceError(f"{error} {self._back_to_the_last_checkpoint()}") from None
+        if self.is_world_process_zero() and not self.args.keep_reference:
+            (output / REFERENCE_FILE).unlink(missing_ok=True)  # no start of this run has to find it any more
+        return result
 
     def _back_to_the_last_checkpoint(self) -> str:
         """Load the weights that were saved last, and say so."""

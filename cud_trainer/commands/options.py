@@ -69,6 +69,14 @@ class DataArguments:
         },
     )
 
+    keep_cache: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the copy of data files that the `datasets` library makes in its cache, as text that others "
+            "may be able to read. By default that copy is private to the command and deleted once it is read."
+        },
+    )
+
     def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
         """Forget and retain set; `ValueError` naming what cannot be loaded."""
         if not self.forget_dataset:
@@ -92,7 +100,7 @@ class DataArguments:
         tokenizer: PreTrainedTokenizerBase,
     ) -> Dataset:
         """`load_samples`, texts cut into chunks if these arguments say so."""
-        samples = load_samples(source, name, split, limit, what)
+        samples = load_samples(source, name, split, limit, what, keep_cache=self.keep_cache)
         if self.chunk_tokens is None:
             return samples
         return chunk_texts(samples, tokenizer, self.chunk_tokens, name=what)
