@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 METADATA_KEY = b"cud_trainer"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+LOCK = ".lock"  # of the process that writes into a folder
 # Of files and folders that tell about single samples: for their owner alone.
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
@@ -30,7 +31,7 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any], *, private: boo
     Raises:
         DiskFullError: naming `path`; nothing of the file is left then, and what was there before is.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with full_disk_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def read_parquet(path: str | Path, what: str) -> tuple[pa.Table, dict[str, Any]]
         ValueError: naming the file, called `what`, when it is missing, damaged or of another kind.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(Path(path).expanduser(), page_checksum_verification=True) as file:
             table = file.read()
         table.validate(full=True)
         metadata = (table.schema.metadata or {}).get(METADATA_KEY)
@@ -139,10 +140,10 @@ def _torch_failed_to_write(error: Exception, path: Path) -> bool:
 
 
 def holds_something(folder: str | Path, known: Collection[str] = ()) -> bool:
-    """Whether there is anything in `folder` but `known` names and temporary files that a killed process left."""
-    folder = Path(folder)
+    """Whether there is anything in `folder` but `known` names, a lock, and what a killed process left unfinished."""
+    folder = Path(folder).expanduser()
     return folder.is_dir() and any(
-        entry.name not in known and not TEMPORARY.fullmatch(entry.name) for entry in folder.iterdir()
+        entry.name not in (*known, LOCK) and not TEMPORARY.fullmatch(entry.name) for entry in folder.iterdir()
     )
 
 
@@ -155,9 +156,9 @@ def remove_leftovers(folder: str | Path) -> None:
 
 def check_new_file(path: str | Path, overwrite: bool) -> None:
     """Raise `ValueError` when `path` exists and may not be replaced, or is a folder."""
-    if Path(path).is_dir():
+    if Path(path).expanduser().is_dir():
         raise ValueError(f"{path} is a folder, not a file")
-    if Path(path).exists() and not overwrite:
+    if Path(path).expanduser().exists() and not overwrite:
         raise ValueError(f"{path} exists; pass overwrite to replace it")
 
 
@@ -169,8 +170,8 @@ def check_output_dir(
     Args:
         known: names of entries that do not count; nor do temporary files that a killed process left.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output directory {path} is a file")
+    path = Path(path).expanduser()
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f"output directory {path} is a file, or a link to nothing")
     if not overwrite and not resume and holds_something(path, known):
         raise ValueError(f"output directory {path} is not empty; pass --overwrite, resume, or choose another one")

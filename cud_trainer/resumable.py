@@ -44,12 +44,15 @@ class WorkDir:
         path: made if it is not there.
         identity: what the results depend on (model, dataset, settings, versions), plain JSON values.
 
+    Attributes:
+        is_new: whether this process began the work.
+
     Raises:
         ValueError: when it holds another piece of work, saying what differs, or something else.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
-        self.path = Path(path)
+        self.path, self.is_new = Path(path).expanduser(), False
         identity = json.loads(json.dumps(identity))
         state, problem = process_state(), None
         if state.is_main_process:
@@ -86,6 +89,7 @@ class WorkDir:
         else:
             private_folder(self.path)
             write_json(record, identity, private=True)
+            self.is_new = True
         return None
 
     def load(self, name: str) -> dict[str, Tensor] | None:
@@ -108,7 +112,7 @@ class WorkDir:
 
 def remove_work(path: str | Path) -> None:
     """Delete what a `WorkDir` has written to `path`, and the directory if nothing else is in it."""
-    path = Path(path)
+    path = Path(path).expanduser()
     for file in [*path.glob("*.safetensors"), path / "run.json"]:
         file.unlink(missing_ok=True)
     remove_leftovers(path)

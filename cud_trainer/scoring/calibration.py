@@ -42,6 +42,15 @@ def adapter_identity(peft_config: Any) -> str | None:
     )
 
 
+class CalibrationDiverged(ValueError):
+    """A calibration run came to numbers that are not finite: there are no anchors."""
+
+    exit_code = 4  # of `cud score` and `cud train`
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the calibration run diverged (non-finite {what}); lower the learning rate")
+
+
 @dataclass
 class CalibrationSettings:
     """How to calibrate.
@@ -141,7 +150,7 @@ def calibrate(
         retain: those to keep; without them the objective runs without its retain term.
 
     Raises:
-        ValueError: when the run diverges.
+        CalibrationDiverged: when the run diverges.
     """
     settings = settings.for_data(retain)
     with restored_afterwards(model, settings.peft_config) as trained:
@@ -191,7 +200,7 @@ def _run(
                 pairs += len(half)
                 history.append(probabilities())
                 if not np.isfinite(history[-1]).all():
-                    raise ValueError("the calibration run diverged (non-finite probability); lower the learning rate")
+                    raise CalibrationDiverged("probability")
                 if history[-1].mean() < WINDOW[0] * start.mean():
                     break
             left = history[-1].mean() / start.mean()
@@ -253,7 +262,7 @@ def _step(
         if terms.retain is not None:
             total = total + settings.retain_weight * terms.retain.sum()
         if not torch.isfinite(total):
-            raise ValueError("the calibration run diverged (non-finite loss); lower the learning rate")
+            raise CalibrationDiverged("loss")
         (total / len(rows)).backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
