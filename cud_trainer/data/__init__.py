@@ -4,6 +4,7 @@ from .batches import BATCH_BYTES, pad_batch, plan_batches
 from .chunks import DOCUMENT, chunk_texts
 from .columns import (
     ALTERNATIVES,
+    COUNTED,
     COUNTERFACTUAL,
     IGNORE_INDEX,
     PREPARED,
@@ -25,11 +26,13 @@ from .pairs import PairedCollator
 from .prepare import prepare_dataset, prepare_samples
 from .samples import Samples, check_disjoint, dataset_fingerprint, evenly_spaced
 from .sources import load_samples
+from .template import TemplateContext
 
 __all__ = [
     "ALTERNATIVES",
     "ANSWERS",
     "BATCH_BYTES",
+    "COUNTED",
     "COUNTERFACTUAL",
     "DOCUMENT",
     "FORMATS",
@@ -37,6 +40,7 @@ __all__ = [
     "PREPARED",
     "PairedCollator",
     "Samples",
+    "TemplateContext",
     "check_disjoint",
     "check_tokenizer",
     "check_unique",
