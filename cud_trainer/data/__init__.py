@@ -16,7 +16,6 @@ from .columns import (
 from .formats import (
     ANSWERS,
     FORMATS,
-    check_tokenizer,
     detect_format,
     question_and_answer,
     text_tokens,
@@ -27,6 +26,7 @@ from .prepare import prepare_dataset, prepare_samples
 from .samples import Samples, check_disjoint, dataset_fingerprint, evenly_spaced
 from .sources import load_samples
 from .template import TemplateContext
+from .tokenizers import check_tokenizer, check_vocabulary, ready_tokenizer
 
 __all__ = [
     "ALTERNATIVES",
@@ -44,6 +44,7 @@ __all__ = [
     "check_disjoint",
     "check_tokenizer",
     "check_unique",
+    "check_vocabulary",
     "chunk_texts",
     "content_id",
     "dataset_fingerprint",
@@ -56,6 +57,7 @@ __all__ = [
     "prepare_dataset",
     "prepare_samples",
     "question_and_answer",
+    "ready_tokenizer",
     "rows_by_id",
     "text_tokens",
     "tokenise_answer",

@@ -32,17 +32,6 @@ ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False}
 Row: TypeAlias = dict[str, Any]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless `tokenizer` can end and pad a sequence."""
-    name = tokenizer.name_or_path or type(tokenizer).__name__
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer '{name}' has no eos token: set `tokenizer.eos_token`")
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"tokenizer '{name}' has no pad token: set `tokenizer.pad_token` (for example to the eos token)"
-        )
-
-
 def detect_format(columns: Sequence[str], name: str) -> str:
     """The first entry of `FORMATS` whose columns are all present; `ValueError` when there is none."""
     for format_name, needed in FORMATS.items():
@@ -251,9 +240,7 @@ def counterfactuals(
         sizes.append(len(texts))
     whose = [where for where, size in zip(names, sizes, strict=True) for _ in range(size)]
     rivals = iter(tokenise(others, kind, tokenizer, whose, context))
-    return [
-        _aligned(own, [next(rivals) for _ in range(size)]) for own, size in zip(tokenised, sizes, strict=True)
-    ]
+    return [_aligned(own, [next(rivals) for _ in range(size)]) for own, size in zip(tokenised, sizes, strict=True)]
 
 
 def _aligned(own: Tokens, rivals: list[Tokens]) -> list[int]:

@@ -19,6 +19,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .chat import Tokens
 from .columns import (
     ALTERNATIVES,
     CONTENT,
@@ -30,12 +31,10 @@ from .columns import (
     content_id,
     id_column,
 )
-from .chat import Tokens
 from .formats import (
     FORMATS,
     TEMPLATE_COLUMNS,
     Row,
-    check_tokenizer,
     check_tokens,
     counterfactuals,
     detect_format,
@@ -43,6 +42,7 @@ from .formats import (
 )
 from .samples import Samples
 from .template import TemplateContext
+from .tokenizers import check_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +91,8 @@ def prepare_dataset(
 
     Raises:
         ValueError: for a missing, empty or iterable dataset, unknown columns, an empty answer, an answer that does not
-            fit into `max_length` or that the chat template does not write as it is, or duplicate ids. The message names the sample, the first at fault.
+            fit into `max_length` or that the chat template does not write as it is, or duplicate ids. The message
+            names the sample, the first at fault.
     """
     check_tokenizer(tokenizer)
     return _prepare(dataset, tokenizer, max_length, name, keep_columns, counterfactual_column, template)

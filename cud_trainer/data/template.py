@@ -107,6 +107,42 @@ class TemplateContext:
         return recorded
 
 
+@dataclass
+class TemplateArguments:
+    """Options of what a chat template sees, the same in every command."""
+
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "Chat template to use instead of the tokenizer's own: a template, or a file with one."},
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message of every conversation (also of question + answer) that has none of its own."},
+    )
+    chat_template_kwargs: dict[str, Any] | str = field(
+        default_factory=dict,
+        metadata={
+            "help": 'Variables of the chat template, for example {"enable_thinking": false}, or {"date_string": '
+            '"10 Apr 2025"} for the date that it writes. A column `chat_template_kwargs` goes before them. Without '
+            "date_string it is the day on which scores or run began, also on resume and in `cud evaluate`."
+        },
+    )
+    train_on: str = field(
+        default=TRAIN_ON[0],
+        metadata={
+            "help": "What is forgotten of an assistant's message: 'reasoning+answer', or 'answer', what stands behind "
+            "its reasoning (`<think>...</think>`, `reasoning_content`)."
+        },
+    )
+
+    def template_context(self, recorded: Mapping[str, Any] | None = None) -> TemplateContext:
+        """What these options stand for, on the day that was recorded before, if any."""
+        kwargs = self.chat_template_kwargs or {}
+        if not isinstance(kwargs, Mapping):
+            raise ValueError(f"chat_template_kwargs must be a mapping, got {kwargs!r}")
+        return TemplateContext(self.system_prompt, kwargs, self.train_on).on(recorded)
+
+
 @dataclass(frozen=True)
 class Renderer:
     """Writes conversations with a chat template, on the day of its context."""
