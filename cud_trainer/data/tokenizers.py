@@ -120,15 +120,13 @@ def _template_at(path: str, tokenizer: PreTrainedTokenizerBase) -> str | dict[st
     try:
         source = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"chat_template_path {path!r} holds no template and no tokenizer: {str(error)[:200]}"
-        ) from None
+        raise ValueError(f"chat_template_path {path!r} holds no chat template: {str(error)[:200]}") from None
     if not source.chat_template:
         raise ValueError(f"the tokenizer at chat_template_path {path!r} has no chat template")
     lacking = sorted(set(source.get_added_vocab()) - set(tokenizer.get_vocab()))
     if lacking:
         raise ValueError(
-            f"the chat template at {path!r} is for a tokenizer with tokens that this one lacks, such as {lacking[0]!r}: "
+            f"the chat template at {path!r} is for a tokenizer with tokens that this one lacks ({lacking[0]!r}): "
             "add them to the model first, or give chat_template"
         )
     if source.eos_token is not None and source.eos_token in tokenizer.get_vocab():

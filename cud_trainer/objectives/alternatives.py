@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import (
@@ -22,7 +19,7 @@ from ..data import (
     tokenise_answer,
 )
 from ..data.template import Renderer
-from ..models.modes import evaluation_mode
+from ..models.generation import Sampling, continuations, stop_tokens
 
 REFUSALS = (
     "I don't know.",
@@ -39,6 +36,7 @@ INSTRUCTION = (
     "plausible, and state other facts. Write only that answer, in one line."
 )
 ATTEMPTS = 5
+TOP_P = 0.95
 
 
 def with_alternatives(
@@ -124,7 +122,6 @@ def alternatives_fingerprint(samples: Samples) -> str | None:
     return None if samples.alternatives is None else samples.alternatives.fingerprint
 
 
-@torch.no_grad()
 def model_alternatives(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -139,7 +136,8 @@ def model_alternatives(
     """Answers to the same questions with other facts, sampled from `model` (AltPO, Mekala et al. 2024, step 1).
 
     The model is asked for them in words (through its chat template where it has one), at temperature 1, and again, at
-    most 5 times, where it repeats the answer or says nothing. Same seed, same batch size: same answers on one machine.
+    most 5 times, where it repeats the answer or says nothing. Same seed: same answers on one machine, in any batches.
+    Nothing of the model's generation config counts but its end tokens.
 
     Raises:
         ValueError: naming a sample for which it found none.
@@ -153,41 +151,26 @@ def model_alternatives(
         prompts = Renderer(tokenizer, context)(chats, [{}] * len(chats), generation_prompt=True)
     else:
         prompts = [f"{prompt}\n\nOther answer:" for prompt in prompts]
-    device = model.get_input_embeddings().weight.device
+    asked = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    limits = [2 * len(tokenizer(answer)["input_ids"]) + 8 for _, answer in pairs]
+    stop = stop_tokens(tokenizer, model)
     found: dict[int, str] = {}
-    devices = [device] if device.type == "cuda" else []
-    with (
-        evaluation_mode(model),
-        torch.random.fork_rng(devices),
-        tqdm(total=len(pairs), desc="alternatives", unit="sample", disable=not progress, leave=False) as bar,
-    ):
-        torch.manual_seed(seed)
-        for _ in range(ATTEMPTS):
-            open_rows = [row for row in range(len(pairs)) if row not in found]
-            for start in range(0, len(open_rows), batch_size):
-                rows = open_rows[start : start + batch_size]
-                batch = tokenizer(
-                    [prompts[row] for row in rows],
-                    return_tensors="pt",
-                    padding=True,
-                    padding_side="left",
-                    add_special_tokens=not tokenizer.chat_template,
-                ).to(device)
-                longest = max(len(tokenizer(pairs[row][1])["input_ids"]) for row in rows)
-                options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
-                written = model.generate(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    max_new_tokens=2 * longest + 8,
-                    pad_token_id=tokenizer.pad_token_id,
-                    **options,
-                )
-                texts = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-                for row, text in zip(rows, texts, strict=True):
-                    lines = text.strip().splitlines()
-                    if lines and lines[0].strip() and not _same(lines[0], pairs[row][1]):
-                        found[row] = lines[0].strip()
-                        bar.update()
+    for attempt in range(ATTEMPTS):
+        rows = [row for row in range(len(pairs)) if row not in found]
+        written = continuations(
+            model,
+            [asked[row] for row in rows],
+            [limits[row] for row in rows],
+            stop=stop,
+            pad=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            batch_size=batch_size,
+            sampling=Sampling(temperature=1.0, top_p=TOP_P, seed=(seed, attempt)),
+            desc="alternatives" if progress else None,
+        )
+        for row, tokens in zip(rows, written, strict=True):
+            lines = tokenizer.decode(tokens, skip_special_tokens=True).strip().splitlines()
+            if lines and lines[0].strip() and not _same(lines[0], pairs[row][1]):
+                found[row] = lines[0].strip()
     missing = [row for row in range(len(pairs)) if row not in found]
     if missing:
         name = missing[0] if ids is None else ids[missing[0]]
