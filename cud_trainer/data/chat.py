@@ -89,7 +89,7 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if name == "tools":
             options["tools"] = value
         else:  # a column has the keys of all rows
-            options |= {key: one for key, one in value.items() if one is not None}
+            options |= {key: one for key, one in dict(value).items() if one is not None}
     return options
 
 

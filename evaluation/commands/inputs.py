@@ -170,7 +170,7 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     raw = read_datasets(args, tokenizer)
     scores = DifficultyScores.load(args.scores) if args.scores else None
     template = args.template_context(template_of(str(model_args.model_name_or_path), scores))
-    options = {"max_length": args.max_length, "template": template}
+    options: dict[str, Any] = {"max_length": args.max_length, "template": template}
     sets = {name: prepare_samples(part, tokenizer, name=name, **options) for name, part in raw.items()}
     forget = sets["forget"]
     for name in ("retain", "neighbour", "holdout"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -70,6 +71,7 @@ def measure(
         template: what a chat template sees beside the messages, for what is not prepared yet.
     """
     result = Measured({})
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "template": template}
     for name, prepared in sets.items():
         what = f"{desc}: {name}"
         if name == "holdout":
@@ -94,16 +96,7 @@ def measure(
     if "perturbed_answer" in columns and "question" in columns:
 
         def answers(column: str) -> np.ndarray:
-            return answer_logps(
-                model,
-                forget_raw,
-                tokenizer,
-                [column],
-                batch_size=batch_size,
-                max_length=max_length,
-                template=template,
-                name="forget",
-            )
+            return answer_logps(model, forget_raw, tokenizer, [column], name="forget", **options)
 
         wrong, correct = answers("perturbed_answer"), result.statistics["forget"]["mean_logps"]
         if "paraphrased_answer" in columns:
@@ -116,14 +109,5 @@ def measure(
         )
         result.paraphrased = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["probability"]
     if utility:
-        result.utility = tofu_utility(
-            model,
-            utility,
-            tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
-            template=template,
-            generate=generate,
-            desc=desc,
-        )
+        result.utility = tofu_utility(model, utility, tokenizer, generate=generate, desc=desc, **options)
     return result

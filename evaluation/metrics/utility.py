@@ -135,12 +135,8 @@ def tofu_utility(
     """
     values: dict[str, np.ndarray] = {}
     for name, dataset in sets.items():
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "name": name,
-            "template": template,
-        }
+        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
+        options |= {"name": name, "template": template}
         prepared = prepare_samples(
             dataset.select_columns(["question", "answer"]),
             tokenizer,

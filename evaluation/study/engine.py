@@ -179,7 +179,7 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[list[str | None], list[Any] | None]:
     """Fingerprints of forget set, retain set and what measures utility, and the group of each forget sample."""
-    train = dict(args.train)  # type: ignore[call-overload]
+    train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(model_args, SimpleNamespace(**train))
     told = train.get("chat_template_kwargs") or {}
     seen = TemplateContext(train.get("system_prompt"), told, train.get("train_on", TRAIN_ON[0]))

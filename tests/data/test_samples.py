@@ -89,7 +89,7 @@ def test_batches_of_rows_give_what_single_rows_do(kind, tokenizer, data):
         tokens, prompt = by_hand(row, tokenizer)
         labels = [-100] * len(prompt) + tokens[len(prompt) :]
         expected = {"sample_id": row["id"], "input_ids": tokens, "labels": labels}
-        if tokenizer is CHAT and kind != "text" and not (kind == "prompt-completion"):
+        if tokenizer is CHAT and kind not in ("text", "prompt-completion"):
             said = row["completion"] if "completion" in row else row.get("messages")
             size = len(tokenizer(row["answer"] if "answer" in row else said[-1]["content"])["input_ids"])
             # of what the template writes, the message's own tokens count; its eos is trained on
