@@ -29,6 +29,11 @@ OWN_CLOCK = (
 )
 
 
+def today() -> datetime.date:
+    """What day it is where this runs."""
+    return datetime.date.today()
+
+
 def read_date(text: Any) -> datetime.date | None:
     """The day that a text names, in one of the usual ways to write it; `None` for anything else."""
     for form in WRITTEN:
@@ -70,7 +75,7 @@ class TemplateContext:
         if self.system_prompt is not None and not isinstance(self.system_prompt, str):
             raise ValueError(f"system_prompt must be a string, got {self.system_prompt!r}")
         if self.day is None:
-            object.__setattr__(self, "day", read_date(self.kwargs.get(DATE_STRING)) or datetime.date.today())
+            object.__setattr__(self, "day", read_date(self.kwargs.get(DATE_STRING)) or today())
 
     def on(self, recorded: Mapping[str, Any] | None) -> TemplateContext:
         """The same on the day of what was recorded before (see `identity`), unless `date_string` says another."""
