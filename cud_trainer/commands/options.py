@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
 from ..config import CUDConfig
-from ..data import ready_tokenizer
+from ..data import FORMATS, ready_tokenizer, standardised
 from ..data.chunks import DOCUMENT, chunk_texts
-from ..data.sources import load_samples
+from ..data.formats import FOREIGN
+from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
 from .parser import parse_options
 
@@ -23,7 +24,10 @@ class DataArguments:
 
     forget_dataset: str | None = field(
         default=None,
-        metadata={"help": "Forget set: id or folder for `load_dataset`, or a .json(l), .csv or .parquet file."},
+        metadata={
+            "help": "Forget set: hub id, file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .xlsx; also .gz), or folder "
+            "of files."
+        },
     )
     forget_config: str | None = field(
         default=None, metadata={"help": "Its configuration name, for example 'forget01'."}
@@ -38,6 +42,13 @@ class DataArguments:
     )
     retain_split: str = field(default="train", metadata={"help": "Its split."})
     max_retain_samples: int | None = field(default=None, metadata={"help": "Use the first samples only."})
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Columns that have other names in the data, as wanted=given, for example "
+            "'question=prompt,answer=output'. It says how to read data that could be read in two ways."
+        },
+    )
     chunk_tokens: int | None = field(
         default=None,
         metadata={
@@ -68,11 +79,23 @@ class DataArguments:
         what: str,
         tokenizer: PreTrainedTokenizerBase,
     ) -> Dataset:
-        """`load_samples`, texts cut into chunks if these arguments say so."""
+        """`load_samples`, columns renamed and texts cut into chunks if these arguments say so."""
         samples = load_samples(source, name, split, limit, what)
+        if self.columns:
+            samples = renamed(samples, self.column_names, what, {**FORMATS, **FOREIGN})
+        samples = standardised(samples, what)
         if self.chunk_tokens is None:
             return samples
         return chunk_texts(samples, tokenizer, self.chunk_tokens, name=what)
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """`columns` as a mapping: the given name by the wanted one; `ValueError` for anything else."""
+        pairs = [part.partition("=") for part in (self.columns or "").split(",")]
+        names = {wanted.strip(): given.strip() for wanted, _, given in pairs}
+        if not all(wanted and given for wanted, given in names.items()) or len(names) < len(pairs):
+            raise ValueError(f"columns must be as in 'question=prompt,answer=output', got {self.columns!r}")
+        return names
 
     @property
     def natural_group(self) -> str | None:

@@ -18,6 +18,7 @@ from .formats import (
     FORMATS,
     detect_format,
     question_and_answer,
+    standardised,
     text_tokens,
     tokenise_answer,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "question_and_answer",
     "ready_tokenizer",
     "rows_by_id",
+    "standardised",
     "text_tokens",
     "tokenise_answer",
 ]

@@ -7,6 +7,20 @@ from collections.abc import Sequence
 
 IGNORE_INDEX = -100
 PREPARED = ("sample_id", "input_ids", "labels")
+# Columns of text, of any format and of what is evaluated beside it.
+TEXTS = (
+    "text",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "instruction",
+    "input",
+    "output",
+    "perturbed_answer",
+    "paraphrased_answer",
+    "paraphrased_question",
+)
 # Beside `input_ids` token by token: the same sample with another answer, for counterfactual circuits.
 COUNTERFACTUAL = "counterfactual_input_ids"
 # Beside `labels`: -100 also for what a chat template adds around the answer. Figures are made of these tokens.

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, Tokens, chat_tokens, shared, template_options
 from .columns import COUNTERFACTUAL, IGNORE_INDEX
+from .readers import is_written_list
 from .template import TemplateContext
 
 FORMATS = {
@@ -22,6 +24,13 @@ FORMATS = {
     "question-answer": ("question", "answer"),
     "text": ("text",),
 }
+# Formats of others; `standardised` turns them into one of those.
+FOREIGN = {
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
+    "KnowUnDo": ("text", "labels"),
+}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 # The column that holds the answer, of the formats that have a prompt.
 ANSWERS = {"prompt-completion": "completion", "question-answer": "answer", "conversational": "messages"}
 # What a chat template is told beside the messages, row by row.
@@ -33,12 +42,83 @@ Row: TypeAlias = dict[str, Any]
 
 
 def detect_format(columns: Sequence[str], name: str) -> str:
-    """The first entry of `FORMATS` whose columns are all present; `ValueError` when there is none."""
-    for format_name, needed in FORMATS.items():
-        if all(column in columns for column in needed):
-            return format_name
-    known = "; ".join(" + ".join(needed) for needed in FORMATS.values())
-    raise ValueError(f"{name} dataset has columns {sorted(columns)}; expected one of: {known}")
+    """The entry of `FORMATS` whose columns are all present; `ValueError` when there is none, or more than one.
+
+    Tokens go before all else.
+    """
+    found = [kind for kind, needed in FORMATS.items() if all(column in columns for column in needed)]
+    if found[:1] == ["tokenised"] or len(found) == 1:
+        return found[0]
+    if found:
+        readings = " and as ".join(" + ".join(FORMATS[kind]) for kind in found)
+        raise ValueError(
+            f"{name} dataset can be read as {readings}: say which by --columns (for example {FORMATS[found[0]][0]}="
+            f"{FORMATS[found[0]][0]}), or remove the other columns"
+        )
+    known = "; ".join(" + ".join(needed) for needed in (*FORMATS.values(), *FOREIGN.values()))
+    raise ValueError(
+        f"{name} dataset has columns {sorted(columns)}; expected one of: {known}. Other names are mapped by --columns, "
+        "for example question=query,answer=reply"
+    )
+
+
+def standardised(dataset: Dataset, name: str) -> Dataset:
+    """A dataset of a format of others in one of `FORMATS`, all other columns as they are; any other dataset as it is.
+
+    ShareGPT's `conversations` become `messages`, as in TRL, `human` the user and `gpt` the assistant; Alpaca's
+    `instruction` and `input` the question, `output` the answer; KnowUnDo's `text` the question, `labels` the answer.
+
+    Raises:
+        ValueError: for columns that can be read in two ways, naming both.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or not len(dataset) or "input_ids" in columns:
+        return dataset
+    if {"question", "answer", "choices"} <= {*columns} and _numbers_choices(dataset):
+        raise ValueError(
+            f"{name} dataset: its answers are numbers of `choices`, no text: make a column of the answers themselves"
+        )
+    foreign = [kind for kind, needed in FOREIGN.items() if all(column in columns for column in needed)]
+    if "KnowUnDo" in foreign and getattr(dataset.features["labels"], "dtype", None) not in ("string", "large_string"):
+        foreign.remove("KnowUnDo")  # classes of texts
+    if not foreign:
+        return dataset
+    own = [kind for kind, needed in FORMATS.items() if all(column in columns for column in needed)]
+    readings = [*foreign, *(kind for kind in own if not (kind == "text" and foreign == ["KnowUnDo"]))]
+    if len(readings) > 1:
+        shown = " and as ".join(" + ".join({**FORMATS, **FOREIGN}[kind]) for kind in readings)
+        raise ValueError(f"{name} dataset can be read as {shown}: say which by --columns, or remove the other columns")
+    kind, rows = foreign[0], dataset.with_format(None)
+    if kind == "KnowUnDo":
+        return dataset.rename_columns({"text": "question", "labels": "answer"})
+    if kind == "ShareGPT":
+        chats = [_chatml(turns, f"{name} sample {row}") for row, turns in enumerate(rows["conversations"])]
+        return dataset.add_column("messages", chats).remove_columns("conversations")  # type: ignore[call-arg]
+    inputs = rows["input"] if "input" in columns else [None] * len(dataset)
+    asked = [
+        f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
+        for instruction, more in zip(rows["instruction"], inputs, strict=True)
+    ]
+    made = dataset.remove_columns([column for column in ("instruction", "input") if column in columns])
+    return made.rename_column("output", "answer").add_column("question", asked)  # type: ignore[call-arg]
+
+
+def _numbers_choices(dataset: Dataset) -> bool:
+    """Whether the answers of multiple-choice questions say which choice is right."""
+    choices, answer = dataset.features["choices"], dataset.with_format(None)[0]["answer"]
+    return "List" in type(choices).__name__ and (isinstance(answer, int) or str(answer).isdecimal())
+
+
+def _chatml(turns: Any, where: str) -> list[dict[str, Any]]:
+    """The messages of a ShareGPT conversation."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: its conversations are no list of messages")
+    messages = []
+    for turn in turns:
+        role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+        messages.append({"role": SHAREGPT_ROLES.get(str(role), role), "content": content, **rest})
+    return messages
 
 
 def tokenise(
@@ -90,12 +170,13 @@ def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBa
     if kind == "conversational":
         messages = row["messages"] or []
         if not isinstance(messages, list):
-            raise ValueError(f"{where}: its messages are no list")
+            raise ValueError(f"{where}: its messages are a {type(messages).__name__}, no list")
         return messages[:-1], messages[-1:]
     if kind == "question-answer":
         question, answer = row["question"], filled(row["answer"], "answer", where)
         if not isinstance(question, str):
-            raise ValueError(f"{where}: its question is missing")
+            kind_of = "missing" if question is None else f"a {type(question).__name__}, no text"
+            raise ValueError(f"{where}: its question is {kind_of}")
         if tokenizer.chat_template:
             return [{"role": "user", "content": question}], [{"role": "assistant", "content": answer}]
         return f"Question: {question}\nAnswer:", f" {answer}"
@@ -167,7 +248,9 @@ def check_tokens(tokens: Any, column: str, tokenizer: PreTrainedTokenizerBase, w
 
 def filled(value: Any, what: str, where: str) -> str:
     """`value`, a string that is not blank; `ValueError` naming `where` for anything else."""
-    if not isinstance(value, str) or not value.strip():
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: its {what} is a {type(value).__name__}, no text: make the column one of strings")
+    if value is None or not value.strip():
         raise ValueError(f"{where}: its {what} is empty")
     return value
 
@@ -234,6 +317,8 @@ def counterfactuals(
                 f"(or a column {COUNTERFACTUAL} beside input_ids)"
             )
         texts = row[column] if isinstance(row[column], list) else [row[column]]
+        if any(map(is_written_list, texts)):
+            raise ValueError(f"{where}: its {column} is a list that was written as text: load it from JSON or parquet")
         if not texts:
             raise ValueError(f"{where}: its {column} is empty")
         others += [{**row, ANSWERS[kind]: filled(text, column, where)} for text in texts]

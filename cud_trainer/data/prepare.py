@@ -38,6 +38,7 @@ from .formats import (
     check_tokens,
     counterfactuals,
     detect_format,
+    standardised,
     tokenise,
 )
 from .samples import Samples
@@ -109,6 +110,7 @@ def _prepare(
 ) -> Dataset:
     """`prepare_dataset` with a tokenizer that is known to be good."""
     _check_dataset(dataset, name)
+    dataset = standardised(dataset, name)
     _check_columns(dataset, name, keep_columns, counterfactual_column)
     kind = detect_format(dataset.column_names, name)
     preparation = _Preparation(
@@ -280,7 +282,7 @@ class _Preparation:
     def _name(self, row: Row, index: int) -> str:
         if self.named_by is None:
             return f"{self.name} sample {index}"
-        if row[self.named_by] is None:
+        if row[self.named_by] is None or not str(row[self.named_by]).strip():
             raise ValueError(f"{self.name} sample {index} has no {self.named_by}")
         return f"{self.name} sample {row[self.named_by]!r}"
 

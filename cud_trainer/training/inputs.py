@@ -24,6 +24,7 @@ from ..data import (
     prepare_dataset,
     prepare_samples,
     ready_tokenizer,
+    standardised,
 )
 from ..data.tokenizers import tokenizer_options
 from ..difficulty import DifficultyScores
@@ -97,6 +98,7 @@ class RunInputs:
         tokenizer = ready_tokenizer(tokenizer, **tokenizer_options(args))
         args.chat_template_path = None  # used up; TRL would add its tokens to the model
         template = _template(args, scores)
+        forget = standardised(forget, "forget")
         forget_samples = prepare_samples(
             forget,
             tokenizer,

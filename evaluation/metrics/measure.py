@@ -103,7 +103,8 @@ def measure(
             correct = answers("paraphrased_answer")[:, 0]
         result.truth_ratio = truth_ratio(correct, wrong)
     if "paraphrased_question" in columns and "answer" in columns:
-        asked = Dataset.from_dict({"question": forget_raw["paraphrased_question"], "answer": forget_raw["answer"]})
+        texts = {"question": forget_raw["paraphrased_question"], "answer": forget_raw["answer"]}
+        asked = Dataset.from_dict({"sample_id": sets["forget"].ids, **texts})  # two may ask the same
         prepared = prepare_samples(
             asked, tokenizer, max_length=max_length, name="paraphrased forget", template=template
         )
