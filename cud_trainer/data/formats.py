@@ -170,12 +170,12 @@ def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBa
     if kind == "conversational":
         messages = row["messages"] or []
         if not isinstance(messages, list):
-            raise ValueError(f"{where}: its messages are a {type(messages).__name__}, no list")
+            raise ValueError(f"{where}: its messages are no list, but of the type {type(messages).__name__}")
         return messages[:-1], messages[-1:]
     if kind == "question-answer":
         question, answer = row["question"], filled(row["answer"], "answer", where)
         if not isinstance(question, str):
-            kind_of = "missing" if question is None else f"a {type(question).__name__}, no text"
+            kind_of = "missing" if question is None else f"of the type {type(question).__name__}, no text"
             raise ValueError(f"{where}: its question is {kind_of}")
         if tokenizer.chat_template:
             return [{"role": "user", "content": question}], [{"role": "assistant", "content": answer}]
@@ -249,7 +249,7 @@ def check_tokens(tokens: Any, column: str, tokenizer: PreTrainedTokenizerBase, w
 def filled(value: Any, what: str, where: str) -> str:
     """`value`, a string that is not blank; `ValueError` naming `where` for anything else."""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: its {what} is a {type(value).__name__}, no text: make the column one of strings")
+        raise ValueError(f"{where}: its {what} is of the type {type(value).__name__}, no text: make the column strings")
     if value is None or not value.strip():
         raise ValueError(f"{where}: its {what} is empty")
     return value

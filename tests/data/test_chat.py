@@ -107,11 +107,23 @@ SAID = [
     # template, message, train_on, what is trained on, what counts
     (TURNS, {"content": " A baker. "}, "reasoning+answer", "A baker.<eos>\n", "A baker."),
     (THINKING, {"content": "think"}, "reasoning+answer", "<think>\n\n</think>\n\nthink<eos>\n", "think"),
-    (THINKING, {"content": "<think>\nSo.\n</think>\n\nA"}, "reasoning+answer", "<think>\nSo.\n</think>\n\nA<eos>\n", "So.A"),
+    (
+        THINKING,
+        {"content": "<think>\nSo.\n</think>\n\nA"},
+        "reasoning+answer",
+        "<think>\nSo.\n</think>\n\nA<eos>\n",
+        "So.A",
+    ),
     (THINKING, {"content": "<think>\nSo.\n</think>\n\nA"}, "answer", "A<eos>\n", "A"),
-    (THINKING, {"content": "A", "reasoning_content": "So."}, "reasoning+answer", "<think>\nSo.\n</think>\n\nA<eos>\n", "So.A"),
+    (
+        THINKING,
+        {"content": "A", "reasoning_content": "So."},
+        "reasoning+answer",
+        "<think>\nSo.\n</think>\n\nA<eos>\n",
+        "So.A",
+    ),
     (DROPPING, {"content": "<think>\nSo.\n</think>\n\nA"}, "answer", "A<eos>\n", "A"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("template", "message", "train_on", "trained", "counted"), SAID)
