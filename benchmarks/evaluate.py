@@ -45,9 +45,13 @@ def bare_generation(model, prepared, pad, eos, batch_size=BATCH) -> None:
         ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for _, prompt in part])
         mask = (torch.arange(longest) >= torch.tensor([[longest - len(prompt)] for _, prompt in part])).long()
         model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-            max_new_tokens=max(size for size, _ in part) + 16, do_sample=False, pad_token_id=pad, eos_token_id=eos,
-        )  # fmt: skip
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max(size for size, _ in part) + 16,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=eos,
+        )
 
 
 def main() -> None:
@@ -65,11 +69,17 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32000, hidden_size=args.hidden, intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers, num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=512,
-            eos_token_id=None, bos_token_id=None,
+            vocab_size=32000,
+            hidden_size=args.hidden,
+            intermediate_size=3 * args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=512,
+            eos_token_id=None,
+            bos_token_id=None,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     # The model knows nothing, so that it never ends an answer: both sides generate to the limit.
     prepared = prepare_samples(world.forget, tokenizer)
     pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
@@ -103,10 +113,14 @@ def main() -> None:
         table.append({"what": name, "against": base, "ratio": middle, "lowest": low, "highest": high})
         print(f"{name}: {middle:.3f} ({low:.3f}-{high:.3f}) of {base}")
     result = {
-        "command": "python benchmarks/evaluate.py", "samples": len(prepared), "batch": BATCH, "machine": machine(),
-        "parameters": sum(p.numel() for p in model.parameters()), "table": table,
+        "command": "python benchmarks/evaluate.py",
+        "samples": len(prepared),
+        "batch": BATCH,
+        "machine": machine(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "table": table,
         "seconds": {name: float(np.median(values)) for name, values in found.items()},
-    }  # fmt: skip
+    }
     write_json(args.output, result)
 
 

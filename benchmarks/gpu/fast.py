@@ -49,9 +49,13 @@ def attribution(setting: Setting, model: str, tokens: int, method: str, batch: i
             return {"skipped": f"{2 * nodes} passes of {one_pass:.3g} s", "bare_s": one_pass}
     work: Work = partial(edge_attributions, network, sample, method=name, steps=steps)
     found: dict[str, Any] = {
-        "batch": batch, "tokens": tokens, "m": steps, "weights_gib": gib_of(network), "bare_peak_gib": floor_peak,
+        "batch": batch,
+        "tokens": tokens,
+        "m": steps,
+        "weights_gib": gib_of(network),
+        "bare_peak_gib": floor_peak,
         "peak_gib": peak_gib(work, device),
-    }  # fmt: skip
+    }
     if method == "exact":
         ours, base = [seconds(work, device) for _ in range(repeats)], [one_pass * points] * repeats
     else:
@@ -91,11 +95,12 @@ def evaluation(setting: Setting) -> dict[str, Any]:
     times = compare({"ours": ours, "bare": floor}, device, 2)
     forced = compare({"ours": teacher_forced, "bare": lambda: bare_pass(model, prepared, size)}, device, 3)
     return {
-        **peaks, "samples": size,
+        **peaks,
+        "samples": size,
         "seconds": statistics.median(times["ours"]),
         "ratio": ratio(times["ours"], times["bare"]),
         "teacher_forced_ratio": ratio(forced["ours"], forced["bare"]),
-    }  # fmt: skip
+    }
 
 
 def attributions(record: Record, setting: Setting, models: tuple[str, ...], methods: tuple[str, ...]) -> None:

@@ -65,9 +65,16 @@ class Plan:
     @classmethod
     def tiny(cls) -> Plan:
         return cls(
-            epochs=20, memorise_batch=12, memorise_rate=4e-3, learning_rate=3e-2, pairs=6, accumulation=2, steps=4,
-            every=2, eval_batch=24,
-        )  # fmt: skip
+            epochs=20,
+            memorise_batch=12,
+            memorise_rate=4e-3,
+            learning_rate=3e-2,
+            pairs=6,
+            accumulation=2,
+            steps=4,
+            every=2,
+            eval_batch=24,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,14 @@ def learn(setting: Setting, plan: Plan, name: str) -> dict[str, Any]:
         train = train.add_column("repeats", [1] * len(train))  # type: ignore[call-arg]
         model = setting.text_model().requires_grad_(True).to(setting.device)
         done = memorise(
-            model, setting.tokenizer, Testbed(samples.forget, samples.retain, samples.held_out, train),
-            epochs=plan.epochs, learning_rate=plan.memorise_rate, batch_size=plan.memorise_batch, progress=False,
-        )  # fmt: skip
+            model,
+            setting.tokenizer,
+            Testbed(samples.forget, samples.retain, samples.held_out, train),
+            epochs=plan.epochs,
+            learning_rate=plan.memorise_rate,
+            batch_size=plan.memorise_batch,
+            progress=False,
+        )
         model.save_pretrained(folder)
         setting.tokenizer.save_pretrained(folder)
         write_json(folder / "learned.json", {"losses": done.losses})
@@ -157,19 +169,34 @@ def score(setting: Setting, plan: Plan, weight: float, seed: int) -> dict[str, A
     model = load(setting.work / MEMORISED, setting)
     passes = plan.steps * plan.pairs * plan.accumulation / len(setting.samples.forget)
     calibration = CalibrationSettings(
-        loss=UnlearningLoss("graddiff"), retain_weight=weight, learning_rate=plan.learning_rate, seed=seed,
-        max_passes=max(1, round(0.75 * passes)), batch_size=plan.pairs, peft_config=adapter(),
+        loss=UnlearningLoss("graddiff"),
+        retain_weight=weight,
+        learning_rate=plan.learning_rate,
+        seed=seed,
+        max_passes=max(1, round(0.75 * passes)),
+        batch_size=plan.pairs,
+        peft_config=adapter(),
         autocast=torch.bfloat16 if setting.device.type == "cuda" else None,
-    )  # fmt: skip
+    )
     scores = score_difficulty(
-        model, setting.samples.forget, tokenizer(setting), metrics=("cud",), retain_dataset=setting.samples.retain,
-        calibration=calibration, group_column="author", max_length=512, seed=seed, progress=False,
-    )  # fmt: skip
+        model,
+        setting.samples.forget,
+        tokenizer(setting),
+        metrics=("cud",),
+        retain_dataset=setting.samples.retain,
+        calibration=calibration,
+        group_column="author",
+        max_length=512,
+        seed=seed,
+        progress=False,
+    )
     scores.save(setting.work / SCORES, overwrite=True)
     return {
-        "model": model_fingerprint(model), "cud": scores["cud"].tolist(), "seconds": time.monotonic() - began,
+        "model": model_fingerprint(model),
+        "cud": scores["cud"].tolist(),
+        "seconds": time.monotonic() - began,
         "calibration": scores.provenance["calibration"]["runs"],
-    }  # fmt: skip
+    }
 
 
 def tokenizer(setting: Setting) -> Any:
@@ -223,17 +250,38 @@ def unlearn(setting: Setting, plan: Plan, job: Job, never_seen: list[float] | No
     folder = setting.work / "runs" / job.key.replace(" ", "-")
     step_pairs = plan.pairs * plan.accumulation
     config = CUDConfig(
-        str(folder), objective="graddiff", retain_weight=job.weight, seed=job.seed, learning_rate=plan.learning_rate,
-        passes=-(-plan.steps * step_pairs // len(forget)), max_steps=plan.steps,
-        per_device_train_batch_size=plan.pairs, gradient_accumulation_steps=plan.accumulation, max_length=512,
-        lr_scheduler_type="constant_with_warmup", warmup_steps=2, report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, overwrite=True,
-        use_cpu=setting.device.type == "cpu", bf16=setting.device.type == "cuda", **job.options,
-    )  # fmt: skip
+        str(folder),
+        objective="graddiff",
+        retain_weight=job.weight,
+        seed=job.seed,
+        learning_rate=plan.learning_rate,
+        passes=-(-plan.steps * step_pairs // len(forget)),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.pairs,
+        gradient_accumulation_steps=plan.accumulation,
+        max_length=512,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        overwrite=True,
+        use_cpu=setting.device.type == "cpu",
+        bf16=setting.device.type == "cuda",
+        **job.options,
+    )
     trainer = CUDTrainer(
-        model, config, forget_dataset=samples.forget, retain_dataset=samples.retain, processing_class=words,
-        peft_config=adapter(), difficulty_scores=difficulty(setting, job, forget), callbacks=[watch],
-    )  # fmt: skip
+        model,
+        config,
+        forget_dataset=samples.forget,
+        retain_dataset=samples.retain,
+        processing_class=words,
+        peft_config=adapter(),
+        difficulty_scores=difficulty(setting, job, forget),
+        callbacks=[watch],
+    )
     trainer.remove_callback(PrinterCallback)
     trained, diverged = time.monotonic(), None
     try:
@@ -250,11 +298,20 @@ def unlearn(setting: Setting, plan: Plan, job: Job, never_seen: list[float] | No
     end = endpoint(left, kept, None if never_seen is None else np.array(never_seen))
     shown = end.snapshot if end.snapshot is not None else len(left) - 1
     return {
-        "arm": job.arm, "weight": job.weight, "seed": job.seed, "model": fingerprint, **asdict(end),
-        "step": None if end.snapshot is None else steps[end.snapshot], "diverged": diverged,
-        "seconds": time.monotonic() - began, "training_seconds": trained, "snapshot_seconds": watch.seconds,
-        "steps": steps, "mean": left.mean(1).tolist(), "worst": worst_quarter(left).tolist(),
+        "arm": job.arm,
+        "weight": job.weight,
+        "seed": job.seed,
+        "model": fingerprint,
+        **asdict(end),
+        "step": None if end.snapshot is None else steps[end.snapshot],
+        "diverged": diverged,
+        "seconds": time.monotonic() - began,
+        "training_seconds": trained,
+        "snapshot_seconds": watch.seconds,
+        "steps": steps,
+        "mean": left.mean(1).tolist(),
+        "worst": worst_quarter(left).tolist(),
         "held_out": kept.mean(1).tolist(),
         "held_out_by_author": [[row[authors == name].mean() for name in names] for row in kept],
         "forget_at_endpoint": left[shown].tolist(),
-    }  # fmt: skip
+    }

@@ -86,16 +86,33 @@ def our_run(setting: Setting, model: Any, data: list[Dataset], pairs: int, optio
         scores = DifficultyScores(list(forget["sample_id"]), {"random": np.random.default_rng(0).random(len(forget))})
     with tempfile.TemporaryDirectory() as folder:
         config = CUDConfig(
-            f"{folder}/run", objective="graddiff", retain_weight=RETAIN_WEIGHT, passes=1, max_steps=steps,
-            per_device_train_batch_size=pairs, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            gradient_checkpointing=False, seed=0, use_cpu=setting.device.type == "cpu",
-            bf16=setting.device.type == "cuda", **options,
-        )  # fmt: skip
+            f"{folder}/run",
+            objective="graddiff",
+            retain_weight=RETAIN_WEIGHT,
+            passes=1,
+            max_steps=steps,
+            per_device_train_batch_size=pairs,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            seed=0,
+            use_cpu=setting.device.type == "cpu",
+            bf16=setting.device.type == "cuda",
+            **options,
+        )
         trainer = CUDTrainer(
-            model, config, forget_dataset=forget, retain_dataset=retain, processing_class=setting.tokenizer,
-            difficulty_scores=scores, callbacks=[clock],
-        )  # fmt: skip
+            model,
+            config,
+            forget_dataset=forget,
+            retain_dataset=retain,
+            processing_class=setting.tokenizer,
+            difficulty_scores=scores,
+            callbacks=[clock],
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         # Mixed precision wraps the model's forward pass; the bare loop must not go through that.
@@ -139,13 +156,17 @@ def training(setting: Setting, name: str, *, lora: bool) -> dict[str, Any]:
             model.zero_grad()
             free()
     return {
-        "pairs": pairs, "tokens": tokens, "steps": steps,
+        "pairs": pairs,
+        "tokens": tokens,
+        "steps": steps,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "variants": {
             variant: {
-                "seconds": statistics.median(found), "ratio": ratio(found, seconds[BARE]), "peak_gib": peaks[variant],
+                "seconds": statistics.median(found),
+                "ratio": ratio(found, seconds[BARE]),
+                "peak_gib": peaks[variant],
                 "tokens_per_second": 2 * pairs * tokens / statistics.median(found),
             }
             for variant, found in seconds.items()
         },
-    }  # fmt: skip
+    }

@@ -1,66 +1,108 @@
 """Forget and retain samples: from files and the formats users have to token ids with an answer mask, and batches."""
 
-from .batches import BATCH_BYTES, pad_batch, plan_batches
-from .chunks import DOCUMENT, chunk_texts
+from .batches import (
+    BATCH_BYTES as BATCH_BYTES,
+)
+from .batches import (
+    pad_batch,
+)
+from .batches import (
+    plan_batches as plan_batches,
+)
+from .chunks import (
+    DOCUMENT as DOCUMENT,
+)
+from .chunks import (
+    chunk_texts,
+)
 from .columns import (
-    ALTERNATIVES,
-    COUNTED,
-    COUNTERFACTUAL,
-    IGNORE_INDEX,
-    PREPARED,
-    check_unique,
-    content_id,
-    id_column,
-    rows_by_id,
+    ALTERNATIVES as ALTERNATIVES,
+)
+from .columns import (
+    COUNTED as COUNTED,
+)
+from .columns import (
+    COUNTERFACTUAL as COUNTERFACTUAL,
+)
+from .columns import (
+    IGNORE_INDEX as IGNORE_INDEX,
+)
+from .columns import (
+    PREPARED as PREPARED,
+)
+from .columns import (
+    check_unique as check_unique,
+)
+from .columns import (
+    content_id as content_id,
+)
+from .columns import (
+    id_column as id_column,
+)
+from .columns import (
+    rows_by_id as rows_by_id,
 )
 from .formats import (
-    ANSWERS,
-    FORMATS,
-    detect_format,
-    question_and_answer,
-    standardised,
-    text_tokens,
-    tokenise_answer,
+    ANSWERS as ANSWERS,
 )
-from .pairs import PairedCollator
-from .prepare import prepare_dataset, prepare_samples
-from .samples import Samples, check_disjoint, dataset_fingerprint, evenly_spaced
-from .sources import load_samples
+from .formats import (
+    FORMATS as FORMATS,
+)
+from .formats import (
+    detect_format as detect_format,
+)
+from .formats import (
+    question_and_answer as question_and_answer,
+)
+from .formats import (
+    standardised as standardised,
+)
+from .formats import (
+    text_tokens as text_tokens,
+)
+from .formats import (
+    tokenise_answer as tokenise_answer,
+)
+from .pairs import (
+    PairedCollator,
+)
+from .prepare import (
+    prepare_dataset,
+    prepare_samples,
+)
+from .samples import (
+    Samples,
+    check_disjoint,
+    dataset_fingerprint,
+)
+from .samples import (
+    evenly_spaced as evenly_spaced,
+)
+from .sources import (
+    load_samples,
+)
 from .template import TemplateContext
-from .tokenizers import check_tokenizer, check_vocabulary, ready_tokenizer
+from .tokenizers import (
+    check_tokenizer,
+)
+from .tokenizers import (
+    check_vocabulary as check_vocabulary,
+)
+from .tokenizers import (
+    ready_tokenizer as ready_tokenizer,
+)
 
+# The rest is for the package's own stages.
 __all__ = [
-    "ALTERNATIVES",
-    "ANSWERS",
-    "BATCH_BYTES",
-    "COUNTED",
-    "COUNTERFACTUAL",
-    "DOCUMENT",
-    "FORMATS",
-    "IGNORE_INDEX",
-    "PREPARED",
     "PairedCollator",
     "Samples",
     "TemplateContext",
     "check_disjoint",
     "check_tokenizer",
-    "check_unique",
-    "check_vocabulary",
     "chunk_texts",
-    "content_id",
     "dataset_fingerprint",
-    "detect_format",
-    "evenly_spaced",
-    "id_column",
     "load_samples",
     "pad_batch",
-    "plan_batches",
     "prepare_dataset",
     "prepare_samples",
-    "question_and_answer",
-    "ready_tokenizer",
-    "rows_by_id",
-    "standardised",
-    "text_tokens",
-    "tokenise_answer",
 ]

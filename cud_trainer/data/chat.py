@@ -109,7 +109,7 @@ def chat_tokens(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, conte
                 chat._replace(options={k: v for k, v in chat.options.items() if k != DATE_STRING}) for chat in chats
             ]
             undated = _ids(_whole_texts(still, Renderer(tokenizer, context.undated())), tokenizer)
-    except (TemplateError, TypeError) as error:  # TypeError: content that is no text
+    except (TemplateError, TypeError, TimeoutError) as error:  # TypeError: content that is no text
         raise ValueError(f"{chats[0].where}: the chat template refuses it: {str(error)[:200]}") from None
     wholes, offsets = _encoded(texts[1], tokenizer)
     starts = _ids(texts[0], tokenizer)

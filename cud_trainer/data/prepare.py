@@ -203,13 +203,13 @@ def _check_columns(dataset: Dataset, name: str, keep_columns: Sequence[str], cou
 @contextmanager
 def _bar_for(rows: int) -> Iterator[None]:
     """The progress bar of `datasets` for many rows, none for a few."""
-    shown = not are_progress_bars_disabled()
-    if shown and rows < MANY_ROWS:
+    enabled = not are_progress_bars_disabled()
+    if enabled and rows < MANY_ROWS:
         disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             enable_progress_bars()
 
 

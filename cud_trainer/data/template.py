@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .timeout import apply_chat_template
+
 TRAIN_ON = ("reasoning+answer", "answer")
 # Ids and fingerprints are those of this day, whatever day it is.
 NO_DAY = datetime.date(2000, 1, 1)
@@ -188,8 +190,13 @@ class Renderer:
         if "strftime_now" in template:
             template = OWN_CLOCK + template
             given["clock"] = self._clock()
-        return self.tokenizer.apply_chat_template(
-            conversations, chat_template=template, add_generation_prompt=generation_prompt, tokenize=False, **given
+        return apply_chat_template(
+            self.tokenizer,
+            conversations,
+            chat_template=template,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            **given,
         )
 
     def _clock(self) -> list[tuple[str, str]]:

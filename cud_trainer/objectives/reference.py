@@ -51,8 +51,8 @@ class TopTokens:
 def spread(values: list[Tensor], mask: Tensor) -> Tensor:
     """Values of the answer tokens of each row, `[n_tokens, ...]`, put on the True positions of `mask`; 0 elsewhere."""
     result = torch.zeros(*mask.shape, *values[0].shape[1:], dtype=values[0].dtype, device=mask.device)
-    for row, found in enumerate(values):
-        result[row, mask[row]] = found.to(mask.device)
+    for row, of_row in enumerate(values):
+        result[row, mask[row]] = of_row.to(mask.device)
     return result
 
 
@@ -62,8 +62,9 @@ class Reference:
 
     Attributes:
         forget_logps, alternative_logps: log-probability of each forget sample's answer, and of its alternative, `[N]`.
-        forget_top, retain_top: likeliest tokens.
-        retain_hidden: output of a decoder layer at the answer positions of each retain sample, `[n_tokens, d]`.
+        forget_top, retain_top: likeliest tokens; nothing of a retain sample that is never served.
+        retain_hidden: output of a decoder layer at the answer positions of each retain sample that is served,
+            `[n_tokens, d]`.
         direction: random vector of length 1, `[d]`.
     """
 
@@ -75,7 +76,10 @@ class Reference:
     direction: Tensor | None = None
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Write a safetensors file, atomically. It holds numbers and token ids of likely answers, no text."""
+        """Write a safetensors file, atomically, for its owner alone.
+
+        `forget_top` are tokens of the forget set: whoever has the file and the tokenizer reads its answers in them.
+        """
         tensors = {}
         for name in ("forget_logps", "alternative_logps", "direction"):
             if getattr(self, name) is not None:
@@ -85,10 +89,10 @@ class Reference:
             lists |= {f"{side}.logps": top.logps, f"{side}.ids": top.ids, f"{side}.rest": top.rest}
         for name, values in lists.items():
             if values:
-                tensors[name] = torch.cat(values)
+                tensors[name] = torch.cat([value for value in values if len(value)])
                 tensors[f"{name}.sizes"] = torch.tensor([len(value) for value in values])
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}))
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}), private=True)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str, device: torch.device | str) -> Reference | None:
@@ -97,15 +101,15 @@ class Reference:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != fingerprint:
                     return None
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
         except (OSError, SafetensorError):
             return None
 
         def parts(name: str) -> list[Tensor]:
-            return list(found[name].split(found[f"{name}.sizes"].tolist())) if name in found else []
+            return list(tensors[name].split(tensors[f"{name}.sizes"].tolist())) if name in tensors else []
 
         def single(name: str) -> Tensor | None:
-            return found[name].to(device) if name in found else None
+            return tensors[name].to(device) if name in tensors else None
 
         def top(name: str) -> TopTokens:
             return TopTokens(*(parts(f"{name}.{kind}") for kind in ("logps", "ids", "rest")))

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,10 +134,13 @@ class UnlearningLoss:
         batch_size: int,
         device: torch.device | str,
         seed: int = 0,
+        retain_rows: Sequence[int] | None = None,
     ) -> Reference:
         """Score the datasets once with `model` as it is now (in eval mode, restored afterwards).
 
         Args:
+            retain_rows: the retain samples that will be served, in any order; by default all of them. Of the others
+                nothing is known afterwards.
             seed: of the random direction of objectives on hidden states.
         """
         self.check_alternatives(forget)
@@ -150,6 +154,8 @@ class UnlearningLoss:
         def scored(samples: Samples) -> Iterator[tuple[list[int], AnswerScores]]:
             for rows, batch in samples.batches(batch_size, device=device):
                 yield rows, score_answers(model, batch)
+
+        served = np.array(sorted({*retain_rows})) if retain_rows is not None else np.arange(len(retain or ()))
 
         with evaluation_mode(model):
             top = "reference_top_logps" in needs
@@ -171,15 +177,15 @@ class UnlearningLoss:
             if self.retain_loss == "kl":
                 assert retain is not None
                 result.retain_top = TopTokens.empty(len(retain))
-                for rows, scores in scored(retain):
-                    result.retain_top.keep(rows, scores, self.reference_top_k, with_target=False)
+                for rows, scores in scored(retain.select(served)):
+                    result.retain_top.keep(served[rows].tolist(), scores, self.reference_top_k, with_target=False)
             if self.retain_loss == "activations":
                 assert retain is not None
                 result.retain_hidden = [torch.empty(0)] * len(retain)
-                for rows, batch in retain.batches(batch_size, device=device):
+                for rows, batch in retain.select(served).batches(batch_size, device=device):
                     scores, hidden = self._scored(model, batch)
                     assert hidden is not None
-                    for position, row in enumerate(rows):
+                    for position, row in enumerate(served[rows].tolist()):
                         result.retain_hidden[row] = hidden[position, scores.mask[position]].cpu()
         return result
 
@@ -187,17 +193,17 @@ class UnlearningLoss:
         """Scores of a batch, and the output of the layer at the answer positions, `[B, K, d]`, if it is read."""
         if not self.uses_hidden:
             return score_answers(model, batch), None
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
         layers = decoder_layers(model)[1]
         # Only one layer is kept; and only in this pass, not in what checkpointing repeats of it.
         handle = layers[self._layer(len(layers))].register_forward_hook(
-            lambda module, inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
+            lambda module, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
         )
         try:
             scores = score_answers(model, batch)
         finally:
             handle.remove()
-        return scores, found[0][:, scores.positions.to(found[0].device)]
+        return scores, outputs[0][:, scores.positions.to(outputs[0].device)]
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """Per-sample losses of a paired batch, in one forward pass."""
@@ -206,14 +212,14 @@ class UnlearningLoss:
         forget = scores[:pairs]
         alternative = scores[-pairs:] if self.uses_alternative else None
         index = batch["forget_index"]
-        known: dict[str, Tensor] = {}
+        top_tokens: dict[str, Tensor] = {}
         if "reference_top_logps" in self.spec.needs:
             names = ("reference_top_logps", "reference_top_ids", "reference_rest_logps")
-            known = dict(zip(names, reference.forget_top.batch(index.tolist(), forget.mask), strict=True))
+            top_tokens = dict(zip(names, reference.forget_top.batch(index.tolist(), forget.mask), strict=True))
 
         def quantity(name: str) -> Tensor:
-            if name in known:
-                return known[name]
+            if name in top_tokens:
+                return top_tokens[name]
             if name == "hidden":
                 assert hidden is not None
                 return hidden[:pairs]
@@ -231,9 +237,9 @@ class UnlearningLoss:
         forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self.objective_args)
         retain_loss = None
         if self.uses_retain:
-            kept = slice(pairs, 2 * pairs)
+            retained = slice(pairs, 2 * pairs)
             rows = batch["retain_index"].tolist() if self.retain_loss != "nll" else []
-            retain_loss = self._retain(scores[kept], None if hidden is None else hidden[kept], rows, reference)
+            retain_loss = self._retain(scores[retained], None if hidden is None else hidden[retained], rows, reference)
         return LossTerms(forget_loss, retain_loss, forget.counted_mean_logps.detach())
 
     def _retain(self, scores: AnswerScores, hidden: Tensor | None, rows: list[int], reference: Reference) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,14 +26,22 @@ from ..data import (
 )
 from ..data.tokenizers import tokenizer_options
 from ..difficulty import DifficultyScores
-from ..difficulty.scores import GIVEN, merge_metrics
+from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..files import write_json
 from ..models.loading import load_causal_lm
+from ..models.modes import on_device
 from ..models.trainable import train_only
+from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
-from .checkpoints import TEMPLATE_FILE, check_may_start, recorded_template, template_to_go_on_with
+from .checkpoints import (
+    TEMPLATE_FILE,
+    check_is_no_model,
+    check_may_start,
+    recorded_template,
+    template_to_go_on_with,
+)
 
 Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
 
@@ -90,6 +96,7 @@ class RunInputs:
             ValueError: for bad input, naming the sample, column or option.
         """
         loss = args.unlearning_loss
+        check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
         if tokenizer is None:
             if not isinstance(model, str):
@@ -169,6 +176,12 @@ class RunInputs:
         """Whether evaluations during training have no other dataset than the forget and retain set."""
         return self.evaluated is None and self.args.eval_strategy != "no"
 
+    @property
+    def shards_model(self) -> bool:
+        """Whether the model is split over processes when it is wrapped, and must not be on a device before."""
+        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        return bool(self.args.fsdp or self.args.deepspeed or launched)
+
     def _checked_scores(self, scores: DifficultyScores | None) -> DifficultyScores | None:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
         args = self.args
@@ -176,7 +189,7 @@ class RunInputs:
             check_metrics(self.needed_metrics or ["loss"], {}, self.model)
         elif args.difficulty is not None:
             scores = scores.aligned(self.forget.ids)
-            if args.difficulty == GIVEN:
+            if args.difficulty == PRECOMPUTED:
                 scores = scores.with_given()
             for metric in args.schedule_metrics:
                 scores[metric]  # raises when it is not there
@@ -192,7 +205,7 @@ class RunInputs:
             return with_alternatives(self.forget, dataset, self.tokenizer, source, **options)
         shared: list[Any] = [None]
         if args.process_index == 0:
-            with on_device(self.model, args):
+            with on_device(self.model, args.device, put_back=self.shards_model):
                 written = with_alternatives(self.forget, dataset, self.tokenizer, source, model=self.model, **options)
                 shared = [written.dataset.to_dict()]
         if args.world_size > 1:
@@ -247,8 +260,8 @@ def _check_options(
     args: CUDConfig, loss: UnlearningLoss, retain: Dataset | None, peft_config: Any, scores: DifficultyScores | None
 ) -> None:
     """Raise `ValueError` for what contradicts itself whatever the data and the model are."""
-    if args.difficulty == GIVEN and scores is None:
-        raise ValueError(f"difficulty {GIVEN!r} is the first metric of difficulty_scores: give them")
+    if args.difficulty == PRECOMPUTED and scores is None:
+        raise ValueError(f"difficulty {PRECOMPUTED!r} is the first metric of difficulty_scores: give them")
     if args.process_index == 0:
         check_may_start(args)
     if peft_config is not None and args.trainable_layers is not None:
@@ -268,25 +281,11 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
         options.setdefault("trust_remote_code", args.trust_remote_code)
         model = load_causal_lm(model, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
+    else:
+        check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
     loss.check_model(model.config)
     if getattr(model, "is_quantized", False) and peft_config is None and not hasattr(model, "peft_config"):
         raise ValueError("the model's weights are quantised and cannot be trained: give a peft_config (QLoRA)")
     if args.trainable_layers is not None:
         train_only(model, args.trainable_layers)
     return model
-
-
-@contextmanager
-def on_device(model: nn.Module, args: CUDConfig) -> Iterator[None]:
-    """The model on the device it is scored on. A run that shards it later gets it back on the CPU."""
-    if hasattr(model, "hf_device_map"):
-        yield
-        return
-    device = next(model.parameters()).device
-    model.to(args.device)
-    try:
-        yield
-    finally:
-        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        if (args.fsdp or args.deepspeed or launched) and device != args.device:
-            model.to(device)

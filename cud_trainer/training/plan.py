@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..data import PairedCollator
 from ..difficulty import Buckets, DifficultyScores
 from ..models.fingerprint import model_fingerprint
+from ..models.modes import on_device
 from ..objectives.alternatives import alternatives_fingerprint
 from ..resumable import process_state, remove_work
 from ..schedule import Schedule
@@ -21,7 +22,7 @@ from ..schedule.plan import schedule_of
 from ..scoring import score_difficulty
 from ..scoring.calibration import adapter_identity
 from .checkpoints import SCORES_FILE, WORK_DIR
-from .inputs import RunInputs, on_device
+from .inputs import RunInputs
 
 logger = logging.get_logger(__name__)
 
@@ -118,13 +119,15 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
             scores = DifficultyScores.load(path, **_origin(inputs), request=request).aligned(inputs.forget.ids)
         except ValueError as error:
             raise ValueError(f"{path} is from another run ({error}); pass overwrite to replace it") from None
+        if args.process_index == 0:
+            remove_work(Path(args.output_dir) / WORK_DIR)  # of a start that was killed just after it had written them
         logger.info(f"difficulty scores of an earlier start of this run found in {path}")
         return scores
     work_dir = Path(args.output_dir) / WORK_DIR
     if args.overwrite and args.process_index == 0:
         remove_work(work_dir)
     process_state().wait_for_everyone()
-    with on_device(inputs.model, args):
+    with on_device(inputs.model, args.device, put_back=inputs.shards_model):
         scores = score_difficulty(
             inputs.model,  # type: ignore[arg-type]
             inputs.forget,

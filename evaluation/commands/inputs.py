@@ -22,6 +22,7 @@ from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm
+from cud_trainer.models.whole import check_adapter
 from cud_trainer.training.checkpoints import recorded_template
 
 from ..metrics.lm_eval import check_lm_eval
@@ -268,6 +269,7 @@ def load_model(path: str, options: Mapping[str, Any]) -> Any:
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
+            check_adapter(path, model)
         else:
             model = load_causal_lm(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model

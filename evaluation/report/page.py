@@ -19,8 +19,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from cud_trainer.files import atomic_write, write_json
+from cud_trainer.markdown import markdown_text
 
-from ..metrics.memorization import METRICS
+from ..metrics.memorization import MEASURES
 from ..statistics import Interval
 from . import plots
 from .cells import Cell, Missing, format_number
@@ -44,7 +45,9 @@ def write_report(
     out_dir = Path(out_dir)
     write_json(out_dir / "results.json", plain)
     if per_sample is not None:
-        atomic_write(out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False))
+        atomic_write(
+            out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False), private=True
+        )
     figures = make_figures(read)
     inline = {}
     for name, figure in figures.items():
@@ -64,7 +67,7 @@ def summary(results: Results) -> str:
     for condition in results.conditions or []:
         buckets = condition.final.buckets
         if buckets:
-            names = [name for name in METRICS if name in buckets[0].metrics]
+            names = [name for name in MEASURES if name in buckets[0].metrics]
             lines += [f"### {_markdown(condition.name)}: residual memorisation by difficulty (1 = easiest)", ""]
             body: list[list[Cell]] = [[row.bucket, row.n, *(row.metrics[name] for name in names)] for row in buckets]
             lines += _markdown_table(["bucket", "samples", *names], body)
@@ -79,15 +82,14 @@ def summary(results: Results) -> str:
 def _markdown(cell: Cell) -> str:
     """A cell in one line that does not end the table, nor brings markup of its own."""
     if isinstance(cell, Missing):
-        return f"n/a ({cell.reason})" if cell.reason else "n/a"
+        return f"n/a ({markdown_text(cell.reason)})" if cell.reason else "n/a"
     if isinstance(cell, Interval):
         if not np.isfinite(cell.value):
             return "n/a"
         bounds = [format_number(bound) for bound in (cell.low, cell.high) if np.isfinite(bound)]
         shown = format_number(cell.value)
-        cell = f"{shown} [{', '.join(bounds)}]" if bounds else shown
-    text = format_number(cell).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("|", "\\|").replace("\n", " ")
+        return f"{shown} [{', '.join(bounds)}]" if bounds else shown
+    return markdown_text(cell) if isinstance(cell, str) else format_number(cell)
 
 
 def _markdown_table(head: list[str], body: list[list[Cell]]) -> list[str]:
@@ -143,7 +145,7 @@ def metrics_of(results: Results) -> list[str]:
     """The metrics of residual memorisation that some condition, or the model before unlearning, has."""
     sets = [condition.final.sets["forget"] for condition in results.conditions or []]
     sets.append((results.before or {}).get("forget", {}))
-    return [name for name in METRICS if any(name in values for values in sets)]
+    return [name for name in MEASURES if any(name in values for values in sets)]
 
 
 def render(results: dict[str, Any], figures: dict[str, Markup], metrics: list[str]) -> str:

@@ -26,8 +26,12 @@ CPU = torch.device("cpu")
 def start(*arguments):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +239,16 @@ def test_contrast_is_paired_by_seed():
 
 def a_run(arm, weight, seed, kept, model="m"):
     return Job(arm, {}, weight, seed).key, {
-        "arm": arm, "weight": weight, "seed": seed, "model": model, "snapshot": 1, "kept": kept, "left": 0.0,
-        "worst_at_kept": 1.0, "lowest": 0.0,
-    }  # fmt: skip
+        "arm": arm,
+        "weight": weight,
+        "seed": seed,
+        "model": model,
+        "snapshot": 1,
+        "kept": kept,
+        "left": 0.0,
+        "worst_at_kept": 1.0,
+        "lowest": 0.0,
+    }
 
 
 def test_only_weights_that_all_arms_have_tried_are_chosen_from():
