@@ -23,15 +23,22 @@ def scaled_to_mean_one(values: np.ndarray, low: float, high: float) -> np.ndarra
     return from_logs(np.log(values), low, high)
 
 
-def from_logs(log_values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """`scaled_to_mean_one` of values given by their logarithms, which may be of any size."""
-    high = min(high, len(log_values))  # no weight can be larger while the mean is 1; `high` may be infinite
+def from_logs(log_values: np.ndarray, low: float, high: float, scale: np.ndarray | None = None) -> np.ndarray:
+    """`scaled_to_mean_one` of values given by their logarithms, which may be of any size.
+
+    Args:
+        scale: positive, `[N]`: it is the mean weighted by these that is 1.
+    """
+    share = None if scale is None else scale / scale.sum()
+    # No weight can be larger while the mean is 1; `high` may be infinite.
+    high = min(high, len(log_values) if share is None else 1 / share.min())
     # The mean grows with c, from `low` where the largest value is cut to `high` where the smallest is.
     small = np.log(max(low, 1e-12)) - log_values.max()
     large = np.log(high) - log_values.min()
     for _ in range(200):
         middle = (small + large) / 2
-        if np.exp(np.clip(log_values + middle, -700, 700)).clip(low, high).mean() < 1:
+        weights = np.exp(np.clip(log_values + middle, -700, 700)).clip(low, high)
+        if (weights.mean() if share is None else weights @ share) < 1:
             small = middle
         else:
             large = middle

@@ -27,7 +27,7 @@ DIFFICULTY = np.array([0.3, 2.0, -1.0, 0.3, 5.0, 0.3, 1.0])
 
 
 # Orders that do not serve every sample once a pass.
-REPEATING = {"competence", "baby_steps", "two_stage", "budget"}
+REPEATING = {"competence", "baby_steps", "two_stage", "budget", "random_share"}
 ONCE = sorted(set(SCHEDULES) - REPEATING)
 # As `loss` has them (log-probabilities), so that weights which read it make sense.
 LOGPS = -np.array([0.3, 0.02, 3.0, 0.3, 0.001, 0.3, 0.5])
@@ -324,7 +324,15 @@ class TestOrders:
         assert len(served) == pytest.approx(8 * 40, abs=20)
         assert (np.bincount(self.rows("budget", strength=0.0).astype(int)) == 6).all()
 
-    @pytest.mark.parametrize("name", sorted(REPEATING))
+    def test_random_share(self):
+        served = self.rows("random_share", share=0.25).reshape(6, 40)
+        assert len(set(served.ravel())) == 10 and set(served[0]) == set(served[5])
+        assert (np.bincount(served[0].astype(int))[sorted(set(served[0].astype(int)))] == 4).all()
+        others = [set(self.rows("random_share", share=0.25, seed=seed)) for seed in range(8)]
+        assert len(set(map(frozenset, others))) == 8
+        assert len(set(self.rows("random_share", share=0.001))) == 1  # never of nothing
+
+    @pytest.mark.parametrize("name", sorted(REPEATING - {"random_share"}))
     def test_weights_have_mean_one_in_every_pass_also_where_samples_repeat(self, name):
         joined = make_schedule(f"{name}+upweight_hard", IDS, difficulty=DIFFICULTY, passes=5, seed=2)
         alone = make_schedule(name, IDS, difficulty=DIFFICULTY, passes=5, seed=2)
@@ -442,6 +450,74 @@ class TestDynamic:
         old = SCHEDULES["odds"].function(self.state(p, [1, 2, 3, 4], step=3), every=2)
         assert old.tolist() == [1, 2, 3, 4]
 
+    def test_odds_that_keep_the_pull(self):
+        """Sum of weight times 1 - p as with equal weights, by any clipping; the mean weight is what gives way."""
+        p = np.array([0.05, 0.5, 0.9, 0.999])
+        found = SCHEDULES["odds"].function(self.state(p), low=0.0, high=1e9, keep="pull")
+        np.testing.assert_allclose(found, p / (1 - p) * (1 - p).sum() / p.sum())
+        for low, high in ((0.05, 20.0), (0.5, 3.0)):
+            kept = SCHEDULES["odds"].function(self.state(p), low=low, high=high, keep="pull")
+            assert (kept * (1 - p)).sum() == pytest.approx((1 - p).sum())
+            assert kept.min() >= low and kept.max() <= high
+        mean = SCHEDULES["odds"].function(self.state(p))
+        assert (mean * (1 - p)).sum() < 0.5 * (1 - p).sum()
+        assert np.isfinite(SCHEDULES["odds"].function(self.state([1.0, 1.0]), high=np.inf, keep="pull")).all()
+
+    def test_a_target_that_falls(self):
+        """start^(1 - t) target^t: 0.4, 0.2, 0.1."""
+        stop = SCHEDULES["per_sample_stop"].function
+        options = {"target": 0.1, "start": 0.4, "back": 1.0}
+        for progress, level in ((0.0, 0.4), (0.5, 0.2), (1.0, 0.1)):
+            p = [level * 0.999, level * 1.001]
+            assert stop(self.state(p, progress=progress), **options).tolist() == [0, 1]
+        # what left early comes back when the target has fallen
+        assert stop(self.state([0.35], [1.0]), **options).tolist() == [0]
+        assert stop(self.state([0.35], [0.0], progress=0.5), **options).tolist() == [1]
+
+    def test_tail(self):
+        tail = SCHEDULES["tail"].function
+        assert tail(self.state([0.1, 0.9, 0.4, 0.6])).tolist() == [0, 2, 0, 2]
+        assert tail(self.state([0.1, 0.9, 0.4, 0.6]), share=0.25).tolist() == [0, 4, 0, 0]
+        assert tail(self.state([0.1, 0.9, 0.4]), share=0.5).tolist() == [0, 2, 1]  # one and a half
+        assert tail(self.state([0.1, 0.4, 0.4, 0.9])).tolist() == [0, 1, 1, 2]  # equals share
+        assert tail(self.state(np.linspace(0.1, 1, 10)), share=0.7).tolist() == [0.0] * 3 + [1 / 0.7] * 7
+        assert tail(self.state([0.5, 0.5, 0.5])).tolist() == [1, 1, 1]
+        assert tail(self.state([0.1, 0.9], [1.5, 0.5], step=1), every=2).tolist() == [1.5, 0.5]
+
+    def test_dro(self):
+        p = np.array([0.1, 0.5, 0.99])
+        found = SCHEDULES["dro"].function(self.state(p), tau=0.2)
+        np.testing.assert_allclose(found, np.exp(p / 0.2) / np.exp(p / 0.2).mean())
+        assert (np.diff(found) > 0).all()  # what is remembered is pushed
+        # the maximiser of sum q p - tau KL(q, uniform), q = w / N: its value is tau log mean exp(p / tau)
+        q = found / 3
+        value = q @ p - 0.2 * (q * np.log(q * 3)).sum()
+        assert value == pytest.approx(0.2 * np.log(np.exp(p / 0.2).mean()))
+        np.testing.assert_allclose(SCHEDULES["dro"].function(self.state(p), tau=np.inf), 1)
+        assert SCHEDULES["dro"].function(self.state(p), tau=1e-6).tolist() == [0, 0, 3]
+
+    def test_dual_by_hand(self):
+        """Only what was served moves; from the multipliers there were."""
+        run = DynamicWeights((("dual", {"target": 0.2, "rate": 0.5, "high": 3.0}),), np.log([0.9, 0.8, 0.1]), steps=9)
+        assert run.factor.tolist() == [1, 1, 1]
+        run.update(np.array([1, 1]), np.log([0.5, 0.4]), 1)  # twice in a step: once, by the last
+        np.testing.assert_allclose(run.factor, [1, (0.4 / 0.2) ** 0.5, 1])
+        run.update(np.array([2, 0]), np.log([0.1, 0.9]), 2)
+        np.testing.assert_allclose(run.factor, [4.5**0.5, 2**0.5, 0.5**0.5])
+        run.update(np.array([0, 2]), np.array([np.log(0.9), -np.inf]), 3)
+        np.testing.assert_allclose(run.factor, [3.0, 2**0.5, 0.01])  # clipped on both sides
+        run.update(np.array([2]), np.log([0.9]), 4)
+        np.testing.assert_allclose(run.factor[2], 0.01 * 4.5**0.5)  # and it comes back
+
+    @pytest.mark.parametrize("name", ["tail", "dro", "self_paced", "odds", "dynamic", "per_sample_stop"])
+    def test_rows_in_another_order_have_the_same_factors(self, name):
+        p = np.array([0.2, 0.6, 0.6, 0.6, 0.1, 0.6, 0.3])
+        turned = np.random.default_rng(0).permutation(7)
+        function = SCHEDULES[name].function
+        one, other = function(self.state(p, progress=0.3)), function(self.state(p[turned], progress=0.3))
+        np.testing.assert_allclose(one[turned], other, rtol=1e-12)
+        assert np.ptp(one[[1, 2, 3, 5]]) == 0
+
     def test_an_odds_weight_evens_out_the_pull_on_saturated_samples(self):
         """Of a softmax over two, d log p / d logit is 1 - p: with power 1 all pulls are proportional to p."""
         logits = torch.tensor([1.0, 3.0, 6.0], dtype=torch.float64, requires_grad=True)
@@ -452,7 +528,7 @@ class TestDynamic:
         np.testing.assert_allclose(factor * pull.numpy() / p, (factor * pull.numpy() / p)[0])
 
     def test_runs_and_resumes(self):
-        parts = (("per_sample_stop", {"target": 0.3}), ("dynamic", {"every": 2}))
+        parts = (("per_sample_stop", {"target": 0.3, "start": 0.6}), ("dynamic", {"every": 2}), ("dual", {}))
         generator = np.random.default_rng(0)
         run = DynamicWeights(parts, np.log(np.full(6, 0.9)), steps=10)
         np.testing.assert_allclose(run.factor, 1)
@@ -557,7 +633,15 @@ def test_saved_and_hashed(tmp_path):
         ("budget", {"strength": 2}, "strength in \\[0, 1\\]"),
         ("per_sample_stop", {"target": 0}, "target in \\(0, 1\\]"),
         ("per_sample_stop", {"back": 0.5}, "back in \\[1, inf\\]"),
+        ("per_sample_stop", {"start": 0.05}, "start between target \\(0.1\\) and 1, got 0.05"),
+        ("per_sample_stop", {"start": "x"}, "must be a number"),
         ("dynamic", {"low": 2.0}, "low <= 1 <= high"),
+        ("odds", {"keep": "mean"}, "keep out of \\['weight', 'pull'\\], got 'mean'"),
+        ("tail", {"share": 0}, "share in \\(0, 1\\], got 0"),
+        ("dro", {"tau": 0.0}, "tau in \\(0, inf\\], got 0.0"),
+        ("dual", {"low": 0.0}, "low in \\(0, 1\\], got 0.0"),
+        ("dual", {"high": float("inf")}, "high in \\[1, 1e\\+06\\], got inf"),
+        ("random_share", {"share": 2}, "share in \\(0, 1\\], got 2"),
         ("self_paced", {"every": 0}, "every in \\[1, inf\\]"),
         ("inverse_gradient", {"difficulty": {"difficulty": DIFFICULTY}}, "needs grad_norm scores"),
         ("uniform", {"passes": 0}, "passes must be a positive integer"),

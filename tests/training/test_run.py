@@ -28,8 +28,12 @@ pytestmark = pytest.mark.slow
 
 # Everything that follows the run at once.
 LIVELY = {
-    "schedule": "hard_to_easy+upweight_hard+per_sample_stop+dynamic",
-    "schedule_args": {"per_sample_stop": {"target": 0.0012}, "dynamic": {"every": 2}},
+    "schedule": "hard_to_easy+upweight_hard+per_sample_stop+dynamic+dual",
+    "schedule_args": {
+        "per_sample_stop": {"target": 0.0012, "start": 0.0015},
+        "dynamic": {"every": 2},
+        "dual": {"target": 0.001},
+    },
     "objective": "graddiff",
     "retain_limit": 5.5,
     "dual_rate": 0.3,
