@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -120,13 +121,13 @@ class CUDTrainer(SFTTrainerHooks):
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
         with on_device(self.model, args.device, put_back=inputs.shards_model):
-            self.reference = run_reference(self, inputs)
+            self.reference = run_reference(self, inputs, plan.scores)
             self.residual = ResidualMemorisation(self, inputs, plan.buckets, stepwise=self.stepwise)
         start = self.residual.at_start
         logps = np.zeros(len(inputs.forget)) if start is None else np.log(np.maximum(start, 1e-300))
         self.progress = RunProgress(
             plan.forget_row,
-            DynamicWeights(plan.schedule.dynamic, logps, plan.steps),
+            DynamicWeights(plan.schedule.dynamic, logps, plan.steps, plan.schedule.values, np.unique(plan.forget_row)),
             retain_weight=args.retain_weight,
             retain_limit=args.retain_limit,
             dual_rate=args.dual_rate,
@@ -196,10 +197,14 @@ class CUDTrainer(SFTTrainerHooks):
 
     def run_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it."""
+        objective = f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}"
+        scale = self.reference.option_scale
+        if scale is not None:
+            objective += f" by sample {hashlib.sha256(scale.numpy().tobytes()).hexdigest()[:16]}"
         return {
             "schedule": self.schedule.hash,
             "global_batch": self.inputs.global_batch,
-            "objective": f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}",
+            "objective": objective,
             "alternative_answers": alternatives_fingerprint(self.forget),
         }
 

@@ -65,6 +65,8 @@ class Reference:
         forget_top, retain_top: likeliest tokens.
         retain_hidden: output of a decoder layer at the answer positions of each retain sample, `[n_tokens, d]`.
         direction: random vector of length 1, `[d]`.
+        option_scale: what the objective's option that goes by sample is multiplied by, `[N]`. It is not saved: it is
+            made of lengths or difficulty, without the model.
     """
 
     forget_logps: Tensor | None = None
@@ -73,6 +75,7 @@ class Reference:
     retain_top: TopTokens = field(default_factory=TopTokens)
     retain_hidden: list[Tensor] = field(default_factory=list)
     direction: Tensor | None = None
+    option_scale: Tensor | None = None
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write a safetensors file, atomically. It holds numbers and token ids of likely answers, no text."""

@@ -8,6 +8,7 @@ sample with factor 0 is still served, at the cost of its forward pass; that is h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ class RunState:
         step: optimizer steps done.
         progress: share of the run that is done, in [0, 1).
         served: samples that the last optimizer step served, without repeats; empty at the start.
+        values: the metrics that the function is registered with, by name, `[N]` each.
     """
 
     logps: np.ndarray
@@ -39,6 +41,7 @@ class RunState:
     step: int
     progress: float
     served: np.ndarray = field(default_factory=lambda: np.array([], dtype=int))
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def probability(self) -> np.ndarray:
@@ -68,6 +71,18 @@ def per_sample_stop(
     """
     level = target if start is None else start ** (1 - state.progress) * target**state.progress
     return _stopped(state, level, back)
+
+
+@register_schedule("never_seen_stop", "dynamic", metric=("loss", "memorization"), check=within(1, np.inf, "back"))
+def never_seen_stop(state: RunState, *, back: float = 1.5) -> np.ndarray:
+    """`per_sample_stop` with the sample's own target: the answer probability of a model that never saw it.
+
+    By the metrics `loss` (mean log-probability before unlearning) and `memorization` (the same minus that of the
+    reference model), `exp(loss - memorization)`. Below it nothing is left to forget; a common target is too high for
+    one sample and out of reach for another.
+    """
+    never_seen = np.exp(np.minimum(state.values["loss"] - state.values["memorization"], 0.0))
+    return _stopped(state, never_seen, back)
 
 
 def _stopped(state: RunState, level: float | np.ndarray, back: float) -> np.ndarray:
@@ -245,10 +260,22 @@ class DynamicWeights:
         parts: names and options, as in `Schedule.dynamic`.
         logps: mean answer log-probability of each forget sample under the original model, `[N]`.
         steps: optimizer steps of the whole run.
+        values: metrics that the parts read, by name, `[N]` each, as in `Schedule.values`.
+        planned: samples that the run serves, without repeats and sorted; by default all. Nothing is known, in a run, of
+            the others: the parts do not see them, and their factor is 1.
     """
 
-    def __init__(self, parts: tuple[tuple[str, dict[str, Any]], ...], logps: np.ndarray, steps: int) -> None:
+    def __init__(
+        self,
+        parts: tuple[tuple[str, dict[str, Any]], ...],
+        logps: np.ndarray,
+        steps: int,
+        values: Mapping[str, np.ndarray] | None = None,
+        planned: np.ndarray | None = None,
+    ) -> None:
         self.parts, self.steps, self.step = parts, steps, 0
+        self.planned = np.arange(len(logps)) if planned is None else planned
+        self.values = {name: np.asarray(column)[self.planned] for name, column in (values or {}).items()}
         self.logps = np.maximum(np.asarray(logps, dtype=np.float64), FLOOR)
         self.factors = [np.ones(len(logps)) for _ in parts]
         self._estimate(np.array([], dtype=int))
@@ -269,12 +296,17 @@ class DynamicWeights:
 
     def _estimate(self, served: np.ndarray) -> None:
         progress = min(self.step / max(self.steps, 1), 1.0)
+        logps, rows = self.logps[self.planned], np.searchsorted(self.planned, served)
         for number, (name, options) in enumerate(self.parts):
-            state = RunState(self.logps.copy(), self.factors[number], self.step, progress, served)
-            factor = np.asarray(SCHEDULES[name].function(state, **options), dtype=np.float64)
-            if factor.shape != self.logps.shape or not (np.isfinite(factor).all() and (factor >= 0).all()):
+            before = self.factors[number][self.planned]
+            rule = SCHEDULES[name]
+            values = {metric: self.values[metric] for metric in rule.metrics}
+            state = RunState(logps.copy(), before, self.step, progress, rows, values)
+            factor = np.asarray(rule.function(state, **options), dtype=np.float64)
+            if factor.shape != logps.shape or not (np.isfinite(factor).all() and (factor >= 0).all()):
                 raise ValueError(f"schedule {name!r} must return one finite factor of at least 0 per forget sample")
-            self.factors[number] = factor
+            self.factors[number] = np.ones(len(self.logps))
+            self.factors[number][self.planned] = factor
 
     def state(self) -> dict[str, Any]:
         """As plain JSON values, which hold float64 exactly."""

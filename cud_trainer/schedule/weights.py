@@ -113,6 +113,35 @@ def inverse_error(difficulty: np.ndarray, *, low: float = 0.25, high: float = 6.
     return from_logs(-np.log(np.maximum(-np.expm1(np.minimum(difficulty, 0.0)), 1e-300)), low, high)
 
 
+def _check_temperature(owner: str, **options: Any) -> None:
+    if not options["temperature"] > 0:
+        raise ValueError(f"{owner} needs a temperature above 0, got {options['temperature']!r}")
+
+
+@register_schedule(
+    "risk", "weights", metric=("difficulty", "grad_alignment"), weighs_retain=True, check=_check_temperature
+)
+def risk(difficulty: np.ndarray, alignment: np.ndarray, *, temperature: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
+    """Forget weight proportional to `d (1 - r)`, mean 1; weight of its retain partner `1 + r`, in [1, 2].
+
+    d is difficulty and r the risk to the retain set, by the cosine of the sample's gradient with the mean retain
+    gradient (`grad_alignment`), each scaled to [0, 1] and gated, `sigmoid((x - 0.5) / temperature)` (DualCF,
+    arXiv 2608.14229). What is hard and apart is pushed; what pulls the retain set along is held back, and paid for.
+
+    Args:
+        temperature: of the gates: towards 0 all or nothing, towards infinity 1/2 for all.
+    """
+    d, r = (1 / (1 + np.exp(-(_scaled(values) - 0.5) / temperature)) for values in (difficulty, alignment))
+    weight = d * (1 - r)
+    return weight / weight.mean(), 1 + r
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """From 0 for the lowest to 1 for the highest; 0.5 where all are equal."""
+    width = np.ptp(values)
+    return (values - values.min()) / width if width > 0 else np.full(len(values), 0.5)
+
+
 def _check_power(owner: str, **options: Any) -> None:
     if not 0 <= options["power"] < np.inf:
         raise ValueError(f"{owner} needs a finite power of at least 0, got {options['power']!r}")

@@ -151,7 +151,7 @@ class RunInputs:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
         args = self.args
         if scores is None:
-            check_metrics(self.needed_metrics or ["loss"], {}, self.model)
+            check_metrics(self.needed_metrics or ["loss"], args.scoring_options()["metric_args"], self.model)
         elif args.difficulty is not None:
             scores = scores.aligned(self.forget.ids)
             if args.difficulty == PRECOMPUTED:

@@ -7,19 +7,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from ..difficulty import DifficultyScores
 from ..models.fingerprint import model_fingerprint
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
+from ..schedule.orders import rank
 from .checkpoints import REFERENCE_FILE
 from .inputs import RunInputs
 
 
-def run_reference(trainer: Any, inputs: RunInputs) -> Reference:
+def run_reference(trainer: Any, inputs: RunInputs, scores: DifficultyScores | None) -> Reference:
     """Reference quantities, from `output_dir` where an earlier start of this run left them.
 
     Args:
         trainer: whose model is as it will be trained, with its adapter if it has one.
+        scores: difficulty of the forget samples, for an option of the objective that goes by it.
     """
+    reference = _reference(trainer, inputs)
+    difficulty = None if scores is None or inputs.args.difficulty is None else scores[inputs.args.difficulty]
+    lengths = np.asarray(inputs.forget.answer_lengths, dtype=np.float64)
+    scale = inputs.loss.option_scale(lengths, None if difficulty is None else rank(difficulty))
+    reference.option_scale = None if scale is None else torch.from_numpy(scale)
+    return reference
+
+
+def _reference(trainer: Any, inputs: RunInputs) -> Reference:
     loss, args = inputs.loss, inputs.args
     if not loss.uses_reference and not loss.uses_hidden:
         return Reference()

@@ -34,7 +34,7 @@ LOGPS = -np.array([0.3, 0.02, 3.0, 0.3, 0.001, 0.3, 0.5])
 
 
 def make(name, **options):
-    return make_schedule(name, IDS, difficulty=DIFFICULTY, **{"passes": 3, "seed": 1, **options})
+    return make_schedule(name, IDS, **{"difficulty": DIFFICULTY, "passes": 3, "seed": 1, **options})
 
 
 @pytest.mark.parametrize("name", ONCE)
@@ -374,6 +374,40 @@ class TestWeights:
             found = self.weight(name, certain)
             assert np.isfinite(found).all() and found.argmax() == 0 and found.mean() == pytest.approx(1)
 
+    def test_risk_by_hand(self):
+        """Forget weight d (1 - r), retain weight 1 + r, both gated min-max scores."""
+        difficulty, alignment = np.array([0.0, 2.0, 4.0, 4.0]), np.array([0.3, -0.2, 0.3, 0.8])
+        forget, retain = SCHEDULES["risk"].function(difficulty, alignment)
+        gate = {x: 1 / (1 + np.exp(-(x - 0.5) / 0.25)) for x in (0.0, 0.5, 1.0)}
+        d = np.array([gate[0.0], gate[0.5], gate[1.0], gate[1.0]])
+        r = np.array([gate[0.5], gate[0.0], gate[0.5], gate[1.0]])
+        np.testing.assert_allclose(forget, d * (1 - r) / (d * (1 - r)).mean())
+        np.testing.assert_allclose(retain, 1 + r)
+
+    def test_risk_goes_with_the_pair(self, tmp_path):
+        """Row by row: each forget sample's retain weight stands beside it, also by tokens, in the file and the hash."""
+        alignment = np.random.default_rng(0).normal(size=7)
+        values = {"difficulty": DIFFICULTY, "grad_alignment": alignment}
+        retain, lengths = ["r0", "r1", "r2"], np.array([3, 1, 7])
+        schedule = make("risk+easy_to_hard", difficulty=values, retain_ids=retain)
+        expected = SCHEDULES["risk"].function(DIFFICULTY, alignment)
+        index = [IDS.index(i) for i in schedule.order]
+        np.testing.assert_allclose(schedule.weight, expected[0][index])
+        np.testing.assert_allclose(schedule.retain_weight, expected[1][index])
+        rows = schedule.rows(IDS, retain, 4)
+        np.testing.assert_allclose(rows["retain_scale"][:20], schedule.retain_weight[:20])
+        assert rows["retain_scale"][20:] == [pytest.approx(4 * schedule.retain_weight[20]), 0, 0, 0]
+        tokens = np.array(schedule.rows(IDS, retain, 7, retain_lengths=lengths)["retain_scale"][:7])
+        n = lengths[[retain.index(r) for r in schedule.retain_id[:7]]]
+        np.testing.assert_allclose(tokens / 7, n * schedule.retain_weight[:7] / n.sum())
+        loaded = Schedule.load(schedule.save(tmp_path / "s.parquet"))
+        assert loaded.hash == schedule.hash and (loaded.retain_weight == schedule.retain_weight).all()
+        assert replace(schedule, retain_weight=None).hash != schedule.hash
+
+    def test_a_schedule_names_the_metric_that_is_missing(self):
+        with pytest.raises(ValueError, match="schedule 'risk' needs grad_alignment scores"):
+            make("risk", difficulty={"difficulty": DIFFICULTY})
+
 
 class TestComposition:
     def test_an_order_with_weights_and_a_stop(self):
@@ -473,6 +507,45 @@ class TestDynamic:
         # what left early comes back when the target has fallen
         assert stop(self.state([0.35], [1.0]), **options).tolist() == [0]
         assert stop(self.state([0.35], [0.0], progress=0.5), **options).tolist() == [1]
+
+    def test_never_seen_stop(self):
+        """Each sample at its own level, exp(loss - memorization): 0.2, 0.05, and never above 1."""
+        values = {"loss": np.log([0.8, 0.9, 0.5]), "memorization": np.log([4.0, 18.0, 0.4])}
+
+        def stop(p, factor):
+            state = replace(self.state(p, factor), values=values)
+            return SCHEDULES["never_seen_stop"].function(state, back=1.5).tolist()
+
+        assert stop([0.19, 0.06, 0.99], [1, 1, 1]) == [0, 1, 0]
+        assert stop([0.29, 0.07, 0.99], [0, 0, 0]) == [0, 0, 0]
+        assert stop([0.31, 0.08, 0.99], [0, 0, 0]) == [1, 1, 0]
+
+    def test_what_dynamic_parts_read_is_part_of_the_schedule(self, tmp_path):
+        values = {"loss": LOGPS, "memorization": -LOGPS}
+        schedule = make("uniform+never_seen_stop", difficulty=values)
+        loaded = Schedule.load(schedule.save(tmp_path / "s.parquet"))
+        assert loaded.hash == schedule.hash
+        assert {name: column.tolist() for name, column in loaded.values.items()} == {
+            name: column.tolist() for name, column in values.items()
+        }
+        other = make("uniform+never_seen_stop", difficulty={**values, "memorization": -2 * LOGPS})
+        assert other.hash != schedule.hash
+        run = DynamicWeights(schedule.dynamic, LOGPS, 10, schedule.values)
+        assert run.factor.tolist() == [1] * 7
+        run.update(np.array([2]), np.array([2 * LOGPS[2] - 0.01]), 1)
+        assert run.factor.tolist() == [1, 1, 0, 1, 1, 1, 1]
+
+    def test_parts_see_only_what_the_run_serves(self):
+        """Of samples that are never trained on nothing is known: they take no weight from the others."""
+        p = np.array([0.9, 0.2, 0.9, 0.6, 0.9])
+        run = DynamicWeights((("tail", {}), ("dual", {"target": 0.2})), np.log(p), 4, planned=np.array([1, 3]))
+        assert run.factor.tolist() == [1, 0, 1, 2, 1]
+        run.update(np.array([3]), np.log([0.1]), 1)
+        np.testing.assert_allclose(run.factor, [1, 2, 1, 0, 1])
+        np.testing.assert_allclose(run.factors[1], [1, 1, 1, 0.5**0.25, 1])
+        again = DynamicWeights(run.parts, np.log(p), 4, planned=run.planned)
+        again.restore(json.loads(json.dumps(run.state())))
+        assert again.factor.tolist() == run.factor.tolist()
 
     def test_tail(self):
         tail = SCHEDULES["tail"].function

@@ -589,6 +589,7 @@ class TestSharded:
         ({"max_retain_loss": float("nan")}, "max_retain_loss must be a number"),
         ({"loss_normalization": "batch"}, "must be 'sample' or 'token', got 'batch'"),
         ({"objective": "npo", "loss_normalization": "token"}, "the loss of objective 'npo' is one of whole samples"),
+        ({"objective": "ga", "schedule": "risk"}, "'risk' weights the retain loss, too, but retain_loss is 'none'"),
         ({"eval_retain_samples": 0}, "eval_retain_samples must be an integer of at least 1"),
         ({"schedule": "easy_to_hard+uniform"}, "more than one order"),
         ({"schedule": "inverse_gradient", "difficulty": "none"}, "needs a difficulty metric, but difficulty is 'none'"),
