@@ -257,6 +257,14 @@ class TestOptionsBySample:
                 trainer.train()
         with pytest.raises(ValueError, match="cannot resume.*its objective is"):
             trainer.train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="no difficulty metric 'length'"):
+            make_trainer(
+                tmp_path / "other",
+                objective_args={"beta_by": "difficulty"},
+                schedule="uniform",
+                difficulty="length",
+                difficulty_scores=DifficultyScores(ids, {"loss": np.arange(9.0)}),
+            )
         with pytest.raises(ValueError, match="has an option by difficulty, but difficulty is 'none'"):
             config(tmp_path, objective_args={"beta_by": "difficulty"}, difficulty="none", schedule="uniform")
 
