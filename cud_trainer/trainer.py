@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -136,7 +137,7 @@ class CUDTrainer(SFTTrainerHooks):
         logps = np.zeros(len(inputs.forget)) if start is None else np.log(np.maximum(start, 1e-300))
         self.progress = RunProgress(
             plan.forget_row,
-            DynamicWeights(plan.schedule.dynamic, logps, plan.steps),
+            DynamicWeights(plan.schedule.dynamic, logps, plan.steps, plan.schedule.values, np.unique(plan.forget_row)),
             retain_weight=args.retain_weight,
             retain_limit=args.retain_limit,
             dual_rate=args.dual_rate,
@@ -234,10 +235,14 @@ class CUDTrainer(SFTTrainerHooks):
 
     def run_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it."""
+        objective = f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}"
+        scale = self.reference.option_scale
+        if scale is not None:
+            objective += f" by sample {hashlib.sha256(scale.numpy().tobytes()).hexdigest()[:16]}"
         identity = {
             "schedule": self.schedule.hash,
             "global_batch": self.inputs.global_batch,
-            "objective": f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}",
+            "objective": objective,
             "alternative_answers": alternatives_fingerprint(self.forget),
         }
         return identity if self.forget.template is None else {**identity, "template": self.forget.template}

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from builders import make_model, make_tokenizer, qa_dataset
 from runs import checksum, make_trainer
 
