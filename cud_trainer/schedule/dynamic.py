@@ -126,9 +126,8 @@ def self_paced(state: RunState, *, start: float = 0.25, until: float = 0.5, ever
         return state.factor
     size = len(state.logps)
     count = int(np.ceil(competence(np.array(state.progress), start, until) * size))
-    factor = np.zeros(size)
-    factor[np.argsort(state.logps, kind="stable")[:count]] = size / count
-    return factor
+    inside = state.logps <= np.partition(state.logps, count - 1)[count - 1]  # equal ones are in it together
+    return inside * (size / inside.sum())
 
 
 class DynamicWeights:
