@@ -45,7 +45,8 @@ def audit_results(
         if part in final.sets:
             line = f"mean {part} probability {interval_text(final.sets[part]['probability'])}"
             if started is not None and part in started:
-                line += f" (before unlearning {started[part]['probability'].value:.3f})"
+                level = started[part]["probability"].value
+                line += f" (before unlearning {level:.3f})" if np.isfinite(level) else " (before unlearning n/a)"
             findings.append(line)
     condition = Condition(
         name=name,
@@ -63,6 +64,8 @@ def audit_results(
         final.buckets = by_bucket(after["forget"], buckets, seed)
         easy, hard = (interval_text(final.buckets[side].metrics["probability"]) for side in (0, -1))
         findings.append(f"easiest bucket {easy}, hardest bucket {hard} (answer probability)")
+        if buckets.note:
+            findings.append(buckets.note)
         if all(column in scores.columns for column in TRIVIAL):
             results.difficulty, lines = _difficulty(after["forget"]["probability"], scores, buckets, seed, name)
             findings += lines
@@ -94,7 +97,7 @@ def measured_tables(
         never_saw, original = (None if other is None else other.truth_ratio for other in (reference, before))
         tables.append(forget_quality_table(after.truth_ratio, never_saw, original, seed))
         quality = tables[-1].rows[0].cells[1]
-        if isinstance(quality, float):
+        if isinstance(quality, float) and np.isfinite(quality):
             findings.append(f"forget quality (KS p-value of truth ratios against the reference model) {quality:.3g}")
     if after.utility:
         tables.append(utility_table(after.utility, None if before is None else before.utility, seed))
