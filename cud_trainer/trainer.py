@@ -30,7 +30,7 @@ from .training.checkpoints import (
     read_state,
 )
 from .training.hooks import SFTTrainerHooks
-from .training.inputs import RunInputs, on_device, prepare_evaluated
+from .training.inputs import RunInputs, on_device, prepare_evaluated, record_template
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
 from .training.recorder import StepRecorder
@@ -91,6 +91,7 @@ class CUDTrainer(SFTTrainerHooks):
             peft_config=peft_config,
             scores=difficulty_scores,
         )
+        record_template(inputs)
         plan = RunPlan.of(inputs)
         # The rows are ready to train on; the base class must not look for text in them.
         inputs.args.dataset_kwargs = {**(inputs.args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -195,12 +196,13 @@ class CUDTrainer(SFTTrainerHooks):
 
     def run_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it."""
-        return {
+        identity = {
             "schedule": self.schedule.hash,
             "global_batch": self.inputs.global_batch,
             "objective": f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}",
             "alternative_answers": alternatives_fingerprint(self.forget),
         }
+        return identity if self.forget.template is None else {**identity, "template": self.forget.template}
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What goes into a checkpoint beside weights and optimizer, as plain JSON values."""
@@ -240,6 +242,9 @@ class CUDTrainer(SFTTrainerHooks):
 
     # -- what is measured and told ---------------------------------------------------------------------------------
 
+    def _prepared(self, dataset: Any) -> Any:
+        return prepare_evaluated(dataset, self.inputs.tokenizer, self.args.max_length, self.inputs.template)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Ordinary loss of `eval_dataset`, given in any format the forget dataset may have.
 
@@ -248,7 +253,7 @@ class CUDTrainer(SFTTrainerHooks):
         """
         if eval_dataset is not None:
             if not isinstance(eval_dataset, str):
-                eval_dataset = prepare_evaluated(eval_dataset, self.inputs.tokenizer, self.args.max_length)
+                eval_dataset = self._prepared(eval_dataset)
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
         if self.eval_dataset is not None and not self.inputs.evaluates_itself:
@@ -270,7 +275,7 @@ class CUDTrainer(SFTTrainerHooks):
             With a `test_dataset`: what the base class says about that.
         """
         if test_dataset is not None:
-            prepared = prepare_evaluated(test_dataset, self.inputs.tokenizer, self.args.max_length)
+            prepared = self._prepared(test_dataset)
             return super().predict(prepared, ignore_keys, metric_key_prefix)
         probability, metrics = self.residual.measure()
         return PredictionOutput(probability, None, {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
 from ..config import CUDConfig
-from ..data import check_tokenizer
+from ..data import ready_tokenizer
 from ..data.chunks import DOCUMENT, chunk_texts
 from ..data.sources import load_samples
+from ..data.tokenizers import tokenizer_options
 from .parser import parse_options
 
 
@@ -110,8 +111,12 @@ class ScoreArguments(DataArguments):
     )
 
 
-def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, able to pad and end; `ValueError` otherwise."""
+def load_tokenizer(model_args: ModelConfig, args: Any = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, able to pad and end; `ValueError` otherwise.
+
+    Args:
+        args: options that say more of it: `TOKENIZER_OPTIONS`.
+    """
     if not model_args.model_name_or_path:
         raise ValueError("model is missing: give --model_name_or_path")
     try:
@@ -122,8 +127,7 @@ def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {model_args.model_name_or_path!r}: {error}") from None
-    check_tokenizer(tokenizer)
-    return tokenizer
+    return ready_tokenizer(tokenizer, **tokenizer_options(args))
 
 
 def model_options(model_args: ModelConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def train(argv: list[str]) -> int:
         own_names = begun(args.output_dir)
         check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=own_names)
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
-    tokenizer = load_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
     trainer = CUDTrainer(

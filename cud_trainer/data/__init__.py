@@ -4,6 +4,7 @@ from .batches import BATCH_BYTES, pad_batch, plan_batches
 from .chunks import DOCUMENT, chunk_texts
 from .columns import (
     ALTERNATIVES,
+    COUNTED,
     COUNTERFACTUAL,
     IGNORE_INDEX,
     PREPARED,
@@ -15,7 +16,6 @@ from .columns import (
 from .formats import (
     ANSWERS,
     FORMATS,
-    check_tokenizer,
     detect_format,
     question_and_answer,
     text_tokens,
@@ -25,11 +25,14 @@ from .pairs import PairedCollator
 from .prepare import prepare_dataset, prepare_samples
 from .samples import Samples, check_disjoint, dataset_fingerprint, evenly_spaced
 from .sources import load_samples
+from .template import TemplateContext
+from .tokenizers import check_tokenizer, check_vocabulary, ready_tokenizer
 
 __all__ = [
     "ALTERNATIVES",
     "ANSWERS",
     "BATCH_BYTES",
+    "COUNTED",
     "COUNTERFACTUAL",
     "DOCUMENT",
     "FORMATS",
@@ -37,9 +40,11 @@ __all__ = [
     "PREPARED",
     "PairedCollator",
     "Samples",
+    "TemplateContext",
     "check_disjoint",
     "check_tokenizer",
     "check_unique",
+    "check_vocabulary",
     "chunk_texts",
     "content_id",
     "dataset_fingerprint",
@@ -52,6 +57,7 @@ __all__ = [
     "prepare_dataset",
     "prepare_samples",
     "question_and_answer",
+    "ready_tokenizer",
     "rows_by_id",
     "text_tokens",
     "tokenise_answer",

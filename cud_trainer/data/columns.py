@@ -9,6 +9,10 @@ IGNORE_INDEX = -100
 PREPARED = ("sample_id", "input_ids", "labels")
 # Beside `input_ids` token by token: the same sample with another answer, for counterfactual circuits.
 COUNTERFACTUAL = "counterfactual_input_ids"
+# Beside `labels`: -100 also for what a chat template adds around the answer. Figures are made of these tokens.
+COUNTED = "counted"
+# A hash of the sample as it would be on no day in particular, where a chat template writes the date.
+CONTENT = "content"
 # The same sample with the answer that is to take its place, for preference objectives.
 ALTERNATIVES = ("alternative_input_ids", "alternative_labels")
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from .chat import Chat, Tokens, chat_tokens, shared, template_options
 from .columns import COUNTERFACTUAL, IGNORE_INDEX
+from .template import TemplateContext
 
 FORMATS = {
     "tokenised": ("input_ids", "labels"),
@@ -23,23 +24,12 @@ FORMATS = {
 }
 # The column that holds the answer, of the formats that have a prompt.
 ANSWERS = {"prompt-completion": "completion", "question-answer": "answer", "conversational": "messages"}
+# What a chat template is told beside the messages, row by row.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Nothing else is wanted of a tokenizer; masks are a fifth of its time.
 ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False}
 
 Row: TypeAlias = dict[str, Any]
-# Number of prompt tokens, and all tokens.
-Tokens: TypeAlias = tuple[int, list[int]]
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless `tokenizer` can end and pad a sequence."""
-    name = tokenizer.name_or_path or type(tokenizer).__name__
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer '{name}' has no eos token: set `tokenizer.eos_token`")
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"tokenizer '{name}' has no pad token: set `tokenizer.pad_token` (for example to the eos token)"
-        )
 
 
 def detect_format(columns: Sequence[str], name: str) -> str:
@@ -51,12 +41,19 @@ def detect_format(columns: Sequence[str], name: str) -> str:
     raise ValueError(f"{name} dataset has columns {sorted(columns)}; expected one of: {known}")
 
 
-def tokenise(rows: Sequence[Row], kind: str, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[Tokens]:
+def tokenise(
+    rows: Sequence[Row],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    context: TemplateContext | None = None,
+) -> list[Tokens]:
     """The tokens of rows of one format.
 
     Args:
         kind: key of `FORMATS`.
         names: what to call each row in an error.
+        context: what a chat template sees beside the messages; by default nothing but today's date.
 
     Raises:
         ValueError: for a row that is malformed, named. A batch may name another one than its first.
@@ -66,15 +63,16 @@ def tokenise(rows: Sequence[Row], kind: str, tokenizer: PreTrainedTokenizerBase,
         return [_given_tokens(row, tokenizer, where) for row, where in named]
     if kind == "text":
         texts = [filled(row["text"], "text", where) for row, where in named]
-        return [(0, tokens) for tokens in _texts(texts, tokenizer)]
+        return [Tokens(0, tokens) for tokens in _texts(texts, tokenizer)]
     pairs = [(*_prompt_and_completion(row, kind, tokenizer, where), where) for row, where in named]
     if not isinstance(pairs[0][0], str):  # a column has one type, so that all are messages or none
-        return _chats(pairs, tokenizer)
+        messages = [(*pair[:2], row, pair[2]) for pair, row in zip(pairs, rows, strict=True)]
+        return _chats(messages, tokenizer, context or TemplateContext())
     for _, completion, where in pairs:
         filled(completion, "completion", where)
     starts = tokenizer([prompt for prompt, _, _ in pairs], **ONLY_IDS)["input_ids"]
     wholes = tokenizer([prompt + completion for prompt, completion, _ in pairs], **ONLY_IDS)["input_ids"]
-    return [_answer_from(start, whole) for start, whole in zip(starts, _with_eos(wholes, tokenizer), strict=True)]
+    return [Tokens(shared(start, all_), all_) for start, all_ in zip(starts, _with_eos(wholes, tokenizer), strict=True)]
 
 
 def text_tokens(text: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
@@ -109,9 +107,12 @@ def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBa
     return prompt, completion
 
 
-def _chats(pairs: Sequence[tuple[list, list, str]], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+def _chats(
+    pairs: Sequence[tuple[list, list, Row, str]], tokenizer: PreTrainedTokenizerBase, context: TemplateContext
+) -> list[Tokens]:
     """Tokens of conversations, through the chat template."""
-    for prompt, completion, where in pairs:
+    chats = []
+    for prompt, completion, row, where in pairs:
         for message in [*prompt, *(completion or [])]:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
                 raise ValueError(f"{where}: a message must have a role and a content, got {_keys(message)}")
@@ -120,39 +121,8 @@ def _chats(pairs: Sequence[tuple[list, list, str]], tokenizer: PreTrainedTokeniz
         filled(completion[-1].get("content"), "assistant message", where)
         if not tokenizer.chat_template:
             raise ValueError(f"{where}: the data is conversational but the tokenizer has no chat template")
-    # An opening with no user turn has no generation prompt to share with the full chat.
-    prompts = [prompt for prompt, _, _ in pairs if prompt]
-    try:
-        starts = iter(_chat(tokenizer, prompts, add_generation_prompt=True) if prompts else [])
-        wholes = _chat(tokenizer, [[*p, *completion] for p, completion, _ in pairs], add_generation_prompt=False)
-    except (TemplateError, TypeError) as error:  # TypeError: content that is no text
-        raise ValueError(f"{pairs[0][2]}: the chat template refuses it: {str(error)[:200]}") from None
-    return [
-        _answer_from(next(starts) if prompt else [], whole) for (prompt, _, _), whole in zip(pairs, wholes, strict=True)
-    ]
-
-
-def _chat(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], add_generation_prompt: bool
-) -> list[list[int]]:
-    encoded = tokenizer.apply_chat_template(
-        conversations,
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=True,
-        tokenizer_kwargs=ONLY_IDS,
-    )
-    return encoded["input_ids"]
-
-
-def _answer_from(start: list[int], whole: list[int]) -> Tokens:
-    """Where the answer starts: a tokenizer may merge the end of the prompt with the start of the answer."""
-    if whole[: len(start)] == start:
-        return len(start), whole
-    shared = 0
-    while shared < min(len(start), len(whole)) and start[shared] == whole[shared]:
-        shared += 1
-    return shared, whole
+        chats.append(Chat(prompt, completion, template_options(row, where), where))
+    return chat_tokens(chats, tokenizer, context)
 
 
 def _with_eos(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -171,14 +141,14 @@ def _given_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> T
         raise ValueError(f"{where}: labels and input_ids differ in length")
     start = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     if labels[start:] == tokens[start:]:
-        return start, tokens
+        return Tokens(start, tokens)
     wrong = next((p for p, label in enumerate(labels) if label not in (IGNORE_INDEX, tokens[p])), None)
     if wrong is not None:
         raise ValueError(
             f"{where}: label {labels[wrong]} at position {wrong} is neither {IGNORE_INDEX} nor the token there, "
             f"{tokens[wrong]} (labels are not shifted)"
         )
-    return start, tokens
+    return Tokens(start, tokens)
 
 
 def check_tokens(tokens: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: str, *also: int) -> None:
@@ -223,7 +193,12 @@ def question_and_answer(row: Row, kind: str) -> tuple[str, str]:
 
 
 def tokenise_answer(
-    row: Row, kind: str, text: str, tokenizer: PreTrainedTokenizerBase, where: str
+    row: Row,
+    kind: str,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    context: TemplateContext | None = None,
 ) -> dict[str, list[int]]:
     """`input_ids` and `labels` of a row with `text` for its answer."""
     answer: Any = text
@@ -233,8 +208,8 @@ def tokenise_answer(
         answer = [*row["completion"][:-1], {"role": "assistant", "content": text}]
     elif kind == "prompt-completion" and row["completion"][:1].isspace() and not text[:1].isspace():
         answer = row["completion"][0] + text  # the same separation from the prompt
-    prompt, tokens = tokenise([{**row, ANSWERS[kind]: answer}], kind, tokenizer, [where])[0]
-    return {"input_ids": tokens, "labels": [IGNORE_INDEX] * prompt + tokens[prompt:]}
+    tokens = tokenise([{**row, ANSWERS[kind]: answer}], kind, tokenizer, [where], context)[0]
+    return {"input_ids": tokens.ids, "labels": tokens.labels}
 
 
 def counterfactuals(
@@ -244,6 +219,7 @@ def counterfactuals(
     tokenizer: PreTrainedTokenizerBase,
     tokenised: Sequence[Tokens],
     names: Sequence[str],
+    context: TemplateContext | None = None,
 ) -> list[list[int]]:
     """The tokens of each row with another answer, from `column`, in place of its own, aligned token by token.
 
@@ -263,16 +239,15 @@ def counterfactuals(
         others += [{**row, ANSWERS[kind]: filled(text, column, where)} for text in texts]
         sizes.append(len(texts))
     whose = [where for where, size in zip(names, sizes, strict=True) for _ in range(size)]
-    rivals = iter(tokenise(others, kind, tokenizer, whose))
-    return [
-        _aligned(prompt, tokens, [next(rivals)[1] for _ in range(size)])
-        for (prompt, tokens), size in zip(tokenised, sizes, strict=True)
-    ]
+    rivals = iter(tokenise(others, kind, tokenizer, whose, context))
+    return [_aligned(own, [next(rivals) for _ in range(size)]) for own, size in zip(tokenised, sizes, strict=True)]
 
 
-def _aligned(prompt: int, tokens: list[int], rivals: list[list[int]]) -> list[int]:
+def _aligned(own: Tokens, rivals: list[Tokens]) -> list[int]:
     """The rival nearest in length, cut or filled with the answer's own last tokens to that length."""
-    nearest = min(rivals, key=lambda rival: abs(len(rival) - len(tokens)))
-    # the sample's own end of sequence stays in its place
-    body = nearest[prompt : len(tokens) - 1] if len(nearest) >= len(tokens) else nearest[prompt:-1]
-    return [*tokens[:prompt], *body, *tokens[prompt + len(body) :]]
+    nearest = min(rivals, key=lambda rival: abs(len(rival.ids) - len(own.ids)))
+    start, end = (own.prompt, len(own.ids) - 1) if own.counted is None else (own.counted[0][0], own.counted[-1][1])
+    stop = len(nearest.ids) - 1 if nearest.counted is None else nearest.counted[-1][1]
+    # what ends the sample (eos, or what the template writes) stays in its place
+    body = nearest.ids[start : min(end, stop)]
+    return [*own.ids[:start], *body, *own.ids[start + len(body) :]]

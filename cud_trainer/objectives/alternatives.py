@@ -13,10 +13,12 @@ from ..data import (
     ALTERNATIVES,
     ANSWERS,
     Samples,
+    TemplateContext,
     detect_format,
     question_and_answer,
     tokenise_answer,
 )
+from ..data.template import Renderer
 from ..models.generation import Sampling, continuations, stop_tokens
 
 REFUSALS = (
@@ -46,6 +48,7 @@ def with_alternatives(
     column: str | None = None,
     refusals: Sequence[str] = REFUSALS,
     model: PreTrainedModel | None = None,
+    template: TemplateContext | None = None,
     batch_size: int = 8,
     max_length: int | None = 1024,
     seed: int = 0,
@@ -58,6 +61,7 @@ def with_alternatives(
         dataset: the samples as text, in the same order.
         source: `"given"` (text in `column`), `"refusal"` (one of `refusals`) or `"model"` (see `model_alternatives`).
         model: writes the answers for `"model"`.
+        template: what a chat template sees beside the messages, see `prepare_dataset`.
         max_length: of an alternative with its prompt, in tokens.
         seed: decides which refusal a sample gets and what the model writes.
 
@@ -67,6 +71,7 @@ def with_alternatives(
     """
     if samples.alternatives is not None:
         return samples
+    template = template or TemplateContext()
     kind = detect_format(dataset.column_names, "forget")
     if kind not in ANSWERS:
         raise ValueError(f"alternative answers need samples with a prompt; the forget dataset has the format {kind!r}")
@@ -84,7 +89,14 @@ def with_alternatives(
         if model is None:
             raise ValueError("the model that writes alternative answers is missing")
         texts = model_alternatives(
-            model, tokenizer, dataset, batch_size=batch_size, seed=seed, ids=samples.ids, progress=progress
+            model,
+            tokenizer,
+            dataset,
+            template=template,
+            batch_size=batch_size,
+            seed=seed,
+            ids=samples.ids,
+            progress=progress,
         )
     rows = []
     for row, text, sample_id in zip(dataset.with_format(None), texts, samples.ids, strict=True):
@@ -93,7 +105,7 @@ def with_alternatives(
             raise ValueError(f"{where}: its alternative answer is empty")
         if _same(text, question_and_answer(row, kind)[1]):
             raise ValueError(f"{where}: its alternative answer is the answer that is to be forgotten")
-        rows.append(tokenise_answer(row, kind, text, tokenizer, where))
+        rows.append(tokenise_answer(row, kind, text, tokenizer, where, template))
         if max_length is not None and len(rows[-1]["input_ids"]) > max_length:
             raise ValueError(
                 f"{where}: its alternative answer ends at token {len(rows[-1]['input_ids'])}, beyond "
@@ -115,6 +127,7 @@ def model_alternatives(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     *,
+    template: TemplateContext | None = None,
     batch_size: int = 8,
     seed: int = 0,
     ids: Sequence[str] | None = None,
@@ -133,8 +146,9 @@ def model_alternatives(
     pairs = [question_and_answer(row, kind) for row in dataset.with_format(None)]
     prompts = [INSTRUCTION.format(question=question, answer=answer.strip()) for question, answer in pairs]
     if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        context = template or TemplateContext()
+        chats = [context.conversation([{"role": "user", "content": prompt}]) for prompt in prompts]
+        prompts = Renderer(tokenizer, context)(chats, [{}] * len(chats), generation_prompt=True)
     else:
         prompts = [f"{prompt}\n\nOther answer:" for prompt in prompts]
     asked = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]

@@ -28,7 +28,7 @@ class LossTerms:
     Attributes:
         forget: forget loss, `[B]`.
         retain: retain loss, `[B]`, or `None`.
-        mean_logps: mean answer log-probability of the forget samples, `[B]`, detached.
+        mean_logps: mean log-probability of the forget samples' tokens that count, `[B]`, detached.
     """
 
     forget: Tensor
@@ -234,7 +234,7 @@ class UnlearningLoss:
             kept = slice(pairs, 2 * pairs)
             rows = batch["retain_index"].tolist() if self.retain_loss != "nll" else []
             retain_loss = self._retain(scores[kept], None if hidden is None else hidden[kept], rows, reference)
-        return LossTerms(forget_loss, retain_loss, forget.mean_logps.detach())
+        return LossTerms(forget_loss, retain_loss, forget.counted_mean_logps.detach())
 
     def _retain(self, scores: AnswerScores, hidden: Tensor | None, rows: list[int], reference: Reference) -> Tensor:
         if self.retain_loss == "nll":

@@ -54,7 +54,9 @@ def teacher_forced(
     batch_size: int = 16,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """`probability` (exp of the mean answer log-probability, eos included) and the arg-max metrics, each `[N]`.
+    """`probability` (exp of the mean answer log-probability) and the arg-max metrics, each `[N]`.
+
+    Of the tokens that `Samples.measured` counts: of a conversation the message's own, of plain strings eos included.
 
     The arg-max metrics count the answer's tokens before the first that ends one (`stop_tokens`), as do `min_k` and
     `min_k_plus_plus`: mean of the lowest 20% of the answer's log-probabilities (Shi et al. 2023, arXiv 2310.16789),
@@ -63,6 +65,7 @@ def teacher_forced(
     """
     device = model.get_input_embeddings().weight.device
     stop = torch.tensor(stop_tokens(tokenizer, model), device=device, dtype=torch.long)
+    prepared = prepared.measured
     values = {name: np.zeros(len(prepared)) for name in (*TEACHER_FORCED, *TOKEN_STATISTICS)}
     with evaluation_mode(model):
         for rows, batch in prepared.batches(batch_size, device=device, desc=desc):
@@ -105,7 +108,7 @@ def generate_answers(
         seed: of sampling.
     """
     stop = stop_tokens(tokenizer, model)
-    prompts, limits = [], []
+    prompts, limits, prepared = [], [], prepared.measured
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
         start = answer_start(labels)
         prompts.append(list(tokens[:start]))
@@ -135,9 +138,10 @@ def true_answers(prepared: Samples, tokenizer: PreTrainedTokenizerBase, stop: Co
     Args:
         stop: tokens that end an answer: nothing behind the first of them counts.
     """
-    texts = []
+    texts, prepared = [], prepared.measured
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
-        answer = list(tokens[answer_start(labels) :])
+        last = next(place for place in reversed(range(len(labels))) if labels[place] != IGNORE_INDEX)
+        answer = list(tokens[answer_start(labels) : last + 1])
         end = next((place for place, token in enumerate(answer) if token in stop), len(answer))
         texts.append(tokenizer.decode(answer[:end], skip_special_tokens=True).strip())
     return texts
