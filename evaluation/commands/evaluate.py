@@ -13,6 +13,7 @@ from trl import ModelConfig
 
 from cud_trainer.circuits import Faithfulness, dataset_faithfulness
 from cud_trainer.commands.parser import parse_options
+from cud_trainer.data.groups import group_labels
 from cud_trainer.files import check_output_dir
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.models.fingerprint import model_fingerprint, versions
@@ -292,7 +293,7 @@ def sample_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataF
         inputs.buckets,
     )
     if inputs.groups is not None:
-        frame = frame.assign(group=[str(group) for group in inputs.groups])
+        frame = frame.assign(group=group_labels(inputs.groups))
     if inputs.args.show_text:
         frame = frame.assign(true_answer=true_answers(forget, inputs.tokenizer))
     return frame

@@ -11,11 +11,16 @@ from cud_trainer.difficulty import Buckets, DifficultyScores
 
 from ..metrics import privacy
 from ..metrics.measure import Measured
+from ..metrics.memorization import METRICS, TOKEN_STATISTICS
 from ..statistics import Interval
 from .cells import interval_text, means
 from .difficulty import TRIVIAL, comparisons_note, difficulty_section
 from .schema import Condition, Difficulty, Final, Head, Results, Run, Table
 from .tables import by_bucket, change_table, forget_quality_table, privacy_table, relative_table, utility_table
+
+# Columns of a table of samples that are no difficulty.
+MEASURED = (*METRICS, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability")
+BESIDE = ("group", "true_answer", "ground_truth", "generation")
 
 Sets = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -125,6 +130,15 @@ def _attacks(measured: Measured, reference: Measured | None, name: str) -> dict[
     return privacy.attack_scores(
         measured.statistics[name], measured.texts[name], None if reference is None else reference.statistics[name]
     )
+
+
+def check_score_names(scores: DifficultyScores) -> None:
+    """Raise `ValueError` naming a difficulty metric that is called like a column of what is measured."""
+    for name in scores.metrics:
+        if name in BESIDE or name.removeprefix("before/").removeprefix("reference/") in MEASURED:
+            raise ValueError(
+                f"the scores have a metric {name!r}, which is a column of what is measured of each sample: rename it"
+            )
 
 
 def per_sample_table(
