@@ -16,6 +16,7 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.models.fingerprint import versions
 
 from . import statistics as stats
+from .endpoint import worst_quarter
 from .metrics.memorization import TOKEN_STATISTICS
 from .report.cells import interval_text
 from .report.circuits import circuit_section
@@ -23,7 +24,7 @@ from .report.difficulty import difficulty_section
 from .report.schema import DifficultySection, Head, Table, jsonable
 from .report.tables import table
 from .study.report import condition
-from .study.runs import Run, grouped, left_at, trials, tuned, worst_quarter
+from .study.runs import Run, grouped, left_at, trials, tuned
 from .trajectory import averaged_residual
 
 OBJECTIVES = ("graddiff", "npo")

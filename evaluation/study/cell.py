@@ -17,8 +17,11 @@ from trl import ModelConfig
 from cud_trainer import CUDConfig
 from cud_trainer.data import Samples
 
+from ..endpoint import worst_quarter
+from ..trajectory import Path as Trajectory
 from ..trajectory import TradeoffCallback
 from .grid import Cell
+from .heldout import REFERENCE, ask_reference
 from .options import StudyArguments
 
 GENERATE_BATCH = 64  # generating is slow one by one
@@ -33,6 +36,7 @@ class _World:
     forget: Dataset
     retain: Dataset | None
     utility: Dataset | None
+    held_out: Dataset | None
 
 
 def work_on(study: Path, cell: Cell) -> dict[str, Any]:
@@ -42,6 +46,8 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
     set_verbosity(logging.ERROR)
     folder = study / "cells" / cell.name
     world = _world(study)
+    if cell.kind == REFERENCE:
+        return ask_reference(cell.settings, world.forget, world.tokenizer)
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
     options = {
@@ -66,7 +72,8 @@ def _world(study: Path) -> _World:
     # The grid is of no use here, but must be there.
     data = StudyArguments(**shared["data"], grid={"seed": [0]})
     tokenizer = load_tokenizer(model)
-    return _World(model, tokenizer, *data.load(tokenizer), data.load_utility(tokenizer))
+    utility, held_out = data.load_utility(tokenizer), data.load_heldout(tokenizer)
+    return _World(model, tokenizer, *data.load(tokenizer), utility, held_out)
 
 
 def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
@@ -106,6 +113,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         forget if utility is None else utility,
         every=settings["snapshot_every"],
         keep_at=None if relearning is None or utility is None else relearning["level"],
+        **_endpoint_options(args, world, settings),
     )
     trainer = CUDTrainer(
         world.model.model_name_or_path,
@@ -139,6 +147,36 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         "final": final,
         "diverged": diverged,
         "forget_ids": list(forget.ids),
+        **_endpoint_results(path, finite),
+    }
+
+
+def _endpoint_options(args: CUDConfig, world: _World, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is measured of a run that is compared by its endpoint: held-out samples, and extraction strength."""
+    from cud_trainer.data import evenly_spaced, prepare_samples
+
+    from ..metrics.memorization import teacher_forced
+
+    if world.held_out is None:
+        return {}
+    part = evenly_spaced(world.held_out, settings["heldout_samples"])
+
+    def extraction(model: Any, forget: Samples) -> np.ndarray:
+        values = teacher_forced(model, forget, world.tokenizer, batch_size=args.per_device_eval_batch_size)
+        return values["extraction_strength"]
+
+    held_out = prepare_samples(part, world.tokenizer, max_length=args.max_length, name="held-out")
+    return {"held_out": held_out, "extraction": extraction}
+
+
+def _endpoint_results(path: Trajectory, finite: list[int]) -> dict[str, Any]:
+    """By snapshot: every held-out sample, and of the forget samples the mean and worst quarter of what is extracted."""
+    if not path.held_out:
+        return {}
+    found = np.array([path.extraction[i] for i in finite])
+    return {
+        "held_out": [path.held_out[i].tolist() for i in finite],
+        "extraction": {"mean": found.mean(1).tolist(), "worst_quarter": worst_quarter(found).tolist()},
     }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from trl import ModelConfig
 
@@ -22,7 +23,9 @@ from cud_trainer.data import check_disjoint, prepare_samples
 from cud_trainer.files import holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
 
+from ..endpoint import worst_quarter
 from .grid import Cell, plan
+from .heldout import identity_of_heldout, reference_cell
 from .options import StudyArguments
 from .pool import Pool
 from .runs import Run, first_seeds, reported
@@ -39,6 +42,8 @@ class Finished:
         failed: why a cell failed, by name; these are in no figure.
         groups: of each forget sample, where the study has a `group_column`.
         seconds: that this start took.
+        heldout_groups: of each held-out sample that is measured, where there are any.
+        never_seen: worst quarter of the forget set under a model that never saw it, where the study knows of one.
     """
 
     folder: Path
@@ -47,10 +52,12 @@ class Finished:
     failed: dict[str, str]
     groups: list[Any] | None
     seconds: float
+    heldout_groups: list[Any] | None = None
+    never_seen: float | None = None
 
     def runs(self) -> list[Run]:
         """`cells`, read."""
-        return [Run(self.folder, cell, self.args.n_buckets) for cell in self.cells]
+        return [Run(self.folder, cell, self.args.n_buckets, self.never_seen) for cell in self.cells]
 
 
 class Study:
@@ -67,7 +74,11 @@ class Study:
         if holds_something(self.folder, [".lock"]) and not (self.folder / "study.json").exists():
             raise ValueError(f"output directory {self.folder} is not empty and holds no study; choose another one")
         data, self.groups = _identity_of_data(args, model_args)
+        heldout = identity_of_heldout(args, model_args)
+        self.heldout_groups = None if heldout is None else heldout.groups
+        data += [] if heldout is None else [heldout.fingerprint]
         base = {"model": _identity_of_model(model_args), "data": data, "versions": versions()}
+        self.reference = reference_cell(args, base)
         self.scores, self.cells = plan(args, base)
 
     @contextmanager
@@ -99,13 +110,14 @@ class Study:
         """
         args, folder = self.args, self.folder
         remove_leftovers(folder)
-        check_finished(folder, [*self.scores, *self.cells], args.overwrite)
+        check_finished(folder, [*self.reference, *self.scores, *self.cells], args.overwrite)
         names = [f.name for f in fields(DataArguments)]
-        names += [f.name for f in fields(StudyArguments) if f.name.startswith("utility_")]
+        names += [f.name for f in fields(StudyArguments) if f.name.startswith(("utility_", "heldout_"))]
         shared = {"model": vars(self.model_args), "data": {name: getattr(args, name) for name in names}}
         write_json(folder / "study.json", json.loads(json.dumps({"argv": list(argv), "shared": shared}, default=str)))
         started = time.time()
         with nullcontext(pool) if pool is not None else Pool(args.workers, args.devices) as pool:
+            never_seen = what_is_never_seen(args, folder, self.reference, pool)
             failed = pool.run(folder, self.scores)
             lost = {cell.name for cell in self.scores if cell.name in failed}
             ready = [cell for cell in self.cells if cell.settings["scores_cell"] not in lost]
@@ -114,10 +126,11 @@ class Study:
             failed |= pool.run(folder, tried)
             # The settings that lose on the first seeds are in no figure: their other seeds are not run.
             tried, ready = ([cell for cell in part if cell.name not in failed] for part in (tried, ready))
-            ready = reported(folder, ready, tried, args.retain_level, args.n_buckets, args.tune_on)
+            ready = reported(folder, ready, tried, args.retain_level, args.n_buckets, args.tune_on, never_seen)
             failed |= pool.run(folder, ready)
         cells = [cell for cell in ready if cell.name not in failed]
-        return Finished(folder, args, cells, failed, self.groups, time.time() - started)
+        seconds = time.time() - started
+        return Finished(folder, args, cells, failed, self.groups, seconds, self.heldout_groups, never_seen)
 
 
 def run_study(args: StudyArguments, model_args: ModelConfig, pool: Pool | None = None) -> Finished:
@@ -125,6 +138,20 @@ def run_study(args: StudyArguments, model_args: ModelConfig, pool: Pool | None =
     study = Study(args, model_args)
     with study.locked():
         return study.run(pool=pool)
+
+
+def what_is_never_seen(args: StudyArguments, folder: Path, cells: list[Cell], pool: Pool) -> float | None:
+    """The worst quarter of the forget set under a model that never saw it; `None` where the study knows of none.
+
+    Raises:
+        ValueError: when that model cannot be asked.
+    """
+    if not cells:
+        return args.never_seen
+    for reason in pool.run(folder, cells).values():
+        raise ValueError(f"the reference model {args.reference_model!r} cannot be asked: {reason}")
+    result = json.loads((folder / "cells" / cells[0].name / "result.json").read_text())
+    return float(worst_quarter(np.array(result["forget"])))
 
 
 def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None:

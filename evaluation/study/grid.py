@@ -169,6 +169,8 @@ def _run_settings(
             "rate": args.relearn_rate,
             "level": args.retain_level[0],
         }
+    if args.heldout_dataset is not None:
+        settings["heldout_samples"] = args.heldout_samples
     if combination.config.seed in args.generate_seeds:
         settings["generate"] = True
     if args.end_below:
