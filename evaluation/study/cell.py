@@ -22,7 +22,9 @@ from ..trajectory import Path as Trajectory
 from ..trajectory import TradeoffCallback
 from .grid import Cell
 from .heldout import REFERENCE, ask_reference
-from .options import StudyArguments
+from .options import EQUAL_COMPUTE, StudyArguments
+from .oracle import OUTCOME, save_outcome
+from .runs import pairs_of
 
 GENERATE_BATCH = 64  # generating is slow one by one
 
@@ -48,6 +50,8 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
     world = _world(study)
     if cell.kind == REFERENCE:
         return ask_reference(cell.settings, world.forget, world.tokenizer)
+    if cell.kind == OUTCOME:
+        return save_outcome(study, cell)
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
     options = {
@@ -106,6 +110,9 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
 
     settings = cell.settings
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(world.model)}
+    scores = _scores_of(study, settings)
+    if settings.get(EQUAL_COMPUTE):
+        args.passes += _more_passes(scores, len(world.forget))
     forget, utility = _measured(args, world, settings["retain_eval_samples"])
     relearning = settings.get("relearn")
     tradeoff = TradeoffCallback(
@@ -122,7 +129,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         retain_dataset=world.retain,
         processing_class=world.tokenizer,
         peft_config=get_peft_config(world.model),
-        difficulty_scores=_scores_of(study, settings),
+        difficulty_scores=scores,
         callbacks=[tradeoff, _End(tradeoff, settings.get("end_below", 0.0))],
     )
     trainer.remove_callback(PrinterCallback)
@@ -148,7 +155,20 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         "diverged": diverged,
         "forget_ids": list(forget.ids),
         **_endpoint_results(path, finite),
+        **({"pairs": args.passes * len(forget)} if path.held_out else {}),
     }
+
+
+def _more_passes(scores: Any, n_forget: int) -> int:
+    """Passes that take no fewer pairs than calibrating the scores did.
+
+    Raises:
+        ValueError: for scores that were not calibrated.
+    """
+    pairs = pairs_of(scores)
+    if not pairs:
+        raise ValueError(f"{EQUAL_COMPUTE}: difficulty {scores.metrics[0]!r} has no calibration to count")
+    return -(-pairs // n_forget)
 
 
 def _endpoint_options(args: CUDConfig, world: _World, settings: dict[str, Any]) -> dict[str, Any]:

@@ -114,12 +114,13 @@ def _by_seed(panel: str, chosen: Mapping[str, Sequence[Run]], level: float) -> T
             cells.append(never if end.left is None else end.left)
             cells.append(never if there is None else float(run.extraction["worst_quarter"][there]))
             cells += [end.worst_at_kept, end.left_at_kept, float(run.extraction["worst_quarter"][end.at_kept])]
+            cells += [sections.missing("not known") if run.pairs is None else run.pairs, run.calibration_pairs]
             rows.append((f"{name}, seed {run.seed}", cells))
         kept = [run.end.kept for run in runs if run.end is not None and run.end.kept is not None]
         if len(runs) > 1:
             mean: Cell = stats.t_interval(np.array(kept)) if len(kept) > 1 else sections.missing("fewer than two seeds")
             share = f"{len(kept)} of {len(runs)} seeds get there"
-            rows.append((f"{name}, {share}", [mean, *[sections.missing("by seed")] * 6]))
+            rows.append((f"{name}, {share}", [mean, *[sections.missing("by seed")] * 8]))
     return sections.table(
         f"endpoint-{panel}",
         f"{panel}: kept of what no loss sees",
@@ -129,11 +130,13 @@ def _by_seed(panel: str, chosen: Mapping[str, Sequence[Run]], level: float) -> T
         [
             "H",
             "step",
-            "mean left",
+            "mean",
             "extraction",
             "worst quarter at H = 90%",
             "mean at H = 90%",
             "extraction at H = 90%",
+            "training pairs",
+            "calibration pairs",
         ],
         rows,
     )

@@ -18,6 +18,9 @@ from cud_trainer.commands.parser import parse_options, read_yaml
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
 SHARED_FIELDS = {f.name for kind in (DataArguments, ModelConfig) for f in fields(kind)}
+ORACLE = "oracle"  # as the difficulty of an arm: what uniform runs of the other seeds have left
+EQUAL_COMPUTE = "equal_compute"
+ARM_FIELDS = TRAIN_FIELDS | {EQUAL_COMPUTE}
 # What a study sets itself.
 RESERVED = {
     "output_dir",
@@ -32,6 +35,7 @@ RESERVED = {
     "target_forget_prob",
 }
 TUNED = ("learning_rate", "retain_weight")
+EXTENSIONS = 4
 AT_LEAST = {
     "workers": 1,
     "snapshot_every": 1,
@@ -41,6 +45,7 @@ AT_LEAST = {
     "relearn_steps": 1,
     "relearn_samples": 0,
     "tuning_seeds": 1,
+    "extensions": 0,
 }
 
 
@@ -54,6 +59,14 @@ class StudyArguments(DataArguments):
         metadata={
             "help": "Options of `cud train` with a list of values each; a cell for every combination. A list of such "
             "mappings is their union."
+        },
+    )
+    arms: dict[str, Any] | str = field(
+        default_factory=dict,
+        metadata={
+            "help": "What is compared, by name: options of `cud train` for each, run with every combination of `grid`. "
+            "`difficulty: random` is a placebo, `difficulty: oracle` what the arm `uniform` left with the other seeds; "
+            "`equal_compute: true` trains on as many pairs more as the calibration of the arm's difficulty takes."
         },
     )
     train: dict[str, Any] | str = field(
@@ -120,6 +133,13 @@ class StudyArguments(DataArguments):
             "others are reported. More than one where what is left at a level differs much from seed to seed."
         },
     )
+    extensions: int | None = field(
+        default=None,
+        metadata={
+            "help": "How often a grid of retain weights or learning rates grows at most, by a value beyond the end at "
+            "which the best one lies. Default: 4 with held-out samples, else 0."
+        },
+    )
     relearn_samples: int = field(
         default=0,
         metadata={
@@ -150,8 +170,11 @@ class StudyArguments(DataArguments):
     def __post_init__(self) -> None:
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
+        if self.extensions is None:
+            self.extensions = 0 if self.heldout_dataset is None else EXTENSIONS
         for grid in self.grids:
             self._check_grid(grid)
+        self._check_arms()
         for name, least in AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -209,10 +232,34 @@ class StudyArguments(DataArguments):
                 why = "is set by the study itself" if name in RESERVED else "is no option of `cud train`"
                 raise ValueError(f"{name!r} {why}")
 
+    def _check_arms(self) -> None:
+        """Raise `ValueError` for an arm that is none of options, or beside which `grid` has the same."""
+        if not isinstance(self.arms, dict):
+            raise ValueError(f"arms must be a mapping of names to options, got {self.arms!r}")
+        in_a_grid = {name for grid in self.grids for name in grid}
+        for arm, options in self.arms.items():
+            if not isinstance(options, dict):
+                raise ValueError(f"arm {arm!r} must be a mapping of options, got {options!r}")
+            for name in options:
+                if name not in ARM_FIELDS or name in RESERVED | {"seed"}:
+                    why = "is set by the study itself" if name in RESERVED else "is no option of an arm"
+                    raise ValueError(f"arm {arm!r}: {name!r} {why}")
+                if name in in_a_grid:
+                    raise ValueError(f"{name!r} is both in grid and in arm {arm!r}")
+            if not isinstance(options.get(EQUAL_COMPUTE, False), bool):
+                raise ValueError(f"arm {arm!r}: {EQUAL_COMPUTE} must be true or false, got {options[EQUAL_COMPUTE]!r}")
+            if options.get("difficulty") == ORACLE and "uniform" not in self.arms:
+                raise ValueError(f"arm {arm!r}: difficulty {ORACLE!r} needs an arm called 'uniform'")
+
     @property
     def grids(self) -> list[dict[str, Any]]:
         """The mappings whose combinations are the cells."""
         return self.grid if isinstance(self.grid, list) and self.grid else [self.grid]
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the grid has several learning rates or retain weights to choose from."""
+        return any(len(grid.get(name, [])) > 1 for grid in self.grids for name in TUNED)
 
     def load_utility(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         """The samples that measure utility, before they are thinned; `None` for the retain set."""

@@ -23,6 +23,7 @@ from ..report.schema import Condition, CurvePoint, DifficultySection, Final, Hea
 from ..trajectory import averaged_residual
 from .engine import Finished
 from .evidence import Evidence, decided, evidence
+from .extend import corners
 from .options import StudyArguments
 from .runs import BASE, Run, grouped, left_at, trials, tuned
 
@@ -159,6 +160,13 @@ def _add_level(
         if len({run.tuning for run in same}) > 1:
             label = f"{panel}, at {level:g}, learning rate {{rate}}"
             content.fits += trials(same, chosen[schedule], level, label, args.tuning_seeds)
+        if args.extensions:
+            content.findings += [
+                f"{panel}, {schedule}, at {level:g}: the best {name} is still at an end of its grid after "
+                f"{args.extensions} extensions; {value:g} was not tried"
+                for name, values in corners(same, args).items()
+                for value in sorted(values)
+            ]
     left = left_at(chosen, level)
     rows = [_matched_row(schedule, group, left[schedule], level, SEED) for schedule, group in chosen.items()]
     content.matched.append({"objective": panel, "retain_level": level * start, "rows": rows, "difference": None})

@@ -33,7 +33,8 @@ class Coordinates:
     Attributes:
         panel: what is compared only within itself: the objective, and whatever else of the grid is neither tuned nor
             part of a schedule.
-        schedule: with its options, and the metric where the grid has it beside scores made before.
+        schedule: with its options, and the metric where the grid has it beside scores made before; the name of the arm
+            in a study that has arms.
         tuning: learning rate and retain weight.
         seed: of the run.
     """
@@ -53,6 +54,9 @@ def coordinates(cell: Cell) -> Coordinates:
         not_of_panel.add("difficulty")
         if any(part.metric == "difficulty" for part, _ in parse(options["schedule"])):
             schedule += f" by {options['difficulty']}"
+    if "arm" in cell.choices:
+        schedule = cell.choices["arm"]
+        not_of_panel.add("arm")
     others = {name: value for name, value in cell.choices.items() if name not in not_of_panel}
     objective = _with_options(options.get("objective", "npo"), options.get("objective_args"))
     panel = ", ".join([objective, *(f"{key}={value}" for key, value in others.items())])
@@ -76,6 +80,7 @@ class Run:
         held_out: answer probability of every held-out sample at each snapshot, `[T, M]`; `None` without such.
         extraction: extraction strength of the forget samples at each, mean and worst quarter, `[T]`; empty likewise.
         end: where the run is compared with others; `None` likewise.
+        pairs: forget-retain pairs that it was planned to train on; `None` likewise.
     """
 
     def __init__(self, study: Path, cell: Cell, n_buckets: int, never_seen: float | None = None) -> None:
@@ -89,6 +94,7 @@ class Run:
         self.final = {name: {k: np.array(v) for k, v in part.items()} for name, part in result["final"].items()}
         self.relearned: dict[str, Any] | None = result["relearned"]
         self.ids: list[str] = result["forget_ids"]
+        self.pairs: int | None = result.get("pairs")
         self.held_out = np.array(result["held_out"]) if "held_out" in result else None
         self.extraction = {name: np.array(values) for name, values in result.get("extraction", {}).items()}
         self.end: Endpoint | None = None
@@ -114,6 +120,11 @@ class Run:
         """Whether the schedule reads any difficulty of the samples."""
         return any(part.metric is not None for part, _ in parse(self.options["schedule"]))
 
+    @property
+    def calibration_pairs(self) -> int:
+        """Pairs that calibrating its difficulty took; 0 for a schedule that reads none."""
+        return 0 if self.scores is None or not self.reads_difficulty else pairs_of(self.scores)
+
     def at(self, share: float) -> tuple[np.ndarray, float]:
         """Forget probability of each sample where the run has forgotten most at `share` of the starting retain
         probability, and the step; without a retain set, at its end."""
@@ -122,6 +133,12 @@ class Run:
         position = matched_position(self.retain, self.forget.mean(1), share * self.retain[0])
         assert position is not None  # the start is above the level
         return at_position(self.forget, position), float(at_position(self.steps, position))
+
+
+def pairs_of(scores: DifficultyScores) -> int:
+    """Forget-retain pairs that calibrating these scores took."""
+    runs = scores.provenance.get("calibration", {}).get("runs", {})
+    return sum(int(run["pairs"]) for run in runs.values())
 
 
 def finished_cells(study: Path) -> list[Cell]:

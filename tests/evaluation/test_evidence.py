@@ -138,6 +138,8 @@ def run(seed, kept, schedule="uniform", difficulty="cud"):
         extraction={"mean": np.array([1.0, 0.2]), "worst_quarter": np.array([1.0, 0.4])},
         options={"difficulty": difficulty, "schedule": schedule},
         reads_difficulty=schedule != "uniform",
+        pairs=24,
+        calibration_pairs=0,
     )
 
 
