@@ -28,6 +28,7 @@ READ = {
     "forget_dataset",
     "retain_dataset",
     "utility_dataset",
+    "heldout_dataset",
     "holdout_dataset",
     "neighbour_dataset",
     "tofu",

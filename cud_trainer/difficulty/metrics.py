@@ -230,5 +230,14 @@ def calibration(context: DifficultyContext) -> np.ndarray:
     return context.residual
 
 
+@register_metric("random")
+def random(context: DifficultyContext) -> np.ndarray:
+    """Uniform numbers in [0, 1) from the seed, higher = harder by name only: a placebo.
+
+    Whatever a schedule gains with it, it does not owe to difficulty.
+    """
+    return np.random.default_rng([context.seed, len(context.forget)]).random(len(context.forget))
+
+
 def _hidden(context: DifficultyContext) -> np.ndarray:
     return context.forget_outputs["hidden"].double().numpy()
