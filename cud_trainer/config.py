@@ -98,7 +98,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
     )
     objective_args: dict[str, Any] | str = field(
         default_factory=dict,
-        metadata={"help": 'Options of the objective, for example {"beta": 0.1} for NPO.'},
+        metadata={"help": 'Options of the objective, for example {"beta": 0.1, "beta_by": "length"} for NPO.'},
     )
     retain_loss: str | None = field(
         default=None,
@@ -300,6 +300,11 @@ class CUDConfig(TemplateArguments, SFTConfig):
         for name in ("retain_limit", "max_retain_loss"):
             if getattr(self, name) is not None and not loss.uses_retain:
                 raise ValueError(f"{name} needs a retain loss, but retain_loss is 'none'")
+        if "difficulty" in loss.by.values() and self.difficulty is None:
+            raise ValueError(f"objective {self.objective!r} has an option by difficulty, but difficulty is 'none'")
+        for part, _ in self.schedule_parts:
+            if part.weighs_retain and not loss.uses_retain:
+                raise ValueError(f"schedule {part.name!r} weights the retain loss, too, but retain_loss is 'none'")
         if self.objective == "pdu" and self.retain_limit is None:
             raise ValueError("objective 'pdu' holds the retain loss at a limit: give retain_limit")
         if self.loss_normalization not in ("sample", "token"):
@@ -362,9 +367,9 @@ class CUDConfig(TemplateArguments, SFTConfig):
     @property
     def schedule_metrics(self) -> list[str]:
         """The metrics that the schedule reads, without repeats."""
-        read = [part.metric for part, _ in self.schedule_parts]
+        read = [metric for part, _ in self.schedule_parts for metric in part.metrics]
         named = [self.difficulty if metric == "difficulty" and self.difficulty else metric for metric in read]
-        return list(dict.fromkeys(metric for metric in named if metric is not None))
+        return list(dict.fromkeys(named))
 
     @property
     def unlearning_loss(self) -> UnlearningLoss:

@@ -23,12 +23,14 @@ class PairedCollator:
     Attributes:
         retain: `None` for no retain rows.
         alternative: whether the forget samples' alternative answers are part of the batch.
+        dtype: of weights and scales; that of the model, where it is wider than float32.
     """
 
     forget: Samples
     retain: Samples | None
     pad_to_multiple_of: int | None = None
     alternative: bool = False
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pad_token_id = self.forget.pad_token_id
@@ -52,5 +54,5 @@ class PairedCollator:
         for key in ("row", "forget_index", "retain_index"):
             batch[key] = torch.tensor([int(row[key]) for row in rows])
         for key in ("weight", "retain_scale"):
-            batch[key] = torch.tensor([float(row[key]) for row in rows])
+            batch[key] = torch.tensor([float(row[key]) for row in rows], dtype=self.dtype)
         return batch

@@ -186,12 +186,13 @@ class RunInputs:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
         args = self.args
         if scores is None:
-            check_metrics(self.needed_metrics or ["loss"], {}, self.model)
+            check_metrics(self.needed_metrics or ["loss"], args.scoring_options()["metric_args"], self.model)
         elif args.difficulty is not None:
             scores = scores.aligned(self.forget.ids)
             if args.difficulty == PRECOMPUTED:
                 scores = scores.with_given()
-            for metric in args.schedule_metrics:
+            by_difficulty = "difficulty" in self.loss.by.values()
+            for metric in [*args.schedule_metrics, *([args.difficulty] if by_difficulty else [])]:
                 scores[metric]  # raises when it is not there
         return scores
 
