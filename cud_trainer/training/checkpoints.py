@@ -33,6 +33,7 @@ RUN_FILES = (
     SCORES_FILE,
     SCHEDULE_FILE,
     REFERENCE_FILE,
+    TEMPLATE_FILE,
     WORK_DIR,
     "trainer_state.json",
     "*_results.json",
