@@ -41,7 +41,7 @@ def train(argv: list[str]) -> int:
 
 def _train(data_args: TrainArguments, args: CUDConfig, model_args: ModelConfig, resume: str | bool | None) -> int:
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
-    tokenizer = load_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
     trainer = CUDTrainer(

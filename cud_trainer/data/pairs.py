@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .batches import pad_batch
-from .columns import ALTERNATIVES, IGNORE_INDEX
+from .columns import ALTERNATIVES, COUNTED, IGNORE_INDEX
 from .samples import Samples
 
 
@@ -46,8 +46,10 @@ class PairedCollator:
         batch = pad_batch(samples, pad_token_id)
         if self.pad_to_multiple_of:
             extra = -batch["input_ids"].shape[1] % self.pad_to_multiple_of
-            fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+            fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX, COUNTED: IGNORE_INDEX}
             for key, value in fill.items():
+                if key not in batch:
+                    continue
                 batch[key] = torch.nn.functional.pad(batch[key], (0, extra), value=value)
         for key in ("row", "forget_index", "retain_index"):
             batch[key] = torch.tensor([int(row[key]) for row in rows])

@@ -154,9 +154,10 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
     return scores
 
 
-def _origin(inputs: RunInputs) -> dict[str, str]:
+def _origin(inputs: RunInputs) -> dict[str, Any]:
     """What scores must have been made of."""
-    return {"model": model_fingerprint(inputs.model), "dataset": inputs.forget.fingerprint}
+    origin = {"model": model_fingerprint(inputs.model), "dataset": inputs.forget.fingerprint}
+    return origin if inputs.forget.template is None else {**origin, "template": inputs.forget.template}
 
 
 def _request(inputs: RunInputs) -> dict[str, Any]:
