@@ -213,7 +213,7 @@ class CUDTrainer(SFTTrainerHooks):
         """Why the run came to nothing, in one sentence; `None` if it did not.
 
         Nothing has moved when no weight is another one than before, and nothing is forgotten when the mean forget
-        probability, as it was measured last (`evaluate`), is not below that at the start.
+        probability, as it was measured last (`evaluate`), is not below that at the start, which was at least 0.1.
         """
         measured = [entry for entry in self.state.log_history if "eval_forget_prob" in entry]
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
