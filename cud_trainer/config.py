@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from .data import BATCH_BYTES
+from .data.template import TemplateArguments
 from .difficulty.scores import PRECOMPUTED
 from .models.trainable import layer_range
 from .objectives import STEPS, UnlearningLoss
@@ -25,7 +26,7 @@ DEFAULT_SCHEDULE = f"upweight_hard+{DEFAULT_WITHOUT_DIFFICULTY}"
 
 
 @dataclass
-class CUDConfig(SFTConfig):
+class CUDConfig(TemplateArguments, SFTConfig):
     r"""Configuration of [`CUDTrainer`]: everything in [`~trl.SFTConfig`], and what unlearning adds.
 
     > Parameters that control the objective
@@ -37,6 +38,11 @@ class CUDConfig(SFTConfig):
 
     difficulty, difficulty_args, circuit_args, counterfactual_column, scoring_batch_bytes, calibration_share,
     folds, group_column, schedule, schedule_args, passes, n_buckets
+
+    > Parameters that control what a chat template sees
+
+    chat_template, system_prompt, chat_template_kwargs, train_on; and TRL's chat_template_path, eos_token, pad_token,
+    which act before the data is prepared
 
     > Parameters that control when a run ends and what it logs
 
@@ -63,6 +69,7 @@ class CUDConfig(SFTConfig):
         "difficulty_args",
         "circuit_args",
         "schedule_args",
+        "chat_template_kwargs",
     ]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
@@ -246,12 +253,21 @@ class CUDConfig(SFTConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "balance"
         super().__post_init__()
-        for name in ("objective_args", "step_args", "difficulty_args", "circuit_args", "schedule_args"):
+        names = (
+            "objective_args",
+            "step_args",
+            "difficulty_args",
+            "circuit_args",
+            "schedule_args",
+            "chat_template_kwargs",
+        )
+        for name in names:
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, {})
             elif not isinstance(value, dict):
                 raise ValueError(f"{name} must be a dictionary, got {value!r}")
+        self.template_context()  # raises for what is wrong with its options
         if self.difficulty == "":
             self.difficulty = None
         for name in ("difficulty", "trainable_layers"):  # how a command line takes back what a recipe sets

@@ -29,7 +29,7 @@ class LossTerms:
     Attributes:
         forget: forget loss, `[B]`.
         retain: retain loss, `[B]`, or `None`.
-        mean_logps: mean answer log-probability of the forget samples, `[B]`, detached.
+        mean_logps: mean log-probability of the forget samples' tokens that count, `[B]`, detached.
     """
 
     forget: Tensor
@@ -257,7 +257,8 @@ class UnlearningLoss:
         size = len(batch["input_ids"])
         retained = list(range(pairs, 2 * pairs)) if self.uses_retain else []
         rows = retained if name == "retain" else [row for row in range(size) if row not in set(retained)]
-        tokens = {key: batch[key][rows] for key in ("input_ids", "attention_mask", "labels")}
+        # Whatever is there by token, a row for each sequence; the rest is a value for each pair.
+        tokens = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim == 2}
         scores, hidden = self._scored(model, tokens)
         if name == "forget":
             return self._forget(scores, hidden, batch["forget_index"], reference)
@@ -292,7 +293,7 @@ class UnlearningLoss:
             return getattr(forget, name)
 
         forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self._options(index, forget.logps, reference))
-        return LossTerms(forget_loss, None, forget.mean_logps.detach())
+        return LossTerms(forget_loss, None, forget.counted_mean_logps.detach())
 
     def _retain(
         self, scores: AnswerScores, hidden: Tensor | None, batch: dict[str, Tensor], reference: Reference

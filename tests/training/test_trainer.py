@@ -479,9 +479,19 @@ class TestRefusals:
                 make_model(), config(tmp_path / "out"), forget_dataset=qa_dataset(9), processing_class=make_tokenizer()
             )
         tokenizer = make_tokenizer()
-        tokenizer.pad_token = None
-        with pytest.raises(ValueError, match="no pad token"):
+        tokenizer.add_tokens(["<new>"])
+        with pytest.raises(ValueError, match="259 tokens, more than the 258 rows of the model's embeddings"):
             make_trainer(tmp_path / "out", tokenizer=tokenizer)
+
+    def test_options_of_the_tokenizer_act_before_the_data_is_prepared(self, tmp_path):
+        tokenizer = make_tokenizer()
+        tokenizer.pad_token = None
+        end, path = tokenizer.convert_ids_to_tokens(100), tmp_path / "t.jinja"
+        path.write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
+        trainer = make_trainer(tmp_path / "out", tokenizer=tokenizer, eos_token=end)
+        assert {sample["labels"][-1] for sample in trainer.forget} == {100} and tokenizer.pad_token == end
+        trainer = make_trainer(tmp_path / "chat", tokenizer=tokenizer, chat_template_path=str(path))
+        assert tokenizer.decode(trainer.forget[0]["input_ids"]).startswith("<user>Who is")
 
     def test_architecture(self, tmp_path):
         from transformers import OPTConfig, OPTForCausalLM
