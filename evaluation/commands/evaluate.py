@@ -14,6 +14,7 @@ from trl import ModelConfig
 from cud_trainer.circuits import Faithfulness, dataset_faithfulness
 from cud_trainer.commands.options import inputs_of
 from cud_trainer.commands.parser import parse_options
+from cud_trainer.data.groups import group_labels
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.models.fingerprint import model_fingerprint, versions
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
@@ -296,7 +297,7 @@ def sample_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataF
         inputs.buckets,
     )
     if inputs.groups is not None:
-        frame = frame.assign(group=[str(group) for group in inputs.groups])
+        frame = frame.assign(group=group_labels(inputs.groups))
     if inputs.args.show_text:
         frame = frame.assign(true_answer=true_answers(forget, inputs.tokenizer))
     return frame

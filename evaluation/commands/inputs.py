@@ -17,6 +17,7 @@ from cud_trainer.circuits import CircuitTable
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
 from cud_trainer.data import Samples, TemplateContext, check_disjoint, check_vocabulary, prepare_samples
+from cud_trainer.data.groups import group_labels
 from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
@@ -26,7 +27,9 @@ from cud_trainer.models.whole import check_adapter
 from cud_trainer.training.checkpoints import recorded_template
 
 from ..metrics.lm_eval import check_lm_eval
+from ..metrics.measure import check_texts
 from ..metrics.utility import UTILITY_SETS
+from ..report.audit import check_score_names
 
 
 @dataclass
@@ -180,6 +183,7 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     utility = {}
     if args.tofu:
         utility = {part: load_samples(args.tofu, name, "train", None, part) for part, name in UTILITY_SETS.items()}
+    check_texts(raw["forget"], utility, tokenizer, **options)
     groups = None if args.group_column is None else read_groups(raw["forget"], args.group_column)
     if args.relearn_samples >= len(forget):
         raise ValueError(
@@ -192,6 +196,7 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
         if forget.template is not None:
             scores.check_provenance(template=forget.template)
         scores = scores.aligned(forget.ids)
+        check_score_names(scores)
         buckets = scores.bucketed(args.metric, args.n_buckets)
     circuits = read_circuits(args, forget.ids)
     for path in (args.original_model, args.reference_model):
@@ -240,7 +245,7 @@ def read_groups(forget: Dataset, column: str) -> list[Any]:
     if column not in forget.column_names:
         raise ValueError(f"forget dataset has no column {column!r}; it has {sorted(forget.column_names)}")
     groups = list(forget[column])
-    if len(set(map(str, groups))) < 2:
+    if len(set(group_labels(groups))) < 2:
         raise ValueError(f"group column {column!r} has one value only")
     return groups
 

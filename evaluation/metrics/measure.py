@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cud_trainer.data import Samples, TemplateContext, prepare_samples
 
 from .memorization import MEASURES, TOKEN_STATISTICS, evaluate_memorization, teacher_forced, true_answers
-from .utility import answer_logps, tofu_utility, truth_ratio
+from .utility import answer_logps, prepare_answers, questions_and_answers, tofu_utility, truth_ratio
 
 
 @dataclass
@@ -66,7 +66,8 @@ def measure(
     Args:
         sets: prepared `forget` and, if there are any, `retain` and `holdout` sets.
         forget_raw: the forget set as text: its columns `perturbed_answer`, `paraphrased_answer` and
-            `paraphrased_question` (TOFU's `*_perturbed` configurations) are used where they are there.
+            `paraphrased_question` (TOFU's `*_perturbed` configurations) are used where they are there, NaN for a sample
+            in which one is missing.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
         template: what a chat template sees beside the messages, for what is not prepared yet.
     """
@@ -92,23 +93,50 @@ def measure(
         result.statistics[name] = {key: values.pop(key) for key in TOKEN_STATISTICS}
         result.sets[name] = {key: values[key] for key in MEASURES if key in values}
         result.texts[name] = true_answers(prepared, tokenizer)
-    columns = forget_raw.column_names
-    if "perturbed_answer" in columns and "question" in columns:
-
-        def answers(column: str) -> np.ndarray:
-            return answer_logps(model, forget_raw, tokenizer, [column], name="forget", **options)
-
-        wrong, correct = answers("perturbed_answer"), result.statistics["forget"]["mean_logps"]
-        if "paraphrased_answer" in columns:
-            correct = answers("paraphrased_answer")[:, 0]
-        result.truth_ratio = truth_ratio(correct, wrong)
-    if "paraphrased_question" in columns and "answer" in columns:
-        texts = {"question": forget_raw["paraphrased_question"], "answer": forget_raw["answer"]}
-        asked = Dataset.from_dict({"sample_id": sets["forget"].ids, **texts})  # two may ask the same
-        prepared = prepare_samples(
-            asked, tokenizer, max_length=max_length, name="paraphrased forget", template=template
-        )
-        result.paraphrased = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["probability"]
+    others = {
+        kind: answer_logps(model, forget_raw, tokenizer, [column], question=asked, name="forget", **options)
+        for kind, (column, asked) in other_answers(forget_raw).items()
+    }
+    if "wrong" in others:
+        own = result.statistics["forget"]["mean_logps"]
+        correct = others["paraphrased"][:, 0] if "paraphrased" in others else own
+        result.truth_ratio = truth_ratio(correct, others["wrong"])
+    if "asked" in others:
+        result.paraphrased = np.exp(others["asked"][:, 0])
     if utility:
         result.utility = tofu_utility(model, utility, tokenizer, generate=generate, desc=desc, **options)
     return result
+
+
+def other_answers(forget: Dataset) -> dict[str, tuple[str, str]]:
+    """What else is measured of a forget set by its columns: of each kind the column that answers and the one that asks.
+
+    TOFU's: `wrong` answers, the true one `paraphrased`, and the true one `asked` for in other words.
+    """
+    kinds = {
+        "wrong": ("perturbed_answer", "question"),
+        "paraphrased": ("paraphrased_answer", "question"),
+        "asked": ("answer", "paraphrased_question"),
+    }
+    found = {kind: pair for kind, pair in kinds.items() if set(pair) <= set(forget.column_names)}
+    if "wrong" not in found:
+        found.pop("paraphrased", None)
+    return found
+
+
+def check_texts(
+    forget: Dataset, utility: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> None:
+    """Raise `ValueError` for what `measure` would refuse of the texts that it prepares itself, before there is a model.
+
+    Args:
+        forget, utility: as for `measure`.
+        options: `max_length` and `template`.
+    """
+    for column, asked in other_answers(forget).values():
+        prepare_answers(forget, tokenizer, [column], question=asked, name="forget", **options)
+    for name, dataset in utility.items():
+        prepare_answers(dataset, tokenizer, ["perturbed_answer"], name=name, **options)
+        if "paraphrased_answer" in dataset.column_names:
+            prepare_answers(dataset, tokenizer, ["paraphrased_answer"], name=name, **options)
+        prepare_samples(questions_and_answers(dataset), tokenizer, name=name, **options)
