@@ -21,6 +21,7 @@ from .config import CUDConfig
 from .difficulty import DifficultyScores
 from .files import remove_leftovers
 from .models.modes import on_device
+from .objectives import STEPS
 from .objectives.alternatives import alternatives_fingerprint
 from .ownership import clear, owned
 from .schedule import DynamicWeights
@@ -38,6 +39,7 @@ from .training.checkpoints import (
     read_state,
     remove_cut_short,
 )
+from .training.gradients import SplitGradients
 from .training.hooks import SFTTrainerHooks
 from .training.inputs import RunInputs, prepare_evaluated, record_template
 from .training.plan import RunPlan
@@ -48,6 +50,8 @@ from .training.residual import ResidualMemorisation
 from .training.void import VoidWatch
 
 __all__ = ["CUDTrainer", "DivergenceError"]
+
+SIDE = "side"  # of a batch: which of its losses is wanted, where they are taken apart
 
 
 class CUDTrainer(SFTTrainerHooks):
@@ -145,6 +149,10 @@ class CUDTrainer(SFTTrainerHooks):
             max_retain_loss=args.max_retain_loss,
             steps_per_pass=-(-len(inputs.forget) // inputs.global_batch),
         )
+        self.split = None
+        if args.step != "plain":
+            sides = ("forget", "retain") if inputs.loss.uses_retain else ("forget",)
+            self.split = SplitGradients(STEPS[args.step], dict(args.step_args), self.accelerator, sides)  # type: ignore[arg-type]
         self._start_state = json.loads(json.dumps(self.progress.state()))
         self.void = VoidWatch(self, inputs, plan, self.progress)
         self.recorder = StepRecorder(inputs, plan, self.progress, self.train_metrics, self.accelerator, self.void)
@@ -182,9 +190,9 @@ class CUDTrainer(SFTTrainerHooks):
             return self._train(output, checkpoint_to_resume(output, resume_from_checkpoint), kwargs)
 
     def _train(self, output: Path, checkpoint: Path | None, options: dict[str, Any]) -> Any:
-        state = {"served": [], "progress": self._start_state}
+        state = {"served": [], "progress": self._start_state, "began": False}
         if checkpoint is not None:
-            state = read_state(checkpoint, self.run_identity())
+            state = {"began": True, **read_state(checkpoint, self.run_identity())}
         elif self.is_world_process_zero() and not self._started:
             if self.args.overwrite:
                 clear(output, [CHECKPOINTS])
@@ -195,7 +203,7 @@ class CUDTrainer(SFTTrainerHooks):
             remove_cut_short(output)
         self._started = True
         self.recorder.restart(state["served"])
-        self.void.restart(resumed=checkpoint is not None)
+        self.void.restart(resumed=checkpoint is not None, began=state["began"])
         self.progress.restore(state["progress"])
         if self.is_world_process_zero():
             self.schedule.save(output / SCHEDULE_FILE, overwrite=True)
@@ -236,6 +244,8 @@ class CUDTrainer(SFTTrainerHooks):
     def run_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it."""
         objective = f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}"
+        if self.args.step != "plain":
+            objective += f" step {self.args.step} {json.dumps(self.args.step_args, sort_keys=True)}"
         scale = self.reference.option_scale
         if scale is not None:
             objective += f" by sample {hashlib.sha256(scale.numpy().tobytes()).hexdigest()[:16]}"
@@ -249,10 +259,21 @@ class CUDTrainer(SFTTrainerHooks):
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What goes into a checkpoint beside weights and optimizer, as plain JSON values."""
-        return {**self.run_identity(), "served": self.recorder.served, "progress": self.progress.state()}
+        return {
+            **self.run_identity(),
+            "served": self.recorder.served,
+            "progress": self.progress.state(),
+            "began": self.void.began,
+        }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As in the base class; on request with the size of every sample's part in the update."""
+        """As in the base class; on request with the size of every sample's part in the update, or side by side."""
+        if self.split is not None and "forget_index" in inputs:
+
+            def backward(side: str, inputs: dict[str, Any]) -> Tensor:
+                return super(CUDTrainer, self).training_step(model, {**inputs, SIDE: side}, num_items_in_batch)
+
+            return self.split.micro_batch(model, inputs, backward)
         wanted = self.recorder.wants_update_norms(self.state.global_step + 1, self.state.logging_steps)
         if not wanted or "forget_index" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -269,16 +290,23 @@ class CUDTrainer(SFTTrainerHooks):
         """Weighted forget loss plus retain loss of a paired batch; the ordinary loss of any other batch."""
         if "forget_index" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        terms = self.inputs.loss(model, inputs, self.reference)
-        weight = inputs["weight"]
-        if self.schedule.dynamic:
-            index = inputs["forget_index"]
-            weight = weight.double() * torch.from_numpy(self.progress.factor).to(index.device)[index]
-        loss = (weight.to(terms.forget.dtype) * terms.forget).mean()
+        side = inputs.get(SIDE)
+        if side is None:
+            terms = self.inputs.loss(model, inputs, self.reference)
+        else:
+            terms = self.inputs.loss.side("retain" if side == "retain" else "forget", model, inputs, self.reference)
+        parts = []
+        if side != "retain":
+            weight = inputs["weight"]
+            if self.schedule.dynamic:
+                index = inputs["forget_index"]
+                weight = weight.double() * torch.from_numpy(self.progress.factor).to(index.device)[index]
+            parts.append((weight.to(terms.forget.dtype) * terms.forget).mean())
         if terms.retain is not None:
             scale = inputs["retain_scale"].to(terms.retain.dtype)
-            loss = loss + self.progress.retain_weight * (scale * terms.retain).mean()
-        self.recorder.record(inputs, terms)
+            parts.append(self.progress.retain_weight * (scale * terms.retain).mean())
+        loss = sum(parts[1:], start=parts[0])
+        self.recorder.record(inputs, terms, side)
         if self.recorder.gradients is not None:
             loss.register_hook(self.recorder.gradients.begin_backward)
         return (loss, terms) if return_outputs else loss

@@ -240,9 +240,36 @@ class UnlearningLoss:
         """Per-sample losses of a paired batch, in one forward pass."""
         pairs = len(batch["forget_index"])
         scores, hidden = self._scored(model, batch)
+        terms = self._forget(scores, hidden, batch["forget_index"], reference)
+        if self.uses_retain:
+            retained = slice(pairs, 2 * pairs)
+            kept = None if hidden is None else hidden[retained]
+            terms.retain = self._retain(scores[retained], kept, batch, reference)
+        return terms
+
+    def side(self, name: str, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
+        """The losses of one side of a paired batch, in a forward pass without the other: for gradients taken apart.
+
+        Args:
+            name: `"forget"`: the terms without `retain`; `"retain"`: `retain` alone, the others are empty.
+        """
+        pairs = len(batch["forget_index"])
+        size = len(batch["input_ids"])
+        retained = list(range(pairs, 2 * pairs)) if self.uses_retain else []
+        rows = retained if name == "retain" else [row for row in range(size) if row not in set(retained)]
+        # Whatever is there by token, a row for each sequence; the rest is a value for each pair.
+        tokens = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim == 2}
+        scores, hidden = self._scored(model, tokens)
+        if name == "forget":
+            return self._forget(scores, hidden, batch["forget_index"], reference)
+        empty = scores.logps.new_zeros(0)
+        return LossTerms(empty, self._retain(scores, hidden, batch, reference), empty)
+
+    def _forget(self, scores: AnswerScores, hidden: Tensor | None, index: Tensor, reference: Reference) -> LossTerms:
+        """Of scores whose first rows are the forget samples `index`, and whose last their alternatives, if any."""
+        pairs = len(index)
         forget = scores[:pairs]
         alternative = scores[-pairs:] if self.uses_alternative else None
-        index = batch["forget_index"]
         top_tokens: dict[str, Tensor] = {}
         if "reference_top_logps" in self.spec.needs:
             names = ("reference_top_logps", "reference_top_ids", "reference_rest_logps")
@@ -266,16 +293,14 @@ class UnlearningLoss:
             return getattr(forget, name)
 
         forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self._options(index, forget.logps, reference))
-        retain_loss = None
-        if self.uses_retain:
-            retained = slice(pairs, 2 * pairs)
-            rows = batch["retain_index"].tolist() if self.retain_loss != "nll" else []
-            retain_loss = self._retain(scores[retained], None if hidden is None else hidden[retained], rows, reference)
-        return LossTerms(forget_loss, retain_loss, forget.counted_mean_logps.detach())
+        return LossTerms(forget_loss, None, forget.counted_mean_logps.detach())
 
-    def _retain(self, scores: AnswerScores, hidden: Tensor | None, rows: list[int], reference: Reference) -> Tensor:
+    def _retain(
+        self, scores: AnswerScores, hidden: Tensor | None, batch: dict[str, Tensor], reference: Reference
+    ) -> Tensor:
         if self.retain_loss == "nll":
             return retain_nll(scores.logps, scores.lengths)
+        rows = batch["retain_index"].tolist()
         if self.retain_loss == "activations":
             assert hidden is not None
             return retain_activations(

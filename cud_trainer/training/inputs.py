@@ -179,8 +179,7 @@ class RunInputs:
     @property
     def shards_model(self) -> bool:
         """Whether the model is split over processes when it is wrapped, and must not be on a device before."""
-        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        return bool(self.args.fsdp or self.args.deepspeed or launched)
+        return bool(sharded_by(self.args))
 
     def _checked_scores(self, scores: DifficultyScores | None) -> DifficultyScores | None:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
@@ -212,6 +211,14 @@ class RunInputs:
         if args.world_size > 1:
             broadcast_object_list(shared)
         return replace(self.forget, dataset=Dataset.from_dict(shared[0]))
+
+
+def sharded_by(args: CUDConfig) -> str | None:
+    """What splits the model over processes, by its name."""
+    for name, given in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if given or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            return name
+    return None
 
 
 def global_batch(args: CUDConfig) -> int:
@@ -265,6 +272,10 @@ def _check_options(
         raise ValueError(f"difficulty {PRECOMPUTED!r} is the first metric of difficulty_scores: give them")
     if args.process_index == 0:
         check_may_start(args)
+    if args.step != "plain" and sharded_by(args) is not None:
+        raise ValueError(
+            f"step {args.step!r} is not supported with {sharded_by(args)}: no process has whole gradients there"
+        )
     if peft_config is not None and args.trainable_layers is not None:
         raise ValueError("trainable_layers is for training without an adapter; use layers_to_transform of the adapter")
     if loss.uses_retain and retain is None:

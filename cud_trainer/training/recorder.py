@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class StepRecorder:
         self.served: list[int] = []
         self.gradients: GradientRecorder | None = None
         self._records: list[Tensor] = []
+        self._forget: LossTerms | None = None
         self._update_norms: list[Tensor] = []
         self._micro_batches = 0
         self._clipped = 0
@@ -62,8 +64,21 @@ class StepRecorder:
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
-    def record(self, inputs: dict[str, Tensor], terms: LossTerms) -> None:
-        """Keep a micro-batch's numbers on the device."""
+    def record(self, inputs: dict[str, Tensor], terms: LossTerms, side: str | None = None) -> None:
+        """Keep a micro-batch's numbers on the device.
+
+        Args:
+            side: `"forget"` and `"retain"` where the losses are taken apart, in this order; what is taken `"again"` is
+                not kept.
+        """
+        if side == "again":
+            return
+        if side == "forget" and self.loss.uses_retain:
+            self._forget = LossTerms(terms.forget.detach(), None, terms.mean_logps)
+            return
+        if side == "retain":
+            assert self._forget is not None
+            terms, self._forget = replace(self._forget, retain=terms.retain), None
         retain = torch.full_like(terms.mean_logps, torch.nan) if terms.retain is None else terms.retain.detach()
         columns = [
             torch.full_like(terms.mean_logps, self._micro_batches),
