@@ -158,9 +158,9 @@ class EvaluateInputs:
     def forget(self) -> Samples:
         return self.sets["forget"]
 
-    def load_model(self, path: str) -> Any:
+    def load_model(self, path: str, *, finite: bool = True) -> Any:
         """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings."""
-        model = load_model(path, self.model_options)
+        model = load_model(path, self.model_options, finite=finite)
         try:
             check_vocabulary(self.tokenizer, model)
         except ValueError as error:
@@ -267,16 +267,20 @@ def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | Non
     return table
 
 
-def load_model(path: str, options: Mapping[str, Any]) -> Any:
-    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither."""
+def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) -> Any:
+    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither.
+
+    Args:
+        finite: refuse weights that are no numbers.
+    """
     try:
         if (Path(path) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
-            check_adapter(path, model)
+            check_adapter(path, model, finite=finite)
         else:
-            model = load_causal_lm(path, **options)
+            model = load_causal_lm(path, finite=finite, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model
         raise ValueError(f"cannot load a model from {path!r}: {str(error)[:500]}") from None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
