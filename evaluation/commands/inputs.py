@@ -21,6 +21,7 @@ from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm
 from cud_trainer.models.whole import check_adapter
+from cud_trainer.typed import check_options
 
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.utility import UTILITY_SETS
@@ -106,6 +107,7 @@ class EvaluateArguments(DataArguments):
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
     def __post_init__(self) -> None:
+        check_options(self)
         for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -14,6 +14,7 @@ from trl import ModelConfig
 from cud_trainer import CUDConfig
 from cud_trainer.commands.options import DataArguments
 from cud_trainer.commands.parser import parse_options, read_yaml
+from cud_trainer.typed import check_options
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
@@ -123,6 +124,7 @@ class StudyArguments(DataArguments):
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
         for grid in self.grids:
