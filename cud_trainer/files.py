@@ -18,10 +18,15 @@ import pyarrow.parquet as pq
 METADATA_KEY = b"cud_trainer"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 LOCK = ".lock"  # of the process that writes into a folder
+# Of files and folders that tell about single samples: for their owner alone.
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
 
-def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> Path:
+def atomic_write(path: str | Path, write: Callable[[Path], Any], *, private: bool = False) -> Path:
     """Let `write(temporary path)` make the file, then move it to `path` in one step.
+
+    Args:
+        private: whether the file tells about single samples: nobody but its owner may read it, at any time.
 
     Raises:
         DiskFullError: naming `path`; nothing of the file is left then, and what was there before is.
@@ -31,23 +36,45 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> Path:
     with full_disk_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if private:
+                create_private(temporary)
             write(temporary)
+            if private:
+                temporary.chmod(PRIVATE_FILE)  # `write` may have made another file of that name
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return path
 
 
-def write_json(path: str | Path, value: Any) -> Path:
+def create_private(path: str | Path) -> Path:
+    """An empty file that nobody but its owner may read, whatever the umask; one that is there is emptied."""
+    path = Path(path)
+    os.close(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, PRIVATE_FILE))
+    path.chmod(PRIVATE_FILE)  # of a file that was there
+    return path
+
+
+def private_folder(path: str | Path) -> Path:
+    """The folder at `path`, made if it is not there, that nobody but its owner may enter."""
+    path = Path(path)
+    path.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+    path.chmod(PRIVATE_FOLDER)
+    return path
+
+
+def write_json(path: str | Path, value: Any, *, private: bool = False) -> Path:
     """Write `value` as strict JSON, atomically."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    return atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), private=private)
 
 
 def write_parquet(path: str | Path, table: pa.Table, header: dict[str, Any]) -> Path:
-    """Write a table and its header (JSON values), atomically, with checksums."""
+    """Write a table about single samples and its header (JSON values), atomically, with checksums, for its owner."""
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(header).encode()})
-    return atomic_write(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+    return atomic_write(
+        path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True), private=True
+    )
 
 
 def read_parquet(path: str | Path, what: str) -> tuple[pa.Table, dict[str, Any]]:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data import Samples
-from .files import atomic_write, holds_something, remove_leftovers, write_json
+from .files import atomic_write, holds_something, private_folder, remove_leftovers, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +66,15 @@ class WorkDir:
         """Whether a piece of work was started at `path`."""
         return (Path(path) / "run.json").exists()
 
+    @staticmethod
+    def recorded(path: str | Path) -> dict[str, Any]:
+        """The identity of the piece of work that was started at `path`; empty where there is none."""
+        try:
+            found = json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def _claim(self, identity: dict[str, Any]) -> str | None:
         record = self.path / "run.json"
         if record.exists():
@@ -87,7 +96,8 @@ class WorkDir:
         elif holds_something(self.path):
             return f"work directory {self.path} holds something else; choose another one"
         else:
-            write_json(record, identity)
+            private_folder(self.path)
+            write_json(record, identity, private=True)
             self.is_new = True
         return None
 
@@ -102,7 +112,7 @@ class WorkDir:
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write tensors under `name`, completely or not at all."""
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        atomic_write(self.path / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary))
+        atomic_write(self.path / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary), private=True)
 
     def remove(self) -> None:
         """See `remove_work`."""

@@ -27,6 +27,13 @@ class RunCallback(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.void.before_step(state.global_step):
+            logger.warning(str(self.trainer.void.reason))
+            control.should_training_stop = True
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.stepwise:
             self._follow(state, control)
@@ -39,7 +46,7 @@ class RunCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             try:
-                write_json(checkpoint / STATE_FILE, self.trainer.checkpoint_state())
+                write_json(checkpoint / STATE_FILE, self.trainer.checkpoint_state(), private=True)
             except DiskFullError:
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 raise

@@ -18,6 +18,7 @@ STAGES = [
     "files",
     "ownership",
     "typed",
+    "markdown",
     "registry",
     "data",
     "models",
