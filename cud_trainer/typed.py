@@ -106,6 +106,40 @@ def check_options(options: Any, *, strict: bool = True) -> None:
             check_number(name, one)
 
 
+def check_values(kind: type, values: dict[str, Any], where: str) -> None:
+    """As `check_options`, of values for fields of `kind` that no instance has yet; other names are left alone.
+
+    Args:
+        where: what names are put behind in errors.
+    """
+    for name, value in values.items():
+        hint = _hints(kind).get(name)
+        if hint is None:
+            continue
+        if _is_plain(value) and not fits(value, hint) and not (value is None and name not in RANGES):
+            raise ValueError(f"{where}: {name} must be {described(hint)}, got {shown(value)}")
+        try:
+            check_number(name, value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def check_void(options: Any, needs: dict[str, str]) -> None:
+    """Raise `ValueError` naming an option that was set although the one that gives it a meaning was not.
+
+    Args:
+        needs: that other option, by option; several, of which one is enough, are joined by "|".
+    """
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(options)
+    }
+    for name, needed in needs.items():
+        set_ = getattr(options, name) != defaults[name]
+        if set_ and not any(getattr(options, one) for one in needed.split("|")):
+            raise ValueError(f"{name} has no effect without {' or '.join(needed.split('|'))}")
+
+
 def check_number(name: str, value: Any) -> None:
     """Raise `ValueError` when a number is not finite or out of the range that an option of this name has."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -14,7 +14,7 @@ from trl import ModelConfig
 from cud_trainer import CUDConfig
 from cud_trainer.commands.options import DataArguments
 from cud_trainer.commands.parser import parse_options, read_yaml
-from cud_trainer.typed import check_options
+from cud_trainer.typed import check_options, check_values, check_void
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
@@ -129,6 +129,8 @@ class StudyArguments(DataArguments):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
         for grid in self.grids:
             self._check_grid(grid)
+        check_void(self, {"relearn_rate": "relearn_samples", "relearn_steps": "relearn_samples"})
+        self._check_values()
         for name, least in AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -146,6 +148,17 @@ class StudyArguments(DataArguments):
                 raise ValueError(
                     f"tuning_seeds {self.tuning_seeds} leaves no seed to report on: {seeds} in a mapping of grid"
                 )
+
+    def _check_values(self) -> None:
+        """Raise `ValueError` for a value of the grid or of `train` that has no type or range of `cud train`."""
+        given = [("train", self.train), *(("grid", dict([pair])) for pair in self._grid_values())]
+        for where, values in given:
+            check_values(CUDConfig, values, where)  # type: ignore[arg-type]
+            if not isinstance(values.get(SCORES, ""), str):  # type: ignore[union-attr]
+                raise ValueError(f"{where}: {SCORES} must be a string, got {values[SCORES]!r}")  # type: ignore[index]
+
+    def _grid_values(self) -> list[tuple[str, Any]]:
+        return [(name, value) for grid in self.grids for name, values in grid.items() for value in values]
 
     def _check_grid(self, grid: Any) -> None:
         """Raise `ValueError` for one mapping of the grid, or `train` beside it, that is none of options to choose."""

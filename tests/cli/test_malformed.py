@@ -179,7 +179,6 @@ ALWAYS = [
     (TRAIN, ["--use_peft", "true", "--lora_r", "0", "--lora_target_modules", "q_proj", "v_proj"], "lora_r"),
     (TRAIN, ["--use_peft", "true", "--lora_alpha", "0", "--lora_target_modules", "q_proj", "v_proj"], "lora_alpha"),
     (TRAIN, ["--use_peft", "true", "--lora_dropout", "1.5"], "lora_dropout"),
-    (TRAIN, ["--lora_r", "4"], "lora_r"),  # without use_peft
     (["demo"], ["--workers", "99999999999"], "workers"),
     (["demo"], ["--retain_level", "nan"], "retain_level"),
     (["demo"], ["--epochs", "0"], "epochs"),
