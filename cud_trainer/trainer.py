@@ -69,7 +69,8 @@ class CUDTrainer(SFTTrainerHooks):
         eval_dataset: further samples (or a dict of them) for the Trainer's own evaluation loss.
         processing_class: tokenizer with pad and eos tokens; by default the one beside `model`.
         peft_config: train this adapter instead of the weights.
-        difficulty_scores: scores made before; by default computed from `args.difficulty` before anything is wrapped.
+        difficulty_scores: scores made before, or their file; by default computed from `args.difficulty` before anything
+            is wrapped.
 
     Attributes:
         difficulty_scores: the scores in use, in the order of `forget_ids`, or `None`.
@@ -82,7 +83,7 @@ class CUDTrainer(SFTTrainerHooks):
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         args: CUDConfig | None = None,
         *,
         forget_dataset: Dataset,
@@ -90,7 +91,7 @@ class CUDTrainer(SFTTrainerHooks):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
-        difficulty_scores: DifficultyScores | None = None,
+        difficulty_scores: DifficultyScores | str | Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         compute_metrics: Callable | None = None,

@@ -69,6 +69,9 @@ class EdgeAttributions:
         return self.scores[:, self.graph.mask]
 
 
+MOST_STEPS = 10_000  # each is a backward pass over all samples
+
+
 def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
     """Raise `ValueError` naming the first option with an unknown value."""
     for option, value, choices in (
@@ -80,6 +83,8 @@ def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
             raise ValueError(f"unknown {option} {value!r} for edge attribution; choose one of {sorted(choices)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"edge attribution needs steps >= 1, got {steps!r}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"edge attribution takes at most {MOST_STEPS} steps, got {steps!r}")
 
 
 def needs_counterfactual(baseline: str, metric: str) -> bool:

@@ -113,6 +113,9 @@ class DataArguments:
         tokenizer: PreTrainedTokenizerBase,
     ) -> Dataset:
         """`load_samples`, columns renamed and texts cut into chunks if these arguments say so."""
+        if Path(source).is_file() and (name is not None or split != "train"):
+            option = f"{what}_config" if name is not None else f"{what}_split"
+            raise ValueError(f"{option} has no effect: {source} is a file, which has neither configurations nor splits")
         samples = load_samples(source, name, split, limit, what, keep_cache=self.keep_cache)
         if self.columns:
             samples = renamed(samples, self.column_names, what, {**FORMATS, **FOREIGN})
@@ -192,8 +195,9 @@ def load_tokenizer(model_args: ModelConfig, args: Any = None) -> PreTrainedToken
             revision=model_args.model_revision,
             trust_remote_code=bool(getattr(model_args, "trust_remote_code", False)),
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer of {model_args.model_name_or_path!r}: {error}") from None
+    except Exception as error:  # a damaged folder makes the libraries raise nearly anything
+        said = str(error) or type(error).__name__
+        raise ValueError(f"cannot load the tokenizer of {model_args.model_name_or_path!r}: {said}") from None
     return ready_tokenizer(tokenizer, **tokenizer_options(args))
 
 

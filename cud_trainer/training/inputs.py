@@ -78,14 +78,14 @@ class RunInputs:
     def checked(
         cls,
         args: CUDConfig,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         forget: Dataset,
         retain: Dataset | None,
         evaluated: Evaluated,
         peft_config: Any,
-        scores: DifficultyScores | None,
+        scores: DifficultyScores | str | Path | None,
     ) -> RunInputs:
         """The inputs of `CUDTrainer`.
 
@@ -95,6 +95,11 @@ class RunInputs:
         Raises:
             ValueError: for bad input, naming the sample, column or option.
         """
+        if not isinstance(args, CUDConfig):
+            raise ValueError(f"args must be a CUDConfig, got a {type(args).__name__}")
+        model = str(model) if isinstance(model, Path) else model
+        if isinstance(scores, (str, Path)):
+            scores = DifficultyScores.load(scores)
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)

@@ -251,6 +251,8 @@ def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None
             before = json.loads(path.read_text())
         except ValueError:
             before = {}
+        if not isinstance(before, dict):
+            before = {}
         if before.get("fingerprint") != cell.fingerprint:
             if not overwrite:
                 changed = _changed(before.get("settings", {}), cell.settings)
@@ -292,6 +294,10 @@ def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[li
         check_disjoint(prepared[0], prepared[1])
     if isinstance(group, str) and group not in forget.column_names:
         raise ValueError(f"forget dataset has no column {group!r}; it has {sorted(forget.column_names)}")
+    if args.relearn_samples >= len(forget):
+        raise ValueError(
+            f"relearn_samples must leave some of the {len(forget)} forget samples, got {args.relearn_samples}"
+        )
     fingerprints = [None if part is None else part.fingerprint for part in prepared]
     return fingerprints, list(forget[group]) if isinstance(group, str) else None
 
