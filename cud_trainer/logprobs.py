@@ -134,7 +134,7 @@ def answer_probability(
     values = torch.zeros(len(samples), dtype=torch.float64)
     with evaluation_mode(model):
         for rows, batch in samples.batches(batch_size, device=device):
-            values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
+            values[rows] = score_answers(model, batch).mean_logps.exp().cpu().double()
     return values.numpy()
 
 

@@ -17,6 +17,7 @@ from trl.trainer import disable_dropout_in_model
 
 from .config import CUDConfig
 from .difficulty import DifficultyScores
+from .models.layers import widest_float
 from .models.modes import on_device
 from .objectives.alternatives import alternatives_fingerprint
 from .schedule import DynamicWeights
@@ -93,6 +94,8 @@ class CUDTrainer(SFTTrainerHooks):
             scores=difficulty_scores,
         )
         plan = RunPlan.of(inputs)
+        if inputs.loss.uses_hidden and inputs.args.ddp_find_unused_parameters is None:
+            inputs.args.ddp_find_unused_parameters = True  # weights behind the layer that is steered have no gradient
         # The rows are ready to train on; the base class must not look for text in them.
         inputs.args.dataset_kwargs = {**(inputs.args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(
@@ -228,8 +231,9 @@ class CUDTrainer(SFTTrainerHooks):
         terms = self.inputs.loss(model, inputs, self.reference)
         weight = inputs["weight"]
         if self.schedule.dynamic:
-            index = inputs["forget_index"]
-            weight = weight.double() * torch.from_numpy(self.progress.factor).to(index.device)[index]
+            index, dtype = inputs["forget_index"], widest_float(weight.device)
+            factor = torch.from_numpy(self.progress.factor).to(dtype)
+            weight = weight.to(dtype) * factor.to(index.device)[index]
         loss = (weight.to(terms.forget.dtype) * terms.forget).mean()
         if terms.retain is not None:
             scale = inputs["retain_scale"].to(terms.retain.dtype)

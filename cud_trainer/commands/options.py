@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
+from ..circuits import run_description
 from ..config import CUDConfig
 from ..data import check_tokenizer
 from ..data.chunks import DOCUMENT, chunk_texts
@@ -44,6 +45,18 @@ class DataArguments:
             "is a sample. `max_*_samples` count documents. Folds never split a document (group_column 'document')."
         },
     )
+
+    architecture: str | None = field(
+        default=None,
+        metadata={
+            "help": "Python file that describes the model's architecture for circuits, by calling "
+            "cud_trainer.circuits.register_architecture. It is run: give only a file that you trust."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.architecture is not None:  # here: wherever options are read, in whatever process
+            run_description(self.architecture)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
         """Forget and retain set; `ValueError` naming what cannot be loaded."""

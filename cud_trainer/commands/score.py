@@ -8,7 +8,6 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
-from ..circuits import check_architecture
 from ..config import CUDConfig
 from ..data import Samples, prepare_samples
 from ..difficulty import METRICS, DifficultyScores
@@ -56,12 +55,14 @@ def score(argv: list[str]) -> int:
     data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score")
     check_new_file(data_args.output, args.overwrite)
     work_dir = data_args.work_dir or f"{data_args.output}.work"
-    check_metrics(data_args.metrics, args.scoring_options()["metric_args"])
+    metric_args = args.scoring_options()["metric_args"]
+    check_metrics(data_args.metrics, metric_args)
     tokenizer = load_tokenizer(model_args)
     forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
     if any(METRICS[name].needs_circuits for name in data_args.metrics):
-        check_architecture(AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust))
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust)
+        check_metrics(data_args.metrics, metric_args, config)
     scores = score_model(
         args,
         model_args,

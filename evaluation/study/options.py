@@ -123,6 +123,7 @@ class StudyArguments(DataArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
         for grid in self.grids:
