@@ -94,8 +94,6 @@ class CUDTrainer(SFTTrainerHooks):
             scores=difficulty_scores,
         )
         plan = RunPlan.of(inputs)
-        if inputs.loss.uses_hidden and inputs.args.ddp_find_unused_parameters is None:
-            inputs.args.ddp_find_unused_parameters = True  # weights behind the layer that is steered have no gradient
         # The rows are ready to train on; the base class must not look for text in them.
         inputs.args.dataset_kwargs = {**(inputs.args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(
@@ -119,6 +117,9 @@ class CUDTrainer(SFTTrainerHooks):
         self.inputs, self.plan, self._started = inputs, plan, False
         # NPO's log-ratio must be 0 at the first step; only after wrapping are an adapter's dropouts there to be found.
         disable_dropout_in_model(self.model)
+        if args.world_size > 1:  # which waits for a gradient of every weight that is trained
+            for parameter in inputs.loss.unreached(self.model):
+                parameter.requires_grad_(False)
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)

@@ -98,11 +98,6 @@ class RunInputs:
         if args.difficulty is not None and len(forget_samples) < args.n_buckets:
             raise ValueError(f"cannot make {args.n_buckets} difficulty buckets of {len(forget_samples)} forget samples")
         evaluated = prepare_evaluated(evaluated, tokenizer, args.max_length)
-        if args.ddp_find_unused_parameters is False and loss.uses_hidden and args.trainable_layers is None:
-            raise ValueError(
-                f"ddp_find_unused_parameters=False does not go with objective {loss.objective!r}: weights behind the "
-                "layer that it steers have no gradient; leave it out, or set trainable_layers"
-            )
         steps = -(-len(forget_samples) * args.passes // global_batch(args))
         if args.max_steps > steps:
             raise ValueError(

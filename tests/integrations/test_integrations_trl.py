@@ -167,6 +167,7 @@ def test_own_trainer_with_lora(tmp_path):
 @pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
 def test_trainers_with_a_sampler_of_their_own(tmp_path, trainer, config):
     """They shuffle unless they are told not to: then every prompt comes once for each completion, as planned."""
+    make_model(0).save_pretrained(tmp_path / "model")  # RLOO loads its reference model from there
     prompts = Dataset.from_list([{"prompt": f"Q{i:02d}?", "sample_id": f"s{i}"} for i in range(N)])
     seen = []
 
@@ -177,8 +178,8 @@ def test_trainers_with_a_sampler_of_their_own(tmp_path, trainer, config):
     def build(**options):
         generation = {"num_generations": 2, "max_completion_length": 2, "gradient_checkpointing": False, "seed": 1}
         return with_difficulty(trainer)(
-            make_model(0),
-            args=config(str(tmp_path), **{**SETTINGS, **generation, "num_train_epochs": 1, **options}),
+            str(tmp_path / "model"),
+            args=config(str(tmp_path / "out"), **{**SETTINGS, **generation, "num_train_epochs": 1, **options}),
             reward_funcs=reward,
             train_dataset=prompts,
             processing_class=make_tokenizer(),
