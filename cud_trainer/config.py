@@ -220,6 +220,13 @@ class CUDConfig(SFTConfig):
             "has a text can tell from them that it was to be forgotten."
         },
     )
+    keep_reference: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep `reference.safetensors` when the run is done. It can hold the answers of the forget set as "
+            "token ids; an unfinished run needs it to go on without scoring the data again."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})
 
     def __post_init__(self) -> None:

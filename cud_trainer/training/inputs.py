@@ -18,10 +18,11 @@ from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..models.loading import load_causal_lm
 from ..models.modes import on_device
 from ..models.trainable import train_only
+from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
-from .checkpoints import check_may_start
+from .checkpoints import check_is_no_model, check_may_start
 
 Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
 
@@ -74,6 +75,7 @@ class RunInputs:
             ValueError: for bad input, naming the sample, column or option.
         """
         loss = args.unlearning_loss
+        check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
         if tokenizer is None:
             if not isinstance(model, str):
@@ -220,6 +222,8 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
         options.setdefault("trust_remote_code", args.trust_remote_code)
         model = load_causal_lm(model, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
+    else:
+        check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
     loss.check_model(model.config)
     if getattr(model, "is_quantized", False) and peft_config is None and not hasattr(model, "peft_config"):
         raise ValueError("the model's weights are quantised and cannot be trained: give a peft_config (QLoRA)")

@@ -20,6 +20,7 @@ from cud_trainer.data import Samples, check_disjoint, prepare_samples
 from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm
+from cud_trainer.models.whole import check_adapter
 
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.utility import UTILITY_SETS
@@ -250,6 +251,7 @@ def load_model(path: str, options: Mapping[str, Any]) -> Any:
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
+            check_adapter(path, model)
         else:
             model = load_causal_lm(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model
