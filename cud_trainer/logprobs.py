@@ -16,11 +16,7 @@ from transformers import PreTrainedModel
 
 from .data import IGNORE_INDEX, Samples
 from .models.modes import evaluation_mode
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that follow the mask, so that left padding does not shift rotary or learned positions."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+from .models.positions import position_ids, positions_by_row, positions_of
 
 
 def wide(x: Tensor) -> Tensor:
@@ -98,13 +94,19 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     positions = answer_positions(labels)
     if "inputs_embeds" not in model_inputs:
         model_inputs["input_ids"] = batch["input_ids"]
-    outputs = model(
-        attention_mask=batch["attention_mask"],
-        position_ids=position_ids(batch["attention_mask"]),
-        logits_to_keep=positions,
-        use_cache=False,
-        **model_inputs,
-    )
+    own = positions_of(model)
+    if own.limit is not None and batch["attention_mask"].shape[1] > own.limit:
+        longest = int(batch["attention_mask"].sum(-1).max())
+        if longest > own.limit:
+            raise ValueError(f"a sample has {longest} tokens, and the model has {own.limit} positions")
+    with positions_by_row(model):
+        outputs = model(
+            attention_mask=batch["attention_mask"],
+            position_ids=position_ids(batch["attention_mask"], own.first),
+            logits_to_keep=positions,
+            use_cache=False,
+            **model_inputs,
+        )
     logits = outputs.logits
     if logits.shape[1] != len(positions):  # an architecture that ignores `logits_to_keep`
         logits = logits[:, positions.to(logits.device)]

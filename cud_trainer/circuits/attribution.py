@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
-from ..logprobs import AnswerScores, position_ids, score_answers, wide
+from ..logprobs import AnswerScores, score_answers, wide
 from ..models.layers import base_causal_lm, embedding_device, widest_float
 from ..models.modes import evaluation_without_gradients
+from ..models.positions import position_ids, positions_by_row, positions_of
 from ..resumable import WorkDir, run_batches
 from .contraction import GradientSums, contract
 from .graph import Graph
@@ -279,11 +280,11 @@ def forward_outputs(
     embeddings, precision = embedded(model, tokens)
     record = recorder.start()
     mask = batch["attention_mask"]
-    with torch.no_grad(), precision():
+    with torch.no_grad(), precision(), positions_by_row(model):
         model(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            position_ids=position_ids(mask),
+            position_ids=position_ids(mask, positions_of(model).first),
             use_cache=False,
             logits_to_keep=1,
         )

@@ -18,6 +18,7 @@ from ..circuits import CircuitTable
 from ..data import BATCH_BYTES, Samples, check_disjoint, check_tokenizer, prepare_samples
 from ..difficulty import METRICS, DifficultyContext, DifficultyScores
 from ..models.fingerprint import model_fingerprint, versions
+from ..models.positions import check_positions
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir, process_state
 from .calibration import Calibration, CalibrationSettings, calibrate
@@ -100,6 +101,9 @@ def score_difficulty(
     )
     request.check(model)
     forget, retain = _samples(request, dataset, retain_dataset, processing_class, max_length, counterfactual_column)
+    for name, samples in (("forget", forget), ("retain", retain)):
+        if samples is not None:
+            check_positions(model, name, samples.ids, samples.lengths)
     return _Scoring(model, forget, retain, request).run()
 
 

@@ -17,6 +17,7 @@ from ..difficulty import DifficultyScores
 from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..models.loading import load_causal_lm
 from ..models.modes import on_device
+from ..models.positions import check_positions
 from ..models.trainable import train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
@@ -107,6 +108,9 @@ class RunInputs:
                 "raise passes"
             )
         model = _checked_model(model, args, loss, peft_config)
+        for name, samples in (("forget", forget_samples), ("retain", retain_samples)):
+            if samples is not None:
+                check_positions(model, name, samples.ids, samples.lengths)
         inputs = cls(args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None)
         inputs = replace(inputs, scores=inputs._checked_scores(scores))
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):

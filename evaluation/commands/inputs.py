@@ -20,6 +20,7 @@ from cud_trainer.data import Samples, check_disjoint, prepare_samples
 from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm
+from cud_trainer.models.positions import check_positions
 from cud_trainer.models.whole import check_adapter
 
 from ..metrics.lm_eval import check_lm_eval
@@ -157,6 +158,8 @@ class EvaluateInputs:
         size = len(self.tokenizer)
         if size > model.get_input_embeddings().weight.shape[0]:
             raise ValueError(f"the tokenizer has {size} tokens, more than the embeddings of {path!r}")
+        for name, samples in self.sets.items():
+            check_positions(model, name, samples.ids, samples.lengths)
         return model
 
 
