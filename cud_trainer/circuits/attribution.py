@@ -30,7 +30,7 @@ from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
 from ..logprobs import AnswerScores, score_answers, wide
 from ..models.layers import base_causal_lm, embedding_device, widest_float
 from ..models.modes import evaluation_without_gradients
-from ..models.positions import position_ids, positions_by_row, positions_of
+from ..models.positions import own_positions, position_ids
 from ..resumable import WorkDir, run_batches
 from .contraction import GradientSums, contract
 from .graph import Graph
@@ -280,11 +280,11 @@ def forward_outputs(
     embeddings, precision = embedded(model, tokens)
     record = recorder.start()
     mask = batch["attention_mask"]
-    with torch.no_grad(), precision(), positions_by_row(model):
+    with torch.no_grad(), precision(), own_positions(model):
         model(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            position_ids=position_ids(mask, positions_of(model).first),
+            position_ids=position_ids(mask),
             use_cache=False,
             logits_to_keep=1,
         )
@@ -339,7 +339,7 @@ def attribute_dataset(
     Raises:
         ValueError: as `edge_attributions`, and when a sample's scores are not finite (named by id).
     """
-    parts = verified_parts(model)
+    parts, samples = verified_parts(model), samples.measured
     graph = parts.graph(options.get("ungroup_kv", False))
     plan = samples.plan(bytes_per_token=bytes_per_token(model, parts), batch_size=batch_size, batch_bytes=batch_bytes)
     device = embedding_device(model)

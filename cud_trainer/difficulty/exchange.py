@@ -44,10 +44,10 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     try:
         if path.suffix == ".csv":
-            frame = pd.read_csv(path, dtype={"sample_id": str}, float_precision="round_trip")
-            frame = frame.rename(columns=from_text_cell)
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False)  # an id may be called NA
+            frame = _numbers(frame.rename(columns=from_text_cell))
             if "sample_id" in frame:
-                frame["sample_id"] = frame["sample_id"].map(from_text_cell, na_action="ignore")
+                frame["sample_id"] = frame["sample_id"].map(from_text_cell)
         else:
             frame = pd.DataFrame(_json_rows(path))
     except (OSError, ValueError) as error:
@@ -58,6 +58,18 @@ def read_table(path: Path) -> pd.DataFrame:
         if column != "sample_id" and not pd.api.types.is_numeric_dtype(frame[column]):
             raise ValueError(f"column {column!r} of {path} holds no numbers")
     return frame.assign(sample_id=frame["sample_id"].astype(str))
+
+
+def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with its columns of numbers as such; the ids are text."""
+    for column in frame.columns.drop("sample_id", errors="ignore"):
+        try:
+            values = [float(value) if value.strip() else float("nan") for value in frame[column]]
+        except ValueError:
+            continue  # said by `read_table`
+        whole = all(value.strip().lstrip("-").isdecimal() for value in frame[column])
+        frame[column] = np.array(values).astype(int) if whole else values
+    return frame
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
@@ -116,10 +128,10 @@ def read_published(
         return {name: _ranks(_text_ids(path), ids, path)}
     if path.suffix == ".csv":
         try:
-            table = pd.read_csv(path, dtype=str)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
         except (OSError, ValueError, pd.errors.ParserError) as error:
             raise ValueError(f"cannot read {path}: {error}") from None
-        if not {"method", "order"} <= set(table.columns) or table[["method", "order"]].isna().any(axis=None):
+        if not {"method", "order"} <= set(table.columns) or (table[["method", "order"]] == "").any(axis=None):
             raise ValueError(f"{path} has no columns method and order, or gaps in them; it has {list(table.columns)}")
         return {
             str(method): 1 - _ranks(part["order"].tolist(), ids, path)

@@ -115,9 +115,10 @@ class DifficultyScores:
         Entries the scores say nothing about (for example, imported ones) are not compared.
         """
         differs = [
-            f"{key}: scores {self.provenance[key]!r}, here {value!r}"
+            difference
             for key, value in expected.items()
             if key in self.provenance and self.provenance[key] != value
+            for difference in _differences(key, self.provenance[key], value)
         ]
         if differs:
             raise ValueError("difficulty scores belong to something else: " + "; ".join(differs))
@@ -223,6 +224,14 @@ class DifficultyScores:
                 raise ValueError(f"the dataset has a column 'difficulty_{name}' already")
             dataset = dataset.add_column(f"difficulty_{name}", values[rows].tolist())  # type: ignore[call-arg]
         return dataset
+
+
+def _differences(key: str, scores: Any, here: Any) -> list[str]:
+    """In words; of two mappings, the entries that differ."""
+    if isinstance(scores, dict) and isinstance(here, dict):
+        names = sorted(name for name in {**scores, **here} if scores.get(name) != here.get(name))
+        return [f"{key} {name}: scores {scores.get(name)!r}, here {here.get(name)!r}" for name in names]
+    return [f"{key}: scores {scores!r}, here {here!r}"]
 
 
 def merge_metrics(primary: str, names: Iterable[str]) -> list[str]:

@@ -66,13 +66,12 @@ def _positions(base: nn.Module) -> Positions:
     return Positions(first, min(limits, default=None), tuple(rotary))
 
 
-def position_ids(attention_mask: Tensor, first: int = 0) -> Tensor:
-    """Positions that follow the mask, so that left padding does not shift rotary or learned positions.
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions from 0 that follow the mask, so that left padding does not shift rotary or learned positions.
 
-    Args:
-        first: position of the first token, see `Positions`.
+    For a model inside `own_positions`.
     """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0) + first
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def check_positions(model: Any, name: str, ids: Sequence[str], lengths: Sequence[int]) -> None:
@@ -89,9 +88,21 @@ def check_positions(model: Any, name: str, ids: Sequence[str], lengths: Sequence
 
 
 @contextmanager
-def positions_by_row(model: Any) -> Iterator[None]:
-    """Rotary embeddings that follow the longest sequence of a batch follow every row's own length, inside."""
+def own_positions(model: Any) -> Iterator[None]:
+    """Inside, the model takes positions from 0, wherever its own begin, and every row has its own.
+
+    So do rotary embeddings that follow the longest sequence of a batch: here they follow each row's length.
+    """
+    first = positions_of(model).first
+
+    def shift(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        given = kwargs.get("position_ids")
+        return args, kwargs if given is None else {**kwargs, "position_ids": given + first}
+
     with ExitStack() as stack:
+        if first:
+            handle = base_causal_lm(model).register_forward_pre_hook(shift, with_kwargs=True)
+            stack.callback(handle.remove)
         for module in positions_of(model).rotary:
             own = module.__dict__.get("forward") or partial(type(module).forward, module)
             stack.enter_context(answering(module, partial(_by_row, own)))

@@ -156,6 +156,17 @@ def budget(difficulty: np.ndarray, turn: OnePass, *, strength: float = 0.75) -> 
     return turn.generator().permutation(rows)
 
 
+@register_schedule("random_share", metric=None, check=within(0, 1, "share", open_low=True))
+def random_share(difficulty: np.ndarray | None, turn: OnePass, *, share: float = 0.05) -> np.ndarray:
+    """A random share of the forget set and nothing else, the same in every pass; `N` draws a pass, in random order.
+
+    The baseline that any choice of samples has to beat: on MUSE and WMDP a random 5% did as well as all (Pal et al.
+    2025, arXiv 2504.10185).
+    """
+    chosen = np.random.default_rng([turn.seed, 6]).permutation(turn.size)
+    return turn.fill(chosen[: max(1, round(share * turn.size))])
+
+
 def rank(difficulty: np.ndarray) -> np.ndarray:
     """Rank in [0, 1], mean 0.5; ties share their mean rank."""
     from scipy.stats import rankdata

@@ -134,6 +134,7 @@ def measure_one(inputs: EvaluateInputs, model: Any, what: str) -> Measured:
         inputs.tokenizer,
         batch_size=args.batch_size,
         max_length=args.max_length,
+        template=inputs.template,
         generate=args.generate,
         samples=args.samples,
         temperature=args.temperature,
@@ -255,12 +256,14 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
 
 def how_it_was_made(inputs: EvaluateInputs, measurements: Measurements, command: str) -> Run:
     model = {"path": inputs.model_name_or_path, "fingerprint": measurements.fingerprint, **measurements.fingerprints}
+    seen = inputs.forget.template
+    told = {} if seen is None else {"chat_template": seen}
     return Run(
         command=command,
         seed=inputs.args.seed,
         versions=versions(),
         model=model,
-        data={f"n_{name}": len(part) for name, part in inputs.sets.items()},
+        data={f"n_{name}": len(part) for name, part in inputs.sets.items()} | told,
         seconds={},
     )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cud_trainer.data import Samples, prepare_samples
+from cud_trainer.data import Samples, TemplateContext, prepare_samples
 
 from .memorization import MEASURES, TOKEN_STATISTICS, evaluate_memorization, teacher_forced, true_answers
 from .utility import answer_logps, tofu_utility, truth_ratio
@@ -53,6 +54,7 @@ def measure(
     *,
     batch_size: int = 16,
     max_length: int | None = 1024,
+    template: TemplateContext | None = None,
     generate: bool = True,
     samples: int = 0,
     temperature: float = 1.0,
@@ -66,8 +68,10 @@ def measure(
         forget_raw: the forget set as text: its columns `perturbed_answer`, `paraphrased_answer` and
             `paraphrased_question` (TOFU's `*_perturbed` configurations) are used where they are there.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
+        template: what a chat template sees beside the messages, for what is not prepared yet.
     """
     result = Measured({})
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "template": template}
     for name, prepared in sets.items():
         what = f"{desc}: {name}"
         if name == "holdout":
@@ -92,20 +96,19 @@ def measure(
     if "perturbed_answer" in columns and "question" in columns:
 
         def answers(column: str) -> np.ndarray:
-            return answer_logps(
-                model, forget_raw, tokenizer, [column], batch_size=batch_size, max_length=max_length, name="forget"
-            )
+            return answer_logps(model, forget_raw, tokenizer, [column], name="forget", **options)
 
         wrong, correct = answers("perturbed_answer"), result.statistics["forget"]["mean_logps"]
         if "paraphrased_answer" in columns:
             correct = answers("paraphrased_answer")[:, 0]
         result.truth_ratio = truth_ratio(correct, wrong)
     if "paraphrased_question" in columns and "answer" in columns:
-        asked = Dataset.from_dict({"question": forget_raw["paraphrased_question"], "answer": forget_raw["answer"]})
-        prepared = prepare_samples(asked, tokenizer, max_length=max_length, name="paraphrased forget")
+        texts = {"question": forget_raw["paraphrased_question"], "answer": forget_raw["answer"]}
+        asked = Dataset.from_dict({"sample_id": sets["forget"].ids, **texts})  # two may ask the same
+        prepared = prepare_samples(
+            asked, tokenizer, max_length=max_length, name="paraphrased forget", template=template
+        )
         result.paraphrased = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["probability"]
     if utility:
-        result.utility = tofu_utility(
-            model, utility, tokenizer, batch_size=batch_size, max_length=max_length, generate=generate, desc=desc
-        )
+        result.utility = tofu_utility(model, utility, tokenizer, generate=generate, desc=desc, **options)
     return result

@@ -14,7 +14,7 @@ from datasets import Dataset
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cud_trainer.data import prepare_samples
+from cud_trainer.data import TemplateContext, prepare_samples
 
 from .memorization import evaluate_memorization, teacher_forced
 
@@ -84,6 +84,7 @@ def answer_logps(
     *,
     batch_size: int = 16,
     max_length: int | None = 1024,
+    template: TemplateContext | None = None,
     question: str = "question",
     name: str = "evaluation",
 ) -> np.ndarray:
@@ -109,7 +110,7 @@ def answer_logps(
         for row, (asked, texts) in enumerate(zip(dataset[question], answers, strict=True))
         for number, text in enumerate(texts)
     ]
-    prepared = prepare_samples(Dataset.from_list(pairs), tokenizer, max_length=max_length, name=name)
+    prepared = prepare_samples(Dataset.from_list(pairs), tokenizer, max_length=max_length, name=name, template=template)
     mean_logps = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["mean_logps"]
     return mean_logps.reshape(len(answers), len(answers[0]))
 
@@ -121,6 +122,7 @@ def tofu_utility(
     *,
     batch_size: int = 16,
     max_length: int | None = 1024,
+    template: TemplateContext | None = None,
     generate: bool = True,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
@@ -133,9 +135,14 @@ def tofu_utility(
     """
     values: dict[str, np.ndarray] = {}
     for name, dataset in sets.items():
-        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "name": name}
+        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
+        options |= {"name": name, "template": template}
         prepared = prepare_samples(
-            dataset.select_columns(["question", "answer"]), tokenizer, max_length=max_length, name=name
+            dataset.select_columns(["question", "answer"]),
+            tokenizer,
+            max_length=max_length,
+            name=name,
+            template=template,
         )
         measured = evaluate_memorization(
             model,

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cud_trainer import score_difficulty
 from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import score_answers
+from cud_trainer.models.generation import continuations
 from cud_trainer.models.positions import check_positions, positions_of
 
 SIZES = {
@@ -68,6 +69,29 @@ def test_rotary_embeddings_that_follow_the_longest_of_a_batch(make):
         model(input_ids=torch.tensor([[1]]))  # one that dynamic NTK starts afresh from
         expected.append(-alone(model, row))
     np.testing.assert_allclose(np.abs(one["loss"]), np.abs(expected), rtol=1e-4)
+
+
+def roberta():
+    return build("roberta", is_decoder=True, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize(
+    ("make", "lengths"), [(longrope, (3, 62, 90)), (dynamic, (3, 62, 90)), (roberta, (3, 20)), (roberta, (3, 61))]
+)
+def test_what_is_written_does_not_depend_on_the_batch(make, lengths):
+    """Whatever is written crosses the length at which frequencies change, and ends with the positions."""
+    model = make()
+    prompts = [[5 + n % 7, 9, 30][: n % 3] + [40 + n % 5] * (n - n % 3) for n in lengths]
+    found = continuations(model, prompts, [5] * len(prompts), stop=[], pad=0, batch_size=4)
+    for prompt, written in zip(prompts, found, strict=True):
+        tokens = list(prompt)
+        for _ in range(5 if make is not roberta else min(5, 63 - len(prompt))):
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[1]]))  # one that dynamic NTK starts afresh from
+                tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        if make is longrope and len(prompt) == 62:  # its cache keeps keys of before the change
+            written, tokens = written[:2], tokens[:64]
+        assert written == tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("make", [longrope, dynamic])

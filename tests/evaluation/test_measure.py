@@ -91,13 +91,9 @@ class TestByHand:
         assert lowest_mean(np.array([-1.0, -3.0])) == -3.0 and math.isnan(lowest_mean(np.array([])))
 
     def test_verbatim(self):
-        assert verbatim(["a b", "a b", "a b", "", "a b"], ["a b c", "a bc", "x a b", "z", "a  b"]).tolist() == [
-            1,
-            0,
-            0,
-            0,
-            1,
-        ]
+        truths, answers = ["a b", "a b", "a b", "a b"], ["a b c", "a bc", "x a b", "a  b"]
+        assert verbatim(truths, answers).tolist() == [1, 0, 0, 1]
+        assert math.isnan(verbatim([""], ["z"])[0])
 
     def test_round_trip(self):
         weight = torch.tensor([[1.0, -0.45, 0.26], [0.0, 0.0, 0.0]])
