@@ -20,6 +20,7 @@ from trl.trainer import disable_dropout_in_model
 from .config import CUDConfig
 from .difficulty import DifficultyScores
 from .files import remove_leftovers
+from .models.layers import widest_float
 from .models.modes import on_device
 from .objectives import STEPS
 from .objectives.alternatives import alternatives_fingerprint
@@ -132,6 +133,9 @@ class CUDTrainer(SFTTrainerHooks):
         self.inputs, self.plan, self._started = inputs, plan, False
         # NPO's log-ratio must be 0 at the first step; only after wrapping are an adapter's dropouts there to be found.
         disable_dropout_in_model(self.model)
+        if args.world_size > 1:  # which waits for a gradient of every weight that is trained
+            for parameter in inputs.loss.unreached(self.model):
+                parameter.requires_grad_(False)
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
@@ -300,8 +304,9 @@ class CUDTrainer(SFTTrainerHooks):
         if side != "retain":
             weight = inputs["weight"]
             if self.schedule.dynamic:
-                index = inputs["forget_index"]
-                weight = weight.double() * torch.from_numpy(self.progress.factor).to(index.device)[index]
+                index, dtype = inputs["forget_index"], widest_float(weight.device)
+                factor = torch.from_numpy(self.progress.factor).to(dtype)
+                weight = weight.to(dtype) * factor.to(index.device)[index]
             parts.append((weight.to(terms.forget.dtype) * terms.forget).mean())
         if terms.retain is not None:
             scale = inputs["retain_scale"].to(terms.retain.dtype)

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
+from ..circuits import run_description
 from ..config import CUDConfig
 from ..data import FORMATS, ready_tokenizer, standardised
 from ..data.chunks import DOCUMENT, chunk_texts
@@ -82,6 +83,14 @@ class DataArguments:
         },
     )
 
+    architecture: str | None = field(
+        default=None,
+        metadata={
+            "help": "Python file that describes the model's architecture for circuits, by calling "
+            "cud_trainer.circuits.register_architecture. It is run: give only a file that you trust."
+        },
+    )
+
     keep_cache: bool = field(
         default=False,
         metadata={
@@ -89,6 +98,10 @@ class DataArguments:
             "may be able to read. By default that copy is private to the command and deleted once it is read."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.architecture is not None:  # here: wherever options are read, in whatever process
+            run_description(self.architecture)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
         """Forget and retain set; `ValueError` naming what cannot be loaded."""

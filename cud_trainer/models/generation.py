@@ -25,6 +25,7 @@ from transformers import (
 
 from ..data.timeout import apply_chat_template
 from .modes import evaluation_mode
+from .positions import own_positions, positions_of
 
 MARK = "answer"
 
@@ -123,7 +124,7 @@ def continuations(
                 config = GenerationConfig(
                     max_new_tokens=length, do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=pad
                 )
-                with without_generation_config(model):
+                with without_generation_config(model), own_positions(model):
                     output = model.generate(
                         input_ids=inputs.to(device),
                         attention_mask=mask.to(device),
@@ -139,8 +140,10 @@ def continuations(
 
 def _room(model: Any, used: int) -> int:
     """Positions that are left after `used` tokens."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    own = positions_of(model)
+    positions = own.limit
+    if positions is None and not own.rotary:  # those that follow the length go on
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return positions - used if isinstance(positions, int) and positions > 0 else 1 << 30
 
 

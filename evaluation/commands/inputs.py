@@ -23,6 +23,7 @@ from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm
+from cud_trainer.models.positions import check_positions
 from cud_trainer.models.whole import check_adapter
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
@@ -128,8 +129,12 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
     def __post_init__(self) -> None:
+<<<<<<< HEAD
         check_options(self)
         check_void(self, NEEDS)
+=======
+        super().__post_init__()
+>>>>>>> k-archs
         for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -183,6 +188,8 @@ class EvaluateInputs:
             check_vocabulary(self.tokenizer, model)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
+        for name, samples in self.sets.items():
+            check_positions(model, name, samples.ids, samples.lengths)
         return model
 
 

@@ -169,7 +169,11 @@ class StudyArguments(DataArguments):
     )
 
     def __post_init__(self) -> None:
+<<<<<<< HEAD
         check_options(self)
+=======
+        super().__post_init__()
+>>>>>>> k-archs
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
         if self.extensions is None:
