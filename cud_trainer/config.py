@@ -256,8 +256,13 @@ class CUDConfig(TemplateArguments, SFTConfig):
             self.bf16 = is_torch_bf16_gpu_available()  # TRL's default, True, is an error on a machine without
         if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "balance"
-<<<<<<< HEAD
-        super().__post_init__()
+        self._check_mappings()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # what the stack does not foresee
+            raise ValueError(f"options: {type(error).__name__}: {error}") from error
         names = (
             "objective_args",
             "step_args",
@@ -267,16 +272,6 @@ class CUDConfig(TemplateArguments, SFTConfig):
             "chat_template_kwargs",
         )
         for name in names:
-=======
-        self._check_mappings()
-        try:
-            super().__post_init__()
-        except (ValueError, ImportError):
-            raise
-        except Exception as error:  # what the stack does not foresee
-            raise ValueError(f"options: {type(error).__name__}: {error}") from error
-        for name in ("objective_args", "difficulty_args", "circuit_args", "schedule_args", "chat_template_kwargs"):
->>>>>>> l-ops
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, {})
@@ -322,7 +317,6 @@ class CUDConfig(TemplateArguments, SFTConfig):
         self._check_step(loss)
         self._refuse_what_breaks_the_order()
 
-<<<<<<< HEAD
     def _check_step(self, loss: UnlearningLoss) -> None:
         step = STEPS.find(self.step)
         step.check_options(self.step_args)  # type: ignore[arg-type]
@@ -339,7 +333,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise ValueError(f"step {self.step!r} is not supported with optim {optimizer!r}, which keeps no gradients")
         if self.log_update_share:
             raise ValueError(f"log_update_share is not supported with step {self.step!r}: it looks at plain steps")
-=======
+
     def _check_mappings(self) -> None:
         """Raise `ValueError` for a mapping that is none, or a file that is not there."""
         for name in self._VALID_DICT_FIELDS:
@@ -352,7 +346,6 @@ class CUDConfig(TemplateArguments, SFTConfig):
             check_numbers_within(name, value)
         if self.log_level not in LOG_LEVELS or self.log_level_replica not in LOG_LEVELS:
             raise ValueError(f"log_level and log_level_replica must be one of {LOG_LEVELS}")
->>>>>>> l-ops
 
     def _check_objective(self, loss: UnlearningLoss) -> None:
         for name, low, high in (

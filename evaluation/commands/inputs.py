@@ -129,12 +129,9 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
     def __post_init__(self) -> None:
-<<<<<<< HEAD
+        super().__post_init__()
         check_options(self)
         check_void(self, NEEDS)
-=======
-        super().__post_init__()
->>>>>>> k-archs
         for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -169,11 +169,8 @@ class StudyArguments(DataArguments):
     )
 
     def __post_init__(self) -> None:
-<<<<<<< HEAD
-        check_options(self)
-=======
         super().__post_init__()
->>>>>>> k-archs
+        check_options(self)
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
         if self.extensions is None:
@@ -218,6 +215,7 @@ class StudyArguments(DataArguments):
             raise ValueError("never_seen is what reference_model says: give one of them")
         if self.never_seen is not None and not 0 <= self.never_seen < 1:
             raise ValueError(f"never_seen must be at least 0 and below 1, got {self.never_seen}")
+
     def _check_values(self) -> None:
         """Raise `ValueError` for a value of the grid or of `train` that has no type or range of `cud train`."""
         given = [("train", self.train), *(("grid", dict([pair])) for pair in self._grid_values())]
