@@ -90,7 +90,7 @@ def check_options(options: Any, *, strict: bool = True) -> None:
     Raises:
         ValueError: naming the option whose value is of another type, empty, not finite, or out of its range.
     """
-    for name, hint in _hints(type(options)).items():
+    for name, hint in _hints(type(options)).items():  # type: ignore[arg-type]
         value = getattr(options, name)
         plain = _plain(value)
         if plain is not value:

@@ -82,7 +82,7 @@ def memorization(
         )
     reference = reference.to(context.device).eval()
     reference_logps, _ = context.score_answers(reference, f"reference-{model_fingerprint(reference)}")
-    return context.answers[0] - reference_logps.double().numpy()
+    return context.answers[0] - reference_logps.cpu().double().numpy()
 
 
 @register_metric("grad_norm")
