@@ -23,6 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..data.timeout import apply_chat_template
 from .modes import evaluation_mode
 
 MARK = "answer"
@@ -58,7 +59,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return set()
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        (text,) = apply_chat_template(tokenizer, [chat], tokenize=False)
     except Exception:  # a template may raise anything, and this chat need not suit it
         return set()
     _, found, rest = str(text).rpartition(MARK)
