@@ -74,8 +74,13 @@ class VoidWatch:
         # reversed: of a sample that comes twice the first counts
         self._first[samples[new][::-1]] = np.exp(mean_logps[new][::-1])
 
-    def restart(self, resumed: bool) -> None:
-        """A run begins, or goes on from a checkpoint, when what samples were at the start is no longer seen."""
+    def restart(self, resumed: bool, began: bool) -> None:
+        """A run begins, or goes on from a checkpoint, when what samples were at the start is no longer seen.
+
+        Args:
+            began: whether there was a gradient that meant something, before the checkpoint.
+        """
+        self.began, self.reason, self._retain_only = self.sharded or began, None, False
         self._first[:] = np.inf if resumed else np.nan
 
     def unmoved(self) -> str | None:
