@@ -27,6 +27,13 @@ class RunCallback(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.void.before_step(state.global_step):
+            logger.warning(str(self.trainer.void.reason))
+            control.should_training_stop = True
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.stepwise:
             self._follow(state, control)

@@ -7,6 +7,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class _World:
     retain: Dataset | None
     utility: Dataset | None
     held_out: Dataset | None
+    day: str | None
 
 
 def work_on(study: Path, cell: Cell) -> dict[str, Any]:
@@ -48,9 +50,7 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
 
     set_verbosity(logging.ERROR)
     folder = study / "cells" / cell.name
-    world = _world(study)
-    if cell.kind == REFERENCE:
-        return ask_reference(cell.settings, world.forget, world.tokenizer)
+    world = _world(study, cell.settings.get("options", {}))
     if cell.kind == OUTCOME:
         return save_outcome(study, cell)
     work = folder / "work"
@@ -64,12 +64,15 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
         **cell.settings["options"],
     }
     args = CUDConfig(str(work / "run"), **options, overwrite=True)
+    args.recorded_template = {"date": world.day}  # one day for all cells
+    if cell.kind == REFERENCE:
+        return ask_reference(cell.settings, _measured(args, world, 1)[0])
     result = (_scores if cell.kind == "scores" else _run)(study, cell, args, world)
     shutil.rmtree(work, ignore_errors=True)
     return result
 
 
-def _world(study: Path) -> _World:
+def _world(study: Path, options: dict[str, Any]) -> _World:
     from cud_trainer.commands.options import load_tokenizer
 
     shared = json.loads((study / "study.json").read_text())["shared"]
@@ -77,9 +80,9 @@ def _world(study: Path) -> _World:
     model = ModelConfig(**{name: value for name, value in shared["model"].items() if name in fields})
     # The grid is of no use here, but must be there.
     data = StudyArguments(**shared["data"], grid={"seed": [0]})
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, SimpleNamespace(**options))
     utility, held_out = data.load_utility(tokenizer), data.load_heldout(tokenizer)
-    return _World(model, tokenizer, *data.load(tokenizer), utility, held_out)
+    return _World(model, tokenizer, *data.load(tokenizer), utility, held_out, shared.get("day"))
 
 
 def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str
         world.tokenizer,
         metrics=cell.settings["metrics"],
         work_dir=folder / "parts",
+        template=args.template_context(args.recorded_template),
     )
     scores.save(folder / "scores.parquet", overwrite=True)
     shutil.rmtree(folder / "parts", ignore_errors=True)
@@ -187,7 +191,8 @@ def _endpoint_options(args: CUDConfig, world: _World, settings: dict[str, Any]) 
         values = teacher_forced(model, forget, world.tokenizer, batch_size=args.per_device_eval_batch_size)
         return values["extraction_strength"]
 
-    held_out = prepare_samples(part, world.tokenizer, max_length=args.max_length, name="held-out")
+    template = args.template_context(args.recorded_template)
+    held_out = prepare_samples(part, world.tokenizer, max_length=args.max_length, name="held-out", template=template)
     return {"held_out": held_out, "extraction": extraction}
 
 
@@ -206,12 +211,14 @@ def _measured(args: CUDConfig, world: _World, most: int) -> tuple[Samples, Sampl
     """What is measured during a run, prepared: the forget set, and of what measures utility `most` samples at most."""
     from cud_trainer.data import evenly_spaced, prepare_samples
 
-    forget = prepare_samples(world.forget, world.tokenizer, max_length=args.max_length, name="forget")
+    template = args.template_context(args.recorded_template)
+    how = {"max_length": args.max_length, "template": template}
+    forget = prepare_samples(world.forget, world.tokenizer, name="forget", **how)
     utility = world.retain if world.utility is None else world.utility
     if utility is None:
         return forget, None
     part = evenly_spaced(utility, most)
-    return forget, prepare_samples(part, world.tokenizer, max_length=args.max_length, name="utility")
+    return forget, prepare_samples(part, world.tokenizer, name="utility", **how)
 
 
 def _scores_of(study: Path, settings: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ the fingerprint of everything its outcome depends on, and skipped: a study that 
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from trl import ModelConfig
 
-from cud_trainer.commands.options import DataArguments, inputs_of, load_tokenizer
+from cud_trainer.commands.options import DataArguments, inputs_of
 from cud_trainer.data import check_disjoint, prepare_samples
 from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
@@ -27,7 +28,7 @@ from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
 from ..endpoint import worst_quarter
 from .extend import grow, is_wanted
 from .grid import Cell, plan
-from .heldout import identity_of_heldout, reference_cell
+from .heldout import how_prepared, identity_of_heldout, reference_cell
 from .options import StudyArguments
 from .oracle import is_oracle, with_outcome
 from .pool import Pool
@@ -114,7 +115,11 @@ class Study:
             clear(folder, REPORT_FILES)
         names = [f.name for f in fields(DataArguments)]
         names += [f.name for f in fields(StudyArguments) if f.name.startswith(("utility_", "heldout_"))]
-        shared = {"model": vars(self.model_args), "data": {name: getattr(args, name) for name in names}}
+        shared = {
+            "model": vars(self.model_args),
+            "data": {name: getattr(args, name) for name in names},
+            "day": _day_of(folder),
+        }
         write_json(folder / "study.json", json.loads(json.dumps({"argv": list(argv), "shared": shared}, default=str)))
         started = time.time()
         with nullcontext(pool) if pool is not None else Pool(args.workers, args.devices) as pool:
@@ -206,6 +211,14 @@ class _Work:
         return self.extended(scores, ready, attach) if ready else []
 
 
+def _day_of(folder: Path) -> str:
+    """The day on which the study began: what is today for chat templates in all its cells."""
+    try:
+        return str(json.loads((folder / "study.json").read_text())["shared"]["day"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return datetime.date.today().isoformat()
+
+
 def run_study(args: StudyArguments, model_args: ModelConfig, pool: Pool | None = None) -> Finished:
     """Check a study and run it, in `pool`, or one of its own; it writes no report."""
     study = Study(args, model_args)
@@ -264,12 +277,11 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[list[str | None], list[Any] | None]:
     """Fingerprints of forget set, retain set and what measures utility, and the group of each forget sample."""
-    tokenizer = load_tokenizer(model_args)
+    tokenizer, how = how_prepared(args, model_args)
     forget, retain = args.load(tokenizer)
     group = args.train.get("group_column")  # type: ignore[union-attr]
-    length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
     prepared = [
-        None if part is None else prepare_samples(part, tokenizer, max_length=length, name=name)
+        None if part is None else prepare_samples(part, tokenizer, name=name, **how)
         for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility(tokenizer)))
     ]
     if prepared[0] is not None and prepared[1] is not None:

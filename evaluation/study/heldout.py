@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from cud_trainer.commands.options import load_tokenizer
 from cud_trainer.data import Samples, evenly_spaced, prepare_samples
+from cud_trainer.data.template import TRAIN_ON, TemplateContext
+from cud_trainer.data.tokenizers import TOKENIZER_OPTIONS
 from cud_trainer.models.fingerprint import file_hash
 
 from .grid import Cell
 from .options import StudyArguments
 
 REFERENCE = "never-seen"
+# Options of a run by which samples become tokens, and what it runs on.
+PREPARING = {"max_length", "system_prompt", "chat_template_kwargs", "train_on", "bf16", "use_cpu", *TOKENIZER_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,15 @@ class HeldOut:
     fingerprint: str
 
 
+def how_prepared(args: StudyArguments, model_args: ModelConfig) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """The tokenizer, and the options of `prepare_samples`, as the runs have them."""
+    train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
+    told = train.get("chat_template_kwargs") or {}
+    seen = TemplateContext(train.get("system_prompt"), told, train.get("train_on", TRAIN_ON[0]))
+    how = {"max_length": train.get("max_length", 1024), "template": seen}
+    return load_tokenizer(model_args, SimpleNamespace(**train)), how
+
+
 def identity_of_heldout(args: StudyArguments, model_args: ModelConfig) -> HeldOut | None:
     """The held-out samples of a study, checked; `None` without.
 
@@ -38,14 +52,12 @@ def identity_of_heldout(args: StudyArguments, model_args: ModelConfig) -> HeldOu
     """
     if args.heldout_dataset is None:
         return None
-    tokenizer = load_tokenizer(model_args)
-    column, length = (args.train.get(name) for name in ("group_column", "max_length"))  # type: ignore[union-attr]
+    tokenizer, how = how_prepared(args, model_args)
+    column = args.train.get("group_column")  # type: ignore[union-attr]
     held_out, (forget, retain) = args.load_heldout(tokenizer), args.load(tokenizer)
     assert held_out is not None
     sets = {"held-out": held_out, "forget": forget, **({} if retain is None else {"retain": retain})}
-    prepared = {
-        name: prepare_samples(part, tokenizer, max_length=length or 1024, name=name) for name, part in sets.items()
-    }
+    prepared = {name: prepare_samples(part, tokenizer, name=name, **how) for name, part in sets.items()}
     if isinstance(column, str) and column not in held_out.column_names:
         raise ValueError(f"held-out dataset has no column {column!r}; it has {sorted(held_out.column_names)}")
     for name in list(sets)[1:]:
@@ -53,7 +65,7 @@ def identity_of_heldout(args: StudyArguments, model_args: ModelConfig) -> HeldOu
         if isinstance(column, str) and column in sets[name].column_names:
             check_groups(held_out[column], sets[name][column], column, name)
     part = evenly_spaced(held_out, args.heldout_samples)
-    measured = prepare_samples(part, tokenizer, max_length=length or 1024, name="held-out")
+    measured = prepare_samples(part, tokenizer, name="held-out", **how)
     groups = list(part[column]) if isinstance(column, str) else list(measured.ids)
     return HeldOut(groups, measured.fingerprint)
 
@@ -89,16 +101,15 @@ def reference_cell(args: StudyArguments, base: dict[str, Any]) -> list[Cell]:
         "kind": REFERENCE,
         "reference_model": args.reference_model,
         "files": {path.name: file_hash(path) for path in files},
-        "max_length": args.train.get("max_length", 1024),  # type: ignore[union-attr]
+        "options": {name: value for name, value in args.train.items() if name in PREPARING},  # type: ignore[union-attr]
     }
     return [Cell(REFERENCE, REFERENCE, {}, settings)]
 
 
-def ask_reference(settings: dict[str, Any], forget: Dataset, tokenizer: Any) -> dict[str, Any]:
+def ask_reference(settings: dict[str, Any], forget: Samples) -> dict[str, Any]:
     """What the work on a reference cell leaves: answer probability of every forget sample."""
     from cud_trainer.logprobs import answer_probability
     from cud_trainer.models.loading import load_causal_lm
 
-    samples = prepare_samples(forget, tokenizer, max_length=settings["max_length"], name="forget")
     model = load_causal_lm(settings["reference_model"], dtype="float32")
-    return {"forget": answer_probability(model, samples).tolist()}
+    return {"forget": answer_probability(model, forget).tolist()}

@@ -52,7 +52,7 @@ def coordinates(cell: Cell) -> Coordinates:
     schedule = _with_options(options["schedule"], options.get("schedule_args"))
     if "scores_file" in cell.settings and "difficulty" in cell.choices:  # buckets are those of the file's first metric
         not_of_panel.add("difficulty")
-        if any(part.metric == "difficulty" for part, _ in parse(options["schedule"])):
+        if any("difficulty" in part.metrics for part, _ in parse(options["schedule"])):
             schedule += f" by {options['difficulty']}"
     if "arm" in cell.choices:
         schedule = cell.choices["arm"]
