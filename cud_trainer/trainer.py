@@ -20,7 +20,9 @@ from trl.trainer import disable_dropout_in_model
 from .config import CUDConfig
 from .difficulty import DifficultyScores
 from .files import remove_leftovers
+from .models.layers import widest_float
 from .models.modes import on_device
+from .objectives import STEPS
 from .objectives.alternatives import alternatives_fingerprint
 from .ownership import clear, owned
 from .schedule import DynamicWeights
@@ -38,6 +40,7 @@ from .training.checkpoints import (
     read_state,
     remove_cut_short,
 )
+from .training.gradients import SplitGradients
 from .training.hooks import SFTTrainerHooks
 from .training.inputs import RunInputs, prepare_evaluated, record_template
 from .training.plan import RunPlan
@@ -48,6 +51,8 @@ from .training.residual import ResidualMemorisation
 from .training.void import VoidWatch
 
 __all__ = ["CUDTrainer", "DivergenceError"]
+
+SIDE = "side"  # of a batch: which of its losses is wanted, where they are taken apart
 
 
 class CUDTrainer(SFTTrainerHooks):
@@ -65,7 +70,8 @@ class CUDTrainer(SFTTrainerHooks):
         eval_dataset: further samples (or a dict of them) for the Trainer's own evaluation loss.
         processing_class: tokenizer with pad and eos tokens; by default the one beside `model`.
         peft_config: train this adapter instead of the weights.
-        difficulty_scores: scores made before; by default computed from `args.difficulty` before anything is wrapped.
+        difficulty_scores: scores made before, or their file; by default computed from `args.difficulty` before anything
+            is wrapped.
 
     Attributes:
         difficulty_scores: the scores in use, in the order of `forget_ids`, or `None`.
@@ -78,7 +84,7 @@ class CUDTrainer(SFTTrainerHooks):
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         args: CUDConfig | None = None,
         *,
         forget_dataset: Dataset,
@@ -86,7 +92,7 @@ class CUDTrainer(SFTTrainerHooks):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
-        difficulty_scores: DifficultyScores | None = None,
+        difficulty_scores: DifficultyScores | str | Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         compute_metrics: Callable | None = None,
@@ -127,6 +133,9 @@ class CUDTrainer(SFTTrainerHooks):
         self.inputs, self.plan, self._started = inputs, plan, False
         # NPO's log-ratio must be 0 at the first step; only after wrapping are an adapter's dropouts there to be found.
         disable_dropout_in_model(self.model)
+        if args.world_size > 1:  # which waits for a gradient of every weight that is trained
+            for parameter in inputs.loss.unreached(self.model):
+                parameter.requires_grad_(False)
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
@@ -145,6 +154,10 @@ class CUDTrainer(SFTTrainerHooks):
             max_retain_loss=args.max_retain_loss,
             steps_per_pass=-(-len(inputs.forget) // inputs.global_batch),
         )
+        self.split = None
+        if args.step != "plain":
+            sides = ("forget", "retain") if inputs.loss.uses_retain else ("forget",)
+            self.split = SplitGradients(STEPS[args.step], dict(args.step_args), self.accelerator, sides)  # type: ignore[arg-type]
         self._start_state = json.loads(json.dumps(self.progress.state()))
         self.void = VoidWatch(self, inputs, plan, self.progress)
         self.recorder = StepRecorder(inputs, plan, self.progress, self.train_metrics, self.accelerator, self.void)
@@ -182,9 +195,9 @@ class CUDTrainer(SFTTrainerHooks):
             return self._train(output, checkpoint_to_resume(output, resume_from_checkpoint), kwargs)
 
     def _train(self, output: Path, checkpoint: Path | None, options: dict[str, Any]) -> Any:
-        state = {"served": [], "progress": self._start_state}
+        state = {"served": [], "progress": self._start_state, "began": False}
         if checkpoint is not None:
-            state = read_state(checkpoint, self.run_identity())
+            state = {"began": True, **read_state(checkpoint, self.run_identity())}
         elif self.is_world_process_zero() and not self._started:
             if self.args.overwrite:
                 clear(output, [CHECKPOINTS])
@@ -195,7 +208,7 @@ class CUDTrainer(SFTTrainerHooks):
             remove_cut_short(output)
         self._started = True
         self.recorder.restart(state["served"])
-        self.void.restart(resumed=checkpoint is not None)
+        self.void.restart(resumed=checkpoint is not None, began=state["began"])
         self.progress.restore(state["progress"])
         if self.is_world_process_zero():
             self.schedule.save(output / SCHEDULE_FILE, overwrite=True)
@@ -213,7 +226,7 @@ class CUDTrainer(SFTTrainerHooks):
         """Why the run came to nothing, in one sentence; `None` if it did not.
 
         Nothing has moved when no weight is another one than before, and nothing is forgotten when the mean forget
-        probability, as it was measured last (`evaluate`), is not below that at the start.
+        probability, as it was measured last (`evaluate`), is not below that at the start, which was at least 0.1.
         """
         measured = [entry for entry in self.state.log_history if "eval_forget_prob" in entry]
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
@@ -236,6 +249,8 @@ class CUDTrainer(SFTTrainerHooks):
     def run_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it."""
         objective = f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}"
+        if self.args.step != "plain":
+            objective += f" step {self.args.step} {json.dumps(self.args.step_args, sort_keys=True)}"
         scale = self.reference.option_scale
         if scale is not None:
             objective += f" by sample {hashlib.sha256(scale.numpy().tobytes()).hexdigest()[:16]}"
@@ -249,10 +264,21 @@ class CUDTrainer(SFTTrainerHooks):
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What goes into a checkpoint beside weights and optimizer, as plain JSON values."""
-        return {**self.run_identity(), "served": self.recorder.served, "progress": self.progress.state()}
+        return {
+            **self.run_identity(),
+            "served": self.recorder.served,
+            "progress": self.progress.state(),
+            "began": self.void.began,
+        }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As in the base class; on request with the size of every sample's part in the update."""
+        """As in the base class; on request with the size of every sample's part in the update, or side by side."""
+        if self.split is not None and "forget_index" in inputs:
+
+            def backward(side: str, inputs: dict[str, Any]) -> Tensor:
+                return super(CUDTrainer, self).training_step(model, {**inputs, SIDE: side}, num_items_in_batch)
+
+            return self.split.micro_batch(model, inputs, backward)
         wanted = self.recorder.wants_update_norms(self.state.global_step + 1, self.state.logging_steps)
         if not wanted or "forget_index" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -269,16 +295,24 @@ class CUDTrainer(SFTTrainerHooks):
         """Weighted forget loss plus retain loss of a paired batch; the ordinary loss of any other batch."""
         if "forget_index" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        terms = self.inputs.loss(model, inputs, self.reference)
-        weight = inputs["weight"]
-        if self.schedule.dynamic:
-            index = inputs["forget_index"]
-            weight = weight.double() * torch.from_numpy(self.progress.factor).to(index.device)[index]
-        loss = (weight.to(terms.forget.dtype) * terms.forget).mean()
+        side = inputs.get(SIDE)
+        if side is None:
+            terms = self.inputs.loss(model, inputs, self.reference)
+        else:
+            terms = self.inputs.loss.side("retain" if side == "retain" else "forget", model, inputs, self.reference)
+        parts = []
+        if side != "retain":
+            weight = inputs["weight"]
+            if self.schedule.dynamic:
+                index, dtype = inputs["forget_index"], widest_float(weight.device)
+                factor = torch.from_numpy(self.progress.factor).to(dtype)
+                weight = weight.to(dtype) * factor.to(index.device)[index]
+            parts.append((weight.to(terms.forget.dtype) * terms.forget).mean())
         if terms.retain is not None:
             scale = inputs["retain_scale"].to(terms.retain.dtype)
-            loss = loss + self.progress.retain_weight * (scale * terms.retain).mean()
-        self.recorder.record(inputs, terms)
+            parts.append(self.progress.retain_weight * (scale * terms.retain).mean())
+        loss = sum(parts[1:], start=parts[0])
+        self.recorder.record(inputs, terms, side)
         if self.recorder.gradients is not None:
             loss.register_hook(self.recorder.gradients.begin_backward)
         return (loss, terms) if return_outputs else loss

@@ -32,6 +32,7 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 from cud_trainer.scoring.calibration import CalibrationSettings
+from cud_trainer.typed import check_options
 
 from . import demo_report
 from .demo_report import ARMS, BUCKETS, OBJECTIVES
@@ -72,6 +73,7 @@ class DemoArguments:
     workers: int | None = field(default=None, metadata={"help": "Unlearning runs at a time (default: one per core)."})
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not self.retain_weights or any(not weight > 0 for weight in self.retain_weights):
             raise ValueError(f"retain_weights must be positive, got {self.retain_weights}")
         if self.report_seeds < 2:

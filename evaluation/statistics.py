@@ -113,18 +113,6 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: in
     return bootstrap_mean(a - b, seed=seed, n_boot=n_boot)
 
 
-def t_interval(values: np.ndarray) -> Interval:
-    """Mean of `values [S]`, one of each seed, with its 95% t interval; the ends are NaN with fewer than two seeds."""
-    values = np.sort(np.asarray(values, dtype=float))
-    if reason := why_undefined(values):
-        return undefined(reason)
-    middle = float(values.mean())
-    if values.size == 1:
-        return Interval(middle, float("nan"), float("nan"))
-    reach = float(stats.t.ppf(LEVELS[1] / 100, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return Interval(middle, middle - reach, middle + reach)
-
-
 def difference_of_means(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> Interval:
     """Mean of `a` less mean of `b`, other samples, `[N]` and `[M]`; each side is drawn apart."""
     a, b = (np.sort(np.asarray(side, dtype=float)) for side in (a, b))
@@ -138,6 +126,18 @@ def difference_of_means(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: 
     return Interval(float(a.mean() - b.mean()), float(low), float(high))
 
 
+def t_interval(values: np.ndarray) -> Interval:
+    """Mean of `values [S]`, one of each seed, with its 95% t interval; the ends are NaN with fewer than two seeds."""
+    values = np.asarray(values, dtype=float)
+    if reason := why_undefined(values):
+        return undefined(reason)
+    middle = float(values.mean())
+    if values.size == 1:
+        return Interval(middle, float("nan"), float("nan"))
+    reach = float(stats.t.ppf(LEVELS[1] / 100, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return Interval(middle, middle - reach, middle + reach)
+
+
 def paired_change(a: np.ndarray, b: np.ndarray) -> Interval:
     """Relative change from `b` to `a` over the same seeds, `[S]` each, positive: -1 is nothing left, 0 is no change.
 
@@ -149,9 +149,9 @@ def paired_change(a: np.ndarray, b: np.ndarray) -> Interval:
         return undefined(reason)
     if not ((a > 0) & (b > 0)).all():
         return undefined("nothing is left, or was there, under one of the seeds")
-    found = t_interval(np.log(a / b))
+    ratio = t_interval(np.log(a / b))
     with np.errstate(over="ignore"):  # two seeds that disagree: an end at infinity is what they say
-        value, low, high = (float(np.expm1(end)) for end in (found.value, found.low, found.high))
+        value, low, high = (float(np.expm1(end)) for end in (ratio.value, ratio.low, ratio.high))
     return Interval(value, low, high)
 
 
@@ -175,13 +175,11 @@ def crossed_bootstrap(
     per = np.ones_like(values) if per is None else np.asarray(per, dtype=float)
     if values.ndim != 2 or values.shape[1] != len(groups) or per.shape != values.shape:
         raise ValueError(f"values {values.shape} and per {per.shape} need a row of a seed, {len(groups)} samples")
-    if reason := why_undefined(values, per):
+    if reason := why_undefined(values.ravel(), per.ravel()):
         return undefined(reason)
     names, place = np.unique(np.array([str(group) for group in groups]), return_inverse=True)
     inside = np.eye(len(names))[place]  # [N, G]
     above, below = values @ inside, per @ inside
-    order = np.lexsort(np.concatenate([above, below], axis=1).T[::-1])  # of the seeds
-    above, below = above[order], below[order]
     value = float(above.sum() / below.sum()) if below.sum() else float("nan")
     if len(values) < 2 or len(names) < 2:
         return Interval(value, float("nan"), float("nan"))

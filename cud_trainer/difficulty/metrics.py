@@ -42,7 +42,7 @@ def self_confidence(context: DifficultyContext, *, kind: str = "margin") -> np.n
     prediction, in nats (difficulty from the pretrained model's own probabilities: "Your Pretrained Model Tells the
     Difficulty Itself", 2025).
     """
-    values = context.forget_outputs[kind].double().numpy()
+    values = context.forget_outputs[kind].cpu().double().numpy()
     return values if kind == "margin" else -values
 
 

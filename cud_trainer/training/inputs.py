@@ -30,6 +30,7 @@ from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..files import write_json
 from ..models.loading import load_causal_lm
 from ..models.modes import on_device
+from ..models.positions import check_positions
 from ..models.trainable import train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
@@ -78,14 +79,14 @@ class RunInputs:
     def checked(
         cls,
         args: CUDConfig,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         forget: Dataset,
         retain: Dataset | None,
         evaluated: Evaluated,
         peft_config: Any,
-        scores: DifficultyScores | None,
+        scores: DifficultyScores | str | Path | None,
     ) -> RunInputs:
         """The inputs of `CUDTrainer`.
 
@@ -95,6 +96,11 @@ class RunInputs:
         Raises:
             ValueError: for bad input, naming the sample, column or option.
         """
+        if not isinstance(args, CUDConfig):
+            raise ValueError(f"args must be a CUDConfig, got a {type(args).__name__}")
+        model = str(model) if isinstance(model, Path) else model
+        if isinstance(scores, (str, Path)):
+            scores = DifficultyScores.load(scores)
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
@@ -138,6 +144,9 @@ class RunInputs:
             )
         model = _checked_model(model, args, loss, peft_config)
         check_vocabulary(tokenizer, model)
+        for name, samples in (("forget", forget_samples), ("retain", retain_samples)):
+            if samples is not None:
+                check_positions(model, name, samples.ids, samples.lengths)
         inputs = cls(
             args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, template
         )
@@ -179,8 +188,7 @@ class RunInputs:
     @property
     def shards_model(self) -> bool:
         """Whether the model is split over processes when it is wrapped, and must not be on a device before."""
-        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        return bool(self.args.fsdp or self.args.deepspeed or launched)
+        return bool(sharded_by(self.args))
 
     def _checked_scores(self, scores: DifficultyScores | None) -> DifficultyScores | None:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
@@ -212,6 +220,14 @@ class RunInputs:
         if args.world_size > 1:
             broadcast_object_list(shared)
         return replace(self.forget, dataset=Dataset.from_dict(shared[0]))
+
+
+def sharded_by(args: CUDConfig) -> str | None:
+    """What splits the model over processes, by its name."""
+    for name, given in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if given or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            return name
+    return None
 
 
 def global_batch(args: CUDConfig) -> int:
@@ -265,6 +281,10 @@ def _check_options(
         raise ValueError(f"difficulty {PRECOMPUTED!r} is the first metric of difficulty_scores: give them")
     if args.process_index == 0:
         check_may_start(args)
+    if args.step != "plain" and sharded_by(args) is not None:
+        raise ValueError(
+            f"step {args.step!r} is not supported with {sharded_by(args)}: no process has whole gradients there"
+        )
     if peft_config is not None and args.trainable_layers is not None:
         raise ValueError("trainable_layers is for training without an adapter; use layers_to_transform of the adapter")
     if loss.uses_retain and retain is None:

@@ -51,6 +51,8 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
     set_verbosity(logging.ERROR)
     folder = study / "cells" / cell.name
     world = _world(study, cell.settings.get("options", {}))
+    if cell.kind == REFERENCE:
+        return ask_reference(cell.settings, world.forget, world.tokenizer, world.day)
     if cell.kind == OUTCOME:
         return save_outcome(study, cell)
     work = folder / "work"
@@ -65,8 +67,6 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
     }
     args = CUDConfig(str(work / "run"), **options, overwrite=True)
     args.recorded_template = {"date": world.day}  # one day for all cells
-    if cell.kind == REFERENCE:
-        return ask_reference(cell.settings, _measured(args, world, 1)[0])
     result = (_scores if cell.kind == "scores" else _run)(study, cell, args, world)
     shutil.rmtree(work, ignore_errors=True)
     return result

@@ -14,12 +14,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from trl import ModelConfig
 
-from cud_trainer.commands.options import DataArguments, inputs_of
+from cud_trainer.commands.options import DataArguments, inputs_of, load_tokenizer
 from cud_trainer.data import check_disjoint, prepare_samples
 from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
@@ -28,7 +29,7 @@ from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
 from ..endpoint import worst_quarter
 from .extend import grow, is_wanted
 from .grid import Cell, plan
-from .heldout import how_prepared, identity_of_heldout, reference_cell
+from .heldout import identity_of_heldout, reference_cell, shared_template
 from .options import StudyArguments
 from .oracle import is_oracle, with_outcome
 from .pool import Pool
@@ -250,6 +251,8 @@ def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None
             before = json.loads(path.read_text())
         except ValueError:
             before = {}
+        if not isinstance(before, dict):
+            before = {}
         if before.get("fingerprint") != cell.fingerprint:
             if not overwrite:
                 changed = _changed(before.get("settings", {}), cell.settings)
@@ -277,17 +280,24 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[list[str | None], list[Any] | None]:
     """Fingerprints of forget set, retain set and what measures utility, and the group of each forget sample."""
-    tokenizer, how = how_prepared(args, model_args)
+    train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(model_args, SimpleNamespace(**train))
+    seen = shared_template(train)
     forget, retain = args.load(tokenizer)
     group = args.train.get("group_column")  # type: ignore[union-attr]
+    length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
     prepared = [
-        None if part is None else prepare_samples(part, tokenizer, name=name, **how)
+        None if part is None else prepare_samples(part, tokenizer, max_length=length, name=name, template=seen)
         for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility(tokenizer)))
     ]
     if prepared[0] is not None and prepared[1] is not None:
         check_disjoint(prepared[0], prepared[1])
     if isinstance(group, str) and group not in forget.column_names:
         raise ValueError(f"forget dataset has no column {group!r}; it has {sorted(forget.column_names)}")
+    if args.relearn_samples >= len(forget):
+        raise ValueError(
+            f"relearn_samples must leave some of the {len(forget)} forget samples, got {args.relearn_samples}"
+        )
     fingerprints = [None if part is None else part.fingerprint for part in prepared]
     return fingerprints, list(forget[group]) if isinstance(group, str) else None
 

@@ -94,7 +94,7 @@ def crossed(ours: Sequence[Run], other: Sequence[Run], groups: Sequence[Any], se
         if a.seed == b.seed and a.end and b.end and None not in (a.end.snapshot, b.end.snapshot)
     ]
     if not pairs:
-        return stats.undefined("no seed in common got there")
+        return stats.undefined("no seed in which both got there")
     values = np.array([kept_samples(a) - kept_samples(b) for a, b in pairs])
     start = np.array([a.held_out[0] for a, _ in pairs if a.held_out is not None])
     return stats.crossed_bootstrap(values, groups, per=start, seed=seed)

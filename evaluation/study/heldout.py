@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
 from trl import ModelConfig
 
 from cud_trainer.commands.options import load_tokenizer
 from cud_trainer.data import Samples, evenly_spaced, prepare_samples
 from cud_trainer.data.template import TRAIN_ON, TemplateContext
-from cud_trainer.data.tokenizers import TOKENIZER_OPTIONS
 from cud_trainer.models.fingerprint import file_hash
 
 from .grid import Cell
 from .options import StudyArguments
 
 REFERENCE = "never-seen"
-# Options of a run by which samples become tokens, and what it runs on.
-PREPARING = {"max_length", "system_prompt", "chat_template_kwargs", "train_on", "bf16", "use_cpu", *TOKENIZER_OPTIONS}
+# Options of `cud train` that decide which tokens a sample becomes.
+OPTIONS_OF_TEXT = (
+    "max_length",
+    "system_prompt",
+    "chat_template_kwargs",
+    "train_on",
+    "chat_template_path",
+    "pad_token",
+    "eos_token",
+)
+
+
+def shared_template(train: Mapping[str, Any]) -> TemplateContext:
+    """What a chat template sees in all cells, by the options that they share."""
+    told = train.get("chat_template_kwargs") or {}
+    return TemplateContext(train.get("system_prompt"), told, train.get("train_on", TRAIN_ON[0]))
 
 
 @dataclass(frozen=True)
@@ -35,15 +49,6 @@ class HeldOut:
     fingerprint: str
 
 
-def how_prepared(args: StudyArguments, model_args: ModelConfig) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-    """The tokenizer, and the options of `prepare_samples`, as the runs have them."""
-    train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
-    told = train.get("chat_template_kwargs") or {}
-    seen = TemplateContext(train.get("system_prompt"), told, train.get("train_on", TRAIN_ON[0]))
-    how = {"max_length": train.get("max_length", 1024), "template": seen}
-    return load_tokenizer(model_args, SimpleNamespace(**train)), how
-
-
 def identity_of_heldout(args: StudyArguments, model_args: ModelConfig) -> HeldOut | None:
     """The held-out samples of a study, checked; `None` without.
 
@@ -52,8 +57,10 @@ def identity_of_heldout(args: StudyArguments, model_args: ModelConfig) -> HeldOu
     """
     if args.heldout_dataset is None:
         return None
-    tokenizer, how = how_prepared(args, model_args)
-    column = args.train.get("group_column")  # type: ignore[union-attr]
+    train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(model_args, SimpleNamespace(**train))
+    column = train.get("group_column")
+    how: dict[str, Any] = {"max_length": train.get("max_length") or 1024, "template": shared_template(train)}
     held_out, (forget, retain) = args.load_heldout(tokenizer), args.load(tokenizer)
     assert held_out is not None
     sets = {"held-out": held_out, "forget": forget, **({} if retain is None else {"retain": retain})}
@@ -101,15 +108,19 @@ def reference_cell(args: StudyArguments, base: dict[str, Any]) -> list[Cell]:
         "kind": REFERENCE,
         "reference_model": args.reference_model,
         "files": {path.name: file_hash(path) for path in files},
-        "options": {name: value for name, value in args.train.items() if name in PREPARING},  # type: ignore[union-attr]
+        "options": {name: value for name, value in dict(args.train).items() if name in OPTIONS_OF_TEXT},  # type: ignore[arg-type]
     }
     return [Cell(REFERENCE, REFERENCE, {}, settings)]
 
 
-def ask_reference(settings: dict[str, Any], forget: Samples) -> dict[str, Any]:
+def ask_reference(settings: dict[str, Any], forget: Dataset, tokenizer: Any, day: str | None) -> dict[str, Any]:
     """What the work on a reference cell leaves: answer probability of every forget sample."""
     from cud_trainer.logprobs import answer_probability
     from cud_trainer.models.loading import load_causal_lm
 
+    options = settings["options"]
+    template = shared_template(options).on({"date": day})
+    length = options.get("max_length") or 1024
+    samples = prepare_samples(forget, tokenizer, max_length=length, name="forget", template=template)
     model = load_causal_lm(settings["reference_model"], dtype="float32")
-    return {"forget": answer_probability(model, forget).tolist()}
+    return {"forget": answer_probability(model, samples).tolist()}

@@ -14,6 +14,7 @@ from trl import ModelConfig
 from cud_trainer import CUDConfig
 from cud_trainer.commands.options import DataArguments
 from cud_trainer.commands.parser import parse_options, read_yaml
+from cud_trainer.typed import check_options, check_values, check_void
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
@@ -168,6 +169,8 @@ class StudyArguments(DataArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self)
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
         if self.extensions is None:
@@ -175,6 +178,8 @@ class StudyArguments(DataArguments):
         for grid in self.grids:
             self._check_grid(grid)
         self._check_arms()
+        check_void(self, {"relearn_rate": "relearn_samples", "relearn_steps": "relearn_samples"})
+        self._check_values()
         for name, least in AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -210,6 +215,17 @@ class StudyArguments(DataArguments):
             raise ValueError("never_seen is what reference_model says: give one of them")
         if self.never_seen is not None and not 0 <= self.never_seen < 1:
             raise ValueError(f"never_seen must be at least 0 and below 1, got {self.never_seen}")
+
+    def _check_values(self) -> None:
+        """Raise `ValueError` for a value of the grid or of `train` that has no type or range of `cud train`."""
+        given = [("train", self.train), *(("grid", dict([pair])) for pair in self._grid_values())]
+        for where, values in given:
+            check_values(CUDConfig, values, where)  # type: ignore[arg-type]
+            if not isinstance(values.get(SCORES, ""), str):  # type: ignore[union-attr]
+                raise ValueError(f"{where}: {SCORES} must be a string, got {values[SCORES]!r}")  # type: ignore[index]
+
+    def _grid_values(self) -> list[tuple[str, Any]]:
+        return [(name, value) for grid in self.grids for name, values in grid.items() for value in values]
 
     def _check_grid(self, grid: Any) -> None:
         """Raise `ValueError` for one mapping of the grid, or `train` beside it, that is none of options to choose."""

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = [
     "files",
     "ownership",
+    "typed",
     "markdown",
     "registry",
     "data",
