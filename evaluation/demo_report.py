@@ -80,8 +80,7 @@ def results(
     for (objective, schedule), same in grouped(runs, attrgetter("panel", "schedule")).items():
         fit += trials(same, by_condition[objective, schedule], retain_level, objective)
     findings: list[str] = []
-    difficulty, conditions, matched, tables = [], [], [], []
-    found = {}
+    difficulty, conditions, matched, tables, found = [], [], [], [], {}
     for objective in OBJECTIVES:
         uniform = by_condition[objective, SCHEDULES[0]]
         residuals = [averaged_residual(list(run.forget))[0] for run in uniform]
@@ -105,7 +104,6 @@ def results(
         tables += [*found[objective].tables, _by_seed(objective, worst, means)]
         findings += found[objective].findings
         findings.append(_schedule_finding(objective, matched[-1]["retain_level"], worst, means))
-    findings.append(CAVEAT)
     return {
         **jsonable(Head.now("cud demo: which fictitious authors are hard to forget?")),
         "run": _run(command, sizes, seed),
@@ -124,7 +122,7 @@ def results(
         "matched": matched,
         "decision": decided(found),
         "tables": tables,
-        "findings": findings,
+        "findings": [*findings, CAVEAT],
     }
 
 
