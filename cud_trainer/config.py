@@ -303,6 +303,12 @@ class CUDConfig(SFTConfig):
             raise ValueError(f"refusals belong to 'idk_dpo' and 'idk_nll', not to {self.objective!r}")
         if self.trainable_layers is not None:
             layer_range(self.trainable_layers)
+        follows = any(part.kind == "dynamic" for part, _ in self.schedule_parts) or self.target_forget_prob
+        if self.neftune_noise_alpha is not None and (loss.uses_reference or follows):
+            raise ValueError(
+                "neftune_noise_alpha draws noise at every step: the model could not be compared with what it said "
+                "before, as this objective, retain loss, schedule or stop does"
+            )
 
     def _refuse_what_breaks_the_order(self) -> None:
         if self.num_train_epochs != 1:

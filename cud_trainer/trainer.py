@@ -13,7 +13,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_utils import PredictionOutput
-from trl.trainer import disable_dropout_in_model
 
 from .config import CUDConfig
 from .difficulty import DifficultyScores
@@ -34,7 +33,7 @@ from .training.inputs import RunInputs, on_device, prepare_evaluated
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
 from .training.recorder import StepRecorder
-from .training.reference import run_reference
+from .training.reference import check_training_mode, run_reference
 from .training.residual import ResidualMemorisation
 
 __all__ = ["CUDTrainer", "DivergenceError"]
@@ -113,12 +112,12 @@ class CUDTrainer(SFTTrainerHooks):
         """Hang the run on the wrapped model: what it said before, and what follows it from step to step."""
         args = inputs.args
         self.inputs, self.plan, self._started = inputs, plan, False
-        # NPO's log-ratio must be 0 at the first step; only after wrapping are an adapter's dropouts there to be found.
-        disable_dropout_in_model(self.model)
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
         with on_device(self.model, args):
+            if self.stepwise or inputs.loss.uses_reference:
+                check_training_mode(self, inputs)
             self.reference = run_reference(self, inputs)
             self.residual = ResidualMemorisation(self, inputs, plan.buckets, stepwise=self.stepwise)
         start = self.residual.at_start
@@ -179,7 +178,7 @@ class CUDTrainer(SFTTrainerHooks):
             if self.difficulty_scores is not None:
                 self.difficulty_scores.save(output / SCORES_FILE, overwrite=True)
         try:
-            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            return self.train_loop(None if checkpoint is None else str(checkpoint), **kwargs)
         except DivergenceError as error:
             raise DivergenceError(f"{error} {self._back_to_the_last_checkpoint()}") from None
 
@@ -223,7 +222,8 @@ class CUDTrainer(SFTTrainerHooks):
     ):
         """Weighted forget loss plus retain loss of a paired batch; the ordinary loss of any other batch."""
         if "forget_index" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self.ordinary_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.draw_nothing(model)
         terms = self.inputs.loss(model, inputs, self.reference)
         weight = inputs["weight"]
         if self.schedule.dynamic:

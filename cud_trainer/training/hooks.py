@@ -6,15 +6,17 @@ What stands here has a test in tests/contracts, so that an upgrade fails there a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers.trainer
-from torch import nn
+from torch import Tensor, nn
 from trl import SFTTrainer
 
 from ..config import CUDConfig
+from ..models.layers import base_causal_lm
+from ..models.modes import answering, drawing_nothing, left_as_found
 from .checkpoints import NEVER_UPLOADED, UPLOADED_IF_ASKED, whole_checkpoint, whole_model
 
 
@@ -32,6 +34,50 @@ class SFTTrainerHooks(SFTTrainer):
         "citation": "@article{cheng2026cud,\n  title={Circuit-guided Unlearning Difficulty},\n"
         "  author={Cheng, Jiali and others},\n  journal={arXiv preprint arXiv:2601.09624},\n  year={2026}\n}",
     }
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        """As in the base class; what that hangs on the model is on it only while it is used."""
+        own = vars(base_causal_lm(model))
+        before = own.get("forward")
+        with left_as_found(model):
+            super().__init__(model=model, **options)
+            # TRL's way through the output layer is bound to this very model: a copy would answer like the original.
+            self._fused_forward = own["forward"]
+        assert own.get("forward") is before
+        self._inputs_take_gradients(False)
+
+    def _inputs_take_gradients(self, wanted: bool) -> None:
+        """Whether embeddings give out tensors with gradients: what checkpointing needs that keeps no graph."""
+        model = base_causal_lm(self.model)
+        if wanted:
+            model.enable_input_require_grads()
+        elif getattr(model, "_require_grads_hook", None) is not None:
+            model.disable_input_require_grads()
+
+    def train_loop(self, checkpoint: str | None, **options: Any) -> Any:
+        """The training loop of the base class. The model comes back with the modes, the forward function and the
+        configuration that it came with."""
+        checkpointed = bool(self.args.gradient_checkpointing) and hasattr(self.model, "peft_config")
+        with left_as_found(self.model):
+            self._inputs_take_gradients(checkpointed)
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **options)
+            finally:
+                self._inputs_take_gradients(False)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As in the base class. What `draw_nothing` begins ends with the backward pass, which may run layers again."""
+        with ExitStack() as self._during_step:
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def draw_nothing(self, model: nn.Module) -> None:
+        """From here to the end of the step nothing is drawn at random: a loss compares the model with what it said."""
+        self._during_step.enter_context(drawing_nothing(model))
+
+    def ordinary_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any) -> Any:
+        """The loss of the base class, for batches that are no pairs."""
+        with answering(base_causal_lm(self.model), self._fused_forward), self.accelerator.autocast():
+            return super().compute_loss(model, inputs, *options)
 
     @property
     def train_metrics(self) -> dict[str, list[float]]:

@@ -215,6 +215,8 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
         options.setdefault("trust_remote_code", args.trust_remote_code)
         model = load_causal_lm(model, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
+    # Of a compiled model the one that was compiled, whose weights it has: `torch_compile` compiles the training step.
+    model = getattr(model, "_orig_mod", model)
     loss.check_model(model.config)
     if getattr(model, "is_quantized", False) and peft_config is None and not hasattr(model, "peft_config"):
         raise ValueError("the model's weights are quantised and cannot be trained: give a peft_config (QLoRA)")

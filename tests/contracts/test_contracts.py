@@ -110,12 +110,11 @@ def test_uploads_go_through_one_function():
     assert "hf_api" not in base and "upload" not in base and "def push_to_hub" not in base
 
 
-def test_dropout_can_be_disabled():
-    from trl.trainer import disable_dropout_in_model
-
-    module = torch.nn.Sequential(torch.nn.Dropout(0.5))
-    disable_dropout_in_model(module)
-    assert module[0].p == 0
+def test_the_fused_head_hangs_on_the_model_alone(sft):
+    """What the trainer takes off, and puts on where the base class computes its loss."""
+    trainer = sft()
+    assert "forward" in vars(trainer.model) and "fused_lm_head" in inspect.getsource(SFTTrainer.compute_loss)
+    assert "self.compute_loss(" in inspect.getsource(Trainer.training_step)
 
 
 def test_checkpoint_folders(tmp_path):
