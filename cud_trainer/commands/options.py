@@ -13,6 +13,7 @@ from ..config import CUDConfig
 from ..data import check_tokenizer
 from ..data.chunks import DOCUMENT, chunk_texts
 from ..data.sources import load_samples
+from ..models.loading import tokenizer_home
 from .parser import parse_options
 
 
@@ -115,9 +116,10 @@ def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
     if not model_args.model_name_or_path:
         raise ValueError("model is missing: give --model_name_or_path")
     try:
+        name, revision = tokenizer_home(model_args.model_name_or_path, model_args.model_revision)
         tokenizer = AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
+            name,
+            revision=revision,
             trust_remote_code=bool(getattr(model_args, "trust_remote_code", False)),
         )
     except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from ..circuits import check_architecture
@@ -13,7 +13,7 @@ from ..config import CUDConfig
 from ..data import Samples, prepare_samples
 from ..difficulty import METRICS, DifficultyScores
 from ..files import check_new_file
-from ..models.loading import load_causal_lm
+from ..models.loading import load_causal_lm, load_config
 from ..models.trainable import train_only
 from ..objectives.alternatives import with_alternatives
 from ..resumable import remove_work
@@ -31,12 +31,16 @@ def score_model(
 ) -> DifficultyScores:
     """Load the model and score it as `args` say; `options` are further ones of `score_difficulty`."""
     trust = bool(getattr(model_args, "trust_remote_code", False))
-    model = load_causal_lm(str(model_args.model_name_or_path), trust_remote_code=trust, **model_options(model_args)).to(
-        args.device
-    )
+    adapter = get_peft_config(model_args)
+    model = load_causal_lm(
+        str(model_args.model_name_or_path),
+        merge_adapter=adapter is not None,
+        trust_remote_code=trust,
+        **model_options(model_args),
+    ).to(args.device)
     if args.trainable_layers is not None:  # what calibration trains
         train_only(model, args.trainable_layers)
-    options = {**args.scoring_options(get_peft_config(model_args)), **options}
+    options = {**args.scoring_options(adapter), **options}
     samples: Dataset | Samples = forget
     source = args.unlearning_loss.spec.alternative
     if source is not None:
@@ -61,7 +65,8 @@ def score(argv: list[str]) -> int:
     forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
     if any(METRICS[name].needs_circuits for name in data_args.metrics):
-        check_architecture(AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust))
+        name, revision = str(model_args.model_name_or_path), model_args.model_revision
+        check_architecture(load_config(name, revision=revision, trust_remote_code=trust))
     scores = score_model(
         args,
         model_args,

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..data import PairedCollator, Samples
 from ..logprobs import answer_probability
 from ..models.modes import restored_afterwards
+from ..models.trainable import check_trained
 from ..objectives import Reference, UnlearningLoss
 
 logger = logging.get_logger(__name__)
@@ -140,9 +141,10 @@ def calibrate(
         forget, retain: without a retain set the objective runs without its retain term.
 
     Raises:
-        ValueError: when the run diverges.
+        ValueError: when it could train nothing, or diverges.
     """
     settings = settings.for_data(retain)
+    check_trained(model, settings.peft_config)
     with restored_afterwards(model, settings.peft_config) as trained:
         return _run(trained, forget, retain, settings, progress)
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..files import DiskFullError, write_json
+from ..models.trainable import check_gradients
 from .checkpoints import STATE_FILE
 from .progress import DivergenceError
 
@@ -25,7 +26,17 @@ class RunCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+        self.trainer, self._moved = trainer, False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Once, at the first step in which all weights count: something must move."""
+        trainer = self.trainer
+        if self._moved or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not trainer.progress.factor.all():
+            return
+        check_gradients(trainer.model, every_layer=not trainer.inputs.loss.uses_hidden)
+        self._moved = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.stepwise:

@@ -17,8 +17,8 @@ from ..config import CUDConfig
 from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prepare_dataset, prepare_samples
 from ..difficulty import DifficultyScores
 from ..difficulty.scores import GIVEN, merge_metrics
-from ..models.loading import load_causal_lm
-from ..models.trainable import train_only
+from ..models.loading import load_causal_lm, tokenizer_home
+from ..models.trainable import check_trained, train_only
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
@@ -79,7 +79,8 @@ class RunInputs:
         if tokenizer is None:
             if not isinstance(model, str):
                 raise ValueError("pass the tokenizer as processing_class")
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+            home, revision = tokenizer_home(model, dict(args.model_init_kwargs or {}).get("revision"))  # type: ignore[arg-type]
+            tokenizer = AutoTokenizer.from_pretrained(home, revision=revision, trust_remote_code=args.trust_remote_code)
         check_tokenizer(tokenizer)
         forget_samples = prepare_samples(
             forget,
@@ -200,10 +201,27 @@ def _check_options(
         check_may_start(args)
     if peft_config is not None and args.trainable_layers is not None:
         raise ValueError("trainable_layers is for training without an adapter; use layers_to_transform of the adapter")
+    _check_adapter(args, peft_config)
     if loss.uses_retain and retain is None:
         raise ValueError(
             f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
         )
+
+
+def _check_adapter(args: CUDConfig, peft_config: Any) -> None:
+    """Raise `ValueError` for an adapter that cannot be trained here, whatever the model is."""
+    if peft_config is None:
+        return
+    if getattr(peft_config, "inference_mode", False):
+        raise ValueError("nothing would be trained: the peft_config has inference_mode=True")
+    if getattr(peft_config, "is_prompt_learning", False):
+        if peft_config.peft_type != "PREFIX_TUNING":
+            raise ValueError(
+                f"adapters of type {str(peft_config.peft_type).rpartition('.')[2]} are not supported: their virtual "
+                "tokens shift the answer; use LoRA or another adapter that leaves the input as it is"
+            )
+        if args.gradient_checkpointing:
+            raise ValueError("prefix tuning needs gradient_checkpointing=False: it works through the cache")
 
 
 def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss, peft_config: Any) -> nn.Module:
@@ -211,9 +229,11 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
     if isinstance(model, str):
         options = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         # As in TRL: full precision weights unless asked otherwise, mixed precision comes from `bf16`.
-        options.setdefault("dtype", "float32")
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", "float32")
         options.setdefault("trust_remote_code", args.trust_remote_code)
-        model = load_causal_lm(model, **options)
+        # A new adapter goes on top of what is there.
+        model = load_causal_lm(model, merge_adapter=peft_config is not None, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
     # Of a compiled model the one that was compiled, whose weights it has: `torch_compile` compiles the training step.
     model = getattr(model, "_orig_mod", model)
@@ -221,7 +241,15 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
     if getattr(model, "is_quantized", False) and peft_config is None and not hasattr(model, "peft_config"):
         raise ValueError("the model's weights are quantised and cannot be trained: give a peft_config (QLoRA)")
     if args.trainable_layers is not None:
+        if hasattr(model, "peft_config"):
+            raise ValueError("trainable_layers is for training without an adapter, but the model has one")
         train_only(model, args.trainable_layers)
+    if peft_config is not None and hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model has an adapter, and peft_config asks for another one: merge it first (merge_and_unload), or "
+            "leave out peft_config to train the one that is there"
+        )
+    check_trained(model, peft_config)
     return model
 
 

@@ -79,8 +79,8 @@ def check_training_mode(trainer: Any, inputs: RunInputs) -> None:
     if apart > (SAME_IN_HALF_PRECISION if half else SAME.get(dtype, SAME_IN_HALF_PRECISION)):
         raise ValueError(
             f"the model says something else in training mode than in evaluation mode (by {apart:.3g} nats a token, "
-            "with dropout off): it cannot be compared with what it said before. Use an objective without a reference, a "
-            "retain_loss other than 'kl', and a schedule that does not follow the run"
+            "with dropout off): it cannot be compared with what it said before. Use an objective without a reference, "
+            "a retain_loss other than 'kl', and a schedule that does not follow the run"
         )
 
 

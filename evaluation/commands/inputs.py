@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -19,7 +18,7 @@ from cud_trainer.commands.options import DataArguments, load_tokenizer, model_op
 from cud_trainer.data import Samples, check_disjoint, prepare_samples
 from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import Buckets, DifficultyScores
-from cud_trainer.models.loading import load_causal_lm
+from cud_trainer.models.loading import load_causal_lm, merged_adapter
 
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.utility import UTILITY_SETS
@@ -104,6 +103,11 @@ class EvaluateArguments(DataArguments):
     max_length: int | None = field(default=1024, metadata={"help": "The longest sample in tokens."})
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
+    @property
+    def works_on_weights(self) -> bool:
+        """Whether anything is done to the weights of a model, beside measuring it."""
+        return bool(self.quantize or self.straight_line or self.relearn_samples or self.lm_eval_tasks)
+
     def __post_init__(self) -> None:
         for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
             if getattr(self, name) < least:
@@ -150,8 +154,14 @@ class EvaluateInputs:
         return self.sets["forget"]
 
     def load_model(self, path: str) -> Any:
-        """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings."""
+        """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings.
+
+        What works on weights later (`works_on_weights`) has to work on the model that was measured: an adapter is
+        folded in first, or refused.
+        """
         model = load_model(path, self.model_options)
+        if self.args.works_on_weights:
+            model = merged_adapter(model, repr(path))
         size = len(self.tokenizer)
         if size > model.get_input_embeddings().weight.shape[0]:
             raise ValueError(f"the tokenizer has {size} tokens, more than the embeddings of {path!r}")
@@ -244,15 +254,7 @@ def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | Non
 
 def load_model(path: str, options: Mapping[str, Any]) -> Any:
     """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither."""
-    try:
-        if (Path(path) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
-        else:
-            model = load_causal_lm(path, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model
-        raise ValueError(f"cannot load a model from {path!r}: {str(error)[:500]}") from None
+    model = load_causal_lm(path, **options)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
 
