@@ -22,6 +22,21 @@ from .scoring.calibration import CalibrationSettings
 # Being re-examined: chosen on the seeds that are reported, and most of its gain needs no difficulty (docs/results.md).
 DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
 DEFAULT_SCHEDULE = f"upweight_hard+{DEFAULT_WITHOUT_DIFFICULTY}"
+# What may differ between a checkpoint and the run that goes on from it, if it is asked for.
+OVERRIDABLE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "retain_weight",
+    "retain_limit",
+    "dual_rate",
+)
 
 
 @dataclass
@@ -41,6 +56,10 @@ class CUDConfig(SFTConfig):
     > Parameters that control when a run ends and what it logs
 
     target_forget_prob, max_retain_loss, eval_retain_samples, log_update_share
+
+    > Parameters that control what a run goes on from and what it may replace
+
+    override, overwrite
 
     > Parameters that control what leaves the machine
 
@@ -220,6 +239,13 @@ class CUDConfig(SFTConfig):
             "has a text can tell from them that it was to be forgotten."
         },
     )
+    override: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Options that may differ from those of the checkpoint to resume from, by name, for example "
+            "'learning_rate' or 'retain_weight'. By default all that a step depends on must be the same."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})
 
     def __post_init__(self) -> None:
@@ -268,6 +294,11 @@ class CUDConfig(SFTConfig):
         for name in ("retain_weight", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must not be negative, nor infinite, got {getattr(self, name)!r}")
+        fixed = [name for name in self.override or () if name not in OVERRIDABLE]
+        if fixed:
+            raise ValueError(
+                f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"
+            )
         self._refuse_what_breaks_the_order()
 
     def _check_objective(self, loss: UnlearningLoss) -> None:

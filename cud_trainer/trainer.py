@@ -16,7 +16,6 @@ from transformers.trainer_utils import PredictionOutput
 
 from .config import CUDConfig
 from .difficulty import DifficultyScores
-from .objectives.alternatives import alternatives_fingerprint
 from .schedule import DynamicWeights
 from .training.callback import RunCallback
 from .training.card import add_section, unlearning_section
@@ -29,6 +28,7 @@ from .training.checkpoints import (
     read_state,
 )
 from .training.hooks import SFTTrainerHooks
+from .training.identity import check_same_run, run_identity
 from .training.inputs import RunInputs, on_device, prepare_evaluated
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
@@ -160,19 +160,23 @@ class CUDTrainer(SFTTrainerHooks):
 
         Raises:
             ValueError: when `output_dir` holds earlier results and neither `overwrite` nor a checkpoint is given, or
-                when the checkpoint belongs to another schedule or global batch.
+                when the checkpoint belongs to another run: model, data, schedule, objective, adapter, optimizer,
+                rates and weights must be the same, but for what `args.override` names.
             DivergenceError: when a loss is no longer finite.
         """
         output = Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(output, resume_from_checkpoint)
         state = {"served": [], "progress": self._start_state}
         if checkpoint is not None:
-            state = read_state(checkpoint, self.run_identity())
+            state = read_state(checkpoint)
+            check_same_run(checkpoint, state, self.run_identity(), self.args)
         elif self.is_world_process_zero() and not self._started and not self.args.overwrite:
             check_starts_anew(output, self.schedule)
         self._started = True
         self.recorder.restart(state["served"])
         self.progress.restore(state["progress"])
+        if checkpoint is not None and "retain_weight" in (self.args.override or ()):
+            self.progress.retain_weight = self.args.retain_weight
         if self.is_world_process_zero():
             self.schedule.save(output / SCHEDULE_FILE, overwrite=True)
             if self.difficulty_scores is not None:
@@ -194,16 +198,16 @@ class CUDTrainer(SFTTrainerHooks):
 
     def run_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it."""
-        return {
-            "schedule": self.schedule.hash,
-            "global_batch": self.inputs.global_batch,
-            "objective": f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}",
-            "alternative_answers": alternatives_fingerprint(self.forget),
-        }
+        return run_identity(self.inputs, self.plan, self.model)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What goes into a checkpoint beside weights and optimizer, as plain JSON values."""
-        return {**self.run_identity(), "served": self.recorder.served, "progress": self.progress.state()}
+        return {
+            **self.run_identity(),
+            "optimizer_state": not self.args.save_only_model,
+            "served": self.recorder.served,
+            "progress": self.progress.state(),
+        }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in the base class; on request with the size of every sample's part in the update."""

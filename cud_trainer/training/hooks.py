@@ -19,6 +19,16 @@ from ..models.layers import base_causal_lm
 from ..models.modes import answering, drawing_nothing, left_as_found
 from .checkpoints import NEVER_UPLOADED, UPLOADED_IF_ASKED, whole_checkpoint, whole_model
 
+# Where an optimizer keeps what an option sets, and the options that make the learning rate of a step.
+GROUP_KEYS = {
+    "learning_rate": "initial_lr",
+    "weight_decay": "weight_decay",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "eps",
+}
+RATE_OPTIONS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
+
 
 class SFTTrainerHooks(SFTTrainer):
     """An `SFTTrainer` that saves whole models or none, and keeps files about single samples off the hub."""
@@ -78,6 +88,25 @@ class SFTTrainerHooks(SFTTrainer):
         """The loss of the base class, for batches that are no pairs."""
         with answering(base_causal_lm(self.model), self._fused_forward), self.accelerator.autocast():
             return super().compute_loss(model, inputs, *options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in the base class, but for what is to differ from the checkpoint (`args.override`)."""
+        changed = set(self.args.override or ()) if checkpoint is not None else set()
+        keys = {key for name, key in GROUP_KEYS.items() if name in changed}
+        own = [dict(group) for group in self.optimizer.param_groups] if changed else []
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, values in zip(self.optimizer.param_groups if changed else (), own, strict=True):
+            group.update({key: values[key] for key in keys if key in values})
+        if changed & RATE_OPTIONS:
+            scheduler = self.lr_scheduler
+            rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+            factors = [rate(scheduler.last_epoch) for rate in getattr(scheduler, "lr_lambdas", ())] or [1.0] * len(
+                rates
+            )
+            scheduler.base_lrs = rates
+            for group, rate, factor in zip(self.optimizer.param_groups, rates, factors, strict=True):
+                group["lr"] = rate * factor
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what a log shows
 
     @property
     def train_metrics(self) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ from ..config import CUDConfig
 from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prepare_dataset, prepare_samples
 from ..difficulty import DifficultyScores
 from ..difficulty.scores import GIVEN, merge_metrics
+from ..models.fingerprint import model_fingerprint
 from ..models.loading import load_causal_lm, tokenizer_home
 from ..models.trainable import check_trained, train_only
 from ..objectives import UnlearningLoss
@@ -115,6 +116,11 @@ class RunInputs:
                 "computed before that. Load it without zero.Init (`zero3_init_flag: false`)"
             )
         return replace(inputs, forget=inputs._with_alternatives(forget))
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        """Fingerprint of the model before unlearning; to be read before it is trained."""
+        return model_fingerprint(self.model)
 
     @property
     def paired_retain(self) -> Samples | None:
