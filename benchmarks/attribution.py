@@ -44,10 +44,14 @@ def make(args: argparse.Namespace) -> tuple[LlamaForCausalLM, dict[str, torch.Te
     torch.manual_seed(0)
     heads = args.hidden_size // 64
     config = LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3,
-        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 3),
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 8 // 3,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 3),
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.tokens))
     labels = tokens.clone()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attribution import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cud_trainer.data import IGNORE_INDEX, prepare_samples
@@ -24,8 +23,8 @@ BATCH = 16
 
 
 @torch.no_grad()
-def bare_pass(model, prepared) -> None:
-    for _, batch in prepared.batches(BATCH):
+def bare_pass(model, prepared, batch_size=BATCH) -> None:
+    for _, batch in prepared.batches(batch_size, device=model.device):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         torch.nn.functional.cross_entropy(
@@ -34,24 +33,30 @@ def bare_pass(model, prepared) -> None:
 
 
 @torch.no_grad()
-def bare_generation(model, prepared, pad, eos) -> None:
+def bare_generation(model, prepared, pad, eos, batch_size=BATCH) -> None:
     samples = []
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
         start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
         samples.append((len(tokens) - start, tokens[:start]))
     samples.sort(key=lambda sample: sample[0])
-    for first in range(0, len(samples), BATCH):
-        part = samples[first : first + BATCH]
+    for first in range(0, len(samples), batch_size):
+        part = samples[first : first + batch_size]
         longest = max(len(prompt) for _, prompt in part)
         ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for _, prompt in part])
         mask = (torch.arange(longest) >= torch.tensor([[longest - len(prompt)] for _, prompt in part])).long()
         model.generate(
-            input_ids=ids, attention_mask=mask,
-            max_new_tokens=max(size for size, _ in part) + 16, do_sample=False, pad_token_id=pad, eos_token_id=eos,
-        )  # fmt: skip
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max(size for size, _ in part) + 16,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=eos,
+        )
 
 
 def main() -> None:
+    from attribution import machine  # the script beside this one
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=8)
@@ -64,11 +69,17 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32000, hidden_size=args.hidden, intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers, num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=512,
-            eos_token_id=None, bos_token_id=None,
+            vocab_size=32000,
+            hidden_size=args.hidden,
+            intermediate_size=3 * args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=512,
+            eos_token_id=None,
+            bos_token_id=None,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     # The model knows nothing, so that it never ends an answer: both sides generate to the limit.
     prepared = prepare_samples(world.forget, tokenizer)
     pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
@@ -102,10 +113,14 @@ def main() -> None:
         table.append({"what": name, "against": base, "ratio": middle, "lowest": low, "highest": high})
         print(f"{name}: {middle:.3f} ({low:.3f}-{high:.3f}) of {base}")
     result = {
-        "command": "python benchmarks/evaluate.py", "samples": len(prepared), "batch": BATCH, "machine": machine(),
-        "parameters": sum(p.numel() for p in model.parameters()), "table": table,
+        "command": "python benchmarks/evaluate.py",
+        "samples": len(prepared),
+        "batch": BATCH,
+        "machine": machine(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "table": table,
         "seconds": {name: float(np.median(values)) for name, values in found.items()},
-    }  # fmt: skip
+    }
     write_json(args.output, result)
 
 

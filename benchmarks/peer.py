@@ -49,9 +49,12 @@ class Peer:
     def __init__(self, python: Path, source: Path, folder: str):
         worker = Path(__file__).with_name("peer_worker.py")
         self.process = subprocess.Popen(
-            [python, worker, folder, source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, worker, folder, source],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-        )  # fmt: skip
+        )
         assert json.loads(self.process.stdout.readline()) == "ready"
 
     def __call__(self, batch: dict, row: int, method: str, *, passes=None, frozen=False, scores=None) -> dict:

@@ -43,9 +43,15 @@ def hooked() -> HookedTransformer:
     config = model.config
     settings = loading.convert_hf_model_config(folder)
     settings.update(
-        d_head=config.head_dim, rotary_dim=config.head_dim, rotary_base=float(config.rope_theta), n_ctx=256,
-        device="cpu", dtype=torch.float32, init_weights=False, default_prepend_bos=False,
-    )  # fmt: skip
+        d_head=config.head_dim,
+        rotary_dim=config.head_dim,
+        rotary_base=float(config.rope_theta),
+        n_ctx=256,
+        device="cpu",
+        dtype=torch.float32,
+        init_weights=False,
+        default_prepend_bos=False,
+    )
     for name in ("tokenizer_name", "trust_remote_code", "tokenizer_prepends_bos"):
         settings.pop(name, None)
     settings = HookedTransformerConfig.from_dict(settings)

@@ -114,7 +114,7 @@ def main() -> None:
         table.append(entry)
     tokens = sum(len(row) for row in prepared["input_ids"]) / args.rows
     result = {
-        "command": "python benchmarks/prepare.py",
+        "command": f"python benchmarks/prepare.py --repeats {args.repeats}",
         "rows": args.rows,
         "tokens_a_row": tokens,
         "machine": machine(),

@@ -90,11 +90,22 @@ class Usual(Bare):
 
 def settings(folder: str, steps: int) -> dict[str, Any]:
     return dict(
-        output_dir=folder, per_device_train_batch_size=BATCH, learning_rate=1e-5, max_steps=steps, report_to="none",
-        save_strategy="no", logging_steps=10, disable_tqdm=True, use_cpu=True, seed=0, gradient_checkpointing=False,
-        dataloader_pin_memory=False, lr_scheduler_type="constant", remove_unused_columns=False,
+        output_dir=folder,
+        per_device_train_batch_size=BATCH,
+        learning_rate=1e-5,
+        max_steps=steps,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10,
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        lr_scheduler_type="constant",
+        remove_unused_columns=False,
         logging_nan_inf_filter=False,
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -111,11 +122,17 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=16384, hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
-            num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=512,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=16384,
+            hidden_size=args.hidden,
+            intermediate_size=3 * args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
-    )  # fmt: skip
+    )
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
     second = LlamaForCausalLM(model.config).eval()
     forget, retain = (prepare_samples(part, tokenizer) for part in (world.forget, world.retain))
@@ -145,13 +162,19 @@ def main() -> None:
 
     def ours(folder: str, difficulty: Any = None, **options: Any) -> CUDTrainer:
         config = CUDConfig(
-            **settings(folder, args.steps), passes=passes, bf16=False,
+            **settings(folder, args.steps),
+            passes=passes,
+            bf16=False,
             **{"difficulty": "loss" if difficulty is not None else "none", "schedule": "uniform", **options},
-        )  # fmt: skip
+        )
         return CUDTrainer(
-            model, config, forget_dataset=forget, retain_dataset=retain, processing_class=tokenizer,
+            model,
+            config,
+            forget_dataset=forget,
+            retain_dataset=retain,
+            processing_class=tokenizer,
             difficulty_scores=difficulty,
-        )  # fmt: skip
+        )
 
     weights, stop = {"schedule": "upweight_hard"}, {"schedule": "upweight_hard+per_sample_stop"}
     variants = {

@@ -11,11 +11,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from .data import BATCH_BYTES
-from .difficulty.scores import GIVEN
+from .difficulty.scores import PRECOMPUTED
 from .models.trainable import layer_range
 from .objectives import UnlearningLoss
 from .objectives.alternatives import REFUSALS
-from .schedule import Part, parse
+from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
 
@@ -270,9 +270,11 @@ class CUDConfig(SFTConfig):
         loss = UnlearningLoss(self.objective, self.objective_args, self.retain_loss, self.reference_top_k)  # type: ignore[arg-type]
         self.retain_loss = loss.retain_loss
         self.schedule_parts  # noqa: B018  (raises for an unknown schedule or option)
-        if self.difficulty == GIVEN:
+        if self.difficulty == PRECOMPUTED:
             if self.difficulty_args:
-                raise ValueError(f"difficulty {GIVEN!r} has no options, got difficulty_args {self.difficulty_args}")
+                raise ValueError(
+                    f"difficulty {PRECOMPUTED!r} has no options, got difficulty_args {self.difficulty_args}"
+                )
         elif self.difficulty is not None:
             check_metrics([self.difficulty], {self.difficulty: self.difficulty_args})  # type: ignore[dict-item]
         elif self.schedule_metrics:
@@ -366,7 +368,7 @@ class CUDConfig(SFTConfig):
             raise ValueError("accelerator_config.split_batches is not supported: it changes the global batch")
 
     @property
-    def schedule_parts(self) -> list[tuple[Part, dict[str, Any]]]:
+    def schedule_parts(self) -> list[tuple[ScheduleRule, dict[str, Any]]]:
         """The parts of the schedule with the options of each; parsed again only when these options have changed."""
         options = (self.schedule, self.schedule_args)
         parsed = self.__dict__.get("_parsed")

@@ -95,25 +95,25 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     """
     _check_adapter(model)
     labels = _predictable(batch["labels"], batch["attention_mask"])
-    kept = answer_positions(labels)
+    positions = answer_positions(labels)
     if "inputs_embeds" not in model_inputs:
         model_inputs["input_ids"] = batch["input_ids"]
     outputs = model(
         attention_mask=batch["attention_mask"],
         position_ids=position_ids(batch["attention_mask"]),
-        logits_to_keep=kept,
+        logits_to_keep=positions,
         use_cache=False,
         **model_inputs,
     )
     logits = outputs.logits
-    if logits.shape[1] != len(kept):  # an architecture that ignores `logits_to_keep`
-        logits = logits[:, kept.to(logits.device)]
-    labels = labels.to(logits.device)[:, kept.to(logits.device) + 1]
+    if logits.shape[1] != len(positions):  # an architecture that ignores `logits_to_keep`
+        logits = logits[:, positions.to(logits.device)]
+    labels = labels.to(logits.device)[:, positions.to(logits.device) + 1]
     mask = labels != IGNORE_INDEX
     targets = labels.masked_fill(~mask, 0)
     negative = torch.nn.functional.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none")
     token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
-    return AnswerScores(token_logps, mask, targets, logits, kept, getattr(outputs, "hidden_states", None))
+    return AnswerScores(token_logps, mask, targets, logits, positions, getattr(outputs, "hidden_states", None))
 
 
 @torch.no_grad()

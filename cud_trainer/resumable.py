@@ -67,17 +67,20 @@ class WorkDir:
         record = self.path / "run.json"
         if record.exists():
             try:
-                found = json.loads(record.read_text(encoding="utf-8"))
+                recorded = json.loads(record.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 return f"cannot read {record}: {error}"
-            if not isinstance(found, dict):
+            if not isinstance(recorded, dict):
                 return f"{record} holds no settings; remove the work directory or choose another one"
-            differs = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+            differs = [key for key in {**recorded, **identity} if recorded.get(key) != identity.get(key)]
             if differs:
-                shown = "; ".join(
-                    f"{key}: there {found.get(key)!r}, here {identity.get(key)!r}" for key in sorted(differs)
+                differences = "; ".join(
+                    f"{key}: there {recorded.get(key)!r}, here {identity.get(key)!r}" for key in sorted(differs)
                 )
-                return f"work directory {self.path} belongs to another run ({shown}); remove it or choose another one"
+                return (
+                    f"work directory {self.path} belongs to another run ({differences}); "
+                    "remove it or choose another one"
+                )
         elif holds_something(self.path):
             return f"work directory {self.path} holds something else; choose another one"
         else:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from .config import CUDConfig
 from .difficulty import DifficultyScores
+from .models.modes import on_device
 from .schedule import DynamicWeights
 from .training.callback import RunCallback
 from .training.card import add_section, unlearning_section
@@ -29,7 +30,7 @@ from .training.checkpoints import (
 )
 from .training.hooks import SFTTrainerHooks
 from .training.identity import check_same_run, run_identity
-from .training.inputs import RunInputs, on_device, prepare_evaluated
+from .training.inputs import RunInputs, prepare_evaluated
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
 from .training.recorder import StepRecorder
@@ -115,7 +116,7 @@ class CUDTrainer(SFTTrainerHooks):
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
-        with on_device(self.model, args):
+        with on_device(self.model, args.device, put_back=inputs.shards_model):
             if self.stepwise or inputs.loss.uses_reference:
                 check_training_mode(self, inputs)
             self.reference = run_reference(self, inputs)

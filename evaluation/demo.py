@@ -40,7 +40,7 @@ from .study.runs import Run
 
 CIRCUITS_FILE = "circuits.safetensors"
 SETS = ("forget", "retain", "retain_eval")
-METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
+DIFFICULTY_METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
 LEARNING_RATE, PASSES = 1e-3, 12
 
@@ -164,7 +164,7 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
             model,
             testbed.forget,
             tokenizer,
-            metrics=METRICS,
+            metrics=DIFFICULTY_METRICS,
             retain_dataset=testbed.retain,
             calibration=CalibrationSettings(
                 loss=UnlearningLoss(objective),

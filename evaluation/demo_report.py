@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -79,7 +80,7 @@ def results(
         findings.append(_difficulty_finding(objective, section, against))
         chosen = {schedule: by_condition[objective, schedule] for schedule in SCHEDULES}
         conditions += [
-            {**condition(objective, schedule, group, seed), "passes": group[0].options["passes"]}
+            replace(condition(objective, schedule, group, seed), passes=group[0].options["passes"])
             for schedule, group in chosen.items()
         ]
         matched.append(_matched(objective, chosen, retain_level, seed))

@@ -59,12 +59,28 @@ def main() -> None:
         memorise(args.model, parts, memorised, epochs=args.epochs, learning_rate=args.learning_rate, bf16=args.bf16)
     stages = [
         (scores, ["score", *recipe, "--output", str(scores)]),
-        (unlearned / "adapter_config.json",
-         ["train", *recipe, "--difficulty_scores", str(scores), "--output_dir", str(unlearned)]),
-        (report / "report.html",
-         ["evaluate", *data, "--max_length", "256", "--model_name_or_path", str(unlearned), "--original_model",
-          str(memorised), "--scores", str(scores), "--output_dir", str(report)]),
-    ]  # fmt: skip
+        (
+            unlearned / "adapter_config.json",
+            ["train", *recipe, "--difficulty_scores", str(scores), "--output_dir", str(unlearned)],
+        ),
+        (
+            report / "report.html",
+            [
+                "evaluate",
+                *data,
+                "--max_length",
+                "256",
+                "--model_name_or_path",
+                str(unlearned),
+                "--original_model",
+                str(memorised),
+                "--scores",
+                str(scores),
+                "--output_dir",
+                str(report),
+            ],
+        ),
+    ]
     for result, command in stages:
         if not result.exists():
             code = cud(command)

@@ -41,7 +41,7 @@ from .recording import Pass, Recorder, SourceOutputs
 
 METHODS = ("eap", "eap-ig", "ig-activations")
 BASELINES = ("zero", "mean", "counterfactual")
-METRICS = ("prob", "logprob", "logit_diff")
+CIRCUIT_METRICS = ("prob", "logprob", "logit_diff")
 
 
 @dataclass
@@ -74,7 +74,7 @@ def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
     for option, value, choices in (
         ("method", method, METHODS),
         ("baseline", baseline, BASELINES),
-        ("metric", metric, METRICS),
+        ("metric", metric, CIRCUIT_METRICS),
     ):
         if value not in choices:
             raise ValueError(f"unknown {option} {value!r} for edge attribution; choose one of {sorted(choices)}")

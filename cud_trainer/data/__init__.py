@@ -1,58 +1,94 @@
 """Forget and retain samples: from files and the formats users have to token ids with an answer mask, and batches."""
 
-from .batches import BATCH_BYTES, pad_batch, plan_batches
-from .chunks import DOCUMENT, chunk_texts
+from .batches import (
+    BATCH_BYTES as BATCH_BYTES,
+)
+from .batches import (
+    pad_batch,
+)
+from .batches import (
+    plan_batches as plan_batches,
+)
+from .chunks import (
+    DOCUMENT as DOCUMENT,
+)
+from .chunks import (
+    chunk_texts,
+)
 from .columns import (
-    ALTERNATIVES,
-    COUNTERFACTUAL,
-    IGNORE_INDEX,
-    PREPARED,
-    check_unique,
-    content_id,
-    id_column,
-    rows_by_id,
+    ALTERNATIVES as ALTERNATIVES,
+)
+from .columns import (
+    COUNTERFACTUAL as COUNTERFACTUAL,
+)
+from .columns import (
+    IGNORE_INDEX as IGNORE_INDEX,
+)
+from .columns import (
+    PREPARED as PREPARED,
+)
+from .columns import (
+    check_unique as check_unique,
+)
+from .columns import (
+    content_id as content_id,
+)
+from .columns import (
+    id_column as id_column,
+)
+from .columns import (
+    rows_by_id as rows_by_id,
 )
 from .formats import (
-    ANSWERS,
-    FORMATS,
-    check_tokenizer,
-    detect_format,
-    question_and_answer,
-    text_tokens,
-    tokenise_answer,
+    ANSWERS as ANSWERS,
 )
-from .pairs import PairedCollator
-from .prepare import prepare_dataset, prepare_samples
-from .samples import Samples, check_disjoint, dataset_fingerprint, evenly_spaced
-from .sources import load_samples
+from .formats import (
+    FORMATS as FORMATS,
+)
+from .formats import (
+    check_tokenizer,
+)
+from .formats import (
+    detect_format as detect_format,
+)
+from .formats import (
+    question_and_answer as question_and_answer,
+)
+from .formats import (
+    text_tokens as text_tokens,
+)
+from .formats import (
+    tokenise_answer as tokenise_answer,
+)
+from .pairs import (
+    PairedCollator,
+)
+from .prepare import (
+    prepare_dataset,
+    prepare_samples,
+)
+from .samples import (
+    Samples,
+    check_disjoint,
+    dataset_fingerprint,
+)
+from .samples import (
+    evenly_spaced as evenly_spaced,
+)
+from .sources import (
+    load_samples,
+)
 
+# The rest is for the package's own stages.
 __all__ = [
-    "ALTERNATIVES",
-    "ANSWERS",
-    "BATCH_BYTES",
-    "COUNTERFACTUAL",
-    "DOCUMENT",
-    "FORMATS",
-    "IGNORE_INDEX",
-    "PREPARED",
     "PairedCollator",
     "Samples",
     "check_disjoint",
     "check_tokenizer",
-    "check_unique",
     "chunk_texts",
-    "content_id",
     "dataset_fingerprint",
-    "detect_format",
-    "evenly_spaced",
-    "id_column",
     "load_samples",
     "pad_batch",
-    "plan_batches",
     "prepare_dataset",
     "prepare_samples",
-    "question_and_answer",
-    "rows_by_id",
-    "text_tokens",
-    "tokenise_answer",
 ]

@@ -49,10 +49,10 @@ def chunk_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, size: int,
     if DOCUMENT in dataset.column_names:
         raise ValueError(f"{name} dataset: its column {DOCUMENT!r} is in the way of the chunks'; rename it")
     named_by = id_column(dataset.column_names)
-    kept = [
+    others = [
         column for column in dataset.column_names if column not in ("text", "sample_id", "id", "input_ids", "labels")
     ]
-    columns: dict[str, list] = {column: [] for column in ("sample_id", "input_ids", "labels", DOCUMENT, *kept)}
+    columns: dict[str, list] = {column: [] for column in ("sample_id", "input_ids", "labels", DOCUMENT, *others)}
     documents = []
     for index, row in enumerate(dataset.with_format(None)):
         if named_by is not None and row[named_by] is None:
@@ -70,7 +70,7 @@ def chunk_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, size: int,
             columns["input_ids"].append(start + piece)
             columns["labels"].append((start if number == 0 else [IGNORE_INDEX] * len(start)) + piece)
             columns[DOCUMENT].append(document)
-            for column in kept:
+            for column in others:
                 columns[column].append(row[column])
     check_unique(documents, name)
     return Dataset.from_dict(columns)

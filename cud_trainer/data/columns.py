@@ -39,7 +39,8 @@ def rows_by_id(have: Sequence[str], wanted: Sequence[str], what: str, whose: str
     """Where each of the ids `wanted` stands in `have`; `ValueError` naming one that is not there.
 
     Args:
-        what, whose: what is looked up for whom, for the error.
+        what: what is looked up, for the error.
+        whose: for whom.
     """
     position = {sample_id: row for row, sample_id in enumerate(have)}
     missing = [sample_id for sample_id in wanted if sample_id not in position]

@@ -47,8 +47,8 @@ def detect_format(columns: Sequence[str], name: str) -> str:
     for format_name, needed in FORMATS.items():
         if all(column in columns for column in needed):
             return format_name
-    known = "; ".join(" + ".join(needed) for needed in FORMATS.values())
-    raise ValueError(f"{name} dataset has columns {sorted(columns)}; expected one of: {known}")
+    expected = "; ".join(" + ".join(needed) for needed in FORMATS.values())
+    raise ValueError(f"{name} dataset has columns {sorted(columns)}; expected one of: {expected}")
 
 
 def tokenise(rows: Sequence[Row], kind: str, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[Tokens]:

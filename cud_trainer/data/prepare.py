@@ -175,13 +175,13 @@ def _check_columns(dataset: Dataset, name: str, keep_columns: Sequence[str], cou
 @contextmanager
 def _bar_for(rows: int) -> Iterator[None]:
     """The progress bar of `datasets` for many rows, none for a few."""
-    shown = not are_progress_bars_disabled()
-    if shown and rows < MANY_ROWS:
+    enabled = not are_progress_bars_disabled()
+    if enabled and rows < MANY_ROWS:
         disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             enable_progress_bars()
 
 
@@ -210,7 +210,9 @@ class _Preparation:
         tokenised = tokenise(rows, self.kind, self.tokenizer, names)
         if self.named_by is None:
             ids = [content_id(tokens, prompt) for prompt, tokens in tokenised]
-            names = [f"{self.name} sample {own} (row {index})" for own, index in zip(ids, indices, strict=True)]
+            names = [
+                f"{self.name} sample {sample_id} (row {index})" for sample_id, index in zip(ids, indices, strict=True)
+            ]
         else:
             ids = [str(row[self.named_by]) for row in rows]
         for row, tokens, where in zip(rows, tokenised, names, strict=True):

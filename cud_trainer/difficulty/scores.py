@@ -19,7 +19,7 @@ from .exchange import TABLES, read_published, read_table, write_table
 
 RESERVED = ("sample_id", "fold", "bucket")
 FORMAT_VERSION = 1
-GIVEN = "given"  # as a metric: the first one of scores that were made before
+PRECOMPUTED = "given"  # as a metric: the first one of scores that were made before
 
 
 @dataclass
@@ -93,7 +93,7 @@ class DifficultyScores:
 
     def with_given(self) -> DifficultyScores:
         """The same with the primary metric under the name `"given"`, too, in front."""
-        columns = {GIVEN: self[self.metrics[0]], **self.columns}
+        columns = {PRECOMPUTED: self[self.metrics[0]], **self.columns}
         return DifficultyScores(self.ids, columns, self.fold, self.provenance)
 
     def buckets(self, metric: str | None = None, n: int = 4) -> np.ndarray:

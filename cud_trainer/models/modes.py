@@ -99,6 +99,25 @@ def _configs(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @contextmanager
+def on_device(model: nn.Module, device: torch.device, *, put_back: bool) -> Iterator[None]:
+    """The model on this device; one that is spread over devices already stays where it is.
+
+    Args:
+        put_back: whether it goes back to where it was; else it stays.
+    """
+    if hasattr(model, "hf_device_map"):
+        yield
+        return
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        if put_back and before != device:
+            model.to(before)
+
+
+@contextmanager
 def gradient_flags_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """The model's parameters; afterwards each takes a gradient if it did before."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}

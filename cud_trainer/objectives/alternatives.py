@@ -140,7 +140,7 @@ def model_alternatives(
     else:
         prompts = [f"{prompt}\n\nOther answer:" for prompt in prompts]
     device = model.get_input_embeddings().weight.device
-    found: dict[int, str] = {}
+    answers: dict[int, str] = {}
     devices = [device] if device.type == "cuda" else []
     with (
         evaluation_mode(model),
@@ -149,7 +149,7 @@ def model_alternatives(
     ):
         torch.manual_seed(seed)
         for _ in range(ATTEMPTS):
-            open_rows = [row for row in range(len(pairs)) if row not in found]
+            open_rows = [row for row in range(len(pairs)) if row not in answers]
             for start in range(0, len(open_rows), batch_size):
                 rows = open_rows[start : start + batch_size]
                 batch = tokenizer(
@@ -172,16 +172,16 @@ def model_alternatives(
                 for row, text in zip(rows, texts, strict=True):
                     lines = text.strip().splitlines()
                     if lines and lines[0].strip() and not _same(lines[0], pairs[row][1]):
-                        found[row] = lines[0].strip()
+                        answers[row] = lines[0].strip()
                         bar.update()
-    missing = [row for row in range(len(pairs)) if row not in found]
+    missing = [row for row in range(len(pairs)) if row not in answers]
     if missing:
         name = missing[0] if ids is None else ids[missing[0]]
         raise ValueError(
             f"the model wrote no other answer for {len(missing)} forget samples, the first is {name!r}: give them "
             "with the data (objective 'dpo', alternative_column)"
         )
-    return [found[row] for row in range(len(pairs))]
+    return [answers[row] for row in range(len(pairs))]
 
 
 def _same(a: str, b: str) -> bool:

@@ -51,8 +51,8 @@ class TopTokens:
 def spread(values: list[Tensor], mask: Tensor) -> Tensor:
     """Values of the answer tokens of each row, `[n_tokens, ...]`, put on the True positions of `mask`; 0 elsewhere."""
     result = torch.zeros(*mask.shape, *values[0].shape[1:], dtype=values[0].dtype, device=mask.device)
-    for row, found in enumerate(values):
-        result[row, mask[row]] = found.to(mask.device)
+    for row, of_row in enumerate(values):
+        result[row, mask[row]] = of_row.to(mask.device)
     return result
 
 
@@ -97,15 +97,15 @@ class Reference:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != fingerprint:
                     return None
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
         except (OSError, SafetensorError):
             return None
 
         def parts(name: str) -> list[Tensor]:
-            return list(found[name].split(found[f"{name}.sizes"].tolist())) if name in found else []
+            return list(tensors[name].split(tensors[f"{name}.sizes"].tolist())) if name in tensors else []
 
         def single(name: str) -> Tensor | None:
-            return found[name].to(device) if name in found else None
+            return tensors[name].to(device) if name in tensors else None
 
         def top(name: str) -> TopTokens:
             return TopTokens(*(parts(f"{name}.{kind}") for kind in ("logps", "ids", "rest")))

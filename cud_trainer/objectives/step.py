@@ -187,17 +187,17 @@ class UnlearningLoss:
         """Scores of a batch, and the output of the layer at the answer positions, `[B, K, d]`, if it is read."""
         if not self.uses_hidden:
             return score_answers(model, batch), None
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
         layers = decoder_layers(model)[1]
         # Only one layer is kept; and only in this pass, not in what checkpointing repeats of it.
         handle = layers[self._layer(len(layers))].register_forward_hook(
-            lambda module, inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
+            lambda module, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
         )
         try:
             scores = score_answers(model, batch)
         finally:
             handle.remove()
-        return scores, found[0][:, scores.positions.to(found[0].device)]
+        return scores, outputs[0][:, scores.positions.to(outputs[0].device)]
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """Per-sample losses of a paired batch, in one forward pass."""
@@ -206,14 +206,14 @@ class UnlearningLoss:
         forget = scores[:pairs]
         alternative = scores[-pairs:] if self.uses_alternative else None
         index = batch["forget_index"]
-        known: dict[str, Tensor] = {}
+        top_tokens: dict[str, Tensor] = {}
         if "reference_top_logps" in self.spec.needs:
             names = ("reference_top_logps", "reference_top_ids", "reference_rest_logps")
-            known = dict(zip(names, reference.forget_top.batch(index.tolist(), forget.mask), strict=True))
+            top_tokens = dict(zip(names, reference.forget_top.batch(index.tolist(), forget.mask), strict=True))
 
         def quantity(name: str) -> Tensor:
-            if name in known:
-                return known[name]
+            if name in top_tokens:
+                return top_tokens[name]
             if name == "hidden":
                 assert hidden is not None
                 return hidden[:pairs]
@@ -231,9 +231,9 @@ class UnlearningLoss:
         forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self.objective_args)
         retain_loss = None
         if self.uses_retain:
-            kept = slice(pairs, 2 * pairs)
+            retained = slice(pairs, 2 * pairs)
             rows = batch["retain_index"].tolist() if self.retain_loss != "nll" else []
-            retain_loss = self._retain(scores[kept], None if hidden is None else hidden[kept], rows, reference)
+            retain_loss = self._retain(scores[retained], None if hidden is None else hidden[retained], rows, reference)
         return LossTerms(forget_loss, retain_loss, forget.mean_logps.detach())
 
     def _retain(self, scores: AnswerScores, hidden: Tensor | None, rows: list[int], reference: Reference) -> Tensor:

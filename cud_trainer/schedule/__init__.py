@@ -2,18 +2,18 @@
 
 from . import dynamic, orders, weights  # noqa: F401  (they register themselves)
 from .dynamic import DynamicWeights, RunState
-from .orders import Turn
+from .orders import OnePass
 from .plan import Schedule, make_schedule
-from .registry import SCHEDULES, Part, parse, register_schedule
+from .registry import SCHEDULES, ScheduleRule, parse, register_schedule
 from .weights import scaled_to_mean_one
 
 __all__ = [
     "SCHEDULES",
     "DynamicWeights",
-    "Part",
+    "ScheduleRule",
     "RunState",
     "Schedule",
-    "Turn",
+    "OnePass",
     "make_schedule",
     "parse",
     "register_schedule",

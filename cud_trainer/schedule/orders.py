@@ -12,7 +12,7 @@ from .registry import register_schedule, within
 
 
 @dataclass(frozen=True)
-class Turn:
+class OnePass:
     """One pass of a run.
 
     Attributes:
@@ -43,7 +43,7 @@ class Turn:
         return np.concatenate(rounds)[: self.size]
 
 
-def sorted_rows(difficulty: np.ndarray, turn: Turn) -> np.ndarray:
+def sorted_rows(difficulty: np.ndarray, turn: OnePass) -> np.ndarray:
     """Rows from the easiest to the hardest sample, ties in random order."""
     return turn.shuffled[np.argsort(difficulty[turn.shuffled], kind="stable")]
 
@@ -54,25 +54,25 @@ def competence(progress: np.ndarray, start: float, until: float) -> np.ndarray:
 
 
 @register_schedule("uniform", metric=None)
-def uniform(difficulty: np.ndarray | None, turn: Turn) -> np.ndarray:
+def uniform(difficulty: np.ndarray | None, turn: OnePass) -> np.ndarray:
     """Random order."""
     return turn.shuffled
 
 
 @register_schedule("easy_to_hard")
-def easy_to_hard(difficulty: np.ndarray, turn: Turn) -> np.ndarray:
+def easy_to_hard(difficulty: np.ndarray, turn: OnePass) -> np.ndarray:
     """Every pass from the easiest to the hardest sample, ties in random order."""
     return sorted_rows(difficulty, turn)
 
 
 @register_schedule("hard_to_easy")
-def hard_to_easy(difficulty: np.ndarray, turn: Turn) -> np.ndarray:
+def hard_to_easy(difficulty: np.ndarray, turn: OnePass) -> np.ndarray:
     """Every pass from the hardest to the easiest sample, ties in random order."""
     return sorted_rows(-difficulty, turn)
 
 
 @register_schedule("interleaved", check=within(2, np.inf, "buckets"))
-def interleaved(difficulty: np.ndarray, turn: Turn, *, buckets: int = 4) -> np.ndarray:
+def interleaved(difficulty: np.ndarray, turn: OnePass, *, buckets: int = 4) -> np.ndarray:
     """One sample of every difficulty bucket in turn, in random order within a bucket: every batch holds all levels."""
     parts = np.array_split(sorted_rows(difficulty, turn), min(int(buckets), turn.size))
     generator = turn.generator()
@@ -81,7 +81,7 @@ def interleaved(difficulty: np.ndarray, turn: Turn, *, buckets: int = 4) -> np.n
 
 
 @register_schedule("easy_first_sampling", check=within(0, np.inf, "strength"))
-def easy_first_sampling(difficulty: np.ndarray, turn: Turn, *, strength: float = 4.0) -> np.ndarray:
+def easy_first_sampling(difficulty: np.ndarray, turn: OnePass, *, strength: float = 4.0) -> np.ndarray:
     """Drawn without replacement, easy samples with higher probability: `p ∝ exp(-strength * rank)`, rank in [0, 1].
 
     Weighted sampling by difficulty (MRD, arXiv 2504.06658, section 5), once each a pass. By the Gumbel trick
@@ -96,7 +96,7 @@ def _check_competence(owner: str, **options: Any) -> None:
 
 
 @register_schedule("competence", check=_check_competence)
-def competence_growth(difficulty: np.ndarray, turn: Turn, *, start: float = 0.25, until: float = 0.5) -> np.ndarray:
+def competence_growth(difficulty: np.ndarray, turn: OnePass, *, start: float = 0.25, until: float = 0.5) -> np.ndarray:
     """Draws from the easiest samples only, a share of them that grows (Platanios et al. 2019, arXiv 1903.09848).
 
     `N` draws a pass, with replacement, each uniform over the share `min(1, sqrt(t (1 - c0²) / T + c0²))`.
@@ -112,7 +112,7 @@ def competence_growth(difficulty: np.ndarray, turn: Turn, *, start: float = 0.25
 
 
 @register_schedule("baby_steps", check=within(1, np.inf, "buckets"))
-def baby_steps(difficulty: np.ndarray, turn: Turn, *, buckets: int = 4) -> np.ndarray:
+def baby_steps(difficulty: np.ndarray, turn: OnePass, *, buckets: int = 4) -> np.ndarray:
     """The easiest bucket first, then one more at every stage (Spitkovsky et al. 2010); `N` draws a pass.
 
     Stages are as long as each other; the last one has all samples.
@@ -125,7 +125,7 @@ def baby_steps(difficulty: np.ndarray, turn: Turn, *, buckets: int = 4) -> np.nd
 
 
 @register_schedule("two_stage", check=within(0, 1, "easy_share", "first", open_low=True))
-def two_stage(difficulty: np.ndarray, turn: Turn, *, easy_share: float = 0.5, first: float = 0.5) -> np.ndarray:
+def two_stage(difficulty: np.ndarray, turn: OnePass, *, easy_share: float = 0.5, first: float = 0.5) -> np.ndarray:
     """First the easier samples alone, then the harder ones alone; `N` draws a pass.
 
     Two stages by prior difficulty (Unlocking the Potential of Difficulty Prior, 2025).
@@ -141,7 +141,7 @@ def two_stage(difficulty: np.ndarray, turn: Turn, *, easy_share: float = 0.5, fi
 
 
 @register_schedule("budget", check=within(0, 1, "strength"))
-def budget(difficulty: np.ndarray, turn: Turn, *, strength: float = 0.75) -> np.ndarray:
+def budget(difficulty: np.ndarray, turn: OnePass, *, strength: float = 0.75) -> np.ndarray:
     """More passes for hard samples: `(1 + strength (2 rank - 1)) * passes` each, rank in [0, 1]; random order.
 
     The whole run is as long as with any schedule; a single pass can be shorter or longer.

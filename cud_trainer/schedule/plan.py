@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..files import check_new_file, read_parquet, write_parquet
-from .orders import Turn
-from .registry import Part, parse
+from .orders import OnePass
+from .registry import ScheduleRule, parse
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def make_schedule(
 
 
 def schedule_of(
-    parts: Sequence[tuple[Part, dict[str, Any]]],
+    parts: Sequence[tuple[ScheduleRule, dict[str, Any]]],
     name: str,
     forget_ids: Sequence[str],
     *,
@@ -214,7 +214,7 @@ def schedule_of(
     ids = np.array(list(forget_ids))
     orders, weights = [], []
     for number in range(passes):
-        turn = Turn(number, passes, size, seed)
+        turn = OnePass(number, passes, size, seed)
         rows = turn.shuffled if order is None else order.function(values[order.name], turn, **order_options)
         orders.append(ids[rows])
         served = weight[rows]
@@ -231,7 +231,7 @@ def schedule_of(
     )
 
 
-def _difficulty(part: Part, difficulty: Any, size: int) -> np.ndarray | None:
+def _difficulty(part: ScheduleRule, difficulty: Any, size: int) -> np.ndarray | None:
     """What `part` reads, checked."""
     if part.metric is None:
         return None

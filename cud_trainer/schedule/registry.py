@@ -12,12 +12,12 @@ KINDS = ("order", "weights", "dynamic")
 
 
 @dataclass(frozen=True)
-class Part:
+class ScheduleRule:
     """A registered schedule, or a part of one.
 
     Attributes:
         name: the name used in configs.
-        kind: `"order"`: `(difficulty [N] | None, turn, **options) -> rows` of one pass, see `Turn`;
+        kind: `"order"`: `(difficulty [N] | None, turn, **options) -> rows` of one pass, see `OnePass`;
             `"weights"`: `(difficulty [N], **options) -> [N]`, mean 1, a weight per sample;
             `"dynamic"`: `(state, **options) -> [N]`, factors on the weights of the next step, see `RunState`.
         function: the pure function.
@@ -42,13 +42,13 @@ class Part:
             self.check(owner, **options)
 
 
-SCHEDULES: Registry[Part] = Registry("schedule", hint=", or several joined by '+'")
+SCHEDULES: Registry[ScheduleRule] = Registry("schedule", hint=", or several joined by '+'")
 
 
 def register_schedule(
     name: str, kind: str = "order", **properties: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register an order, weights or dynamic weights under `name`; `properties` are those of `Part`.
+    """Register an order, weights or dynamic weights under `name`; `properties` are those of `ScheduleRule`.
 
     Raises:
         ValueError: when the name is taken or cannot be used in a composition, or for an unknown kind.
@@ -59,13 +59,13 @@ def register_schedule(
             raise ValueError(f"a schedule cannot be called {name!r}: '+' joins schedules")
         if kind not in KINDS:
             raise ValueError(f"kind of schedule {name!r} must be one of {list(KINDS)}, got {kind!r}")
-        SCHEDULES.add(name, Part(name, kind, function, **properties))
+        SCHEDULES.add(name, ScheduleRule(name, kind, function, **properties))
         return function
 
     return register
 
 
-def parse(name: str, options: dict[str, Any] | None = None) -> list[tuple[Part, dict[str, Any]]]:
+def parse(name: str, options: dict[str, Any] | None = None) -> list[tuple[ScheduleRule, dict[str, Any]]]:
     """The parts of a schedule and the options of each, checked.
 
     Raises:

@@ -1,15 +1,9 @@
 """Difficulty scores of a forget set, and the calibration run that shows which samples go first."""
 
-from .calibration import Calibration, CalibrationSettings, adapter_identity, calibrate
-from .request import ScoringRequest, check_metrics
+from .calibration import Calibration, CalibrationSettings, calibrate
+from .calibration import adapter_identity as adapter_identity
+from .request import ScoringRequest as ScoringRequest
+from .request import check_metrics as check_metrics
 from .score import score_difficulty
 
-__all__ = [
-    "Calibration",
-    "CalibrationSettings",
-    "ScoringRequest",
-    "adapter_identity",
-    "calibrate",
-    "check_metrics",
-    "score_difficulty",
-]
+__all__ = ["Calibration", "CalibrationSettings", "calibrate", "score_difficulty"]

@@ -138,7 +138,8 @@ def calibrate(
 
     Args:
         model: the original model; its weights, modes and flags are the same afterwards, also after an error.
-        forget, retain: without a retain set the objective runs without its retain term.
+        forget: the samples to unlearn.
+        retain: those to keep; without them the objective runs without its retain term.
 
     Raises:
         ValueError: when it could train nothing, or diverges.

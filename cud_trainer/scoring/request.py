@@ -28,9 +28,9 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
     for name in [*metrics, *options]:
         METRICS.find(name)
     for name in dict.fromkeys([*options, *metrics]):
-        given = options.get(name, {})
-        METRICS[name].check_options(given)
-        for objective in given.get("methods", ()):
+        metric_options = options.get(name, {})
+        METRICS[name].check_options(metric_options)
+        for objective in metric_options.get("methods", ()):
             UnlearningLoss(objective)  # refuses an unknown one
     if model_or_config is not None and any(METRICS[name].needs_circuits for name in metrics):
         check_architecture(model_or_config)
@@ -87,8 +87,8 @@ class ScoringRequest:
                 raise ValueError(
                     f"save_circuits has nothing to save: none of the metrics {list(self.metrics)} needs circuits"
                 )
-        known = (*CIRCUIT_DEFAULTS, "ungroup_kv", "reference_quirk")
-        unknown = [option for option in self.circuit_args if option not in known]
+        all_options = (*CIRCUIT_DEFAULTS, "ungroup_kv", "reference_quirk")
+        unknown = [option for option in self.circuit_args if option not in all_options]
         if unknown:
             raise ValueError(f"unknown circuit option {unknown[0]!r}; choose from {sorted(CIRCUIT_DEFAULTS)}")
         options = {**CIRCUIT_DEFAULTS, **self.circuit_args}

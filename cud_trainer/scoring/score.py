@@ -210,16 +210,16 @@ class _Scoring:
             settings = replace(settings, loss=UnlearningLoss(objective)).for_data(self.retain)
             name = f"calibration-{objective}"
         # Every process runs it: none has to wait for longer than a collective call may take.
-        kept = self.work.load(name) if self.work is not None else None
-        if kept is not None:
-            calibration = Calibration.from_tensors(kept)
+        saved = self.work.load(name) if self.work is not None else None
+        if saved is not None:
+            calibration = Calibration.from_tensors(saved)
         else:
             calibration = calibrate(self.model, self.forget, self.retain, settings, progress=self.request.progress)
         shared = [calibration]
         if process_state().num_processes > 1:  # rounding may differ between devices
             broadcast_object_list(shared)
         self.calibrations[settings.loss.objective] = shared[0]
-        if self.work is not None and kept is None and process_state().is_main_process:
+        if self.work is not None and saved is None and process_state().is_main_process:
             self.work.save(name, shared[0].tensors())
         return shared[0].residual
 

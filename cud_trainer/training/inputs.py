@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -16,9 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import CUDConfig
 from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prepare_dataset, prepare_samples
 from ..difficulty import DifficultyScores
-from ..difficulty.scores import GIVEN, merge_metrics
+from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..models.fingerprint import model_fingerprint
 from ..models.loading import load_causal_lm, tokenizer_home
+from ..models.modes import on_device
 from ..models.trainable import check_trained, train_only
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
@@ -149,6 +148,12 @@ class RunInputs:
         """Whether evaluations during training have no other dataset than the forget and retain set."""
         return self.evaluated is None and self.args.eval_strategy != "no"
 
+    @property
+    def shards_model(self) -> bool:
+        """Whether the model is split over processes when it is wrapped, and must not be on a device before."""
+        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        return bool(self.args.fsdp or self.args.deepspeed or launched)
+
     def _checked_scores(self, scores: DifficultyScores | None) -> DifficultyScores | None:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
         args = self.args
@@ -156,7 +161,7 @@ class RunInputs:
             check_metrics(self.needed_metrics or ["loss"], {}, self.model)
         elif args.difficulty is not None:
             scores = scores.aligned(self.forget.ids)
-            if args.difficulty == GIVEN:
+            if args.difficulty == PRECOMPUTED:
                 scores = scores.with_given()
             for metric in args.schedule_metrics:
                 scores[metric]  # raises when it is not there
@@ -172,7 +177,7 @@ class RunInputs:
             return with_alternatives(self.forget, dataset, self.tokenizer, source, **options)
         shared: list[Any] = [None]
         if args.process_index == 0:
-            with on_device(self.model, args):
+            with on_device(self.model, args.device, put_back=self.shards_model):
                 written = with_alternatives(self.forget, dataset, self.tokenizer, source, model=self.model, **options)
                 shared = [written.dataset.to_dict()]
         if args.world_size > 1:
@@ -201,8 +206,8 @@ def _check_options(
     args: CUDConfig, loss: UnlearningLoss, retain: Dataset | None, peft_config: Any, scores: DifficultyScores | None
 ) -> None:
     """Raise `ValueError` for what contradicts itself whatever the data and the model are."""
-    if args.difficulty == GIVEN and scores is None:
-        raise ValueError(f"difficulty {GIVEN!r} is the first metric of difficulty_scores: give them")
+    if args.difficulty == PRECOMPUTED and scores is None:
+        raise ValueError(f"difficulty {PRECOMPUTED!r} is the first metric of difficulty_scores: give them")
     if args.process_index == 0:
         check_may_start(args)
     if peft_config is not None and args.trainable_layers is not None:
@@ -257,19 +262,3 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
         )
     check_trained(model, peft_config)
     return model
-
-
-@contextmanager
-def on_device(model: nn.Module, args: CUDConfig) -> Iterator[None]:
-    """The model on the device it is scored on. A run that shards it later gets it back on the CPU."""
-    if hasattr(model, "hf_device_map"):
-        yield
-        return
-    device = next(model.parameters()).device
-    model.to(args.device)
-    try:
-        yield
-    finally:
-        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        if (args.fsdp or args.deepspeed or launched) and device != args.device:
-            model.to(device)

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..data import PairedCollator
 from ..difficulty import Buckets, DifficultyScores
+from ..models.modes import on_device
 from ..objectives.alternatives import alternatives_fingerprint
 from ..resumable import process_state, remove_work
 from ..schedule import Schedule
@@ -20,7 +21,7 @@ from ..schedule.plan import schedule_of
 from ..scoring import score_difficulty
 from ..scoring.calibration import adapter_identity
 from .checkpoints import SCORES_FILE, WORK_DIR
-from .inputs import RunInputs, on_device
+from .inputs import RunInputs
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +128,7 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
     if args.overwrite and args.process_index == 0:
         remove_work(work_dir)
     process_state().wait_for_everyone()
-    with on_device(inputs.model, args):
+    with on_device(inputs.model, args.device, put_back=inputs.shards_model):
         scores = score_difficulty(
             inputs.model,  # type: ignore[arg-type]
             inputs.forget,

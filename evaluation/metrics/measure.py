@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import Samples, prepare_samples
 
-from .memorization import METRICS, TOKEN_STATISTICS, evaluate_memorization, teacher_forced, true_answers
+from .memorization import MEASURES, TOKEN_STATISTICS, evaluate_memorization, teacher_forced, true_answers
 from .utility import answer_logps, tofu_utility, truth_ratio
 
 
@@ -86,7 +86,7 @@ def measure(
                 desc=what,
             )
         result.statistics[name] = {key: values.pop(key) for key in TOKEN_STATISTICS}
-        result.sets[name] = {key: values[key] for key in METRICS if key in values}
+        result.sets[name] = {key: values[key] for key in MEASURES if key in values}
         result.texts[name] = true_answers(prepared, tokenizer)
     columns = forget_raw.column_names
     if "perturbed_answer" in columns and "question" in columns:

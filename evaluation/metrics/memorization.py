@@ -18,7 +18,7 @@ from cud_trainer.models.modes import evaluation_mode
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 GENERATED = ("rouge_l_recall", "verbatim")
 SAMPLED = ("sampled_rouge_l_recall", "sampled_verbatim")
-METRICS = (*TEACHER_FORCED, *GENERATED, *SAMPLED)
+MEASURES = (*TEACHER_FORCED, *GENERATED, *SAMPLED)
 # Kept by the same pass for attacks and truth ratios (see `privacy`); no measures of memorisation themselves.
 TOKEN_STATISTICS = ("mean_logps", "min_k", "min_k_plus_plus")
 MIN_K = 0.2

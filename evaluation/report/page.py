@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from cud_trainer.files import atomic_write, write_json
 
-from ..metrics.memorization import METRICS
+from ..metrics.memorization import MEASURES
 from ..statistics import Interval
 from . import plots
 from .cells import Cell, Missing, format_number
@@ -64,7 +64,7 @@ def summary(results: Results) -> str:
     for condition in results.conditions or []:
         buckets = condition.final.buckets
         if buckets:
-            names = [name for name in METRICS if name in buckets[0].metrics]
+            names = [name for name in MEASURES if name in buckets[0].metrics]
             lines += [f"### {_markdown(condition.name)}: residual memorisation by difficulty (1 = easiest)", ""]
             body: list[list[Cell]] = [[row.bucket, row.n, *(row.metrics[name] for name in names)] for row in buckets]
             lines += _markdown_table(["bucket", "samples", *names], body)
@@ -143,7 +143,7 @@ def metrics_of(results: Results) -> list[str]:
     """The metrics of residual memorisation that some condition, or the model before unlearning, has."""
     sets = [condition.final.sets["forget"] for condition in results.conditions or []]
     sets.append((results.before or {}).get("forget", {}))
-    return [name for name in METRICS if any(name in values for values in sets)]
+    return [name for name in MEASURES if any(name in values for values in sets)]
 
 
 def render(results: dict[str, Any], figures: dict[str, Markup], metrics: list[str]) -> str:

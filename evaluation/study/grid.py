@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cud_trainer import CUDConfig
-from cud_trainer.difficulty.scores import GIVEN, DifficultyScores, merge_metrics
+from cud_trainer.difficulty.scores import PRECOMPUTED, DifficultyScores, merge_metrics
 from cud_trainer.models.fingerprint import file_hash
 
 from .options import SCORES, StudyArguments
@@ -112,8 +112,8 @@ def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
         config = CUDConfig("unused", **{"report_to": "none", **options})
     except (ValueError, TypeError) as error:
         raise ValueError(f"cell {named(choices)}: {error}") from None
-    if scores_file is None and config.difficulty == GIVEN:
-        raise ValueError(f"cell {named(choices)}: difficulty {GIVEN!r} needs {SCORES}")
+    if scores_file is None and config.difficulty == PRECOMPUTED:
+        raise ValueError(f"cell {named(choices)}: difficulty {PRECOMPUTED!r} needs {SCORES}")
     options["schedule"] = config.schedule  # the default, too: another version's may differ
     return _Combination(choices, options, config, scores_file)
 
@@ -125,7 +125,7 @@ def _check_scores_file(combination: _Combination, scores_files: dict[str, tuple[
     if path not in scores_files:
         scores_files[path] = DifficultyScores.load(path).metrics, file_hash(path)
     metrics = scores_files[path][0]
-    lacking = [name for name in combination.metrics if name not in (*metrics, GIVEN)]
+    lacking = [name for name in combination.metrics if name not in (*metrics, PRECOMPUTED)]
     if lacking:
         raise ValueError(f"cell {named(combination.choices)}: {path} has no metric {lacking[0]!r}; it has {metrics}")
 

@@ -18,7 +18,7 @@ from ..report import tables as sections
 from ..report.cells import Cell, interval_text, means
 from ..report.difficulty import comparisons_note, difficulty_section
 from ..report.page import write_report
-from ..report.schema import DifficultySection, Head, Table, jsonable
+from ..report.schema import Condition, CurvePoint, DifficultySection, Final, Head, Table, Trial, jsonable
 from ..trajectory import averaged_residual
 from .engine import Finished
 from .options import StudyArguments
@@ -48,9 +48,9 @@ def write_study(finished: Finished, command: str) -> Path | None:
 class _Content:
     """What a report is about, panel by panel: entries of `results.json`, and what is left of every sample."""
 
-    conditions: list[dict[str, Any]] = field(default_factory=list)
+    conditions: list[Condition] = field(default_factory=list)
     matched: list[dict[str, Any]] = field(default_factory=list)
-    fits: list[dict[str, Any]] = field(default_factory=list)
+    fits: list[Trial] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     difficulty: list[DifficultySection] = field(default_factory=list)
@@ -78,7 +78,7 @@ def _results(content: _Content, runs: list[Run], finished: Finished, command: st
         note = "Known before unlearning, against what uniform runs left. "
         note += comparisons_note(len(content.difficulty[0].rows))
         results["difficulty"] = {"note": note, "objectives": content.difficulty}
-    if any(row["chosen"] for row in content.fits):
+    if any(trial.chosen for trial in content.fits):
         results["retain_weight_fit"] = content.fits
         tuning_seeds = finished.args.tuning_seeds
         seeds = "the first seed" if tuning_seeds == 1 else f"the first {tuning_seeds} seeds"
@@ -270,38 +270,38 @@ def _best_predictor(panel: str, section: DifficultySection) -> str:
     )
 
 
-def condition(panel: str, schedule: str, runs: list[Run], seed: int) -> dict[str, Any]:
-    """The entry of a schedule among the `conditions` of `results.json`: its curves, and what the first run that came
-    to its end with all metrics left there."""
+def condition(panel: str, schedule: str, runs: list[Run], seed: int) -> Condition:
+    """A schedule among the conditions of `results.json`: its curves, and what the first run that came to its end with
+    all metrics left there."""
     curve = [
-        {
-            "seed": run.seed,
-            "step": int(step),
-            "retain": float(run.retain[i]) if run.retain is not None else 1.0,
-            "forget": float(run.forget[i].mean()),
-            "buckets": [float(run.forget[i][mask].mean()) for mask in run.buckets.masks],
-        }
+        CurvePoint(
+            seed=run.seed,
+            step=int(step),
+            retain=float(run.retain[i]) if run.retain is not None else 1.0,
+            forget=float(run.forget[i].mean()),
+            buckets=[float(run.forget[i][mask].mean()) for mask in run.buckets.masks],
+        )
         for run in runs
         for i, step in enumerate(run.steps)
     ]
     ended = [run for run in runs if run.final]
-    final: dict[str, Any] = {"forget": {}}
+    final = Final(sets={"forget": {}})
     if ended:
         last = max(ended, key=lambda run: len(run.final["forget"]))  # of those that generated answers, if any did
         measures = {
             name: {key: column for key, column in part.items() if key not in TOKEN_STATISTICS}
             for name, part in last.final.items()
         }
-        final = {"seed": last.seed, **{name: means(part, seed) for name, part in measures.items()}}
+        final = Final(seed=last.seed, sets={name: means(part, seed) for name, part in measures.items()})
         if last.scores is not None:
-            final["buckets"] = sections.by_bucket(measures["forget"], last.buckets, seed)
-    return {
-        "name": f"{panel} / {schedule}",
-        "objective": panel,
-        "schedule": schedule,
-        "retain_weight": runs[0].options.get("retain_weight", 1.0),
-        "learning_rate": runs[0].options.get("learning_rate"),
-        "seeds": [run.seed for run in runs],
-        "curve": curve,
-        "final": final,
-    }
+            final.buckets = sections.by_bucket(measures["forget"], last.buckets, seed)
+    return Condition(
+        name=f"{panel} / {schedule}",
+        objective=panel,
+        schedule=schedule,
+        retain_weight=runs[0].options.get("retain_weight", 1.0),
+        learning_rate=runs[0].options.get("learning_rate"),
+        seeds=[run.seed for run in runs],
+        curve=curve,
+        final=final,
+    )

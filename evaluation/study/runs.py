@@ -15,6 +15,7 @@ import numpy as np
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.schedule import parse
 
+from ..report.schema import Trial
 from ..trajectory import at_position, matched_position
 from .grid import Cell
 from .options import SCORES, TUNED
@@ -164,9 +165,7 @@ def tuned(runs: Sequence[Run], level: float, tuning_seeds: int = 1, tune_on: str
     return [run for run in same if run.seed not in first] or same
 
 
-def trials(
-    runs: Sequence[Run], chosen: Sequence[Run], level: float, label: str, tuning_seeds: int = 1
-) -> list[dict[str, Any]]:
+def trials(runs: Sequence[Run], chosen: Sequence[Run], level: float, label: str, tuning_seeds: int = 1) -> list[Trial]:
     """A row for every setting that was tried, mean over the first seeds.
 
     Args:
@@ -179,14 +178,14 @@ def trials(
         run = group[0]
         left = np.mean([one.at(level)[0] for one in group], axis=0)
         rows.append(
-            {
-                "objective": label.format(rate=run.options.get("learning_rate")),
-                "schedule": run.schedule,
-                "retain_weight": run.options.get("retain_weight", 1.0),
-                "forget": float(left.mean()),
-                "hardest_bucket": float(left[run.hardest].mean()),
-                "chosen": tuning == chosen[0].tuning,
-            }
+            Trial(
+                objective=label.format(rate=run.options.get("learning_rate")),
+                schedule=run.schedule,
+                retain_weight=run.options.get("retain_weight", 1.0),
+                forget=float(left.mean()),
+                hardest_bucket=float(left[run.hardest].mean()),
+                chosen=tuning == chosen[0].tuning,
+            )
         )
     return rows
 

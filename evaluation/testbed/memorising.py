@@ -79,7 +79,8 @@ def memorise(
         for _ in range(epochs):
             summed, tokens = 0.0, 0
             for indices in _epoch_batches(occurrences, [len(s["input_ids"]) for s in samples], batch_size, rng):
-                scores = score_answers(model, pad_batch([samples[i] for i in indices], tokenizer.pad_token_id))
+                batch = pad_batch([samples[i] for i in indices], tokenizer.pad_token_id)
+                scores = score_answers(model, {key: value.to(model.device) for key, value in batch.items()})
                 loss = -scores.logps.sum() / scores.lengths.sum()
                 optimizer.zero_grad()
                 loss.backward()

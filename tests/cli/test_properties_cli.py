@@ -31,28 +31,44 @@ IDS = [f"s{i}" for i in range(6)]
 def few(count: int = EXAMPLES):
     """The same examples every time; `CUD_EXAMPLES` runs more."""
     return settings(
-        max_examples=count, deadline=None, derandomize=True, database=None,
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )  # fmt: skip
+    )
 
 
 ODD = ["a", "é", "\u202e", "\u200b", "😀", "\x00", "\u2028", "\x85", "\n", " ", "ب", "\ud800", ""]
 texts = st.lists(st.sampled_from(ODD), max_size=5).map("".join).flatmap(lambda t: st.sampled_from([t, t + SECRET]))
-messages = st.fixed_dictionaries({
-    "role": st.sampled_from(["user", "assistant", "system", "", None, 5]), "content": st.one_of(texts, st.none(), st.just([])),
-})  # fmt: skip
+messages = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "", None, 5]),
+        "content": st.one_of(texts, st.none(), st.just([])),
+    }
+)
 values = st.one_of(
-    texts, st.none(), st.booleans(), st.sampled_from([0, 1, -1, 258, 2**63, 10**30, 0.5, float("nan"), float("inf")]),
-    st.lists(st.sampled_from([-100, -1, 3, 257, 258, None, "x", 1.5, True]), max_size=3), st.lists(messages, max_size=3),
-    st.just({"k": SECRET}), st.just([[SECRET]]), st.just("long " * 2000),
-)  # fmt: skip
+    texts,
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, -1, 258, 2**63, 10**30, 0.5, float("nan"), float("inf")]),
+    st.lists(st.sampled_from([-100, -1, 3, 257, 258, None, "x", 1.5, True]), max_size=3),
+    st.lists(messages, max_size=3),
+    st.just({"k": SECRET}),
+    st.just([[SECRET]]),
+    st.just("long " * 2000),
+)
 TOKENS = {"input_ids": [3, 4, 5], "labels": [3, 4, 5]}
 ROWS = [
-    {"question": "who", "answer": SECRET}, {"sample_id": "i", "question": "who", "answer": SECRET},
-    {"prompt": "who", "completion": SECRET}, {"text": SECRET}, TOKENS, {**TOKENS, "counterfactual_input_ids": [3, 4, 6]},
+    {"question": "who", "answer": SECRET},
+    {"sample_id": "i", "question": "who", "answer": SECRET},
+    {"prompt": "who", "completion": SECRET},
+    {"text": SECRET},
+    TOKENS,
+    {**TOKENS, "counterfactual_input_ids": [3, 4, 6]},
     {**TOKENS, "alternative_input_ids": [3, 5], "alternative_labels": [3, 5]},
     {"messages": [{"role": "user", "content": "who"}, {"role": "assistant", "content": SECRET}]},
-]  # fmt: skip
+]
 
 
 @st.composite
@@ -172,8 +188,17 @@ def load(name: str, path):
     return kinds[name.split(".")[0]].load(path)
 
 
-NAMES = ["scores.parquet", "scores.csv", "scores.jsonl", "schedule.parquet", "circuits.safetensors",
-         "anchors.safetensors", "published.pt", "published.json", "published.txt"]  # fmt: skip
+NAMES = [
+    "scores.parquet",
+    "scores.csv",
+    "scores.jsonl",
+    "schedule.parquet",
+    "circuits.safetensors",
+    "anchors.safetensors",
+    "published.pt",
+    "published.json",
+    "published.txt",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,8 +236,29 @@ def test_wrong_values_in_scores(tmp_path_factory, rows, kind):
         assert type(error) is ValueError and "broken." in str(error)
 
 
-WRONG = ["five", "[1, 2]", "{a: 1}", "", "2020-01-01", "!!binary aGk=", "!!python/object:os.system {}", ".nan", "&a [*a]",
-         "*x", "'\x00'", "true", "1.5", "-3", "{1: 2}", "? [a]", "!!set {a}", "[" * 2000, "\u202e😀", "'{bad'", "1e400"]  # fmt: skip
+WRONG = [
+    "five",
+    "[1, 2]",
+    "{a: 1}",
+    "",
+    "2020-01-01",
+    "!!binary aGk=",
+    "!!python/object:os.system {}",
+    ".nan",
+    "&a [*a]",
+    "*x",
+    "'\x00'",
+    "true",
+    "1.5",
+    "-3",
+    "{1: 2}",
+    "? [a]",
+    "!!set {a}",
+    "[" * 2000,
+    "\u202e😀",
+    "'{bad'",
+    "1e400",
+]
 
 
 @few(2 * EXAMPLES)
@@ -226,11 +272,25 @@ def test_configurations(world, tmp_path_factory, capsys, command, wrong, draw):
     output = folder / "out"
     config: dict = {"forget_dataset": str(world / "forget.jsonl"), "model_name_or_path": str(world / "model")}
     if command in ("train", "score"):
-        config |= {"passes": 1, "difficulty": "none", "objective": "ga", "objective_args": {}, "bf16": False, "use_cpu": True,
-                   "save_strategy": "no", "report_to": "none", "learning_rate": 1e-4, "max_length": 64}  # fmt: skip
+        config |= {
+            "passes": 1,
+            "difficulty": "none",
+            "objective": "ga",
+            "objective_args": {},
+            "bf16": False,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "report_to": "none",
+            "learning_rate": 1e-4,
+            "max_length": 64,
+        }
     if command == "study":
-        config |= {"grid": {"seed": [1]}, "train": {"passes": 1, "difficulty": "none", "objective": "ga", "use_cpu": True,
-                                                    "bf16": False}, "workers": 1, "retain_level": 0.9}  # fmt: skip
+        config |= {
+            "grid": {"seed": [1]},
+            "train": {"passes": 1, "difficulty": "none", "objective": "ga", "use_cpu": True, "bf16": False},
+            "workers": 1,
+            "retain_level": 0.9,
+        }
     if command == "evaluate":
         config |= {"generate": False, "n_buckets": 2, "relearn_steps": [1], "quantize": []}
     if command == "score":
@@ -304,6 +364,18 @@ def test_models_that_are_damaged(world, tmp_path_factory, capsys, seed):
         (folder / path.name).write_bytes(path.read_bytes())
     path = draw.choice(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))
     path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
-    command = ["score", "--model_name_or_path", str(folder), "--forget_dataset", str(world / "forget.jsonl"), "--metrics",
-               "length", "--bf16", "false", "--use_cpu", "--output", str(folder / "out.parquet")]  # fmt: skip
+    command = [
+        "score",
+        "--model_name_or_path",
+        str(folder),
+        "--forget_dataset",
+        str(world / "forget.jsonl"),
+        "--metrics",
+        "length",
+        "--bf16",
+        "false",
+        "--use_cpu",
+        "--output",
+        str(folder / "out.parquet"),
+    ]
     checked(capsys, command, folder / "out.parquet")

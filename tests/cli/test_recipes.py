@@ -204,9 +204,10 @@ def test_tofu(world, tmp_path, monkeypatch, objective, lora):
     monkeypatch.chdir(RECIPES.parent)
     forget = list(SPLITS)[OBJECTIVES.index(objective) % 3]
     (words,) = [
-        words for words in commands(TEXT)
+        words
+        for words in commands(TEXT)
         if words[-1] == f"tofu-{forget}-{objective}{'-lora' * lora}" and words[1] == "train"
-    ]  # fmt: skip
+    ]
     words[words.index("MODEL")] = str(world / ("deep" if objective == "rmu" else "model"))
     words[-1] = str(tmp_path / words[-1])
     assert main([*words[1:], *SMALL, "--forget_dataset", str(world / "tofu"), "--difficulty", "loss"]) == 0
@@ -236,8 +237,15 @@ def test_muse(world, tmp_path, monkeypatch, capsys):
     """Train on texts, then the two evaluations of the README."""
     monkeypatch.chdir(tmp_path)
     for part, extra in (("news", []), ("books", ["--use_peft", "true", "--learning_rate", "1e-4"])):
-        command = ["train", "--config", str(RECIPES / "muse" / f"{part}.yaml"), "--forget_dataset", str(world / "muse"),
-                   "--model_name_or_path", str(world / "model")]  # fmt: skip
+        command = [
+            "train",
+            "--config",
+            str(RECIPES / "muse" / f"{part}.yaml"),
+            "--forget_dataset",
+            str(world / "muse"),
+            "--model_name_or_path",
+            str(world / "model"),
+        ]
         assert main([*command, *SMALL, *extra]) == 0
         scores = DifficultyScores.load(tmp_path / f"muse-{part}" / "difficulty.parquet")
         assert len({i.split("#")[0] for i in scores.ids}) == 4 < len(scores)
@@ -257,8 +265,16 @@ def test_wmdp(world, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     monkeypatch.chdir(tmp_path)
     for part, data in (("bio", ["wmdp-bio", "--retain_dataset", str(world / "wmdp")]), ("cyber", ["wmdp"])):
-        command = ["train", "--config", str(RECIPES / "wmdp" / f"{part}.yaml"), "--model_name_or_path", str(world / "deep"),
-                   "--forget_dataset", str(world / data[0]), *data[1:]]  # fmt: skip
+        command = [
+            "train",
+            "--config",
+            str(RECIPES / "wmdp" / f"{part}.yaml"),
+            "--model_name_or_path",
+            str(world / "deep"),
+            "--forget_dataset",
+            str(world / data[0]),
+            *data[1:],
+        ]
         assert main([*command, *SMALL]) == 0
         assert (tmp_path / f"wmdp-{part}" / "model.safetensors").exists()
     rows = [
@@ -342,8 +358,10 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
         "evaluate",
     ]
     rows = [json.loads(line) for line in Path("private/forget.jsonl").read_text().splitlines()]
-    people = {name: {json.loads(line)["person"] for line in Path(f"private/{name}.jsonl").read_text().splitlines()}
-              for name in ("forget", "retain", "holdout")}  # fmt: skip
+    people = {
+        name: {json.loads(line)["person"] for line in Path(f"private/{name}.jsonl").read_text().splitlines()}
+        for name in ("forget", "retain", "holdout")
+    }
     assert len(rows) == 24 and all(len(found) == 6 for found in people.values())
     assert len(set.union(*people.values())) == 18  # nobody is in two files
     scores = DifficultyScores.load("difficulty.parquet")
@@ -366,14 +384,35 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
 
 def test_a_study_of_a_recipe(world, tmp_path, cells_in_process):
     """The grid of recipes/sweep.yaml over a recipe, made small."""
-    grid = {**options("sweep.yaml"), "train": {"use_cpu": True, "bf16": False, "passes": 1, "n_buckets": 2, "folds": 3,
-            "difficulty": "loss", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}, "n_buckets": 2}  # fmt: skip
+    grid = {
+        **options("sweep.yaml"),
+        "train": {
+            "use_cpu": True,
+            "bf16": False,
+            "passes": 1,
+            "n_buckets": 2,
+            "folds": 3,
+            "difficulty": "loss",
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 1,
+        },
+        "n_buckets": 2,
+    }
     assert set(grid["grid"]) == {"schedule", "retain_weight", "seed"}
     grid["grid"] = {"schedule": ["uniform", "upweight_hard"], "seed": [1]}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(grid))
-    words = ["--config", str(tmp_path / "sweep.yaml"), "--recipe", str(RECIPES / "tofu" / "simnpo.yaml"),
-             "--forget_dataset", str(world / "tofu"), "--model_name_or_path", str(world / "model"),
-             "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    words = [
+        "--config",
+        str(tmp_path / "sweep.yaml"),
+        "--recipe",
+        str(RECIPES / "tofu" / "simnpo.yaml"),
+        "--forget_dataset",
+        str(world / "tofu"),
+        "--model_name_or_path",
+        str(world / "model"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(["study", *words]) == 0
     cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("schedule=*/cell.json")]
     assert len(cells) == 2

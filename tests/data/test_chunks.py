@@ -103,11 +103,25 @@ def test_every_command_reads_chunks(tmp_path, capsys, cells_in_process):
             tmp_path / f"{name}.jsonl"
         )
     data = [
-        "--forget_dataset", str(tmp_path / "forget.jsonl"), "--retain_dataset", str(tmp_path / "retain.jsonl"),
-        "--chunk_tokens", "24", "--model_name_or_path", str(tmp_path / "model"),
-    ]  # fmt: skip
-    train = {"objective": "graddiff", "passes": 1, "difficulty": "loss", "per_device_train_batch_size": 4, "folds": 4,
-             "bf16": False, "use_cpu": True, "learning_rate": 0.001}  # fmt: skip
+        "--forget_dataset",
+        str(tmp_path / "forget.jsonl"),
+        "--retain_dataset",
+        str(tmp_path / "retain.jsonl"),
+        "--chunk_tokens",
+        "24",
+        "--model_name_or_path",
+        str(tmp_path / "model"),
+    ]
+    train = {
+        "objective": "graddiff",
+        "passes": 1,
+        "difficulty": "loss",
+        "per_device_train_batch_size": 4,
+        "folds": 4,
+        "bf16": False,
+        "use_cpu": True,
+        "learning_rate": 0.001,
+    }
     options = [word for key, value in train.items() for word in (f"--{key}", str(value))]
     scores = tmp_path / "scores.parquet"
     assert main(["score", *data, *options, "--metrics", "loss", "group_mean", "--output", str(scores)]) == 0
@@ -117,10 +131,38 @@ def test_every_command_reads_chunks(tmp_path, capsys, cells_in_process):
         documents.setdefault(sample_id.split("#")[0], set()).add(int(fold))
     assert len(documents) == 4 < len(table) and all(len(found) == 1 for found in documents.values())
     out = tmp_path / "unlearned"
-    assert main(["train", *data, *options, "--difficulty_scores", str(scores), "--output_dir", str(out),
-                 "--report_to", "none", "--save_strategy", "no"]) == 0  # fmt: skip
-    command = ["evaluate", *data, "--scores", str(scores), "--generate", "false", "--group_column", "document",
-               "--holdout_dataset", str(tmp_path / "holdout.jsonl"), "--output_dir", str(tmp_path / "report")]  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                *data,
+                *options,
+                "--difficulty_scores",
+                str(scores),
+                "--output_dir",
+                str(out),
+                "--report_to",
+                "none",
+                "--save_strategy",
+                "no",
+            ]
+        )
+        == 0
+    )
+    command = [
+        "evaluate",
+        *data,
+        "--scores",
+        str(scores),
+        "--generate",
+        "false",
+        "--group_column",
+        "document",
+        "--holdout_dataset",
+        str(tmp_path / "holdout.jsonl"),
+        "--output_dir",
+        str(tmp_path / "report"),
+    ]
     command[command.index("--model_name_or_path") + 1] = str(out)
     assert main(command) == 0
     found = json.loads((tmp_path / "report" / "results.json").read_text())

@@ -197,19 +197,33 @@ class TestRefusals:
             (qa_dataset(2).to_iterable_dataset(), "must be a map-style"),
             ([{"text": "a"}], "must be a map-style"),
             (Dataset.from_list([{"x": 1}]), "has columns \\['x'\\]; expected one of"),
-            (Dataset.from_list([{"question": "a", "answer": "b"}, {"question": "c", "answer": "  "}]),
-             "forget sample 1: its answer is empty"),
-            (Dataset.from_list([{"id": "s1", "prompt": "a", "completion": None}]), "sample 's1': its completion is empty"),
+            (
+                Dataset.from_list([{"question": "a", "answer": "b"}, {"question": "c", "answer": "  "}]),
+                "forget sample 1: its answer is empty",
+            ),
+            (
+                Dataset.from_list([{"id": "s1", "prompt": "a", "completion": None}]),
+                "sample 's1': its completion is empty",
+            ),
             (Dataset.from_list([{"text": ""}]), "sample 0: its text is empty"),
             (Dataset.from_list([{"question": "q", "answer": "long " * 20, "id": "x9"}]), "'x9'.* beyond max_length=40"),
-            (Dataset.from_list([{"id": 1, "text": "a"}, {"id": 1, "text": "b"}]), "the id '1' twice \\(rows 0 and 1\\)"),
+            (
+                Dataset.from_list([{"id": 1, "text": "a"}, {"id": 1, "text": "b"}]),
+                "the id '1' twice \\(rows 0 and 1\\)",
+            ),
             (Dataset.from_list([{"text": "a"}, {"text": "a"}]), "twice \\(rows 0 and 1\\)"),
-            (Dataset.from_list([{"messages": [{"role": "user", "content": "a"}]}]), "last message must be the assistant"),
-            (Dataset.from_list([{"messages": [*CHAT["prompt"], *CHAT["completion"]]}]), "tokenizer has no chat template"),
+            (
+                Dataset.from_list([{"messages": [{"role": "user", "content": "a"}]}]),
+                "last message must be the assistant",
+            ),
+            (
+                Dataset.from_list([{"messages": [*CHAT["prompt"], *CHAT["completion"]]}]),
+                "tokenizer has no chat template",
+            ),
             (Dataset.from_list([{"input_ids": [4, 5], "labels": [4, -100]}]), "no answer token that can be predicted"),
             (Dataset.from_list([{"input_ids": [4, 5], "labels": [4]}]), "differ in length"),
         ],
-    )  # fmt: skip
+    )
     def test_dataset(self, dataset, message):
         with pytest.raises(ValueError, match=message):
             prepare_dataset(dataset, make_tokenizer(), max_length=40)
@@ -222,25 +236,40 @@ class TestRefusals:
             ({"prompt": None, "completion": "SECRET"}, "sample 0: its prompt is missing"),
             ({"prompt": "SECRET", "completion": ""}, "sample 0: its completion is empty"),
             ({"prompt": CHAT["prompt"], "completion": "SECRET"}, "must both be strings or both be lists of messages"),
-            ({"prompt": "SECRET", "completion": CHAT["completion"]}, "must both be strings or both be lists of messages"),
+            (
+                {"prompt": "SECRET", "completion": CHAT["completion"]},
+                "must both be strings or both be lists of messages",
+            ),
             ({"prompt": CHAT["prompt"], "completion": None}, "last message must be the assistant's"),
-            ({"prompt": CHAT["prompt"], "completion": [{"role": "user", "content": "SECRET"}]}, "must be the assistant's"),
+            (
+                {"prompt": CHAT["prompt"], "completion": [{"role": "user", "content": "SECRET"}]},
+                "must be the assistant's",
+            ),
             ({"messages": None}, "last message must be the assistant's"),
             ({"messages": "SECRET"}, "its messages are no list"),
             ({"messages": ["SECRET"]}, "a message must have a role and a content, got a str"),
-            ({"messages": [{"content": "SECRET"}]}, "a message must have a role and a content, got the keys \\['content'\\]"),
-            ({"messages": [{"role": "user", "content": "SECRET"}, {"role": "assistant", "content": None}]}, "assistant message is empty"),
+            (
+                {"messages": [{"content": "SECRET"}]},
+                "a message must have a role and a content, got the keys \\['content'\\]",
+            ),
+            (
+                {"messages": [{"role": "user", "content": "SECRET"}, {"role": "assistant", "content": None}]},
+                "assistant message is empty",
+            ),
             ({"messages": [{"role": "assistant", "content": "  "}]}, "assistant message is empty"),
             ({"text": None}, "its text is empty"),
             ({"text": 5}, "its text is empty"),
             ({"id": None, "text": "SECRET"}, "forget sample 0 has no id"),
             ({"id": "s1", "text": "SECRET " * 9}, "'s1': its answer ends at token 64, beyond max_length=40"),
-            ({"input_ids": [4, 5, 6], "labels": [-100, 6, 7]}, "label 6 at position 1 is neither -100 nor the token there, 5"),
+            (
+                {"input_ids": [4, 5, 6], "labels": [-100, 6, 7]},
+                "label 6 at position 1 is neither -100 nor the token there, 5",
+            ),
             ({"input_ids": [4, 5, 6], "labels": None}, "its labels are missing"),
             ({"input_ids": [], "labels": []}, "no answer token that can be predicted"),
             ({"input_ids": [4, 5, 6], "labels": [4, -100, -100]}, "no answer token that can be predicted"),
         ],
-    )  # fmt: skip
+    )
     def test_row(self, row, message):
         """Every malformed row is named, and its text is not repeated."""
         with pytest.raises(ValueError, match=message) as error:

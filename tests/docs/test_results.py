@@ -43,7 +43,9 @@ ROWS = {
 GROUPS = {
     "GradDiff, generated authors: full, second model, LoRA": ["GradDiff", "GradDiff, second model", "GradDiff, LoRA"],
     "GradDiff, TOFU: full, LoRA, LoRA cut off at 30 steps": [
-        "GradDiff, TOFU", "GradDiff, TOFU, LoRA", "GradDiff, TOFU, LoRA, 30 steps",
+        "GradDiff, TOFU",
+        "GradDiff, TOFU, LoRA",
+        "GradDiff, TOFU, LoRA, 30 steps",
     ],
     "GradDiff, SmolLM2, LoRA: 40 steps, 80 steps": ["GradDiff, SmolLM2, LoRA", "GradDiff, SmolLM2, LoRA, 80 steps"],
     "NPO, generated authors: full, second model, LoRA": ["NPO", "NPO, second model", "NPO, LoRA"],
@@ -51,7 +53,7 @@ GROUPS = {
     "GA, generated authors: full, second model, LoRA": ["GA", "GA, second model", "GA, LoRA"],
     "GA, TOFU: full, LoRA": ["GA, TOFU", "GA, TOFU, LoRA"],
     "SimNPO: generated authors, the same with LoRA, TOFU": ["SimNPO", "SimNPO, LoRA", "SimNPO, TOFU"],
-}  # fmt: skip
+}
 
 
 def row(testbed: str, objective: str, schedule: str, level: str = "0.98") -> dict:
@@ -172,9 +174,7 @@ def facts() -> list[str]:
     simnpo = spread(["SimNPO", "SimNPO, LoRA", "SimNPO, TOFU"])
     short, long = (pair(f"GradDiff, SmolLM2, LoRA{steps}") for steps in ("", ", 80 steps"))
     lucky = row("generated-others", "npo", "uniform", "0.99")
-    agreement = {
-        one["method"]: one for one in json.loads((RESULTS / "agreement.json").read_text())["rows"]
-    }["eap"]  # fmt: skip
+    agreement = {one["method"]: one for one in json.loads((RESULTS / "agreement.json").read_text())["rows"]}["eap"]
     peers = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("peer", "peer_smollm2")]
     apart = max(value for peer in peers for value in peer["difference"].values())
     attribution = {

@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 
 from cud_trainer.difficulty import DifficultyScores
 from evaluation.metrics.memorization import (
-    METRICS,
+    MEASURES,
 )
 from evaluation.report.audit import audit_results
 from evaluation.report.difficulty import difficulty_section
@@ -34,7 +34,7 @@ class TestAudit:
 
     def test_results_of_one_model(self):
         generator = np.random.default_rng(1)
-        values = {name: generator.uniform(size=12) for name in METRICS}
+        values = {name: generator.uniform(size=12) for name in MEASURES}
         scores = DifficultyScores(
             [str(i) for i in range(12)],
             {"cud": values["probability"].copy(), "loss": generator.normal(size=12), "length": np.arange(12.0)},

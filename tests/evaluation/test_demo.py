@@ -54,7 +54,7 @@ def test_the_interval_is_over_seeds():
 def test_cud_paper_is_called_what_it_is():
     half = stats.Interval(0.5, 0.4, 0.6)
     figures = {"kind": "circuit", "spearman": half, "partial": half, "auroc": half}
-    rows = [PredictorRow(metric=name, label=name, **figures) for name in demo.METRICS]
+    rows = [PredictorRow(metric=name, label=name, **figures) for name in demo.DIFFICULTY_METRICS]
     ceiling = Ceiling(agreement=stats.Interval(0.97, 0.9, 0.99), attainable=0.98, n_seeds=2)
     section = DifficultySection(objective="npo", n=9, target="", rows=rows, ceiling=ceiling)
     text = demo_report._difficulty_finding("npo", section, stats.Interval(0.1, 0.01, 0.2))
@@ -73,7 +73,7 @@ def studies(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.study.engine.run_study", run_study)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for objective in demo_report.OBJECTIVES:
-        columns = {name: np.arange(3.0) for name in demo.METRICS}
+        columns = {name: np.arange(3.0) for name in demo.DIFFICULTY_METRICS}
         DifficultyScores(["a", "b", "c"], columns).save(demo._scores_file(tmp_path, objective))
     return asked
 

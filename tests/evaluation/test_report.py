@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluation.metrics.memorization import METRICS
+from evaluation.metrics.memorization import MEASURES
 from evaluation.report.cells import format_number
 from evaluation.report.page import lookup, write_report
 from evaluation.report.schema import jsonable
@@ -25,7 +25,7 @@ def example() -> dict:
     generator = np.random.default_rng(0)
 
     def metrics():
-        return {name: interval(float(generator.uniform(0.1, 0.9))) for name in METRICS}
+        return {name: interval(float(generator.uniform(0.1, 0.9))) for name in MEASURES}
 
     conditions = []
     for objective in ("graddiff", "npo"):

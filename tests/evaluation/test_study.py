@@ -102,10 +102,17 @@ def tuned(world, tmp_path_factory):
     ]
     train = {"objective": "ga", "passes": 2, "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True}
     settings = config(
-        world, root / "out", grid=grid, train=train, utility_dataset=str(root / "utility.jsonl"),
-        retain_level=[0.95, 0.5], relearn_samples=4, relearn_steps=2, relearn_rate=0.003,
+        world,
+        root / "out",
+        grid=grid,
+        train=train,
+        utility_dataset=str(root / "utility.jsonl"),
+        retain_level=[0.95, 0.5],
+        relearn_samples=4,
+        relearn_steps=2,
+        relearn_rate=0.003,
         generate_seeds=[2],
-    )  # fmt: skip
+    )
     assert main(settings) == 0
     return root / "out"
 

@@ -69,9 +69,12 @@ def start(world, command, pattern: Path | str = "", seen: Path | str = "") -> su
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(world / "slow"), str(ROOT)])}
     environment.update(WAITED_FOR=str(pattern), SEEN=str(seen))
     return subprocess.Popen(
-        [sys.executable, "-m", "cud_trainer.cli", *command], env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "cud_trainer.cli", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def wait_for(output: Path, pattern: str, process: subprocess.Popen) -> bool:

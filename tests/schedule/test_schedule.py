@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from cud_trainer.schedule import (
     SCHEDULES,
     DynamicWeights,
+    OnePass,
     RunState,
     Schedule,
-    Turn,
     make_schedule,
     parse,
     register_schedule,
@@ -329,7 +329,7 @@ class TestOrders:
         joined = make_schedule(f"{name}+upweight_hard", IDS, difficulty=DIFFICULTY, passes=5, seed=2)
         alone = make_schedule(name, IDS, difficulty=DIFFICULTY, passes=5, seed=2)
         assert joined.order.tolist() == alone.order.tolist() and (alone.weight == 1).all()
-        turns = [Turn(number, 5, 7, 2) for number in range(5)]
+        turns = [OnePass(number, 5, 7, 2) for number in range(5)]
         sizes = [len(SCHEDULES[name].function(DIFFICULTY, turn)) for turn in turns]
         assert sum(sizes) == len(joined) and set(joined.order) <= set(IDS)
         for part in np.split(joined.weight, np.cumsum(sizes)[:-1]):

@@ -15,9 +15,12 @@ from own_trainer import checksum, make
 def main() -> None:
     output, result, per_device, accumulation, *checkpoint = sys.argv[1:]
     trainer = make(
-        output, per_device_train_batch_size=int(per_device), gradient_accumulation_steps=int(accumulation),
-        ddp_find_unused_parameters=False, schedule="hard_to_easy+upweight_hard",
-    )  # fmt: skip
+        output,
+        per_device_train_batch_size=int(per_device),
+        gradient_accumulation_steps=int(accumulation),
+        ddp_find_unused_parameters=False,
+        schedule="hard_to_easy+upweight_hard",
+    )
     trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
     assert trainer.accelerator.num_processes == 2
     served = torch.tensor(trainer.seen)

@@ -25,10 +25,19 @@ CASES = {
     "qwen3": ("qwen3", GROUPED),
     "gemma2": (
         "gemma2",
-        {**GROUPED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "sliding_window": 4,
-         "query_pre_attn_scalar": 8, "attn_implementation": "eager"},
+        {
+            **GROUPED,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 8,
+            "attn_implementation": "eager",
+        },
     ),
-    "gemma3_text": ("gemma3_text", {**GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3_text": (
+        "gemma3_text",
+        {**GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "phi3": ("phi3", {**GROUPED, "pad_token_id": 0}),
     "phi": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
     "phi_qk_norm": ("phi", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
@@ -36,19 +45,28 @@ CASES = {
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
     "gpt_neox_sequential": ("gpt_neox", {"rotary_pct": 0.5, "use_parallel_residual": False}),
     "olmo2": ("olmo2", {"num_key_value_heads": 2}),
-}  # fmt: skip
+}
 
 
 def make_case(name: str, **overrides):
     """A tiny random model in float64 in which no bias and no gain is trivial."""
     model_type, settings = CASES[name]
     config = AutoConfig.for_model(
-        model_type, **{
-            "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "initializer_range": 0.2, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 1,
-            **settings, **overrides,
+        model_type,
+        **{
+            "vocab_size": 258,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "initializer_range": 0.2,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+            **settings,
+            **overrides,
         },
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     attention = settings.get("attn_implementation", "sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
@@ -134,14 +152,26 @@ class Oracle:
             heads = heads_of(rows, 3 * n)
             out = SimpleNamespace(weight=layer.attn.c_proj.weight.T, bias=layer.attn.c_proj.bias)
             return SimpleNamespace(
-                norm1=layer.ln_1, norm2=layer.ln_2, post1=None, post2=None, q=heads[:n], k=heads[n : 2 * n],
-                v=heads[2 * n :], out=out, attention=layer.attn, mlp=layer.mlp,
-            )  # fmt: skip
+                norm1=layer.ln_1,
+                norm2=layer.ln_2,
+                post1=None,
+                post2=None,
+                q=heads[:n],
+                k=heads[n : 2 * n],
+                v=heads[2 * n :],
+                out=out,
+                attention=layer.attn,
+                mlp=layer.mlp,
+            )
         attention = layer.attention if self.type == "gpt_neox" else layer.self_attn
         view = SimpleNamespace(
-            norm1=getattr(layer, "input_layernorm", None), norm2=getattr(layer, "post_attention_layernorm", None),
-            post1=None, post2=None, attention=attention, mlp=layer.mlp,
-        )  # fmt: skip
+            norm1=getattr(layer, "input_layernorm", None),
+            norm2=getattr(layer, "post_attention_layernorm", None),
+            post1=None,
+            post2=None,
+            attention=attention,
+            mlp=layer.mlp,
+        )
         if self.type == "gpt_neox":
             heads = heads_of(attention.query_key_value, 3 * n)  # q, k, v of one head after the other
             view.q, view.k, view.v, view.out = heads[0::3], heads[1::3], heads[2::3], attention.dense
@@ -230,10 +260,12 @@ class Oracle:
             norm1, norm2 = view.norm1 or identity, view.norm2 or identity
             sides = []
             for part, rows in (("q", view.q), ("k", view.k), ("v", view.v)):
-                sides.append([
-                    norm1(read(f"a{index}.h{head}.{part}")) @ weight.T + offset
-                    for head, (weight, offset) in enumerate(rows)
-                ])  # fmt: skip
+                sides.append(
+                    [
+                        norm1(read(f"a{index}.h{head}.{part}")) @ weight.T + offset
+                        for head, (weight, offset) in enumerate(rows)
+                    ]
+                )
             if self.parallel:
                 x = norm2(read(f"m{index}"))
             mixed = self.attend(index, view, *sides)
@@ -282,9 +314,19 @@ class Oracle:
         return means if baseline == "mean" else None
 
     def scores(
-        self, tokens, prompt, graph, *, method="eap", steps=1, baseline="zero", metric="prob", counterfactual=None,
-        means=None, reference_quirk=False,
-    ):  # fmt: skip
+        self,
+        tokens,
+        prompt,
+        graph,
+        *,
+        method="eap",
+        steps=1,
+        baseline="zero",
+        metric="prob",
+        counterfactual=None,
+        means=None,
+        reference_quirk=False,
+    ):
         embeddings = self.embed(tokens)
         clean = {name: value.detach() for name, value in self.run(embeddings)[0].items()}
         corrupt = self.baseline_outputs(baseline, counterfactual, means)

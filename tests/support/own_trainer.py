@@ -42,19 +42,34 @@ def scores() -> DifficultyScores:
 
 def arguments(output, **options):
     settings = {
-        "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "num_train_epochs": 2,
-        "report_to": "none", "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "use_cpu": True, "seed": 3,
-        "logging_steps": 1, "remove_unused_columns": False, **options,
-    }  # fmt: skip
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 2,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        **options,
+    }
     return TrainingArguments(str(output), **settings)
 
 
 def make(output, schedule="easy_to_hard", kind=Mine, difficulty=True, weights="loss", schedule_args=None, **options):
     return with_difficulty(kind)(
-        make_model(0).double(), arguments(output, **options), train_dataset=samples(), data_collator=collate,
-        difficulty=scores() if difficulty is True else difficulty, schedule=schedule, weights=weights,
+        make_model(0).double(),
+        arguments(output, **options),
+        train_dataset=samples(),
+        data_collator=collate,
+        difficulty=scores() if difficulty is True else difficulty,
+        schedule=schedule,
+        weights=weights,
         schedule_args=schedule_args,
-    )  # fmt: skip
+    )
 
 
 def checksum(model) -> float:

@@ -66,9 +66,14 @@ def run(
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, variables in enumerate(settings):
             variables.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
-            )  # fmt: skip
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(processes),
+                LOCAL_WORLD_SIZE=str(processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True",
+            )
     with tempfile.TemporaryDirectory() as folder:
         output = [f"{folder}/stdout", f"{folder}/stderr"]
         started = [

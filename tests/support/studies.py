@@ -8,13 +8,25 @@ import yaml
 
 def config(world, output, **changes):
     settings = {
-        "model_name_or_path": str(world / "model"), "forget_dataset": str(world / "forget.jsonl"),
-        "retain_dataset": str(world / "retain.jsonl"), "output_dir": str(output), "workers": 2,
+        "model_name_or_path": str(world / "model"),
+        "forget_dataset": str(world / "forget.jsonl"),
+        "retain_dataset": str(world / "retain.jsonl"),
+        "output_dir": str(output),
+        "workers": 2,
         "grid": {"schedule": ["uniform", "upweight_hard"], "seed": [1, 2]},
-        "train": {"objective": "graddiff", "passes": 2, "learning_rate": 0.003, "difficulty": "loss", "folds": 4,
-                  "group_column": "author", "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True},
+        "train": {
+            "objective": "graddiff",
+            "passes": 2,
+            "learning_rate": 0.003,
+            "difficulty": "loss",
+            "folds": 4,
+            "group_column": "author",
+            "per_device_train_batch_size": 6,
+            "bf16": False,
+            "use_cpu": True,
+        },
         **changes,
-    }  # fmt: skip
+    }
     path = Path(f"{output}.yaml")
     path.write_text(yaml.safe_dump(settings))
     return ["study", "--config", str(path)]
