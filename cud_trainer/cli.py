@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from .files import disk_full
 
-        # Anything else is a bug, and its traceback the report of it.
-        if os.environ.get("CUD_TRACEBACK") or not (isinstance(error, (ValueError, OSError)) or disk_full(error)):
+        # What the user, the machine or a package refuses. Anything else is a bug, and its traceback the report of it.
+        refused = (ValueError, OSError, ImportError, RuntimeError)
+        if os.environ.get("CUD_TRACEBACK") or not (isinstance(error, refused) or disk_full(error)):
             raise
         _end_progress_bars()
         print(f"cud {name}: error: {one_line(error)}", file=sys.stderr)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
 from .data import BATCH_BYTES
@@ -18,6 +18,9 @@ from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
+from .stack_options import check_stack_options, higher_is_better
+
+logger = logging.get_logger(__name__)
 
 # Being re-examined: chosen on the seeds that are reported, and most of its gain needs no difficulty (docs/results.md).
 DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
@@ -253,7 +256,13 @@ class CUDConfig(SFTConfig):
             self.bf16 = is_torch_bf16_gpu_available()  # TRL's default, True, is an error on a machine without
         if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "balance"
+        # Before anything is derived from them.
+        idle = check_stack_options(self, fields(SFTConfig))
+        if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
+            self.greater_is_better = higher_is_better(self.metric_for_best_model)
         super().__post_init__()
+        for line in idle:
+            logger.warning(line)
         for name in ("objective_args", "difficulty_args", "circuit_args", "schedule_args"):
             value = getattr(self, name)
             if value is None:
@@ -301,7 +310,7 @@ class CUDConfig(SFTConfig):
             raise ValueError(
                 f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"
             )
-        self._refuse_what_breaks_the_order()
+        self._check_accelerator()
 
     def _check_objective(self, loss: UnlearningLoss) -> None:
         for name, low, high in (
@@ -343,25 +352,7 @@ class CUDConfig(SFTConfig):
                 "before, as this objective, retain loss, schedule or stop does"
             )
 
-    def _refuse_what_breaks_the_order(self) -> None:
-        if self.num_train_epochs != 1:
-            raise ValueError(f"num_train_epochs must be 1, got {self.num_train_epochs}: set `passes` instead")
-        if self.train_sampling_strategy != "sequential":
-            raise ValueError(
-                f"train_sampling_strategy {self.train_sampling_strategy!r} would undo the schedule: "
-                "it must stay 'sequential'"
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay False: the schedule's columns are part of a batch")
-        for name in (
-            "packing",
-            "padding_free",
-            "auto_find_batch_size",
-            "ignore_data_skip",
-            "assistant_only_loss",
-        ):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported: samples must stay whole and in the order of the schedule")
+    def _check_accelerator(self) -> None:
         if self.accelerator_config is not None and getattr(self.accelerator_config, "dispatch_batches", None):
             raise ValueError("accelerator_config.dispatch_batches is not supported: batches differ in length")
         if self.accelerator_config is not None and getattr(self.accelerator_config, "split_batches", None):

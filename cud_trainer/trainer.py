@@ -36,6 +36,7 @@ from .training.progress import DivergenceError, RunProgress
 from .training.recorder import StepRecorder
 from .training.reference import check_training_mode, run_reference
 from .training.residual import ResidualMemorisation
+from .training.stack import check_best_metric
 
 __all__ = ["CUDTrainer", "DivergenceError"]
 
@@ -81,8 +82,11 @@ class CUDTrainer(SFTTrainerHooks):
         optimizers: tuple[Any, Any] = (None, None),
         compute_metrics: Callable | None = None,
     ) -> None:
+        args = CUDConfig("cud-output") if args is None else args
+        own = compute_metrics is not None
+        check_best_metric(args, eval_dataset, retain=retain_dataset is not None, own_metrics=own)
         inputs = RunInputs.checked(
-            CUDConfig("cud-output") if args is None else args,
+            args,
             model,
             processing_class,
             forget=forget_dataset,
@@ -90,6 +94,7 @@ class CUDTrainer(SFTTrainerHooks):
             evaluated=eval_dataset,
             peft_config=peft_config,
             scores=difficulty_scores,
+            own_optimizer=optimizers[0] is not None,
         )
         plan = RunPlan.of(inputs)
         # The rows are ready to train on; the base class must not look for text in them.

@@ -158,6 +158,12 @@ class SFTTrainerHooks(SFTTrainer):
             transformers.trainer.hf_api = original
 
 
+def make_repository(args: CUDConfig) -> None:
+    """Make the repository that a run is uploaded to, as the base class does when difficulty has been computed."""
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    transformers.trainer.hf_api().create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True)
+
+
 class _Uploads:
     """The hub's API, with files that folders are uploaded without."""
 

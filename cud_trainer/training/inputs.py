@@ -23,6 +23,7 @@ from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
 from .checkpoints import check_may_start
+from .stack import check_stack
 
 Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
 
@@ -65,6 +66,7 @@ class RunInputs:
         evaluated: Evaluated,
         peft_config: Any,
         scores: DifficultyScores | None,
+        own_optimizer: bool = False,
     ) -> RunInputs:
         """The inputs of `CUDTrainer`.
 
@@ -114,6 +116,7 @@ class RunInputs:
                 "the model's weights are already partitioned by DeepSpeed: difficulty and reference quantities are "
                 "computed before that. Load it without zero.Init (`zero3_init_flag: false`)"
             )
+        check_stack(args, model, own_optimizer=own_optimizer)
         return replace(inputs, forget=inputs._with_alternatives(forget))
 
     @cached_property

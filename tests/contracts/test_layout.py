@@ -27,6 +27,7 @@ STAGES = [
     "objectives",
     "scoring",
     "integrations",
+    "stack_options",
     "config",
     "training",
     "trainer",
