@@ -23,7 +23,7 @@ from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
 from .checkpoints import check_may_start
-from .stack import check_stack
+from .stack import check_stack, warn_of_still_weights
 
 Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
 
@@ -117,6 +117,8 @@ class RunInputs:
                 "computed before that. Load it without zero.Init (`zero3_init_flag: false`)"
             )
         check_stack(args, model, own_optimizer=own_optimizer)
+        if peft_config is None:
+            warn_of_still_weights(args, model)
         return replace(inputs, forget=inputs._with_alternatives(forget))
 
     @cached_property

@@ -9,13 +9,17 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..config import CUDConfig
 from ..models.layers import base_causal_lm
 from ..models.matrices import weight_matrices
+from ..models.trainable import movable_share
 from .hooks import make_repository
 
+logger = logging.get_logger(__name__)
+MOST = 0.9  # of the weights: fewer that can move are worth a word
 # What packages raise that lack another one, or an option.
 REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
 
@@ -49,6 +53,17 @@ def check_stack(args: CUDConfig, model: nn.Module, *, own_optimizer: bool) -> No
             make_repository(args)
         except Exception as error:  # of the network, the hub, or a token
             raise ValueError(f"push_to_hub: cannot make the repository: {str(error)[:300]}") from error
+
+
+def warn_of_still_weights(args: CUDConfig, model: nn.Module) -> None:
+    """Say how many of the weights can move, where they are in bfloat16 and most are too large for such steps."""
+    share = movable_share(model, args.learning_rate)
+    if share is not None and share < MOST and args.learning_rate:
+        logger.warning(
+            f"the weights to train are bfloat16, and {share:.0%} of them can move at learning_rate="
+            f"{args.learning_rate:g}: in the others a step of that size rounds to nothing. Load them in float32 "
+            "(dtype float32; bf16 keeps the speed), train an adapter (LoRA), or raise the rate"
+        )
 
 
 def _check_trackers(args: CUDConfig) -> None:
