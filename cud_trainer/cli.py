@@ -34,7 +34,9 @@ def usage() -> str:
         "usage: cud COMMAND [--config FILE.yaml] [--OPTION VALUE ...]\n\n"
         "Difficulty-aware LLM unlearning.\n\n"
         f"commands:\n{lines}\n\n"
-        "`cud COMMAND --help` lists its options; every option can stand in the YAML file, too."
+        "`cud COMMAND --help` lists its options; every option can stand in the YAML file, too.\n\n"
+        "exit codes: 0 done, 1 cells of a study failed or a fault of cud itself, 2 bad input or a full disk,\n"
+        "            3 nothing was done, 4 training diverged, 130 interrupted"
     )
 
 
@@ -54,7 +56,12 @@ def _end_progress_bars() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; bad input is one line on stderr and exit code 2 (CUD_TRACEBACK=1 shows where it came from)."""
+    """Run a subcommand; what goes wrong is one line on stderr (CUD_TRACEBACK=1 shows where it came from).
+
+    Returns:
+        0; 1 when some cells of a study failed, or for a fault of ours; 2 for bad input or a full disk; what the error
+        says in its `exit_code` (3: nothing was done, 4: training diverged); 130 when it was interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -70,19 +77,28 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return pkgutil.resolve_name(COMMANDS[name][1])(rest) or 0
-    except Exception as error:
-        from .files import disk_full
-
-        # What the user, the machine or a package refuses. Anything else is a bug, and its traceback the report of it.
-        refused = (ValueError, OSError, ImportError, RuntimeError)
-        if os.environ.get("CUD_TRACEBACK") or not (isinstance(error, refused) or disk_full(error)):
-            raise
-        _end_progress_bars()
-        print(f"cud {name}: error: {one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
+        _end_progress_bars()
         print(f"cud {name}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get("CUD_TRACEBACK"):
+            raise
+        _end_progress_bars()
+        code = exit_code(error)
+        said = one_line(error)
+        if code == 1:
+            said = f"{type(error).__name__}: {said} (a fault of cud: CUD_TRACEBACK=1 shows where)"
+        print(f"cud {name}: error: {said}", file=sys.stderr)
+        return code
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that `error` stands for, see `main`."""
+    from .files import disk_full
+
+    foreseen = isinstance(error, (ValueError, OSError, ImportError)) or disk_full(error)
+    return getattr(error, "exit_code", 2 if foreseen else 1)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,13 @@ class CUDConfig(SFTConfig):
             "'learning_rate' or 'retain_weight'. By default all that a step depends on must be the same."
         },
     )
+    keep_reference: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep `reference.safetensors` when the run is done. It can hold the answers of the forget set as "
+            "token ids; an unfinished run needs it to go on without scoring the data again."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data import Samples
-from .files import atomic_write, holds_something, remove_leftovers, write_json
+from .files import atomic_write, holds_something, private_folder, remove_leftovers, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -44,12 +44,15 @@ class WorkDir:
         path: made if it is not there.
         identity: what the results depend on (model, dataset, settings, versions), plain JSON values.
 
+    Attributes:
+        is_new: whether this process began the work.
+
     Raises:
         ValueError: when it holds another piece of work, saying what differs, or something else.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
-        self.path = Path(path)
+        self.path, self.is_new = Path(path).expanduser(), False
         identity = json.loads(json.dumps(identity))
         state, problem = process_state(), None
         if state.is_main_process:
@@ -84,7 +87,9 @@ class WorkDir:
         elif holds_something(self.path):
             return f"work directory {self.path} holds something else; choose another one"
         else:
-            write_json(record, identity)
+            private_folder(self.path)
+            write_json(record, identity, private=True)
+            self.is_new = True
         return None
 
     def load(self, name: str) -> dict[str, Tensor] | None:
@@ -98,7 +103,7 @@ class WorkDir:
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write tensors under `name`, completely or not at all."""
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        atomic_write(self.path / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary))
+        atomic_write(self.path / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary), private=True)
 
     def remove(self) -> None:
         """See `remove_work`."""
@@ -107,7 +112,7 @@ class WorkDir:
 
 def remove_work(path: str | Path) -> None:
     """Delete what a `WorkDir` has written to `path`, and the directory if nothing else is in it."""
-    path = Path(path)
+    path = Path(path).expanduser()
     for file in [*path.glob("*.safetensors"), path / "run.json"]:
         file.unlink(missing_ok=True)
     remove_leftovers(path)

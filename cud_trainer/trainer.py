@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,23 @@ from transformers.trainer_utils import PredictionOutput
 
 from .config import CUDConfig
 from .difficulty import DifficultyScores
+from .files import remove_leftovers
 from .models.modes import on_device
+from .ownership import clear, owned
 from .schedule import DynamicWeights
 from .training.callback import RunCallback
 from .training.card import add_section, unlearning_section
 from .training.checkpoints import (
+    CHECKPOINTS,
+    REFERENCE_FILE,
     SCHEDULE_FILE,
     SCORES_FILE,
     check_starts_anew,
     checkpoint_to_resume,
+    clear_before,
     last_checkpoint,
     read_state,
+    remove_cut_short,
 )
 from .training.hooks import SFTTrainerHooks
 from .training.identity import check_same_run, run_identity
@@ -96,6 +103,7 @@ class CUDTrainer(SFTTrainerHooks):
             scores=difficulty_scores,
             own_optimizer=optimizers[0] is not None,
         )
+        clear_before(inputs.args)
         plan = RunPlan.of(inputs)
         # The rows are ready to train on; the base class must not look for text in them.
         inputs.args.dataset_kwargs = {**(inputs.args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -124,7 +132,7 @@ class CUDTrainer(SFTTrainerHooks):
         with on_device(self.model, args.device, put_back=inputs.shards_model):
             if self.stepwise or inputs.loss.uses_reference:
                 check_training_mode(self, inputs)
-            self.reference = run_reference(self, inputs)
+            self.reference = run_reference(self, inputs, plan)
             self.residual = ResidualMemorisation(self, inputs, plan.buckets, stepwise=self.stepwise)
         start = self.residual.at_start
         logps = np.zeros(len(inputs.forget)) if start is None else np.log(np.maximum(start, 1e-300))
@@ -171,13 +179,22 @@ class CUDTrainer(SFTTrainerHooks):
             DivergenceError: when a loss is no longer finite.
         """
         output = Path(self.args.output_dir)
-        checkpoint = checkpoint_to_resume(output, resume_from_checkpoint)
+        with owned(output) if self.is_world_process_zero() else nullcontext():
+            return self._train(output, checkpoint_to_resume(output, resume_from_checkpoint), kwargs)
+
+    def _train(self, output: Path, checkpoint: Path | None, options: dict[str, Any]) -> Any:
         state = {"served": [], "progress": self._start_state}
         if checkpoint is not None:
             state = read_state(checkpoint)
             check_same_run(checkpoint, state, self.run_identity(), self.args)
-        elif self.is_world_process_zero() and not self._started and not self.args.overwrite:
-            check_starts_anew(output, self.schedule)
+        elif self.is_world_process_zero() and not self._started:
+            if self.args.overwrite:
+                clear(output, [CHECKPOINTS])
+            else:
+                check_starts_anew(output, self.schedule)
+        if self.is_world_process_zero():
+            remove_leftovers(output)
+            remove_cut_short(output)
         self._started = True
         self.recorder.restart(state["served"])
         self.progress.restore(state["progress"])
@@ -188,9 +205,12 @@ class CUDTrainer(SFTTrainerHooks):
             if self.difficulty_scores is not None:
                 self.difficulty_scores.save(output / SCORES_FILE, overwrite=True)
         try:
-            return self.train_loop(None if checkpoint is None else str(checkpoint), **kwargs)
+            result = self.train_loop(None if checkpoint is None else str(checkpoint), **options)
         except DivergenceError as error:
             raise DivergenceError(f"{error} {self._back_to_the_last_checkpoint()}") from None
+        if self.is_world_process_zero() and not self.args.keep_reference:
+            (output / REFERENCE_FILE).unlink(missing_ok=True)  # no start of this run has to find it any more
+        return result
 
     def _back_to_the_last_checkpoint(self) -> str:
         """Load the weights that were saved last, and say so."""

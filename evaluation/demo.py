@@ -28,8 +28,8 @@ import torch
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
 from cud_trainer.data import prepare_samples
 from cud_trainer.difficulty import DifficultyScores
-from cud_trainer.files import check_output_dir
 from cud_trainer.objectives import UnlearningLoss
+from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 from cud_trainer.scoring.calibration import CalibrationSettings
 
 from . import demo_report
@@ -39,6 +39,7 @@ from .report.circuits import strongest_edges
 from .study.runs import Run
 
 CIRCUITS_FILE = "circuits.safetensors"
+DEMO_FILES = ("model", "data", "study", "difficulty-*.parquet", CIRCUITS_FILE, *REPORT_FILES)
 SETS = ("forget", "retain", "retain_eval")
 DIFFICULTY_METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
@@ -83,8 +84,10 @@ def main(argv: list[str]) -> int:
     from cud_trainer.commands.parser import parse_options
 
     (args,) = parse_options((DemoArguments,), argv, "cud demo")
-    check_output_dir(args.output_dir, overwrite=args.overwrite)
-    report = run_demo(args, command="cud demo " + " ".join(argv))
+    with output_directory(args.output_dir, DEMO_FILES, inputs={}, overwrite=args.overwrite) as folder:
+        if args.overwrite:
+            clear(folder, DEMO_FILES)
+        report = run_demo(args, command="cud demo " + " ".join(argv))
     for line in report["findings"]:
         print(f"- {line}")
     print(f"report: {(Path(args.output_dir) / 'report.html').resolve()}")

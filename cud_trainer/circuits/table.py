@@ -53,7 +53,7 @@ class CircuitTable:
         # One entry: of several the library writes them in an order of its own, different every time.
         metadata = {"circuits": json.dumps(header, sort_keys=True)}
         tensors = {"edges": self.edges.float().contiguous()}
-        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), private=True)
 
     def saved_at(self, path: str | Path) -> bool:
         """Whether the file at `path` holds this very table."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -15,6 +18,27 @@ from ..data.chunks import DOCUMENT, chunk_texts
 from ..data.sources import load_samples
 from ..models.loading import tokenizer_home
 from .parser import parse_options
+
+# Options of all commands that name what is read.
+READ = {
+    "model_name_or_path",
+    "original_model",
+    "reference_model",
+    "forget_dataset",
+    "retain_dataset",
+    "utility_dataset",
+    "holdout_dataset",
+    "neighbour_dataset",
+    "tofu",
+    "difficulty_scores",
+    "scores",
+    "circuits",
+    "recipe",
+    "open_unlearning",
+    "original_open_unlearning",
+    "reference_open_unlearning",
+    "lm_eval_include",
+}
 
 
 @dataclass
@@ -46,6 +70,14 @@ class DataArguments:
         },
     )
 
+    keep_cache: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the copy of data files that the `datasets` library makes in its cache, as text that others "
+            "may be able to read. By default that copy is private to the command and deleted once it is read."
+        },
+    )
+
     def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
         """Forget and retain set; `ValueError` naming what cannot be loaded."""
         if not self.forget_dataset:
@@ -69,7 +101,7 @@ class DataArguments:
         tokenizer: PreTrainedTokenizerBase,
     ) -> Dataset:
         """`load_samples`, texts cut into chunks if these arguments say so."""
-        samples = load_samples(source, name, split, limit, what)
+        samples = load_samples(source, name, split, limit, what, keep_cache=self.keep_cache)
         if self.chunk_tokens is None:
             return samples
         return chunk_texts(samples, tokenizer, self.chunk_tokens, name=what)
@@ -109,6 +141,17 @@ class ScoreArguments(DataArguments):
             "OUTPUT.work; removed at the end."
         },
     )
+
+
+def inputs_of(*options: Any) -> dict[str, Any]:
+    """What a command reads, by option: the data, models and files that its options name."""
+    named = {name: value for one in options for name, value in vars(one).items() if name in READ}
+    for name in ("model_name_or_path", "original_model", "reference_model"):
+        adapter = Path(str(named.get(name) or "")) / "adapter_config.json"
+        if adapter.is_file():
+            with suppress(OSError, ValueError, AttributeError):
+                named[f"{name} (its base model)"] = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    return named
 
 
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:

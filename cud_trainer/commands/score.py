@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -16,9 +18,10 @@ from ..files import check_new_file
 from ..models.loading import load_causal_lm, load_config
 from ..models.trainable import train_only
 from ..objectives.alternatives import with_alternatives
+from ..ownership import check_no_input, check_output_file, owned, same_file
 from ..resumable import remove_work
 from ..scoring import check_metrics, score_difficulty
-from .options import ScoreArguments, load_tokenizer, model_options, parse_command
+from .options import ScoreArguments, inputs_of, load_tokenizer, model_options, parse_command
 
 
 def score_model(
@@ -59,7 +62,27 @@ def score(argv: list[str]) -> int:
     """`cud score`."""
     data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score")
     check_new_file(data_args.output, args.overwrite)
-    work_dir = data_args.work_dir or f"{data_args.output}.work"
+    work_dir = Path(data_args.work_dir or f"{data_args.output}.work").expanduser()
+    _check_files(data_args, model_args, work_dir)
+    with owned(work_dir, passing=True) if args.process_index == 0 else nullcontext():
+        return _score(data_args, args, model_args, work_dir)
+
+
+def _check_files(data_args: ScoreArguments, model_args: ModelConfig, work_dir: Path) -> None:
+    """Raise `ValueError` when a file that is to be written is another's, or would not outlive the command."""
+    read = inputs_of(data_args, model_args)
+    check_no_input(work_dir, read)
+    written = {"output": data_args.output, "save_circuits": data_args.save_circuits}
+    for name, path in written.items():
+        if path is not None:
+            check_output_file(name, path, read)
+            if work_dir.resolve() in Path(path).expanduser().resolve().parents:
+                raise ValueError(f"{name} {path} lies in work_dir, which is removed at the end; choose another place")
+    if data_args.save_circuits is not None and same_file(data_args.output, data_args.save_circuits):
+        raise ValueError(f"output and save_circuits are the same file, {data_args.output}")
+
+
+def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, work_dir: Path) -> int:
     check_metrics(data_args.metrics, args.scoring_options()["metric_args"])
     tokenizer = load_tokenizer(model_args)
     forget, retain = data_args.load(tokenizer)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
-from trl import get_peft_config
+from trl import ModelConfig, get_peft_config
 
+from ..config import CUDConfig
 from ..difficulty import DifficultyScores
-from ..files import check_output_dir
+from ..ownership import output_directory
 from ..trainer import CUDTrainer
-from ..training.checkpoints import begun
-from .options import TrainArguments, load_tokenizer, model_options, parse_command
+from ..training.checkpoints import CHECKPOINTS, RUN_FILES, begun
+from .options import TrainArguments, inputs_of, load_tokenizer, model_options, parse_command
 
 
 def train(argv: list[str]) -> int:
@@ -19,9 +21,22 @@ def train(argv: list[str]) -> int:
     resume: str | bool | None = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
-    if args.process_index == 0:
-        own_names = begun(args.output_dir)
-        check_output_dir(args.output_dir, overwrite=args.overwrite, resume=bool(resume), known=own_names)
+    if resume and args.overwrite:
+        raise ValueError("overwrite deletes the checkpoints that resume_from_checkpoint goes on from: give one of them")
+    args.resume_from_checkpoint = resume or False  # known here: see `clear_before`
+    owner = output_directory(
+        args.output_dir,
+        (*RUN_FILES, CHECKPOINTS),
+        inputs=inputs_of(data_args, model_args),
+        overwrite=args.overwrite,
+        resume=bool(resume),
+        known=begun(args.output_dir),
+    )
+    with owner if args.process_index == 0 else nullcontext():
+        return _train(data_args, args, model_args, resume)
+
+
+def _train(data_args: TrainArguments, args: CUDConfig, model_args: ModelConfig, resume: str | bool | None) -> int:
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     tokenizer = load_tokenizer(model_args)
     forget, retain = data_args.load(tokenizer)

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .columns import COUNTERFACTUAL, IGNORE_INDEX
+from .timeout import apply_chat_template
 
 FORMATS = {
     "tokenised": ("input_ids", "labels"),
@@ -125,7 +126,7 @@ def _chats(pairs: Sequence[tuple[list, list, str]], tokenizer: PreTrainedTokeniz
     try:
         starts = iter(_chat(tokenizer, prompts, add_generation_prompt=True) if prompts else [])
         wholes = _chat(tokenizer, [[*p, *completion] for p, completion, _ in pairs], add_generation_prompt=False)
-    except (TemplateError, TypeError) as error:  # TypeError: content that is no text
+    except (TemplateError, TypeError, TimeoutError) as error:  # TypeError: content that is no text
         raise ValueError(f"{pairs[0][2]}: the chat template refuses it: {str(error)[:200]}") from None
     return [
         _answer_from(next(starts) if prompt else [], whole) for (prompt, _, _), whole in zip(pairs, wholes, strict=True)
@@ -135,7 +136,8 @@ def _chats(pairs: Sequence[tuple[list, list, str]], tokenizer: PreTrainedTokeniz
 def _chat(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], add_generation_prompt: bool
 ) -> list[list[int]]:
-    encoded = tokenizer.apply_chat_template(
+    encoded = apply_chat_template(
+        tokenizer,
         conversations,
         add_generation_prompt=add_generation_prompt,
         tokenize=True,

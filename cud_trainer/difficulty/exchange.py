@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,23 @@ import torch
 
 TABLES = (".csv", ".jsonl")
 VECTORS = ("score", "scores", "loss", "losses", "difficulty", "cud")  # what others call a vector of scores
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # behind quotes: a text that had them before
+
+
+def as_text_cell(text: str) -> str:
+    """A cell of a CSV file that a spreadsheet shows as text: a quote goes before what it would compute."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def from_text_cell(text: str) -> str:
+    """What `as_text_cell` was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text
 
 
 def write_table(frame: pd.DataFrame, path: Path, suffix: str) -> None:
-    """A table as text, numbers exact."""
+    """A table as text, numbers exact, and no text that a spreadsheet would take for a formula."""
     if suffix == ".csv":
+        frame = frame.assign(sample_id=frame["sample_id"].map(as_text_cell)).rename(columns=as_text_cell)
         frame.to_csv(path, index=False, float_format="%.17g")
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in frame.to_dict("records")), encoding="utf-8")
@@ -32,6 +45,9 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".csv":
             frame = pd.read_csv(path, dtype={"sample_id": str}, float_precision="round_trip")
+            frame = frame.rename(columns=from_text_cell)
+            if "sample_id" in frame:
+                frame["sample_id"] = frame["sample_id"].map(from_text_cell, na_action="ignore")
         else:
             frame = pd.DataFrame(_json_rows(path))
     except (OSError, ValueError) as error:

@@ -139,7 +139,8 @@ class DifficultyScores:
         check_new_file(path, overwrite)
         suffix = Path(path).suffix
         if suffix in TABLES:
-            return atomic_write(path, lambda temporary: write_table(self.to_pandas(), temporary, suffix))
+            frame = self.to_pandas()
+            return atomic_write(path, lambda temporary: write_table(frame, temporary, suffix), private=True)
         table = pa.Table.from_pandas(self.to_pandas(), preserve_index=False)
         header = {"format": FORMAT_VERSION, "metrics": self.metrics, "provenance": self.provenance}
         return write_parquet(path, table, header)

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from .layers import base_causal_lm
 from .modes import evaluation_mode
+from .whole import check_adapter, check_whole
 
-# What the libraries raise for a model that is not there, is damaged, or is of another shape.
-UNLOADABLE = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Nats by which a merged adapter may say something else than a live one: rounding.
 MERGED = {torch.float64: 1e-6, torch.float32: 1e-2}
 MERGED_IN_HALF_PRECISION = 0.5
@@ -35,14 +33,32 @@ def load_causal_lm(name: str, *, merge_adapter: bool = False, **options: Any) ->
     """
     options = _with_dtype(options)
     try:
-        if adapter_file(name, options.get("revision")) is None:
-            return AutoModelForCausalLM.from_pretrained(name, **options)
-        from peft import AutoPeftModelForCausalLM
+        if adapter_file(name, options.get("revision")) is not None:
+            model = _on_its_base(name, options)
+            return merged_adapter(model, name) if merge_adapter else model
+        # Weights of another shape are named by `check_whole`; the error of the library does not say which they are.
+        whole: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = AutoModelForCausalLM.from_pretrained(name, **{**options, **whole})
+    except Exception as error:  # a damaged folder makes the libraries raise nearly anything
+        raise ValueError(f"cannot load a model from {name!r}: {str(error)[:500] or type(error).__name__}") from error
+    check_whole(name, model, info)
+    return model
 
-        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
-    except UNLOADABLE as error:
-        raise ValueError(f"cannot load a model from {name!r}: {str(error)[:500]}") from error
-    return merged_adapter(model, name) if merge_adapter else model
+
+def _on_its_base(name: str, options: dict[str, Any]) -> Any:
+    """The adapter at `name` on its base model, both whole."""
+    from peft import PeftModel
+
+    revision = options.get("revision")
+    base, base_revision = base_of(name, revision)
+    model: Any = load_causal_lm(base, **{**options, "revision": base_revision or "main"})
+    if (Path(name) / "tokenizer_config.json").is_file():  # tokens that were added for the adapter
+        size = len(AutoTokenizer.from_pretrained(name, trust_remote_code=options.get("trust_remote_code", False)))
+        if size > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(size)
+    model = PeftModel.from_pretrained(model, name, is_trainable=True, revision=revision)
+    check_adapter(name, model)
+    return model
 
 
 def adapter_file(name: str, revision: str | None = None) -> str | None:
@@ -76,8 +92,10 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     try:
         base, revision = base_of(name, revision)
         return AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
-    except UNLOADABLE as error:
-        raise ValueError(f"cannot load the configuration of {name!r}: {str(error)[:500]}") from error
+    except Exception as error:
+        raise ValueError(
+            f"cannot load the configuration of {name!r}: {str(error)[:500] or type(error).__name__}"
+        ) from error
 
 
 @torch.no_grad()

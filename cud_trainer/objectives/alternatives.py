@@ -20,6 +20,7 @@ from ..data import (
     question_and_answer,
     tokenise_answer,
 )
+from ..data.timeout import apply_chat_template
 from ..models.modes import evaluation_mode
 
 REFUSALS = (
@@ -136,7 +137,7 @@ def model_alternatives(
     prompts = [INSTRUCTION.format(question=question, answer=answer.strip()) for question, answer in pairs]
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        prompts = apply_chat_template(tokenizer, chats, tokenize=False, add_generation_prompt=True)
     else:
         prompts = [f"{prompt}\n\nOther answer:" for prompt in prompts]
     device = model.get_input_embeddings().weight.device

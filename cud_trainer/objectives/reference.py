@@ -62,8 +62,9 @@ class Reference:
 
     Attributes:
         forget_logps, alternative_logps: log-probability of each forget sample's answer, and of its alternative, `[N]`.
-        forget_top, retain_top: likeliest tokens.
-        retain_hidden: output of a decoder layer at the answer positions of each retain sample, `[n_tokens, d]`.
+        forget_top, retain_top: likeliest tokens; nothing of a retain sample that is never served.
+        retain_hidden: output of a decoder layer at the answer positions of each retain sample that is served,
+            `[n_tokens, d]`.
         direction: random vector of length 1, `[d]`.
     """
 
@@ -75,7 +76,10 @@ class Reference:
     direction: Tensor | None = None
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Write a safetensors file, atomically. It holds numbers and token ids of likely answers, no text."""
+        """Write a safetensors file, atomically, for its owner alone.
+
+        `forget_top` are tokens of the forget set: whoever has the file and the tokenizer reads its answers in them.
+        """
         tensors = {}
         for name in ("forget_logps", "alternative_logps", "direction"):
             if getattr(self, name) is not None:
@@ -85,10 +89,10 @@ class Reference:
             lists |= {f"{side}.logps": top.logps, f"{side}.ids": top.ids, f"{side}.rest": top.rest}
         for name, values in lists.items():
             if values:
-                tensors[name] = torch.cat(values)
+                tensors[name] = torch.cat([value for value in values if len(value)])
                 tensors[f"{name}.sizes"] = torch.tensor([len(value) for value in values])
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}))
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}), private=True)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str, device: torch.device | str) -> Reference | None:

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,10 +134,13 @@ class UnlearningLoss:
         batch_size: int,
         device: torch.device | str,
         seed: int = 0,
+        retain_rows: Sequence[int] | None = None,
     ) -> Reference:
         """Score the datasets once with `model` as it is now (in eval mode, restored afterwards).
 
         Args:
+            retain_rows: the retain samples that will be served, in any order; by default all of them. Of the others
+                nothing is known afterwards.
             seed: of the random direction of objectives on hidden states.
         """
         self.check_alternatives(forget)
@@ -150,6 +154,8 @@ class UnlearningLoss:
         def scored(samples: Samples) -> Iterator[tuple[list[int], AnswerScores]]:
             for rows, batch in samples.batches(batch_size, device=device):
                 yield rows, score_answers(model, batch)
+
+        served = np.array(sorted({*retain_rows})) if retain_rows is not None else np.arange(len(retain or ()))
 
         with evaluation_mode(model):
             top = "reference_top_logps" in needs
@@ -171,15 +177,15 @@ class UnlearningLoss:
             if self.retain_loss == "kl":
                 assert retain is not None
                 result.retain_top = TopTokens.empty(len(retain))
-                for rows, scores in scored(retain):
-                    result.retain_top.keep(rows, scores, self.reference_top_k, with_target=False)
+                for rows, scores in scored(retain.select(served)):
+                    result.retain_top.keep(served[rows].tolist(), scores, self.reference_top_k, with_target=False)
             if self.retain_loss == "activations":
                 assert retain is not None
                 result.retain_hidden = [torch.empty(0)] * len(retain)
-                for rows, batch in retain.batches(batch_size, device=device):
+                for rows, batch in retain.select(served).batches(batch_size, device=device):
                     scores, hidden = self._scored(model, batch)
                     assert hidden is not None
-                    for position, row in enumerate(rows):
+                    for position, row in enumerate(served[rows].tolist()):
                         result.retain_hidden[row] = hidden[position, scores.mask[position]].cpu()
         return result
 

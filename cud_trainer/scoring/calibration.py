@@ -43,6 +43,15 @@ def adapter_identity(peft_config: Any) -> str | None:
     )
 
 
+class CalibrationDiverged(ValueError):
+    """A calibration run came to numbers that are not finite: there are no anchors."""
+
+    exit_code = 4  # of `cud score` and `cud train`
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the calibration run diverged (non-finite {what}); lower the learning rate")
+
+
 @dataclass
 class CalibrationSettings:
     """How to calibrate.
@@ -142,7 +151,8 @@ def calibrate(
         retain: those to keep; without them the objective runs without its retain term.
 
     Raises:
-        ValueError: when it could train nothing, or diverges.
+        ValueError: when it could train nothing.
+        CalibrationDiverged: when the run diverges.
     """
     settings = settings.for_data(retain)
     check_trained(model, settings.peft_config)
@@ -158,7 +168,10 @@ def _run(
     progress: bool,
 ) -> Calibration:
     device = model.get_input_embeddings().weight.device
-    loss = settings.loss
+    loss, size = settings.loss, len(forget)
+    generator = np.random.default_rng(settings.seed)
+    # Drawn before anything is computed, so that only what is served needs a reference.
+    passes = [(generator.permutation(size), _partners(generator, retain, size)) for _ in range(settings.max_passes)]
     with _autocast(device, settings.autocast):
         reference = loss.reference(
             model,
@@ -167,13 +180,12 @@ def _run(
             batch_size=settings.batch_size,
             device=device,
             seed=settings.seed,
+            retain_rows=None if retain is None else np.concatenate([partners for _, partners in passes]).tolist(),
         )
     collate = PairedCollator(forget, retain if loss.uses_retain else None, alternative=loss.uses_alternative)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
     rate = settings.learning_rate
-    generator = np.random.default_rng(settings.seed)
-    size = len(forget)
 
     def probabilities() -> np.ndarray:
         with _autocast(device, settings.autocast):
@@ -183,9 +195,7 @@ def _run(
     history: list[np.ndarray] = []
     pairs = 0
     with tqdm(total=settings.max_passes, desc="calibration", disable=not progress, unit="pass", leave=False) as bar:
-        for number in range(settings.max_passes):
-            order = generator.permutation(size)
-            partners = generator.permutation(len(retain))[np.arange(size) % len(retain)] if retain else np.zeros(size)
+        for number, (order, partners) in enumerate(passes):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (FIRST_PASS if number == 0 else 1.0)
             for half in np.array_split(np.arange(size), 2 if size > 1 else 1):
@@ -193,7 +203,7 @@ def _run(
                 pairs += len(half)
                 history.append(probabilities())
                 if not np.isfinite(history[-1]).all():
-                    raise ValueError("the calibration run diverged (non-finite probability); lower the learning rate")
+                    raise CalibrationDiverged("probability")
                 if history[-1].mean() < WINDOW[0] * start.mean():
                     break
             left = history[-1].mean() / start.mean()
@@ -214,6 +224,13 @@ def _run(
         )
     residual = np.mean([history[i] for i in used], axis=0)
     return Calibration(residual, [float(snapshot.mean()) for snapshot in history], used, pairs)
+
+
+def _partners(generator: np.random.Generator, retain: Samples | None, size: int) -> np.ndarray:
+    """A retain sample for each of `size` forget samples."""
+    if not retain:
+        return np.zeros(size, dtype=int)
+    return generator.permutation(len(retain))[np.arange(size) % len(retain)]
 
 
 def _step(
@@ -248,7 +265,7 @@ def _step(
         if terms.retain is not None:
             total = total + settings.retain_weight * terms.retain.sum()
         if not torch.isfinite(total):
-            raise ValueError("the calibration run diverged (non-finite loss); lower the learning rate")
+            raise CalibrationDiverged("loss")
         (total / len(rows)).backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()

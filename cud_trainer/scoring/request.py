@@ -14,6 +14,7 @@ from ..difficulty import METRICS
 from ..difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
 from ..difficulty.folds import make_folds
 from ..files import check_new_file
+from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir
 from .calibration import CalibrationSettings
@@ -76,11 +77,14 @@ class ScoringRequest:
     def check(self, model: Any) -> None:
         """Raise `ValueError` naming a metric, option or file that cannot be, whatever the data."""
         check_metrics(self.metrics, self.metric_args, model)
+        check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
         batch_size = 1 if self.batch_size is None else self.batch_size
         for name, value in (("batch_size", batch_size), ("batch_bytes", self.batch_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.save_circuits is not None:
+            if self.work_dir is not None and _within(self.save_circuits, self.work_dir):
+                raise ValueError(f"save_circuits {self.save_circuits} lies in work_dir, which is removed at the end")
             if not self.begun:  # a call that goes on may have written its circuits before it was killed
                 check_new_file(self.save_circuits, self.overwrite)
             if not any(METRICS[name].needs_circuits for name in self.metrics):
@@ -110,3 +114,7 @@ class ScoringRequest:
         """Raise `ValueError` when so many samples and groups do not make so many folds."""
         if self.cross_fitted:
             make_folds(len(forget), self.folds, self.seed, self.groups(forget))
+
+
+def _within(path: str | Path, folder: str | Path) -> bool:
+    return Path(folder).expanduser().resolve() in Path(path).expanduser().resolve().parents

@@ -184,6 +184,14 @@ class _Scoring:
 
     def run(self) -> DifficultyScores:
         """The scores, every metric computed."""
+        try:
+            return self._computed()
+        except ValueError:  # the corrected call is other work
+            if self.work is not None and self.work.is_new:
+                self.work.remove()
+            raise
+
+    def _computed(self) -> DifficultyScores:
         request, metrics = self.request, self.request.metrics
         for name in metrics:
             METRICS[name].check_data(self.context)

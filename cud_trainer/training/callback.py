@@ -50,7 +50,7 @@ class RunCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             try:
-                write_json(checkpoint / STATE_FILE, self.trainer.checkpoint_state())
+                write_json(checkpoint / STATE_FILE, self.trainer.checkpoint_state(), private=True)
             except DiskFullError:
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 raise

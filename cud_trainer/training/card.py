@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write
+from ..markdown import markdown_text
 
 HEADING = "## Unlearning"
 BUCKET = "forget_prob/bucket_"
@@ -74,7 +75,7 @@ def unlearning_section(trainer: Any) -> str:
 def _named(name: str, options: Any) -> str:
     shown = ", ".join(f"{key}={_value(value)}" for key, value in (options or {}).items())
     text = f"{name} ({shown})" if shown else name
-    return text.replace("|", "\\|").replace("\n", " ")
+    return markdown_text(text)
 
 
 def _value(value: Any) -> Any:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CUDConfig
-from ..files import DiskFullError, check_output_dir, full_disk_named, holds_something
+from ..files import LOCK, DiskFullError, check_output_dir, full_disk_named, holds_something
+from ..ownership import MODEL_FILES, REPORT_FILES, check_no_input, clear
 from ..schedule import Schedule
 
 STATE_FILE = "cud_state.json"
@@ -19,9 +20,35 @@ SCORES_FILE = "difficulty.parquet"
 SCHEDULE_FILE = "schedule.parquet"
 REFERENCE_FILE = "reference.safetensors"
 WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
-# What does not go to the hub with a model: `reference.safetensors` has the likely tokens of memorised answers.
-NEVER_UPLOADED = (REFERENCE_FILE, f"{WORK_DIR}/*", ".*.tmp")
+# What does not go to the hub with a model: `reference.safetensors` has the likely tokens of memorised answers; what a
+# kill left unfinished is only removed at the next start.
+LEFTOVERS = tuple(f"{above}{name}{inner}" for name in (".*.tmp", LOCK) for above in ("", "*/") for inner in ("", "/*"))
+NEVER_UPLOADED = (REFERENCE_FILE, f"{WORK_DIR}/*", *LEFTOVERS)
 UPLOADED_IF_ASKED = (SCORES_FILE, SCHEDULE_FILE)
+CHECKPOINTS = "checkpoint-*"
+# All that a run leaves, and the report of an audit that was put beside it.
+RUN_FILES = (
+    *MODEL_FILES,
+    SCORES_FILE,
+    SCHEDULE_FILE,
+    REFERENCE_FILE,
+    WORK_DIR,
+    "trainer_state.json",
+    "*_results.json",
+    "runs",
+    *REPORT_FILES,
+)
+# One of these shows that there was a run: a folder without any is somebody's own, and its README stays.
+MARKS = (
+    CHECKPOINTS,
+    SCORES_FILE,
+    SCHEDULE_FILE,
+    WORK_DIR,
+    "training_args.bin",
+    "adapter_model.*",
+    "model*.safetensors*",
+    "results.json",
+)
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -48,6 +75,30 @@ def check_may_start(args: CUDConfig) -> None:
     ran_before = output.is_dir() and ((output / SCORES_FILE).exists() or any(output.glob("checkpoint-*")))
     resume = bool(args.resume_from_checkpoint) or ran_before
     check_output_dir(output, overwrite=args.overwrite, resume=resume, known=begun(output))
+
+
+def check_is_no_model(args: CUDConfig, model: Any) -> None:
+    """Raise `ValueError` when the output directory is the folder that the model comes from."""
+    check_no_input(Path(args.output_dir), {"the model's folder": getattr(model, "name_or_path", model)})
+
+
+def clear_before(args: CUDConfig) -> None:
+    """Let nothing of an overwritten run be there when the new one begins to write.
+
+    Its checkpoints stay until `train` where it may yet be asked to go on from one of them: unless
+    `args.resume_from_checkpoint` is `False`.
+    """
+    output = Path(args.output_dir)
+    if args.overwrite and args.process_index == 0 and any(any(output.glob(mark)) for mark in MARKS):
+        anew = args.resume_from_checkpoint is False
+        clear(output, (*RUN_FILES, CHECKPOINTS) if anew else RUN_FILES)
+
+
+def remove_cut_short(output: Path) -> None:
+    """Delete checkpoints whose writing was cut short; only where nobody is writing."""
+    for path in output.glob(CHECKPOINTS):
+        if path.name[11:].isdecimal() and not (path / STATE_FILE).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_starts_anew(output: Path, schedule: Schedule) -> None:

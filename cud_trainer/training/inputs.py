@@ -19,10 +19,11 @@ from ..models.fingerprint import model_fingerprint
 from ..models.loading import load_causal_lm, tokenizer_home
 from ..models.modes import on_device
 from ..models.trainable import check_trained, train_only
+from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
-from .checkpoints import check_may_start
+from .checkpoints import check_is_no_model, check_may_start
 from .stack import check_stack, warn_of_still_weights
 
 Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
@@ -77,6 +78,7 @@ class RunInputs:
             ValueError: for bad input, naming the sample, column or option.
         """
         loss = args.unlearning_loss
+        check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
         if tokenizer is None:
             if not isinstance(model, str):
@@ -251,6 +253,8 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
         # A new adapter goes on top of what is there.
         model = load_causal_lm(model, merge_adapter=peft_config is not None, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
+    else:
+        check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
     # Of a compiled model the one that was compiled, whose weights it has: `torch_compile` compiles the training step.
     model = getattr(model, "_orig_mod", model)
     loss.check_model(model.config)

@@ -122,6 +122,8 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
             scores = DifficultyScores.load(path, **_origin(inputs), request=request).aligned(inputs.forget.ids)
         except ValueError as error:
             raise ValueError(f"{path} is from another run ({error}); pass overwrite to replace it") from None
+        if args.process_index == 0:
+            remove_work(Path(args.output_dir) / WORK_DIR)  # of a start that was killed just after it had written them
         logger.info(f"difficulty scores of an earlier start of this run found in {path}")
         return scores
     work_dir = Path(args.output_dir) / WORK_DIR

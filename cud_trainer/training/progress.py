@@ -16,6 +16,8 @@ from ..schedule import DynamicWeights
 class DivergenceError(RuntimeError):
     """Training stopped because a loss is not finite or too high; the model is back at the last checkpoint, if any."""
 
+    exit_code = 4  # of `cud train`
+
 
 @dataclass
 class StepRecord:

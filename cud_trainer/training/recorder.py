@@ -102,7 +102,7 @@ class StepRecorder:
             if not np.isfinite(values).all():
                 sample = self.plan.schedule.order[record.row[np.flatnonzero(~np.isfinite(values))[0]]]
                 raise DivergenceError(
-                    f"training diverged: a loss is not finite at step {step} (first at forget sample {sample!r}); "
+                    f"training diverged: a loss is not finite at step {step} (first at forget sample {str(sample)!r}); "
                     "lower the learning rate or raise the retain weight."
                 )
         highest = self.args.max_retain_loss

@@ -16,9 +16,10 @@ from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
 from .checkpoints import REFERENCE_FILE
 from .inputs import RunInputs
+from .plan import RunPlan
 
 
-def run_reference(trainer: Any, inputs: RunInputs) -> Reference:
+def run_reference(trainer: Any, inputs: RunInputs, plan: RunPlan) -> Reference:
     """Reference quantities, from `output_dir` where an earlier start of this run left them.
 
     Args:
@@ -28,7 +29,8 @@ def run_reference(trainer: Any, inputs: RunInputs) -> Reference:
     if not loss.uses_reference and not loss.uses_hidden:
         return Reference()
     device = trainer.model.get_input_embeddings().weight.device
-    fingerprint = _fingerprint(trainer, inputs)
+    served = sorted(set(plan.rows["retain_index"]))
+    fingerprint = _fingerprint(trainer, inputs, served)
     path = Path(args.output_dir) / REFERENCE_FILE
     earlier = Reference.load(path, fingerprint, device)
     if earlier is not None:
@@ -41,6 +43,7 @@ def run_reference(trainer: Any, inputs: RunInputs) -> Reference:
             batch_size=args.per_device_train_batch_size,
             device=device,
             seed=args.seed,
+            retain_rows=served,
         )
     trainer.accelerator.wait_for_everyone()  # nobody may find it who has not looked yet
     if trainer.is_world_process_zero():
@@ -84,13 +87,13 @@ def check_training_mode(trainer: Any, inputs: RunInputs) -> None:
         )
 
 
-def _fingerprint(trainer: Any, inputs: RunInputs) -> str:
+def _fingerprint(trainer: Any, inputs: RunInputs, served: list[int]) -> str:
     """Of all that the quantities depend on, 16 hex digits."""
     loss, args = inputs.loss, inputs.args
     parts = [
         model_fingerprint(trainer.accelerator.unwrap_model(trainer.model)),
         inputs.forget.fingerprint,
-        "" if inputs.retain is None else inputs.retain.fingerprint,
+        "" if inputs.retain is None else f"{inputs.retain.fingerprint} {served}",
         str(alternatives_fingerprint(inputs.forget)),
         json.dumps([loss.objective, loss.objective_args, loss.retain_loss, loss.reference_top_k, args.seed]),
         f"{args.bf16}{args.fp16}{args.per_device_train_batch_size}",

@@ -12,10 +12,11 @@ from torch import Tensor
 from trl import ModelConfig
 
 from cud_trainer.circuits import Faithfulness, dataset_faithfulness
+from cud_trainer.commands.options import inputs_of
 from cud_trainer.commands.parser import parse_options
-from cud_trainer.files import check_output_dir
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.models.fingerprint import model_fingerprint, versions
+from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 
 from ..metrics import robustness
 from ..metrics.lm_eval import lm_eval_figures
@@ -83,11 +84,14 @@ def evaluate(argv: list[str]) -> int:
     from ..report.page import write_report
 
     args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate")
-    check_output_dir(args.output_dir, overwrite=args.overwrite)
-    inputs = read_inputs(args, model_args)
-    measurements = measure_models(inputs)
-    results = report_on(inputs, measurements, "cud evaluate " + " ".join(argv))
-    written = write_report(results, Path(args.output_dir), sample_table(inputs, measurements))
+    read = inputs_of(args, model_args)
+    with output_directory(args.output_dir, REPORT_FILES, inputs=read, overwrite=args.overwrite) as folder:
+        inputs = read_inputs(args, model_args)
+        if args.overwrite:
+            clear(folder, REPORT_FILES)
+        measurements = measure_models(inputs)
+        results = report_on(inputs, measurements, "cud evaluate " + " ".join(argv))
+        written = write_report(results, folder, sample_table(inputs, measurements))
     for line in results.findings:
         print(f"- {line}")
     print(f"report: {written.resolve()}")

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from cud_trainer.commands.options import inputs_of
 from cud_trainer.commands.parser import parse_options
 from cud_trainer.data import id_column
 from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import DifficultyScores
-from cud_trainer.files import check_output_dir
 from cud_trainer.models.fingerprint import versions
+from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 
 from ..metrics.open_unlearning import Evaluation, rows_by_text
 from ..report.audit import audit_results, measured_tables, per_sample_table
@@ -132,10 +133,14 @@ def import_results(
 
 def main(argv: list[str]) -> int:
     """Entry point of `cud import`."""
+    (args,) = parse_options((ImportArguments,), argv, "cud import")
+    with output_directory(args.output_dir, REPORT_FILES, inputs=inputs_of(args), overwrite=args.overwrite) as folder:
+        return _import(args, folder, argv)
+
+
+def _import(args: ImportArguments, folder: Path, argv: list[str]) -> int:
     from ..report.page import write_report
 
-    (args,) = parse_options((ImportArguments,), argv, "cud import")
-    check_output_dir(args.output_dir, overwrite=args.overwrite)
     scores = DifficultyScores.load(args.scores) if args.scores else None
     if scores is not None:
         scores.bucketed(args.metric, args.n_buckets)  # refuses before anything else is read
@@ -143,7 +148,7 @@ def main(argv: list[str]) -> int:
     if args.forget_dataset:
         dataset = load_samples(args.forget_dataset, args.forget_config, args.forget_split, None, "forget")
     paths = (args.original_open_unlearning, args.reference_open_unlearning)
-    after = Evaluation.load(args.open_unlearning)
+    after = Evaluation.load(str(args.open_unlearning))
     before, reference = (None if path is None else Evaluation.load(path) for path in paths)
     results, frame = import_results(
         after,
@@ -158,7 +163,9 @@ def main(argv: list[str]) -> int:
     )
     if args.show_text:
         frame = with_texts(frame, after, dataset)
-    written = write_report(results, Path(args.output_dir), frame)
+    if args.overwrite:
+        clear(folder, REPORT_FILES)
+    written = write_report(results, folder, frame)
     for line in results.findings:
         print(f"- {line}")
     skipped = [name for name, _, _ in after.others()]

@@ -254,7 +254,7 @@ def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | Non
 
 def load_model(path: str, options: Mapping[str, Any]) -> Any:
     """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither."""
-    model = load_causal_lm(path, **options)
+    model: Any = load_causal_lm(path, **options)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
 

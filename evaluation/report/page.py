@@ -19,6 +19,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from cud_trainer.files import atomic_write, write_json
+from cud_trainer.markdown import markdown_text
 
 from ..metrics.memorization import MEASURES
 from ..statistics import Interval
@@ -44,7 +45,9 @@ def write_report(
     out_dir = Path(out_dir)
     write_json(out_dir / "results.json", plain)
     if per_sample is not None:
-        atomic_write(out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False))
+        atomic_write(
+            out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False), private=True
+        )
     figures = make_figures(read)
     inline = {}
     for name, figure in figures.items():
@@ -79,15 +82,14 @@ def summary(results: Results) -> str:
 def _markdown(cell: Cell) -> str:
     """A cell in one line that does not end the table, nor brings markup of its own."""
     if isinstance(cell, Missing):
-        return f"n/a ({cell.reason})" if cell.reason else "n/a"
+        return f"n/a ({markdown_text(cell.reason)})" if cell.reason else "n/a"
     if isinstance(cell, Interval):
         if not np.isfinite(cell.value):
             return "n/a"
         bounds = [format_number(bound) for bound in (cell.low, cell.high) if np.isfinite(bound)]
         shown = format_number(cell.value)
-        cell = f"{shown} [{', '.join(bounds)}]" if bounds else shown
-    text = format_number(cell).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("|", "\\|").replace("\n", " ")
+        return f"{shown} [{', '.join(bounds)}]" if bounds else shown
+    return markdown_text(cell) if isinstance(cell, str) else format_number(cell)
 
 
 def _markdown_table(head: list[str], body: list[list[Cell]]) -> list[str]:

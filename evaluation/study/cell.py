@@ -16,6 +16,7 @@ from trl import ModelConfig
 
 from cud_trainer import CUDConfig
 from cud_trainer.data import Samples
+from cud_trainer.files import private_folder
 
 from ..trajectory import TradeoffCallback
 from .grid import Cell
@@ -44,6 +45,7 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
     world = _world(study)
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
+    private_folder(work)
     options = {
         "report_to": "none",
         "save_strategy": "no",

@@ -14,13 +14,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from trl import ModelConfig
 
-from cud_trainer.commands.options import DataArguments, load_tokenizer
+from cud_trainer.commands.options import DataArguments, inputs_of, load_tokenizer
 from cud_trainer.data import check_disjoint, prepare_samples
-from cud_trainer.files import holds_something, remove_leftovers, write_json
+from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
+from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
 
 from .grid import Cell, plan
 from .options import StudyArguments
@@ -62,9 +62,9 @@ class Study:
 
     def __init__(self, args: StudyArguments, model_args: ModelConfig) -> None:
         self.args, self.model_args, self.folder = args, model_args, Path(args.output_dir)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"output directory {self.folder} is a file")
-        if holds_something(self.folder, [".lock"]) and not (self.folder / "study.json").exists():
+        check_no_input(self.folder, inputs_of(args, model_args))
+        check_output_dir(self.folder, overwrite=True)
+        if holds_something(self.folder) and not (self.folder / "study.json").exists():
             raise ValueError(f"output directory {self.folder} is not empty and holds no study; choose another one")
         data, self.groups = _identity_of_data(args, model_args)
         base = {"model": _identity_of_model(model_args), "data": data, "versions": versions()}
@@ -77,16 +77,8 @@ class Study:
         Raises:
             ValueError: when one does.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"another study is running in {self.folder}") from None
-        try:
+        with owned(self.folder, "study"):
             yield
-        finally:
-            lock.release()
 
     def run(self, argv: Sequence[str] = (), pool: Pool | None = None) -> Finished:
         """Run what is not finished, in `pool`, or one of its own.
@@ -100,6 +92,8 @@ class Study:
         args, folder = self.args, self.folder
         remove_leftovers(folder)
         check_finished(folder, [*self.scores, *self.cells], args.overwrite)
+        if args.overwrite:
+            clear(folder, REPORT_FILES)
         names = [f.name for f in fields(DataArguments)]
         names += [f.name for f in fields(StudyArguments) if f.name.startswith("utility_")]
         shared = {"model": vars(self.model_args), "data": {name: getattr(args, name) for name in names}}

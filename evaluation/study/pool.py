@@ -26,7 +26,7 @@ from loky import BrokenProcessPool, ProcessPoolExecutor
 from tqdm.auto import tqdm
 
 from cud_trainer.cli import one_line
-from cud_trainer.files import disk_full, write_json
+from cud_trainer.files import create_private, disk_full, write_json
 
 from .cell import work_on
 from .grid import Cell
@@ -144,13 +144,13 @@ def complete(study: Path, cell: Cell, work: Work) -> None:
     result = work(study, cell)
     seconds = time.time() - started
     path = study / "cells" / cell.name / "result.json"
-    write_json(path, {**result, "seconds": seconds, "fingerprint": cell.fingerprint})
+    write_json(path, {**result, "seconds": seconds, "fingerprint": cell.fingerprint}, private=True)
 
 
 def _logged(study: Path, cell: Cell, work: Work) -> int:
     """`complete` in this process, with all that anybody prints in the cell's log; 0, or an exit code."""
     try:
-        with (study / "cells" / cell.name / "log.txt").open("w") as log:
+        with create_private(study / "cells" / cell.name / "log.txt").open("w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         complete(study, cell, work)

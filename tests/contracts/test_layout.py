@@ -16,6 +16,8 @@ import cud_trainer
 ROOT = Path(__file__).parents[2]
 STAGES = [
     "files",
+    "ownership",
+    "markdown",
     "registry",
     "data",
     "models",

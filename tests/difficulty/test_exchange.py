@@ -1,5 +1,6 @@
 """Scores travel: tables of text, columns of a dataset, score files of other projects."""
 
+import csv
 import json
 import pickle
 from pathlib import Path
@@ -161,3 +162,16 @@ class TestPublished:
             self.read(tmp_path / name)
         with pytest.raises(ValueError, match="higher must be"):
             self.read(tmp_path / name, higher="up")
+
+
+def test_a_spreadsheet_finds_no_formula(tmp_path):
+    """Ids and names of metrics that begin like one get a quote in front, and are read as they were."""
+    ids = ["=1+1", "+44 7700", "-5", "@me", "\tx", "'=1", "''=1", "'tis", "plain", "a=b"]
+    scores = DifficultyScores(ids, {"=cmd": np.arange(10.0), "loss": -np.arange(10.0)})
+    path = scores.save(tmp_path / "scores.csv")
+    with path.open(newline="") as file:
+        head, *lines = csv.reader(file)
+    assert not any(cell.startswith(tuple("=+-@\t\r")) for cell in [*head, *(line[0] for line in lines)])
+    again = DifficultyScores.load(path)
+    assert again.ids == ids and again.metrics == ["=cmd", "loss"]
+    assert again["loss"].tolist() == scores["loss"].tolist()

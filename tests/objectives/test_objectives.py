@@ -539,6 +539,28 @@ class TestStep:
         path.write_bytes(path.read_bytes()[:50])
         assert Reference.load(path, "mine", "cpu") is None
 
+    @pytest.mark.parametrize("options", [{"objective": "npo", "retain_loss": "kl"}, {"objective": "rmu"}])
+    def test_reference_of_what_is_served(self, tmp_path, options):
+        """Other retain samples cost nothing, and what is served says the same, also from disk."""
+        step, forget, retain = self.make(**options, reference_top_k=5)
+        model, scored = make_model(0).double(), []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: scored.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        whole = step.reference(model, forget, retain, batch_size=2, device="cpu")
+        every = sum(scored)
+        part = step.reference(model, forget, retain, batch_size=2, device="cpu", retain_rows=[1, 0, 1])
+        assert len(retain) > 2 and sum(scored) - every == every - (len(retain) - 2)
+        part.save(tmp_path / "reference.safetensors", "mine")
+        for reference in (part, Reference.load(tmp_path / "reference.safetensors", "mine", "cpu")):
+            lists = [reference.retain_hidden, reference.retain_top.logps, reference.retain_top.ids]
+            for values, expected in zip(
+                lists, [whole.retain_hidden, whole.retain_top.logps, whole.retain_top.ids], strict=True
+            ):
+                assert [len(value) for value in values[2:]] == [0] * len(values[2:])
+                for value, other in zip(values[:2], expected[:2], strict=True):
+                    torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)
+
     def test_without_retain(self):
         step, forget, retain = self.make(objective="ga")
         terms = self.terms(step, make_model(0), Reference(), forget, retain, [(0, 0)])

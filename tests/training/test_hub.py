@@ -57,6 +57,7 @@ def private(upload: dict[str, bytes]) -> list[str]:
 
 
 def run(output, **options):
+    options = {"keep_reference": True, **options}
     trainer = make_trainer(output, forget=FORGET, objective="npo", schedule="upweight_hard", **options)
     trainer.train()
     return trainer

@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from processes import run
 from runs import checksum, config, make_trainer, torchrun
+from safetensors import safe_open
 from transformers import TrainerCallback
 
 from cud_trainer import CUDConfig
@@ -166,6 +167,7 @@ class TestObjectives:
             "passes": 1,
             "difficulty": "none",
             "schedule": "uniform",
+            "keep_reference": True,
         }
         first = make_trainer(tmp_path / "out", **options)
         first.train()
@@ -181,6 +183,26 @@ class TestObjectives:
             make_trainer(tmp_path / "out", **{**options, "objective_args": {"beta": 0.2}}).train(
                 resume_from_checkpoint=True
             )
+
+    def test_only_what_is_served_has_a_reference(self, tmp_path):
+        options = {"retain_loss": "kl", "passes": 1, "difficulty": "none", "schedule": "uniform"}
+        trainer = make_trainer(tmp_path, retain=qa_dataset(40, 100), objective="npo", **options)
+        known = {row for row, values in enumerate(trainer.reference.retain_top.ids) if len(values)}
+        assert known == set(trainer.plan.rows["retain_index"]) and len(known) == 9
+        trainer.train()
+
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_reference_goes_when_the_run_is_done(self, tmp_path, keep):
+        """It holds the forget text as token ids: private while it is there, gone when no start needs it any more."""
+        options = {"objective": "undial", "passes": 1, "difficulty": "none", "schedule": "uniform"}
+        trainer = make_trainer(tmp_path, retain_loss="none", keep_reference=keep, **options)
+        path = tmp_path / REFERENCE_FILE
+        assert path.stat().st_mode & 0o777 == 0o600
+        with safe_open(path, "pt") as file:
+            ids = file.get_tensor("forget_top.ids")[:, 0].tolist()
+        assert "Person" in make_tokenizer().decode(ids)
+        trainer.train()
+        assert path.exists() == keep
 
     def test_alternatives_written_by_the_model_are_the_same_after_a_restart(self, tmp_path):
         options = {"objective": "alt_po", "passes": 1, "difficulty": "none", "schedule": "uniform"}

@@ -116,7 +116,7 @@ class AnchorBank:
         tensors["side"] = self.side.to(torch.int8).contiguous()
         # One entry: of several the library writes them in an order of its own, different every time.
         metadata = {"anchors": json.dumps({name: getattr(self, name) for name in HEADER}, sort_keys=True)}
-        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), private=True)
 
     @classmethod
     def load(cls, path: str | Path) -> AnchorBank:

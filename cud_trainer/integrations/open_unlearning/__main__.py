@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...files import atomic_write
 from .compat import OPTIONAL, adapted, plain_chat_tokens, stand_ins, without_lapsed_arguments
 from .ids import tokens_of
 from .trainers import PREFIX, difficulty_aware
@@ -50,7 +51,7 @@ def exporting(folder: Path) -> Callable[..., Any]:
             if part == "retain":  # of which each is needed once
                 distinct = {tuple(sequence): row for row, sequence in enumerate(tokens["input_ids"])}
                 tokens = tokens.select(sorted(distinct.values()))
-            tokens.to_parquet(folder / f"{part}.parquet")
+            atomic_write(folder / f"{part}.parquet", tokens.to_parquet, private=True)
             print(f"{len(tokens)} {part} samples: {folder / f'{part}.parquet'}")
         raise SystemExit(0)
 
