@@ -34,6 +34,7 @@ from .training.checkpoints import (
     last_checkpoint,
     read_state,
     remove_cut_short,
+    save_base,
 )
 from .training.hooks import SFTTrainerHooks
 from .training.identity import check_same_run, run_identity
@@ -105,6 +106,8 @@ class CUDTrainer(SFTTrainerHooks):
         )
         clear_before(inputs.args)
         plan = RunPlan.of(inputs)
+        if inputs.merged:
+            save_base(inputs.model, inputs.args)
         # The rows are ready to train on; the base class must not look for text in them.
         inputs.args.dataset_kwargs = {**(inputs.args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(

@@ -19,6 +19,7 @@ STATE_FILE = "cud_state.json"
 SCORES_FILE = "difficulty.parquet"
 SCHEDULE_FILE = "schedule.parquet"
 REFERENCE_FILE = "reference.safetensors"
+BASE_DIR = "base_model"  # what a new adapter stands on, where an earlier adapter was folded into it
 WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
 # What does not go to the hub with a model: `reference.safetensors` has the likely tokens of memorised answers; what a
 # kill left unfinished is only removed at the next start.
@@ -33,6 +34,7 @@ RUN_FILES = (
     SCHEDULE_FILE,
     REFERENCE_FILE,
     WORK_DIR,
+    BASE_DIR,
     "trainer_state.json",
     "*_results.json",
     "runs",
@@ -61,7 +63,7 @@ def begun(output: str | Path) -> set[str]:
     """Names in `output` of what a run leaves that ended before its first checkpoint was whole; the trainer checks
     that it was the same run."""
     output = Path(output)
-    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE}
+    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE, BASE_DIR}
     if (output / SCHEDULE_FILE).exists():
         cut_short = {path.name for path in output.glob("checkpoint-*") if not (path / STATE_FILE).exists()}
         names |= {"README.md", *cut_short}
@@ -103,7 +105,7 @@ def remove_cut_short(output: Path) -> None:
 
 def check_starts_anew(output: Path, schedule: Schedule) -> None:
     """Raise `ValueError` when `output` holds more than the same run leaves before its first checkpoint."""
-    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE}
+    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, BASE_DIR}
     if _holds_schedule(output / SCHEDULE_FILE, schedule):  # a run that was killed before its first checkpoint
         own_names = begun(output)
     if holds_something(output, own_names):
@@ -133,6 +135,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
     return json.loads(path.read_text())
+
+
+def save_base(model: Any, args: CUDConfig) -> None:
+    """Write the model that a new adapter stands on into the output directory, and let it say so: an adapter names its
+    base model, and where an earlier adapter was folded into that, no other folder holds it."""
+    target = Path(args.output_dir).resolve() / BASE_DIR
+    if args.process_index == 0 and not target.is_dir():
+        staging = target.with_name(f".{BASE_DIR}.{os.getpid()}.tmp")
+        try:
+            with full_disk_named(target):
+                model.save_pretrained(staging)
+                os.replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    model.name_or_path = str(target)
 
 
 @contextmanager

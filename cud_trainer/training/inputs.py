@@ -16,7 +16,7 @@ from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prep
 from ..difficulty import DifficultyScores
 from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..models.fingerprint import model_fingerprint
-from ..models.loading import load_causal_lm, tokenizer_home
+from ..models.loading import adapter_file, load_causal_lm, tokenizer_home
 from ..models.modes import on_device
 from ..models.trainable import check_trained, train_only
 from ..models.whole import check_finite
@@ -43,6 +43,7 @@ class RunInputs:
         evaluated: further prepared samples, for the Trainer's own evaluation loss.
         scores: difficulty scores made before, in the order of `forget`; `None` when they are to be computed, or when
             the run needs none.
+        merged: whether an earlier adapter was folded into the model, to put `peft_config` on top.
     """
 
     args: CUDConfig
@@ -54,6 +55,7 @@ class RunInputs:
     retain: Samples | None
     evaluated: Evaluated
     scores: DifficultyScores | None
+    merged: bool
 
     @classmethod
     def checked(
@@ -110,8 +112,9 @@ class RunInputs:
                 f"max_steps={args.max_steps} goes beyond the schedule ({steps} steps for {args.passes} passes): "
                 "raise passes"
             )
+        merged = isinstance(model, str) and peft_config is not None and _is_adapter(model, args)
         model = _checked_model(model, args, loss, peft_config)
-        inputs = cls(args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None)
+        inputs = cls(args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, merged)
         inputs = replace(inputs, scores=inputs._checked_scores(scores))
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
@@ -224,6 +227,10 @@ def _check_options(
         raise ValueError(
             f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
         )
+
+
+def _is_adapter(model: str, args: CUDConfig) -> bool:
+    return adapter_file(model, dict(args.model_init_kwargs or {}).get("revision")) is not None  # type: ignore[arg-type]
 
 
 def _check_adapter(args: CUDConfig, peft_config: Any) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from runs import checksum, make_trainer
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +55,20 @@ class TestAdapterFolders:
         trainer = make_trainer(tmp_path / "out", model=str(root / "adapter"), peft_config=LoraConfig(**LORA), **PLAIN)
         assert answer_probability(trainer.model, samples) == pytest.approx(expected, rel=1e-4)
         trainer.train()
+        trainer.save_model(str(tmp_path / "out"))
+        ends = answer_probability(trainer.model, samples)
+        assert np.abs(ends - expected).max() > 1e-6
+        for again in (
+            load_causal_lm(str(tmp_path / "out")),
+            AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"),
+        ):
+            assert answer_probability(again, samples) == pytest.approx(ends, rel=1e-5)
+        make_trainer(
+            tmp_path / "out",
+            model=str(root / "adapter"),
+            peft_config=LoraConfig(**LORA),
+            **{**PLAIN, "overwrite": True},
+        ).train()
 
     def test_circuits_are_those_of_the_pair(self, folders, tmp_path):
         root, _, _ = folders
