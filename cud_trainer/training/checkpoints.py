@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..config import CUDConfig
 from ..files import LOCK, DiskFullError, check_output_dir, full_disk_named, holds_something
 from ..ownership import MODEL_FILES, REPORT_FILES, check_no_input, clear
@@ -135,6 +137,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
     return json.loads(path.read_text())
+
+
+def saved_names(folder: str | Path) -> set[str]:
+    """Names of the weights in the files of a model; none where it has no such files."""
+    names: set[str] = set()
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    return names
 
 
 def save_base(model: Any, args: CUDConfig) -> None:

@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from ..config import CUDConfig
 from ..models.layers import base_causal_lm
 from ..models.modes import answering, drawing_nothing, left_as_found
-from .checkpoints import NEVER_UPLOADED, UPLOADED_IF_ASKED, whole_checkpoint, whole_model
+from .checkpoints import NEVER_UPLOADED, UPLOADED_IF_ASKED, saved_names, whole_checkpoint, whole_model
 
 # Where an optimizer keeps what an option sets, and the options that make the learning rate of a step.
 GROUP_KEYS = {
@@ -112,6 +112,29 @@ class SFTTrainerHooks(SFTTrainer):
     def train_metrics(self) -> dict[str, list[float]]:
         """Figures of the steps since the last log, by name; a log has their means."""
         return self._metrics["train"]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in the base class, also where weights have other names in a file than in the model.
+
+        A mixture of experts is saved expert by expert. The base class takes by name, and leaves the others as they are.
+        """
+        if not self._taken_as_saved(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._taken_as_saved(str(self.state.best_model_checkpoint), self.model):
+            super()._load_best_model()
+
+    def _taken_as_saved(self, checkpoint: str, model: nn.Module) -> bool:
+        """Whether weights were loaded the way a model is; `False` where the names are those of the model."""
+        base: Any = base_causal_lm(model)
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(model, "peft_config"))
+        names = saved_names(checkpoint) if whole and not getattr(base, "is_quantized", False) else set()
+        if not names or names >= {name for name, _ in base.named_parameters()}:
+            return False
+        loaded = type(base).from_pretrained(checkpoint, dtype=base.dtype)
+        base.load_state_dict(loaded.state_dict())
+        return True
 
     def load_weights(self, checkpoint: str) -> None:
         """Put the weights of a checkpoint into the model."""

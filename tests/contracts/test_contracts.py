@@ -132,6 +132,15 @@ def test_everything_is_saved_through_two_methods():
     assert "self._save(output_dir" in inspect.getsource(Trainer.save_model)
 
 
+def test_checkpoints_are_loaded_through_three_methods():
+    assert list(inspect.signature(Trainer._load_from_checkpoint).parameters)[:2] == ["self", "resume_from_checkpoint"]
+    assert list(inspect.signature(Trainer._load_best_model).parameters) == ["self"]
+    assert list(inspect.signature(Trainer._load_optimizer_and_scheduler).parameters) == ["self", "checkpoint"]
+    loop = inspect.getsource(Trainer)
+    for name in ("_load_from_checkpoint(", "_load_best_model()", "_load_optimizer_and_scheduler("):
+        assert f"self.{name}" in loop
+
+
 def test_taking_an_adapter_off_needs_what_calibration_puts_back():
     """The tables of a module that calibration restores, and the name of PEFT's way of taking an adapter off."""
     model = make_model(0)

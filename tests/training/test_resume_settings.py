@@ -104,3 +104,28 @@ def test_another_adapter_is_refused(tmp_path):
     again = trainer(2)
     again.train(resume_from_checkpoint=True)
     assert checksum(again.model) == checksum(first.model)
+
+
+def test_experts_go_on_too(tmp_path):
+    """A mixture of experts has other names in its files: a run goes on from, or ends with, the weights it saved."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+
+    def trainer(folder, **options):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+        return make_trainer(folder, model=model, **{**RUN, **options})
+
+    straight = trainer(tmp_path / "out")
+    straight.train()
+    resumed = trainer(tmp_path / "out")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for (name, a), b in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    ended = trainer(tmp_path / "best", eval_dataset=qa_dataset(2, 200), max_steps=4, **best)
+    ended.train()
+    again = MixtralForCausalLM.from_pretrained(ended.state.best_model_checkpoint)
+    assert checksum(ended.model) == checksum(again)
