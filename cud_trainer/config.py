@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
 from .data import BATCH_BYTES
+from .data.template import TemplateArguments
 from .difficulty.scores import PRECOMPUTED
 from .models.trainable import layer_range
 from .objectives import UnlearningLoss
@@ -43,7 +44,7 @@ OVERRIDABLE = (
 
 
 @dataclass
-class CUDConfig(SFTConfig):
+class CUDConfig(TemplateArguments, SFTConfig):
     r"""Configuration of [`CUDTrainer`]: everything in [`~trl.SFTConfig`], and what unlearning adds.
 
     > Parameters that control the objective
@@ -55,6 +56,11 @@ class CUDConfig(SFTConfig):
 
     difficulty, difficulty_args, circuit_args, counterfactual_column, scoring_batch_bytes, calibration_share,
     folds, group_column, schedule, schedule_args, passes, n_buckets
+
+    > Parameters that control what a chat template sees
+
+    chat_template, system_prompt, chat_template_kwargs, train_on; and TRL's chat_template_path, eos_token, pad_token,
+    which act before the data is prepared
 
     > Parameters that control when a run ends and what it logs
 
@@ -84,6 +90,7 @@ class CUDConfig(SFTConfig):
         "difficulty_args",
         "circuit_args",
         "schedule_args",
+        "chat_template_kwargs",
     ]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
@@ -113,7 +120,7 @@ class CUDConfig(SFTConfig):
     )
     objective_args: dict[str, Any] | str = field(
         default_factory=dict,
-        metadata={"help": 'Options of the objective, for example {"beta": 0.1} for NPO.'},
+        metadata={"help": 'Options of the objective, for example {"beta": 0.1, "beta_by": "length"} for NPO.'},
     )
     retain_loss: str | None = field(
         default=None,
@@ -270,12 +277,13 @@ class CUDConfig(SFTConfig):
         super().__post_init__()
         for line in idle:
             logger.warning(line)
-        for name in ("objective_args", "difficulty_args", "circuit_args", "schedule_args"):
+        for name in ("objective_args", "difficulty_args", "circuit_args", "schedule_args", "chat_template_kwargs"):
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, {})
             elif not isinstance(value, dict):
                 raise ValueError(f"{name} must be a dictionary, got {value!r}")
+        self.template_context()  # raises for what is wrong with its options
         if self.difficulty == "":
             self.difficulty = None
         for name in ("difficulty", "trainable_layers"):  # how a command line takes back what a recipe sets
@@ -332,6 +340,11 @@ class CUDConfig(SFTConfig):
         for name in ("retain_limit", "max_retain_loss"):
             if getattr(self, name) is not None and not loss.uses_retain:
                 raise ValueError(f"{name} needs a retain loss, but retain_loss is 'none'")
+        if "difficulty" in loss.by.values() and self.difficulty is None:
+            raise ValueError(f"objective {self.objective!r} has an option by difficulty, but difficulty is 'none'")
+        for part, _ in self.schedule_parts:
+            if part.weighs_retain and not loss.uses_retain:
+                raise ValueError(f"schedule {part.name!r} weights the retain loss, too, but retain_loss is 'none'")
         if self.objective == "pdu" and self.retain_limit is None:
             raise ValueError("objective 'pdu' holds the retain loss at a limit: give retain_limit")
         if self.loss_normalization not in ("sample", "token"):
@@ -382,9 +395,9 @@ class CUDConfig(SFTConfig):
     @property
     def schedule_metrics(self) -> list[str]:
         """The metrics that the schedule reads, without repeats."""
-        read = [part.metric for part, _ in self.schedule_parts]
+        read = [metric for part, _ in self.schedule_parts for metric in part.metrics]
         named = [self.difficulty if metric == "difficulty" and self.difficulty else metric for metric in read]
-        return list(dict.fromkeys(metric for metric in named if metric is not None))
+        return list(dict.fromkeys(named))
 
     @property
     def unlearning_loss(self) -> UnlearningLoss:

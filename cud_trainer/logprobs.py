@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .data import IGNORE_INDEX, Samples
+from .data import COUNTED, IGNORE_INDEX, Samples
 from .models.modes import evaluation_mode
 
 
@@ -44,6 +44,7 @@ class AnswerScores:
         logits: `[B, K, vocabulary]`, in the model's dtype.
         positions: the positions, `[K]`; each predicts the token behind it.
         hidden_states: of every layer at all positions, `[B, T, hidden]` each, the embedding first; only if asked for.
+        counted: True on the answer tokens that figures are made of, `[B, K]`; `None` for all of them.
     """
 
     token_logps: Tensor
@@ -52,6 +53,7 @@ class AnswerScores:
     logits: Tensor
     positions: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
+    counted: Tensor | None = None
 
     @property
     def logps(self) -> Tensor:
@@ -68,9 +70,19 @@ class AnswerScores:
         """Mean log-probability of the answer tokens, `[B]`."""
         return self.logps / self.lengths
 
+    @property
+    def counted_mean_logps(self) -> Tensor:
+        """Mean log-probability of the tokens that figures are made of (`Samples.measured`), `[B]`."""
+        return self.mean_logps if self.counted is None else answer_mean(self.token_logps, self.counted)
+
     def __getitem__(self, rows: slice) -> AnswerScores:
         return AnswerScores(
-            self.token_logps[rows], self.mask[rows], self.targets[rows], self.logits[rows], self.positions
+            self.token_logps[rows],
+            self.mask[rows],
+            self.targets[rows],
+            self.logits[rows],
+            self.positions,
+            counted=None if self.counted is None else self.counted[rows],
         )
 
 
@@ -86,7 +98,8 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
 
     Args:
         model: causal LM (bare, PEFT or wrapped by accelerate).
-        batch: `input_ids`, `attention_mask`, `labels` (-100 outside the answer), each `[B, T]`, any padding side.
+        batch: `input_ids`, `attention_mask`, `labels` (-100 outside the answer), each `[B, T]`, any padding side; with
+            `counted`, which of the labels figures are made of.
         model_inputs: passed to the model (for example `inputs_embeds`, which replaces `input_ids`, or
             `output_hidden_states`).
 
@@ -113,7 +126,10 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     targets = labels.masked_fill(~mask, 0)
     negative = torch.nn.functional.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none")
     token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
-    return AnswerScores(token_logps, mask, targets, logits, positions, getattr(outputs, "hidden_states", None))
+    hidden, counted = getattr(outputs, "hidden_states", None), None
+    if COUNTED in batch:
+        counted = mask & (batch[COUNTED].to(logits.device)[:, positions.to(logits.device) + 1] != IGNORE_INDEX)
+    return AnswerScores(token_logps, mask, targets, logits, positions, hidden, counted)
 
 
 @torch.no_grad()
@@ -124,7 +140,7 @@ def answer_probability(
     batch_size: int = 64,
     device: torch.device | str | None = None,
 ) -> np.ndarray:
-    """`exp(mean answer log-probability)` of each sample, float64 `[N]` in [0, 1].
+    """`exp(mean answer log-probability)` of each sample, float64 `[N]` in [0, 1]; of `samples.measured`.
 
     Args:
         device: of the batches; by default that of the embedding.
@@ -133,7 +149,7 @@ def answer_probability(
         device = model.get_input_embeddings().weight.device
     values = torch.zeros(len(samples), dtype=torch.float64)
     with evaluation_mode(model):
-        for rows, batch in samples.batches(batch_size, device=device):
+        for rows, batch in samples.measured.batches(batch_size, device=device):
             values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
     return values.numpy()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 Entry = TypeVar("Entry")
@@ -47,6 +47,7 @@ def check_options(
     check: Callable[..., Any] | None = None,
     *,
     numbers: bool = True,
+    others: Sequence[str] = (),
 ) -> None:
     """Check the options that `function` is to be called with.
 
@@ -56,15 +57,16 @@ def check_options(
         check: `(owner, **options)`, called with every option, given or default; raises `ValueError` for a bad value.
         numbers: an option without a default, or with a number or `None` for one, must be a number (or `None`, where
             that is the default).
+        others: options of the owner that are not the function's, and are checked elsewhere.
 
     Raises:
         ValueError: naming an option that the function does not have, or needs, or a value that it cannot have.
     """
     defaults = keyword_options(function)
     for option in options:
-        if option not in defaults:
-            raise ValueError(f"{owner} has no option {option!r}; it has {sorted(defaults) or 'none'}")
-    options = {**defaults, **options}
+        if option not in defaults and option not in others:
+            raise ValueError(f"{owner} has no option {option!r}; it has {sorted([*defaults, *others]) or 'none'}")
+    options = {**defaults, **{option: value for option, value in options.items() if option in defaults}}
     for option, value in options.items():
         if value is inspect.Parameter.empty:
             raise ValueError(f"{owner} needs option {option!r}")

@@ -66,6 +66,15 @@ class WorkDir:
         """Whether a piece of work was started at `path`."""
         return (Path(path) / "run.json").exists()
 
+    @staticmethod
+    def recorded(path: str | Path) -> dict[str, Any]:
+        """The identity of the piece of work that was started at `path`; empty where there is none."""
+        try:
+            found = json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def _claim(self, identity: dict[str, Any]) -> str | None:
         record = self.path / "run.json"
         if record.exists():

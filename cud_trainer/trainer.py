@@ -38,13 +38,14 @@ from .training.checkpoints import (
 )
 from .training.hooks import SFTTrainerHooks
 from .training.identity import check_same_run, run_identity
-from .training.inputs import RunInputs, prepare_evaluated
+from .training.inputs import RunInputs, prepare_evaluated, record_template
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
 from .training.recorder import StepRecorder
 from .training.reference import check_training_mode, run_reference
 from .training.residual import ResidualMemorisation
 from .training.stack import check_best_metric
+from .training.void import VoidWatch
 
 __all__ = ["CUDTrainer", "DivergenceError"]
 
@@ -105,6 +106,7 @@ class CUDTrainer(SFTTrainerHooks):
             own_optimizer=optimizers[0] is not None,
         )
         clear_before(inputs.args)
+        record_template(inputs)
         plan = RunPlan.of(inputs)
         if inputs.merged:
             save_base(inputs.model, inputs.args)
@@ -141,7 +143,7 @@ class CUDTrainer(SFTTrainerHooks):
         logps = np.zeros(len(inputs.forget)) if start is None else np.log(np.maximum(start, 1e-300))
         self.progress = RunProgress(
             plan.forget_row,
-            DynamicWeights(plan.schedule.dynamic, logps, plan.steps),
+            DynamicWeights(plan.schedule.dynamic, logps, plan.steps, plan.schedule.values, np.unique(plan.forget_row)),
             retain_weight=args.retain_weight,
             retain_limit=args.retain_limit,
             dual_rate=args.dual_rate,
@@ -150,7 +152,8 @@ class CUDTrainer(SFTTrainerHooks):
             steps_per_pass=-(-len(inputs.forget) // inputs.global_batch),
         )
         self._start_state = json.loads(json.dumps(self.progress.state()))
-        self.recorder = StepRecorder(inputs, plan, self.progress, self.train_metrics, self.accelerator)
+        self.void = VoidWatch(self, inputs, plan, self.progress)
+        self.recorder = StepRecorder(inputs, plan, self.progress, self.train_metrics, self.accelerator, self.void)
         self.forget, self.retain, self.forget_ids = inputs.forget, inputs.retain, inputs.forget.ids
         self.schedule, self.difficulty_scores = plan.schedule, plan.scores
         self.buckets = None if plan.buckets is None else plan.buckets.number
@@ -200,6 +203,7 @@ class CUDTrainer(SFTTrainerHooks):
             remove_cut_short(output)
         self._started = True
         self.recorder.restart(state["served"])
+        self.void.restart(resumed=checkpoint is not None)
         self.progress.restore(state["progress"])
         if checkpoint is not None and "retain_weight" in (self.args.override or ()):
             self.progress.retain_weight = self.args.retain_weight
@@ -215,6 +219,20 @@ class CUDTrainer(SFTTrainerHooks):
             (output / REFERENCE_FILE).unlink(missing_ok=True)  # no start of this run has to find it any more
         return result
 
+    def void_reason(self) -> str | None:
+        """Why the run came to nothing, in one sentence; `None` if it did not.
+
+        Nothing has moved when no weight is another one than before, and nothing is forgotten when the mean forget
+        probability, as it was measured last (`evaluate`), is not below that at the start.
+        """
+        measured = [entry for entry in self.state.log_history if "eval_forget_prob" in entry]
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            measured = [entry for entry in measured if entry["step"] == self.state.best_global_step]
+        start = self.residual.at_start
+        return self.void.unmoved() or self.void.unforgotten(
+            None if start is None else float(start.mean()), measured[-1]["eval_forget_prob"] if measured else None
+        )
+
     def _back_to_the_last_checkpoint(self) -> str:
         """Load the weights that were saved last, and say so."""
         last = last_checkpoint(Path(self.args.output_dir))
@@ -227,7 +245,7 @@ class CUDTrainer(SFTTrainerHooks):
 
     def run_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it."""
-        return run_identity(self.inputs, self.plan, self.model)
+        return run_identity(self.inputs, self.plan, self.model, self.reference)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What goes into a checkpoint beside weights and optimizer, as plain JSON values."""
@@ -273,6 +291,9 @@ class CUDTrainer(SFTTrainerHooks):
 
     # -- what is measured and told ---------------------------------------------------------------------------------
 
+    def _prepared(self, dataset: Any) -> Any:
+        return prepare_evaluated(dataset, self.inputs.tokenizer, self.args.max_length, self.inputs.template)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Ordinary loss of `eval_dataset`, given in any format the forget dataset may have.
 
@@ -281,7 +302,7 @@ class CUDTrainer(SFTTrainerHooks):
         """
         if eval_dataset is not None:
             if not isinstance(eval_dataset, str):
-                eval_dataset = prepare_evaluated(eval_dataset, self.inputs.tokenizer, self.args.max_length)
+                eval_dataset = self._prepared(eval_dataset)
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
         if self.eval_dataset is not None and not self.inputs.evaluates_itself:
@@ -303,7 +324,7 @@ class CUDTrainer(SFTTrainerHooks):
             With a `test_dataset`: what the base class says about that.
         """
         if test_dataset is not None:
-            prepared = prepare_evaluated(test_dataset, self.inputs.tokenizer, self.args.max_length)
+            prepared = self._prepared(test_dataset)
             return super().predict(prepared, ignore_keys, metric_key_prefix)
         probability, metrics = self.residual.measure()
         return PredictionOutput(probability, None, {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})

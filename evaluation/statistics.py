@@ -2,16 +2,21 @@
 
 Intervals are 95% percentile bootstrap intervals over samples: they say how far the figure would move with other samples
 of the same kind, nothing about other models or runs. `paired_change` is the exception: its interval is over seeds.
+
+No figure depends on the order of the samples: they are sorted by what is known of them before any is drawn. Where one
+of them is not finite there is no figure, and `Interval.reason` says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from cud_trainer.data.ranks import ends
 
 BOOTSTRAP = 1000
 PIECE = 1 << 18  # values of the draws that are in memory at a time
@@ -20,17 +25,34 @@ LEVELS = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95% interval; NaN where it is undefined."""
+    """A figure and its 95% interval; NaN where it is undefined, and why."""
 
     value: float
     low: float
     high: float
+    reason: str | None = None
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def as_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high}
+        return plain if self.reason is None else {**plain, "reason": self.reason}
 
 
-UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
+def undefined(reason: str | None = None) -> Interval:
+    """No figure, and why."""
+    return Interval(float("nan"), float("nan"), float("nan"), reason)
+
+
+def why_undefined(*series: np.ndarray) -> str | None:
+    """Why there is no figure of these series over the same samples, `[N]` each (or `[N, C]`); `None` if there is."""
+    size = len(series[0])
+    broken = ~np.all([np.isfinite(one).reshape(size, -1).all(1) for one in series], axis=0) if size else np.ones(0)
+    return f"{int(broken.sum())} of {size} are not finite" if broken.any() else None if size else "no samples"
+
+
+def _in_order(*series: np.ndarray) -> list[np.ndarray]:
+    """The same samples, sorted by the first series, equal ones by the next, and so on."""
+    order = np.lexsort(series[::-1])
+    return [one[order] for one in series]
 
 
 def _bootstrap(size: int, figure: Callable[[np.ndarray], np.ndarray], seed: int, n_boot: int) -> Interval:
@@ -41,25 +63,25 @@ def _bootstrap(size: int, figure: Callable[[np.ndarray], np.ndarray], seed: int,
     """
     value = float(figure(np.arange(size)[None])[0])
     if not np.isfinite(value):
-        return UNDEFINED
-    generator = np.random.default_rng(seed)
-    # In pieces, so that a large sample does not need all its draws in memory.
-    piece = max(1, PIECE // max(1, size))
-    draws = np.concatenate(
-        [figure(generator.integers(0, size, (min(piece, n_boot - start), size))) for start in range(0, n_boot, piece)]
-    )
+        return undefined("it does not vary")
+    draws = np.concatenate([figure(rows) for rows in _draws(np.random.default_rng(seed), size, n_boot)])
     if not np.isfinite(draws).any():
         return Interval(value, float("nan"), float("nan"))
     low, high = np.nanpercentile(draws, LEVELS)
     return Interval(value, float(low), float(high))
 
 
+def _draws(generator: np.random.Generator, size: int, n_boot: int) -> Iterator[np.ndarray]:
+    """Rows drawn with replacement, int `[B, size]`, `n_boot` in all; in pieces, so that they need little memory."""
+    piece = max(1, PIECE // max(1, size))
+    for start in range(0, n_boot, piece):
+        yield generator.integers(0, size, (min(piece, n_boot - start), size))
+
+
 def _pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"two series of equal length are needed, got shapes {x.shape} and {y.shape}")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("series must be finite")
     return x, y
 
 
@@ -75,17 +97,32 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_mean(values: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> Interval:
-    """Mean of `values [N]`; NaN for no values."""
-    values = np.asarray(values, dtype=float)
-    if values.size == 0 or not np.isfinite(values).all():
-        return UNDEFINED
+    """Mean of `values [N]`; NaN for no values, or where one is not finite."""
+    values = np.sort(np.asarray(values, dtype=float))
+    if reason := why_undefined(values):
+        return undefined(reason)
     return _bootstrap(values.size, lambda rows: values[rows].mean(-1), seed, n_boot)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> Interval:
     """Mean of `a - b` over the same samples, `[N]` each."""
     a, b = _pair(a, b)
+    if reason := why_undefined(a, b):
+        return undefined(reason)
     return bootstrap_mean(a - b, seed=seed, n_boot=n_boot)
+
+
+def difference_of_means(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> Interval:
+    """Mean of `a` less mean of `b`, other samples, `[N]` and `[M]`; each side is drawn apart."""
+    a, b = (np.sort(np.asarray(side, dtype=float)) for side in (a, b))
+    if reason := why_undefined(a) or why_undefined(b):
+        return undefined(reason)
+    generator = np.random.default_rng(seed)
+    left, right = (
+        np.concatenate([side[rows].mean(1) for rows in _draws(generator, len(side), n_boot)]) for side in (a, b)
+    )
+    low, high = np.percentile(left - right, LEVELS)
+    return Interval(float(a.mean() - b.mean()), float(low), float(high))
 
 
 def paired_change(a: np.ndarray, b: np.ndarray) -> Interval:
@@ -94,26 +131,34 @@ def paired_change(a: np.ndarray, b: np.ndarray) -> Interval:
     `exp` of the mean of `log(a / b)`, less 1, and of its 95% t interval over seeds, so no end is below -1. One seed has
     no interval (NaN ends).
     """
-    a, b = _pair(a, b)
-    if a.size == 0 or not ((a > 0) & (b > 0)).all():
-        return UNDEFINED
+    a, b = _in_order(*_pair(a, b))
+    if reason := why_undefined(a, b):
+        return undefined(reason)
+    if not ((a > 0) & (b > 0)).all():
+        return undefined("nothing is left, or was there, under one of the seeds")
     ratios = np.log(a / b)
     middle = ratios.mean()
     if len(ratios) == 1:
         return Interval(float(np.expm1(middle)), float("nan"), float("nan"))
     reach = stats.t.ppf(LEVELS[1] / 100, len(ratios) - 1) * ratios.std(ddof=1) / np.sqrt(len(ratios))
     with np.errstate(over="ignore"):  # two seeds that disagree: an end at infinity is what they say
-        return Interval(*(float(np.expm1(end)) for end in (middle, middle - reach, middle + reach)))
+        value, low, high = (float(np.expm1(end)) for end in (middle, middle - reach, middle + reach))
+    return Interval(value, low, high)
 
 
 def spearman(x: np.ndarray, y: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> Interval:
     """Spearman rank correlation, in [-1, 1]; NaN when either series is constant."""
-    x, y = _pair(x, y)
+    x, y = _in_order(*_pair(x, y))
+    if reason := why_undefined(x, y):
+        return undefined(reason)
     return _bootstrap(len(x), lambda rows: _correlation(_ranks(x[rows]), _ranks(y[rows])), seed, n_boot)
 
 
 def spearman_difference(a: np.ndarray, b: np.ndarray, target: np.ndarray, *, seed: int, n_boot: int = 2000) -> Interval:
     """Spearman of `a` with `target` minus that of `b`, with a paired bootstrap interval over samples, 95%."""
+    a, b, target = _in_order(a, b, target)
+    if reason := why_undefined(a, b, target):
+        return undefined(reason)
 
     def difference(rows: np.ndarray) -> float:
         return stats.spearmanr(a[rows], target[rows]).statistic - stats.spearmanr(b[rows], target[rows]).statistic
@@ -127,7 +172,9 @@ def spearman_difference(a: np.ndarray, b: np.ndarray, target: np.ndarray, *, see
 
 def kendall(x: np.ndarray, y: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> Interval:
     """Kendall's tau-b, in [-1, 1]; NaN when either series is constant."""
-    x, y = _pair(x, y)
+    x, y = _in_order(*_pair(x, y))
+    if reason := why_undefined(x, y):
+        return undefined(reason)
 
     def figure(rows: np.ndarray) -> np.ndarray:
         return np.array([stats.kendalltau(x[row], y[row]).statistic for row in rows])
@@ -150,6 +197,10 @@ def partial_spearman(
         controls = controls[:, None]
     if len(controls) != len(x):
         raise ValueError(f"controls have {len(controls)} rows for {len(x)} samples")
+    if reason := why_undefined(x, y, controls):
+        return undefined(reason)
+    x, y, *columns = _in_order(x, y, *controls.T)
+    controls = np.column_stack(columns)
 
     def figure(rows: np.ndarray) -> np.ndarray:
         ranks = stats.rankdata(controls[rows], axis=1)
@@ -172,18 +223,20 @@ def auroc_extremes(
 ) -> Interval:
     """AUROC of `score` telling the `share` of samples with the highest target from that with the lowest, in [0, 1].
 
-    Which samples are extreme is fixed by the whole sample; the bootstrap draws among them. NaN when so many targets tie
-    (all forgotten, all kept) that the two groups share a value: which sample is in which would be its position only.
+    Which samples are extreme is fixed by the whole sample; the bootstrap draws among them. Equal targets are in the
+    same group, which may be larger then. NaN when so many tie (all forgotten, all kept) that the groups share a value.
     """
-    score, target = _pair(score, target)
+    score, target = _in_order(*_pair(score, target))
+    if reason := why_undefined(score, target):
+        return undefined(reason)
     count = max(1, round(share * len(target)))
     if len(target) < 2 * count:
         raise ValueError(f"two groups of {count} samples cannot be made of {len(target)}")
-    order = np.argsort(target, kind="stable")
-    if target[order[count - 1]] == target[order[-count]]:
-        return UNDEFINED
-    chosen = np.concatenate([order[:count], order[-count:]])
-    label, values = np.repeat([0, 1], count), score[chosen]
+    ranked = np.sort(target)
+    if ranked[count - 1] == ranked[-count]:
+        return undefined("the highest and the lowest share a value")
+    low, high = ends(target, count)
+    label, values = np.repeat([0, 1], [len(low), len(high)]), score[np.concatenate([low, high])]
 
     def figure(rows: np.ndarray) -> np.ndarray:
         """From the sum of the positives' ranks (Mann and Whitney 1947)."""
@@ -193,7 +246,7 @@ def auroc_extremes(
         above = (_ranks(values[rows]) * positive).sum(-1) - n1 * (n1 + 1) / 2
         return np.where(pairs > 0, above / np.maximum(pairs, 1), np.nan)
 
-    return _bootstrap(len(chosen), figure, seed, n_boot)
+    return _bootstrap(len(values), figure, seed, n_boot)
 
 
 def ceiling(residuals: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> dict[str, Any]:
@@ -211,6 +264,9 @@ def ceiling(residuals: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) ->
     if residuals.ndim != 2 or len(residuals) < 2:
         raise ValueError("a ceiling needs at least two seeds")
     n = len(residuals)
+    if reason := why_undefined(residuals.T):
+        return {"agreement": undefined(reason).as_dict(), "attainable": None}
+    residuals = np.stack(_in_order(*residuals))
 
     def figure(rows: np.ndarray) -> np.ndarray:
         ranks = [_ranks(series[rows]) for series in residuals]

@@ -344,7 +344,7 @@ def attribute_dataset(
     Raises:
         ValueError: as `edge_attributions`, and when a sample's scores are not finite (named by id).
     """
-    parts = decoder_parts(model)
+    parts, samples = decoder_parts(model), samples.measured
     graph = parts.graph(options.get("ungroup_kv", False))
     plan = samples.plan(bytes_per_token=bytes_per_token(model, parts), batch_size=batch_size, batch_bytes=batch_bytes)
     device = embedding_device(model)

@@ -133,7 +133,7 @@ def dataset_faithfulness(
     Raises:
         ValueError: as `faithfulness`.
     """
-    parts = decoder_parts(model)
+    parts, samples = decoder_parts(model), samples.measured
     check_circuits(circuits, samples, parts.graph(options.get("ungroup_kv", False)))
     # one copy of the residual stream for every destination, beside what a pass takes
     per_token = bytes_per_token(model, parts) + 12.0 * parts.n_heads * parts.hidden_size

@@ -13,9 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
 from ..config import CUDConfig
-from ..data import check_tokenizer
+from ..data import FORMATS, ready_tokenizer, standardised
 from ..data.chunks import DOCUMENT, chunk_texts
-from ..data.sources import load_samples
+from ..data.formats import FOREIGN
+from ..data.sources import load_samples, renamed
+from ..data.tokenizers import tokenizer_options
 from ..models.loading import tokenizer_home
 from .parser import parse_options
 
@@ -47,7 +49,10 @@ class DataArguments:
 
     forget_dataset: str | None = field(
         default=None,
-        metadata={"help": "Forget set: id or folder for `load_dataset`, or a .json(l), .csv or .parquet file."},
+        metadata={
+            "help": "Forget set: hub id, file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .xlsx; also .gz), or folder "
+            "of files."
+        },
     )
     forget_config: str | None = field(
         default=None, metadata={"help": "Its configuration name, for example 'forget01'."}
@@ -62,6 +67,13 @@ class DataArguments:
     )
     retain_split: str = field(default="train", metadata={"help": "Its split."})
     max_retain_samples: int | None = field(default=None, metadata={"help": "Use the first samples only."})
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Columns that have other names in the data, as wanted=given, for example "
+            "'question=prompt,answer=output'. It says how to read data that could be read in two ways."
+        },
+    )
     chunk_tokens: int | None = field(
         default=None,
         metadata={
@@ -100,11 +112,23 @@ class DataArguments:
         what: str,
         tokenizer: PreTrainedTokenizerBase,
     ) -> Dataset:
-        """`load_samples`, texts cut into chunks if these arguments say so."""
+        """`load_samples`, columns renamed and texts cut into chunks if these arguments say so."""
         samples = load_samples(source, name, split, limit, what, keep_cache=self.keep_cache)
+        if self.columns:
+            samples = renamed(samples, self.column_names, what, {**FORMATS, **FOREIGN})
+        samples = standardised(samples, what)
         if self.chunk_tokens is None:
             return samples
         return chunk_texts(samples, tokenizer, self.chunk_tokens, name=what)
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """`columns` as a mapping: the given name by the wanted one; `ValueError` for anything else."""
+        pairs = [part.partition("=") for part in (self.columns or "").split(",")]
+        names = {wanted.strip(): given.strip() for wanted, _, given in pairs}
+        if not all(wanted and given for wanted, given in names.items()) or len(names) < len(pairs):
+            raise ValueError(f"columns must be as in 'question=prompt,answer=output', got {self.columns!r}")
+        return names
 
     @property
     def natural_group(self) -> str | None:
@@ -154,8 +178,12 @@ def inputs_of(*options: Any) -> dict[str, Any]:
     return named
 
 
-def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, able to pad and end; `ValueError` otherwise."""
+def load_tokenizer(model_args: ModelConfig, args: Any = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, able to pad and end; `ValueError` otherwise.
+
+    Args:
+        args: options that say more of it: `TOKENIZER_OPTIONS`.
+    """
     if not model_args.model_name_or_path:
         raise ValueError("model is missing: give --model_name_or_path")
     try:
@@ -167,8 +195,7 @@ def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {model_args.model_name_or_path!r}: {error}") from None
-    check_tokenizer(tokenizer)
-    return tokenizer
+    return ready_tokenizer(tokenizer, **tokenizer_options(args))
 
 
 def model_options(model_args: ModelConfig) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from trl import ModelConfig, get_peft_config
 
 from ..circuits import check_architecture
 from ..config import CUDConfig
-from ..data import Samples, prepare_samples
+from ..data import Samples, check_vocabulary, prepare_samples
 from ..difficulty import METRICS, DifficultyScores
 from ..files import check_new_file
 from ..models.loading import load_causal_lm, load_config
 from ..models.trainable import train_only
 from ..objectives.alternatives import with_alternatives
 from ..ownership import check_no_input, check_output_file, owned, same_file
-from ..resumable import remove_work
+from ..resumable import WorkDir, remove_work
 from ..scoring import check_metrics, score_difficulty
 from .options import ScoreArguments, inputs_of, load_tokenizer, model_options, parse_command
 
@@ -43,7 +43,9 @@ def score_model(
     ).to(args.device)
     if args.trainable_layers is not None:  # what calibration trains
         train_only(model, args.trainable_layers)
+    check_vocabulary(tokenizer, model)
     options = {**args.scoring_options(adapter), **options}
+    options.setdefault("template", args.template_context())
     samples: Dataset | Samples = forget
     source = args.unlearning_loss.spec.alternative
     if source is not None:
@@ -53,8 +55,11 @@ def score_model(
             max_length=args.max_length,
             keep_columns=[args.group_column] if args.group_column else [],
             counterfactual_column=args.counterfactual_column,
+            template=options["template"],
         )
-        samples = with_alternatives(prepared, forget, tokenizer, source, model=model, **args.alternative_options())
+        samples = with_alternatives(
+            prepared, forget, tokenizer, source, model=model, template=options["template"], **args.alternative_options()
+        )
     return score_difficulty(model, samples, tokenizer, retain_dataset=retain, **options)
 
 
@@ -84,7 +89,7 @@ def _check_files(data_args: ScoreArguments, model_args: ModelConfig, work_dir: P
 
 def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, work_dir: Path) -> int:
     check_metrics(data_args.metrics, args.scoring_options()["metric_args"])
-    tokenizer = load_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
     if any(METRICS[name].needs_circuits for name in data_args.metrics):
@@ -100,6 +105,7 @@ def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, 
         work_dir=work_dir,
         save_circuits=data_args.save_circuits,
         overwrite=args.overwrite,
+        template=args.template_context(WorkDir.recorded(work_dir).get("template")),
     )
     if args.process_index != 0:
         return 0

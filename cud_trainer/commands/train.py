@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ..ownership import output_directory
 from ..trainer import CUDTrainer
 from ..training.checkpoints import CHECKPOINTS, RUN_FILES, begun
 from .options import TrainArguments, inputs_of, load_tokenizer, model_options, parse_command
+
+NOTHING_DONE = 3  # exit code
 
 
 def train(argv: list[str]) -> int:
@@ -38,7 +41,7 @@ def train(argv: list[str]) -> int:
 
 def _train(data_args: TrainArguments, args: CUDConfig, model_args: ModelConfig, resume: str | bool | None) -> int:
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
-    tokenizer = load_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
     trainer = CUDTrainer(
@@ -54,8 +57,15 @@ def _train(data_args: TrainArguments, args: CUDConfig, model_args: ModelConfig, 
     measured = {entry["step"] for entry in trainer.state.log_history if "eval_forget_prob" in entry}
     if not args.load_best_model_at_end and trainer.state.global_step not in measured:
         trainer.evaluate()  # for the model card
-    trainer.save_model(args.output_dir)
-    trainer.create_model_card(model_name=Path(args.hub_model_id or args.output_dir).name)
+    reason = trainer.void_reason()
+    if trainer.void.unmoved() is None:  # a model that was not unlearned is not left as one that was
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card(model_name=Path(args.hub_model_id or args.output_dir).name)
+    if reason is not None:
+        if trainer.is_world_process_zero():
+            print(f"cud train: {reason}", file=sys.stderr)
+        trainer.end()
+        return NOTHING_DONE
     if args.push_to_hub:
         trainer.push_to_hub()
     last = [entry for entry in trainer.state.log_history if "forget_prob" in entry]

@@ -19,6 +19,9 @@ from .columns import (
     ALTERNATIVES as ALTERNATIVES,
 )
 from .columns import (
+    COUNTED as COUNTED,
+)
+from .columns import (
     COUNTERFACTUAL as COUNTERFACTUAL,
 )
 from .columns import (
@@ -46,13 +49,13 @@ from .formats import (
     FORMATS as FORMATS,
 )
 from .formats import (
-    check_tokenizer,
-)
-from .formats import (
     detect_format as detect_format,
 )
 from .formats import (
     question_and_answer as question_and_answer,
+)
+from .formats import (
+    standardised as standardised,
 )
 from .formats import (
     text_tokens as text_tokens,
@@ -78,11 +81,22 @@ from .samples import (
 from .sources import (
     load_samples,
 )
+from .template import TemplateContext
+from .tokenizers import (
+    check_tokenizer,
+)
+from .tokenizers import (
+    check_vocabulary as check_vocabulary,
+)
+from .tokenizers import (
+    ready_tokenizer as ready_tokenizer,
+)
 
 # The rest is for the package's own stages.
 __all__ = [
     "PairedCollator",
     "Samples",
+    "TemplateContext",
     "check_disjoint",
     "check_tokenizer",
     "chunk_texts",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .columns import COUNTERFACTUAL, IGNORE_INDEX
+from .columns import COUNTED, COUNTERFACTUAL, IGNORE_INDEX
 
 # Memory that a batch may take while it is scored, by the caller's estimate.
 BATCH_BYTES = 2 * 2**30
@@ -16,7 +16,8 @@ BATCH_BYTES = 2 * 2**30
 def pad_batch(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Right-pad prepared samples into `input_ids`, `attention_mask`, `labels`, each int64 `[batch, length]`.
 
-    Counterfactual tokens are padded along where the samples have them.
+    Counterfactual tokens are padded along where the samples have them, and so is `counted`; where only some samples of
+    a batch have it, all that the others are trained on counts.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
     batch = {
@@ -26,6 +27,8 @@ def pad_batch(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str,
     }
     if COUNTERFACTUAL in samples[0]:
         batch[COUNTERFACTUAL] = torch.full((len(samples), length), pad_token_id)
+    if any(sample.get(COUNTED) is not None for sample in samples):
+        batch[COUNTED] = torch.full((len(samples), length), IGNORE_INDEX)
     for row, sample in enumerate(samples):
         size = len(sample["input_ids"])
         batch["input_ids"][row, :size] = torch.as_tensor(sample["input_ids"])
@@ -33,6 +36,9 @@ def pad_batch(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str,
             batch[COUNTERFACTUAL][row, :size] = torch.as_tensor(sample[COUNTERFACTUAL])
         batch["attention_mask"][row, :size] = 1
         batch["labels"][row, :size] = torch.as_tensor(sample["labels"])
+        if COUNTED in batch:
+            own = sample["labels"] if sample.get(COUNTED) is None else sample[COUNTED]
+            batch[COUNTED][row, :size] = torch.as_tensor(own)
     return batch
 
 

@@ -6,7 +6,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .columns import IGNORE_INDEX, check_unique, content_id, id_column
-from .formats import check_tokenizer, detect_format, text_tokens
+from .formats import detect_format, text_tokens
+from .tokenizers import check_tokenizer
 
 # Which row a chunk comes from: the group column of folds, so that no document helps to score itself.
 DOCUMENT = "document"

@@ -7,8 +7,26 @@ from collections.abc import Sequence
 
 IGNORE_INDEX = -100
 PREPARED = ("sample_id", "input_ids", "labels")
+# Columns of text, of any format and of what is evaluated beside it.
+TEXTS = (
+    "text",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "instruction",
+    "input",
+    "output",
+    "perturbed_answer",
+    "paraphrased_answer",
+    "paraphrased_question",
+)
 # Beside `input_ids` token by token: the same sample with another answer, for counterfactual circuits.
 COUNTERFACTUAL = "counterfactual_input_ids"
+# Beside `labels`: -100 also for what a chat template adds around the answer. Figures are made of these tokens.
+COUNTED = "counted"
+# A hash of the sample as it would be on no day in particular, where a chat template writes the date.
+CONTENT = "content"
 # The same sample with the answer that is to take its place, for preference objectives.
 ALTERNATIVES = ("alternative_input_ids", "alternative_labels")
 

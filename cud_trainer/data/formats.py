@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .chat import Chat, Tokens, chat_tokens, shared, template_options
 from .columns import COUNTERFACTUAL, IGNORE_INDEX
-from .timeout import apply_chat_template
+from .readers import is_written_list
+from .template import TemplateContext
 
 FORMATS = {
     "tokenised": ("input_ids", "labels"),
@@ -22,42 +24,116 @@ FORMATS = {
     "question-answer": ("question", "answer"),
     "text": ("text",),
 }
+# Formats of others; `standardised` turns them into one of those.
+FOREIGN = {
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
+    "KnowUnDo": ("text", "labels"),
+}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 # The column that holds the answer, of the formats that have a prompt.
 ANSWERS = {"prompt-completion": "completion", "question-answer": "answer", "conversational": "messages"}
+# What a chat template is told beside the messages, row by row.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Nothing else is wanted of a tokenizer; masks are a fifth of its time.
 ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False}
 
 Row: TypeAlias = dict[str, Any]
-# Number of prompt tokens, and all tokens.
-Tokens: TypeAlias = tuple[int, list[int]]
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless `tokenizer` can end and pad a sequence."""
-    name = tokenizer.name_or_path or type(tokenizer).__name__
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer '{name}' has no eos token: set `tokenizer.eos_token`")
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"tokenizer '{name}' has no pad token: set `tokenizer.pad_token` (for example to the eos token)"
-        )
 
 
 def detect_format(columns: Sequence[str], name: str) -> str:
-    """The first entry of `FORMATS` whose columns are all present; `ValueError` when there is none."""
-    for format_name, needed in FORMATS.items():
-        if all(column in columns for column in needed):
-            return format_name
-    expected = "; ".join(" + ".join(needed) for needed in FORMATS.values())
-    raise ValueError(f"{name} dataset has columns {sorted(columns)}; expected one of: {expected}")
+    """The entry of `FORMATS` whose columns are all present; `ValueError` when there is none, or more than one.
+
+    Tokens go before all else.
+    """
+    found = [kind for kind, needed in FORMATS.items() if all(column in columns for column in needed)]
+    if found[:1] == ["tokenised"] or len(found) == 1:
+        return found[0]
+    if found:
+        readings = " and as ".join(" + ".join(FORMATS[kind]) for kind in found)
+        raise ValueError(
+            f"{name} dataset can be read as {readings}: say which by --columns (for example {FORMATS[found[0]][0]}="
+            f"{FORMATS[found[0]][0]}), or remove the other columns"
+        )
+    known = "; ".join(" + ".join(needed) for needed in (*FORMATS.values(), *FOREIGN.values()))
+    raise ValueError(
+        f"{name} dataset has columns {sorted(columns)}; expected one of: {known}. Other names are mapped by --columns, "
+        "for example question=query,answer=reply"
+    )
 
 
-def tokenise(rows: Sequence[Row], kind: str, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[Tokens]:
+def standardised(dataset: Dataset, name: str) -> Dataset:
+    """A dataset of a format of others in one of `FORMATS`, all other columns as they are; any other dataset as it is.
+
+    ShareGPT's `conversations` become `messages`, as in TRL, `human` the user and `gpt` the assistant; Alpaca's
+    `instruction` and `input` the question, `output` the answer; KnowUnDo's `text` the question, `labels` the answer.
+
+    Raises:
+        ValueError: for columns that can be read in two ways, naming both.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or not len(dataset) or "input_ids" in columns:
+        return dataset
+    if {"question", "answer", "choices"} <= {*columns} and _numbers_choices(dataset):
+        raise ValueError(
+            f"{name} dataset: its answers are numbers of `choices`, no text: make a column of the answers themselves"
+        )
+    foreign = [kind for kind, needed in FOREIGN.items() if all(column in columns for column in needed)]
+    if "KnowUnDo" in foreign and getattr(dataset.features["labels"], "dtype", None) not in ("string", "large_string"):
+        foreign.remove("KnowUnDo")  # classes of texts
+    if not foreign:
+        return dataset
+    own = [kind for kind, needed in FORMATS.items() if all(column in columns for column in needed)]
+    readings = [*foreign, *(kind for kind in own if not (kind == "text" and foreign == ["KnowUnDo"]))]
+    if len(readings) > 1:
+        shown = " and as ".join(" + ".join({**FORMATS, **FOREIGN}[kind]) for kind in readings)
+        raise ValueError(f"{name} dataset can be read as {shown}: say which by --columns, or remove the other columns")
+    kind, rows = foreign[0], dataset.with_format(None)
+    if kind == "KnowUnDo":
+        return dataset.rename_columns({"text": "question", "labels": "answer"})
+    if kind == "ShareGPT":
+        chats = [_chatml(turns, f"{name} sample {row}") for row, turns in enumerate(rows["conversations"])]
+        return dataset.add_column("messages", chats).remove_columns("conversations")  # type: ignore[call-arg]
+    inputs = rows["input"] if "input" in columns else [None] * len(dataset)
+    asked = [
+        f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
+        for instruction, more in zip(rows["instruction"], inputs, strict=True)
+    ]
+    made = dataset.remove_columns([column for column in ("instruction", "input") if column in columns])
+    return made.rename_column("output", "answer").add_column("question", asked)  # type: ignore[call-arg]
+
+
+def _numbers_choices(dataset: Dataset) -> bool:
+    """Whether the answers of multiple-choice questions say which choice is right."""
+    choices, answer = dataset.features["choices"], dataset.with_format(None)[0]["answer"]
+    return "List" in type(choices).__name__ and (isinstance(answer, int) or str(answer).isdecimal())
+
+
+def _chatml(turns: Any, where: str) -> list[dict[str, Any]]:
+    """The messages of a ShareGPT conversation."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: its conversations are no list of messages")
+    messages = []
+    for turn in turns:
+        role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+        messages.append({"role": SHAREGPT_ROLES.get(str(role), role), "content": content, **rest})
+    return messages
+
+
+def tokenise(
+    rows: Sequence[Row],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    context: TemplateContext | None = None,
+) -> list[Tokens]:
     """The tokens of rows of one format.
 
     Args:
         kind: key of `FORMATS`.
         names: what to call each row in an error.
+        context: what a chat template sees beside the messages; by default nothing but today's date.
 
     Raises:
         ValueError: for a row that is malformed, named. A batch may name another one than its first.
@@ -67,15 +143,16 @@ def tokenise(rows: Sequence[Row], kind: str, tokenizer: PreTrainedTokenizerBase,
         return [_given_tokens(row, tokenizer, where) for row, where in named]
     if kind == "text":
         texts = [filled(row["text"], "text", where) for row, where in named]
-        return [(0, tokens) for tokens in _texts(texts, tokenizer)]
+        return [Tokens(0, tokens) for tokens in _texts(texts, tokenizer)]
     pairs = [(*_prompt_and_completion(row, kind, tokenizer, where), where) for row, where in named]
     if not isinstance(pairs[0][0], str):  # a column has one type, so that all are messages or none
-        return _chats(pairs, tokenizer)
+        messages = [(*pair[:2], row, pair[2]) for pair, row in zip(pairs, rows, strict=True)]
+        return _chats(messages, tokenizer, context or TemplateContext())
     for _, completion, where in pairs:
         filled(completion, "completion", where)
     starts = tokenizer([prompt for prompt, _, _ in pairs], **ONLY_IDS)["input_ids"]
     wholes = tokenizer([prompt + completion for prompt, completion, _ in pairs], **ONLY_IDS)["input_ids"]
-    return [_answer_from(start, whole) for start, whole in zip(starts, _with_eos(wholes, tokenizer), strict=True)]
+    return [Tokens(shared(start, all_), all_) for start, all_ in zip(starts, _with_eos(wholes, tokenizer), strict=True)]
 
 
 def text_tokens(text: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
@@ -93,12 +170,13 @@ def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBa
     if kind == "conversational":
         messages = row["messages"] or []
         if not isinstance(messages, list):
-            raise ValueError(f"{where}: its messages are no list")
+            raise ValueError(f"{where}: its messages are no list, but of the type {type(messages).__name__}")
         return messages[:-1], messages[-1:]
     if kind == "question-answer":
         question, answer = row["question"], filled(row["answer"], "answer", where)
         if not isinstance(question, str):
-            raise ValueError(f"{where}: its question is missing")
+            kind_of = "missing" if question is None else f"of the type {type(question).__name__}, no text"
+            raise ValueError(f"{where}: its question is {kind_of}")
         if tokenizer.chat_template:
             return [{"role": "user", "content": question}], [{"role": "assistant", "content": answer}]
         return f"Question: {question}\nAnswer:", f" {answer}"
@@ -110,9 +188,12 @@ def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBa
     return prompt, completion
 
 
-def _chats(pairs: Sequence[tuple[list, list, str]], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+def _chats(
+    pairs: Sequence[tuple[list, list, Row, str]], tokenizer: PreTrainedTokenizerBase, context: TemplateContext
+) -> list[Tokens]:
     """Tokens of conversations, through the chat template."""
-    for prompt, completion, where in pairs:
+    chats = []
+    for prompt, completion, row, where in pairs:
         for message in [*prompt, *(completion or [])]:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
                 raise ValueError(f"{where}: a message must have a role and a content, got {_keys(message)}")
@@ -121,40 +202,8 @@ def _chats(pairs: Sequence[tuple[list, list, str]], tokenizer: PreTrainedTokeniz
         filled(completion[-1].get("content"), "assistant message", where)
         if not tokenizer.chat_template:
             raise ValueError(f"{where}: the data is conversational but the tokenizer has no chat template")
-    # An opening with no user turn has no generation prompt to share with the full chat.
-    prompts = [prompt for prompt, _, _ in pairs if prompt]
-    try:
-        starts = iter(_chat(tokenizer, prompts, add_generation_prompt=True) if prompts else [])
-        wholes = _chat(tokenizer, [[*p, *completion] for p, completion, _ in pairs], add_generation_prompt=False)
-    except (TemplateError, TypeError, TimeoutError) as error:  # TypeError: content that is no text
-        raise ValueError(f"{pairs[0][2]}: the chat template refuses it: {str(error)[:200]}") from None
-    return [
-        _answer_from(next(starts) if prompt else [], whole) for (prompt, _, _), whole in zip(pairs, wholes, strict=True)
-    ]
-
-
-def _chat(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], add_generation_prompt: bool
-) -> list[list[int]]:
-    encoded = apply_chat_template(
-        tokenizer,
-        conversations,
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=True,
-        tokenizer_kwargs=ONLY_IDS,
-    )
-    return encoded["input_ids"]
-
-
-def _answer_from(start: list[int], whole: list[int]) -> Tokens:
-    """Where the answer starts: a tokenizer may merge the end of the prompt with the start of the answer."""
-    if whole[: len(start)] == start:
-        return len(start), whole
-    shared = 0
-    while shared < min(len(start), len(whole)) and start[shared] == whole[shared]:
-        shared += 1
-    return shared, whole
+        chats.append(Chat(prompt, completion, template_options(row, where), where))
+    return chat_tokens(chats, tokenizer, context)
 
 
 def _with_eos(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -173,14 +222,14 @@ def _given_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> T
         raise ValueError(f"{where}: labels and input_ids differ in length")
     start = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     if labels[start:] == tokens[start:]:
-        return start, tokens
+        return Tokens(start, tokens)
     wrong = next((p for p, label in enumerate(labels) if label not in (IGNORE_INDEX, tokens[p])), None)
     if wrong is not None:
         raise ValueError(
             f"{where}: label {labels[wrong]} at position {wrong} is neither {IGNORE_INDEX} nor the token there, "
             f"{tokens[wrong]} (labels are not shifted)"
         )
-    return start, tokens
+    return Tokens(start, tokens)
 
 
 def check_tokens(tokens: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: str, *also: int) -> None:
@@ -199,7 +248,9 @@ def check_tokens(tokens: Any, column: str, tokenizer: PreTrainedTokenizerBase, w
 
 def filled(value: Any, what: str, where: str) -> str:
     """`value`, a string that is not blank; `ValueError` naming `where` for anything else."""
-    if not isinstance(value, str) or not value.strip():
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: its {what} is of the type {type(value).__name__}, no text: make the column strings")
+    if value is None or not value.strip():
         raise ValueError(f"{where}: its {what} is empty")
     return value
 
@@ -225,7 +276,12 @@ def question_and_answer(row: Row, kind: str) -> tuple[str, str]:
 
 
 def tokenise_answer(
-    row: Row, kind: str, text: str, tokenizer: PreTrainedTokenizerBase, where: str
+    row: Row,
+    kind: str,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    context: TemplateContext | None = None,
 ) -> dict[str, list[int]]:
     """`input_ids` and `labels` of a row with `text` for its answer."""
     answer: Any = text
@@ -235,8 +291,8 @@ def tokenise_answer(
         answer = [*row["completion"][:-1], {"role": "assistant", "content": text}]
     elif kind == "prompt-completion" and row["completion"][:1].isspace() and not text[:1].isspace():
         answer = row["completion"][0] + text  # the same separation from the prompt
-    prompt, tokens = tokenise([{**row, ANSWERS[kind]: answer}], kind, tokenizer, [where])[0]
-    return {"input_ids": tokens, "labels": [IGNORE_INDEX] * prompt + tokens[prompt:]}
+    tokens = tokenise([{**row, ANSWERS[kind]: answer}], kind, tokenizer, [where], context)[0]
+    return {"input_ids": tokens.ids, "labels": tokens.labels}
 
 
 def counterfactuals(
@@ -246,6 +302,7 @@ def counterfactuals(
     tokenizer: PreTrainedTokenizerBase,
     tokenised: Sequence[Tokens],
     names: Sequence[str],
+    context: TemplateContext | None = None,
 ) -> list[list[int]]:
     """The tokens of each row with another answer, from `column`, in place of its own, aligned token by token.
 
@@ -260,21 +317,22 @@ def counterfactuals(
                 f"(or a column {COUNTERFACTUAL} beside input_ids)"
             )
         texts = row[column] if isinstance(row[column], list) else [row[column]]
+        if any(map(is_written_list, texts)):
+            raise ValueError(f"{where}: its {column} is a list that was written as text: load it from JSON or parquet")
         if not texts:
             raise ValueError(f"{where}: its {column} is empty")
         others += [{**row, ANSWERS[kind]: filled(text, column, where)} for text in texts]
         sizes.append(len(texts))
     whose = [where for where, size in zip(names, sizes, strict=True) for _ in range(size)]
-    rivals = iter(tokenise(others, kind, tokenizer, whose))
-    return [
-        _aligned(prompt, tokens, [next(rivals)[1] for _ in range(size)])
-        for (prompt, tokens), size in zip(tokenised, sizes, strict=True)
-    ]
+    rivals = iter(tokenise(others, kind, tokenizer, whose, context))
+    return [_aligned(own, [next(rivals) for _ in range(size)]) for own, size in zip(tokenised, sizes, strict=True)]
 
 
-def _aligned(prompt: int, tokens: list[int], rivals: list[list[int]]) -> list[int]:
+def _aligned(own: Tokens, rivals: list[Tokens]) -> list[int]:
     """The rival nearest in length, cut or filled with the answer's own last tokens to that length."""
-    nearest = min(rivals, key=lambda rival: abs(len(rival) - len(tokens)))
-    # the sample's own end of sequence stays in its place
-    body = nearest[prompt : len(tokens) - 1] if len(nearest) >= len(tokens) else nearest[prompt:-1]
-    return [*tokens[:prompt], *body, *tokens[prompt + len(body) :]]
+    nearest = min(rivals, key=lambda rival: abs(len(rival.ids) - len(own.ids)))
+    start, end = (own.prompt, len(own.ids) - 1) if own.counted is None else (own.counted[0][0], own.counted[-1][1])
+    stop = len(nearest.ids) - 1 if nearest.counted is None else nearest.counted[-1][1]
+    # what ends the sample (eos, or what the template writes) stays in its place
+    body = nearest.ids[start : min(end, stop)]
+    return [*own.ids[:start], *body, *own.ids[start + len(body) :]]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .batches import pad_batch
-from .columns import ALTERNATIVES, IGNORE_INDEX
+from .columns import ALTERNATIVES, COUNTED, IGNORE_INDEX
 from .samples import Samples
 
 
@@ -23,12 +23,14 @@ class PairedCollator:
     Attributes:
         retain: `None` for no retain rows.
         alternative: whether the forget samples' alternative answers are part of the batch.
+        dtype: of weights and scales; that of the model, where it is wider than float32.
     """
 
     forget: Samples
     retain: Samples | None
     pad_to_multiple_of: int | None = None
     alternative: bool = False
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pad_token_id = self.forget.pad_token_id
@@ -44,11 +46,13 @@ class PairedCollator:
         batch = pad_batch(samples, pad_token_id)
         if self.pad_to_multiple_of:
             extra = -batch["input_ids"].shape[1] % self.pad_to_multiple_of
-            fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+            fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX, COUNTED: IGNORE_INDEX}
             for key, value in fill.items():
+                if key not in batch:
+                    continue
                 batch[key] = torch.nn.functional.pad(batch[key], (0, extra), value=value)
         for key in ("row", "forget_index", "retain_index"):
             batch[key] = torch.tensor([int(row[key]) for row in rows])
         for key in ("weight", "retain_scale"):
-            batch[key] = torch.tensor([float(row[key]) for row in rows])
+            batch[key] = torch.tensor([float(row[key]) for row in rows], dtype=self.dtype)
         return batch

@@ -10,16 +10,20 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from .chat import Tokens
 from .columns import (
     ALTERNATIVES,
+    CONTENT,
+    COUNTED,
     COUNTERFACTUAL,
     IGNORE_INDEX,
     PREPARED,
@@ -29,20 +33,24 @@ from .columns import (
 )
 from .formats import (
     FORMATS,
+    TEMPLATE_COLUMNS,
     Row,
-    Tokens,
-    check_tokenizer,
     check_tokens,
     counterfactuals,
     detect_format,
+    standardised,
     tokenise,
 )
 from .samples import Samples
+from .template import TemplateContext
+from .tokenizers import check_tokenizer
+
+logger = logging.get_logger(__name__)
 
 # From this many rows on it takes seconds: a progress bar is shown.
 MANY_ROWS = 10_000
 # Columns that some samples may have and others not, which is an error.
-OPTIONAL = (COUNTERFACTUAL, *ALTERNATIVES)
+OPTIONAL = (COUNTERFACTUAL, *ALTERNATIVES, COUNTED)
 
 
 def prepare_dataset(
@@ -53,6 +61,7 @@ def prepare_dataset(
     name: str = "forget",
     keep_columns: Sequence[str] = (),
     counterfactual_column: str | None = None,
+    template: TemplateContext | None = None,
 ) -> Dataset:
     """Tokenise `dataset` and mark the answer tokens.
 
@@ -69,20 +78,25 @@ def prepare_dataset(
         max_length: the longest sequence in tokens, `None` for no limit.
         name: what to call the dataset in errors.
         keep_columns: further columns to carry along (for example an author or topic column).
+        template: what the chat template sees beside the messages; by default nothing but today's date. The columns
+            `tools` and `chat_template_kwargs` reach it too, as in TRL.
         counterfactual_column: another answer (a string, or a list of which the one nearest in length is taken; TOFU:
             `"perturbed_answer"`). It becomes `counterfactual_input_ids`, as long as `input_ids`: what is longer is cut,
             what is shorter ends with the answer's own last tokens. Tokenised data may bring that column along.
 
     Returns:
-        `Dataset` with `sample_id` (column `sample_id` or `id` if present, else a hash of the content), `input_ids`,
-        `labels` and `keep_columns`, in the input's order.
+        `Dataset` with `sample_id` (column `sample_id` or `id` if present, else a hash of the content, whatever date a
+        chat template writes), `input_ids`, `labels` and `keep_columns`, in the input's order. Of conversations also
+        `counted`: as `labels`, but -100 for what the chat template adds around the answer (an empty think block, the
+        end of the turn). Labels are trained on, as in TRL; figures are made of what counts.
 
     Raises:
         ValueError: for a missing, empty or iterable dataset, unknown columns, an empty answer, an answer that does not
-            fit into `max_length`, or duplicate ids. The message names the sample, the first at fault.
+            fit into `max_length` or that the chat template does not write as it is, or duplicate ids. The message
+            names the sample, the first at fault.
     """
     check_tokenizer(tokenizer)
-    return _prepare(dataset, tokenizer, max_length, name, keep_columns, counterfactual_column)
+    return _prepare(dataset, tokenizer, max_length, name, keep_columns, counterfactual_column, template)
 
 
 def _prepare(
@@ -92,21 +106,30 @@ def _prepare(
     name: str = "forget",
     keep_columns: Sequence[str] = (),
     counterfactual_column: str | None = None,
+    template: TemplateContext | None = None,
 ) -> Dataset:
     """`prepare_dataset` with a tokenizer that is known to be good."""
     _check_dataset(dataset, name)
+    dataset = standardised(dataset, name)
     _check_columns(dataset, name, keep_columns, counterfactual_column)
     kind = detect_format(dataset.column_names, name)
     preparation = _Preparation(
-        kind, tokenizer, max_length, name, id_column(dataset.column_names), counterfactual_column
+        kind,
+        tokenizer,
+        max_length,
+        name,
+        id_column(dataset.column_names),
+        counterfactual_column,
+        template or TemplateContext(),
     )
-    brought = OPTIONAL if kind == "tokenised" else ()
+    brought = (*OPTIONAL, CONTENT) if kind == "tokenised" else TEMPLATE_COLUMNS
     read = {*FORMATS[kind], preparation.named_by, counterfactual_column, *brought} & {*dataset.column_names}
-    made = [*PREPARED, *OPTIONAL]
+    made = [*PREPARED, *OPTIONAL, CONTENT]
     columns = [column for column in dataset.column_names if column in read or column in keep_columns]
     features = {column: dataset.features[column] for column in keep_columns}
     features |= {column: List(Value("int64")) for column in made}
-    features |= {"sample_id": Value("string"), "input_ids": List(Value("int32"))}  # the types that `datasets` chooses
+    # the types that `datasets` chooses
+    features |= {"sample_id": Value("string"), "input_ids": List(Value("int32")), CONTENT: Value("string")}
     with _bar_for(len(dataset)):
         prepared = (
             dataset.with_format(None)
@@ -125,7 +148,8 @@ def _prepare(
         )
     ids = prepared["sample_id"][:]  # read at once, not row by row
     check_unique(ids, name)
-    for column in OPTIONAL:
+    preparation.warn(len(ids))
+    for column in (*OPTIONAL, CONTENT):
         missing = pc.is_null(prepared.data.column(column)).to_numpy()
         if missing.any() and not missing.all():
             raise ValueError(f"{name} sample {ids[int(missing.argmax())]!r} has no {column}, others have")
@@ -147,8 +171,12 @@ def prepare_samples(
         return dataset
     if not tokenizer_checked:
         check_tokenizer(tokenizer)
-    prepared = _prepare(dataset, tokenizer, **options)
-    return Samples(prepared, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+    template = options.pop("template", None) or TemplateContext()
+    prepared = _prepare(dataset, tokenizer, template=template, **options)
+    recorded = None
+    if COUNTED in prepared.column_names and "input_ids" not in dataset.column_names:  # it went through the template
+        recorded = template.identity(tokenizer, dated=CONTENT in prepared.column_names)
+    return Samples(prepared, int(tokenizer.pad_token_id), recorded)  # type: ignore[arg-type]
 
 
 def _check_dataset(dataset: Any, name: str) -> None:
@@ -195,6 +223,16 @@ class _Preparation:
     name: str
     named_by: str | None
     counterfactual_column: str | None
+    template: TemplateContext
+    earlier: dict[int, int] = field(default_factory=dict)
+
+    def warn(self, size: int) -> None:
+        """Say what is in the samples and yet not looked at."""
+        if self.earlier:
+            logger.warning(
+                f"{self.name} dataset: {len(self.earlier)} of {size} conversations have earlier answers of the "
+                f"assistant ({sum(self.earlier.values())} in all): these are context, neither trained on nor measured"
+            )
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -207,28 +245,33 @@ class _Preparation:
 
     def _prepare(self, rows: list[Row], indices: list[int]) -> dict[str, list]:
         names = [self._name(row, index) for row, index in zip(rows, indices, strict=True)]
-        tokenised = tokenise(rows, self.kind, self.tokenizer, names)
+        tokenised = tokenise(rows, self.kind, self.tokenizer, names, self.template)
+        hashes = [_content(tokens) for tokens in tokenised]
         if self.named_by is None:
-            ids = [content_id(tokens, prompt) for prompt, tokens in tokenised]
-            names = [
-                f"{self.name} sample {sample_id} (row {index})" for sample_id, index in zip(ids, indices, strict=True)
-            ]
+            ids = hashes
+            names = [f"{self.name} sample {own} (row {index})" for own, index in zip(ids, indices, strict=True)]
         else:
             ids = [str(row[self.named_by]) for row in rows]
         for row, tokens, where in zip(rows, tokenised, names, strict=True):
             self._check_answer(row, tokens, where)
         columns: dict[str, list] = {
             "sample_id": ids,
-            "input_ids": [tokens for _, tokens in tokenised],
+            "input_ids": [tokens.ids for tokens in tokenised],
             "labels": [
-                row["labels"] if self.kind == "tokenised" else [IGNORE_INDEX] * prompt + tokens[prompt:]
-                for row, (prompt, tokens) in zip(rows, tokenised, strict=True)
+                row["labels"] if self.kind == "tokenised" else tokens.labels
+                for row, tokens in zip(rows, tokenised, strict=True)
             ],
             **{column: [None] * len(rows) for column in OPTIONAL},
+            COUNTED: [tokens.counted_labels for tokens in tokenised],
+            # of all rows of a batch or of none
+            CONTENT: hashes if any(tokens.undated is not None for tokens in tokenised) else [None] * len(rows),
         }
+        self.earlier.update(
+            {index: tokens.earlier for index, tokens in zip(indices, tokenised, strict=True) if tokens.earlier}
+        )
         if self.counterfactual_column is not None:
             columns[COUNTERFACTUAL] = counterfactuals(
-                rows, self.kind, self.counterfactual_column, self.tokenizer, tokenised, names
+                rows, self.kind, self.counterfactual_column, self.tokenizer, tokenised, names, self.template
             )
         if self.kind == "tokenised":
             for number, (row, where) in enumerate(zip(rows, names, strict=True)):
@@ -239,17 +282,15 @@ class _Preparation:
     def _name(self, row: Row, index: int) -> str:
         if self.named_by is None:
             return f"{self.name} sample {index}"
-        if row[self.named_by] is None:
+        if row[self.named_by] is None or not str(row[self.named_by]).strip():
             raise ValueError(f"{self.name} sample {index} has no {self.named_by}")
         return f"{self.name} sample {row[self.named_by]!r}"
 
     def _check_answer(self, row: Row, tokenised: Tokens, where: str) -> None:
-        prompt, tokens = tokenised
-        if self.kind == "tokenised":
-            answers = len(row["labels"][1:]) - row["labels"][1:].count(IGNORE_INDEX)
-        else:
-            answers = len(tokens) - max(prompt, 1)  # the first token of a sequence cannot be predicted
-        if answers < 1:
+        tokens, labels = tokenised.ids, row["labels"] if self.kind == "tokenised" else tokenised.labels
+        counted = tokenised.counted_labels or labels
+        # the first token of a sequence cannot be predicted
+        if len(counted[1:]) == counted[1:].count(IGNORE_INDEX):
             raise ValueError(f"{where}: it has no answer token that can be predicted")
         if self.max_length is not None and len(tokens) > self.max_length:
             raise ValueError(
@@ -257,7 +298,7 @@ class _Preparation:
                 "raise max_length or shorten the sample (answers are never cut silently)"
             )
 
-    def _brought(self, row: Row, where: str) -> dict[str, list[int]]:
+    def _brought(self, row: Row, where: str) -> dict[str, Any]:
         """The other answers that a tokenised row brings along."""
         brought = {}
         if self.counterfactual_column is None and row.get(COUNTERFACTUAL) is not None:
@@ -269,4 +310,17 @@ class _Preparation:
             for column, also in zip(ALTERNATIVES, ((), (IGNORE_INDEX,)), strict=True):
                 check_tokens(row[column], column, self.tokenizer, where, *also)
             brought |= {column: row[column] for column in ALTERNATIVES}
+        if row.get(COUNTED) is not None:
+            check_tokens(row[COUNTED], COUNTED, self.tokenizer, where, IGNORE_INDEX)
+            if len(row[COUNTED]) != len(row["input_ids"]):
+                raise ValueError(f"{where}: {COUNTED} and input_ids differ in length")
+            brought[COUNTED] = row[COUNTED]
+        if isinstance(row.get(CONTENT), str):  # of samples that were prepared before
+            brought[CONTENT] = row[CONTENT]
         return brought
+
+
+def _content(tokens: Tokens) -> str:
+    """`content_id` on no day in particular."""
+    prompt, ids = tokens.undated or (tokens.prompt, tokens.ids)
+    return content_id(ids, 0 if tokens.opens else prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .batches import BATCH_BYTES, pad_batch, plan_batches
-from .columns import ALTERNATIVES, COUNTERFACTUAL, IGNORE_INDEX, PREPARED
+from .columns import ALTERNATIVES, CONTENT, COUNTED, COUNTERFACTUAL, IGNORE_INDEX, PREPARED
 
 # Rows that are read at a time.
 CHUNK = 1000
@@ -33,10 +33,12 @@ class Samples:
         dataset: what `prepare_dataset` returns: `sample_id`, `input_ids`, `labels` (-100 outside the answer), columns
             of counterfactual and alternative answers where there are some, and the columns that were kept.
         pad_token_id: the token that fills shorter samples of a batch.
+        template: what the chat template saw beside the messages, see `TemplateContext.identity`; `None` without one.
     """
 
     dataset: Dataset
     pad_token_id: int
+    template: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -86,14 +88,26 @@ class Samples:
         columns = self.dataset.select_columns(["sample_id", *ALTERNATIVES])
         return Samples(columns.rename_columns(names), self.pad_token_id)
 
+    @cached_property
+    def measured(self) -> Samples:
+        """The samples with labels on the tokens that figures are made of: the one place that says which these are.
+
+        They are the message's own. What a chat template adds around it is trained on, but does not count; nor does the
+        first token of a sequence, which nothing predicts. The eos token behind an answer that is plain text counts.
+        """
+        if COUNTED not in self.dataset.column_names:
+            return self
+        columns = self.dataset.remove_columns("labels").rename_column(COUNTED, "labels")
+        return replace(self, dataset=columns)
+
     def select(self, rows: Sequence[int] | np.ndarray) -> Samples:
         """Some of the samples, in the order of `rows`."""
-        return Samples(self.dataset.select(rows), self.pad_token_id)
+        return replace(self, dataset=self.dataset.select(rows))
 
     @cached_property
     def _tensors(self) -> Dataset:
         """The columns that a batch is made of."""
-        names = ("input_ids", "labels", COUNTERFACTUAL)
+        names = ("input_ids", "labels", COUNTERFACTUAL, COUNTED)
         return self.dataset.select_columns([name for name in names if name in self.dataset.column_names])
 
     def pad(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -135,8 +149,15 @@ def evenly_spaced(samples: Rows, count: int) -> Rows:
 
 
 def dataset_fingerprint(prepared: Dataset) -> str:
-    """Hash of ids, tokens and answer masks (16 hex digits): same samples in the same order, same fingerprint."""
+    """Hash of ids, tokens and answer masks (16 hex digits): same samples in the same order, same fingerprint.
+
+    Where a chat template writes the date, of ids and tokens as they would be on no day in particular.
+    """
     digest = hashlib.sha256()
+    if CONTENT in prepared.column_names:
+        pairs = zip(prepared["sample_id"], prepared[CONTENT], strict=True)
+        digest.update("".join(f"{name}|{content}\n" for name, content in pairs).encode())
+        return digest.hexdigest()[:16]
     for table in prepared.select_columns(list(PREPARED)).with_format("arrow").iter(CHUNK):
         ids, tokens, labels = (table[name].combine_chunks() for name in PREPARED)
         # one line a sample, as Python would write it: id|[5, 6, 7]|[-100, 6, 7]

@@ -1,4 +1,7 @@
-"""Difficulty buckets: the samples of a forget set in a few groups of equal size, from the easiest to the hardest."""
+"""Difficulty buckets: the samples of a forget set in a few groups of equal size, from the easiest to the hardest.
+
+Equal scores share a bucket: nothing but the score decides which one a sample is in, least of all its place in a file.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+
+from ..data.ranks import bucket_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,15 +22,20 @@ class Buckets:
         number: bucket of each sample, 0 (easiest) to `count - 1` (hardest), int `[N]`.
         count: how many buckets there are.
         metric: the difficulty metric whose ranks make them; empty where all samples are in one.
+        note: where ties made them unequal, or fewer than asked for, in words; else empty.
     """
 
     number: np.ndarray
     count: int
     metric: str = ""
+    note: str = ""
 
     @classmethod
     def by_rank(cls, values: np.ndarray, count: int, metric: str) -> Buckets:
         """Buckets of equal size (by at most one sample) by the rank of `values`, `[N]`, higher = harder.
+
+        Equal values share the bucket in which the middle one of them ranks. Then sizes differ, and a bucket that is
+        left empty is not there: `note` says so. There are always two at least.
 
         Raises:
             ValueError: with fewer samples than buckets, or when several buckets are to be made of equal values.
@@ -35,9 +45,16 @@ class Buckets:
             raise ValueError(f"cannot make {count} buckets of {size} samples")
         if count > 1 and np.ptp(values) == 0:
             raise ValueError(f"difficulty metric {metric!r} is the same for all samples: it ranks nothing")
-        rank = np.empty(size, dtype=int)
-        rank[np.argsort(values, kind="stable")] = np.arange(size)
-        return cls(rank * count // size, count, metric)
+        number = bucket_numbers(values, count)
+        sizes = np.bincount(number)
+        note = ""
+        if sizes.max() - sizes.min() > 1 or len(sizes) < count:
+            parts = ", ".join(map(str, sizes))
+            note = (
+                f"equal scores share a bucket: ties of {metric!r} made {len(sizes)} buckets of {parts} samples, "
+                f"not {count} of {size / count:g}"
+            )
+        return cls(number, len(sizes), metric, note)
 
     @classmethod
     def single(cls, size: int) -> Buckets:
@@ -61,7 +78,7 @@ class Buckets:
 
     def select(self, rows: np.ndarray | Sequence[int]) -> Buckets:
         """The same buckets of the samples `rows` (positions, or a bool mask); some may have none left."""
-        return Buckets(self.number[rows], self.count, self.metric)
+        return Buckets(self.number[rows], self.count, self.metric, self.note)
 
     def means(self, values: np.ndarray) -> dict[int, float]:
         """Mean of `values`, `[N]`, over each bucket that has samples; by its number, counted from 1."""

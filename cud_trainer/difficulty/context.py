@@ -74,6 +74,11 @@ class DifficultyContext:
     _noise: dict[tuple[float, int], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
     _residuals: dict[str | None, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        # Difficulty is that of the answers' own tokens, not of what a chat template adds.
+        self.forget = self.forget.measured
+        self.retain = None if self.retain is None else self.retain.measured
+
     @cached_property
     def circuit_settings(self) -> dict[str, Any]:
         """All options of the attribution, defaults filled in; `steps` only where it matters."""

@@ -43,21 +43,43 @@ def read_table(path: Path) -> pd.DataFrame:
         ValueError: naming the file, or the column that holds no numbers.
     """
     try:
-        if path.suffix == ".csv":
-            frame = pd.read_csv(path, dtype={"sample_id": str}, float_precision="round_trip")
-            frame = frame.rename(columns=from_text_cell)
+        if path.suffix.lower() == ".csv":
+            frame = _csv(path).rename(columns=from_text_cell)
             if "sample_id" in frame:
-                frame["sample_id"] = frame["sample_id"].map(from_text_cell, na_action="ignore")
+                frame["sample_id"] = frame["sample_id"].map(from_text_cell)
         else:
             frame = pd.DataFrame(_json_rows(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read difficulty scores from {path}: {str(error)[:300]}") from None
-    if "sample_id" not in frame or frame["sample_id"].isna().any():
+    if "sample_id" not in frame or frame["sample_id"].isna().any() or (frame["sample_id"] == "").any():
         raise ValueError(f"{path} has no column sample_id, or one with gaps; it has {list(frame.columns)}")
     for column in frame.columns:
-        if column != "sample_id" and not pd.api.types.is_numeric_dtype(frame[column]):
+        if column != "sample_id" and frame[column].dtype == object:
+            frame[column] = _numbers(frame[column], f"column {column!r} of {path}")
+        elif column != "sample_id" and not pd.api.types.is_numeric_dtype(frame[column]):
             raise ValueError(f"column {column!r} of {path} holds no numbers")
     return frame.assign(sample_id=frame["sample_id"].astype(str))
+
+
+def _csv(path: Path) -> pd.DataFrame:
+    """A table of text, nothing in it taken for a gap: `NA` and `null` may be ids.
+
+    Raises:
+        ValueError: naming a column that is there twice.
+    """
+    names = pd.read_csv(path, dtype=str, keep_default_na=False, header=None, nrows=1).iloc[0].tolist()
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"it has the column {twice[0]!r} twice")
+    return pd.read_csv(path, dtype=object, keep_default_na=False)
+
+
+def _numbers(column: pd.Series, what: str) -> pd.Series:
+    """What is written in a column, as numbers: exact, a gap as NaN."""
+    try:
+        return pd.Series([float(value) if value != "" else np.nan for value in column], column.index)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} holds no numbers") from None
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
@@ -112,14 +134,14 @@ def read_published(
         lists = {side: _text_ids(Path(path)) for side, path in source.items()}
         return {name: _sides(lists, ids, ", ".join(str(path) for path in source.values()))}
     path = Path(source)
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return {name: _ranks(_text_ids(path), ids, path)}
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         try:
-            table = pd.read_csv(path, dtype=str)
+            table = _csv(path)
         except (OSError, ValueError, pd.errors.ParserError) as error:
             raise ValueError(f"cannot read {path}: {error}") from None
-        if not {"method", "order"} <= set(table.columns) or table[["method", "order"]].isna().any(axis=None):
+        if not {"method", "order"} <= set(table.columns) or (table[["method", "order"]] == "").any(axis=None):
             raise ValueError(f"{path} has no columns method and order, or gaps in them; it has {list(table.columns)}")
         return {
             str(method): 1 - _ranks(part["order"].tolist(), ids, path)
@@ -197,13 +219,13 @@ def _sides(lists: Mapping[str, Any], ids: Sequence[str], path: Any) -> np.ndarra
 
 def _load(path: Path) -> Any:
     try:
-        if path.suffix == ".pt":
+        if path.suffix.lower() == ".pt":
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
                 return content.float().numpy() if isinstance(content, torch.Tensor) else content
             except Exception as error:  # a damaged file makes torch's unpickler raise nearly anything
                 raise ValueError(f"{type(error).__name__}: {error}") from None
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {str(error)[:200]}") from None

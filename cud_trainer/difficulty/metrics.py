@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors
 
+from ..data.groups import group_labels
 from ..models.fingerprint import model_fingerprint
 from ..models.loading import load_causal_lm
 from ..models.matrices import weight_matrices
@@ -213,15 +214,12 @@ def group_mean(context: DifficultyContext) -> np.ndarray:
     """
     assert context.groups is not None
     residual = context.residual
-    groups = np.array([str(group) for group in context.groups])
-    scores = np.empty(len(groups))
-    for row, group in enumerate(groups):
-        others = groups == group
-        others[row] = False
-        if not others.any():
-            others = np.arange(len(groups)) != row
-        scores[row] = residual[others].mean()
-    return scores
+    _, group = np.unique(group_labels(context.groups), return_inverse=True)
+    others = np.bincount(group)[group] - 1
+    total = np.bincount(group, residual)[group]
+    alone = others == 0
+    total[alone], others[alone] = residual.sum(), len(residual) - 1
+    return (total - residual) / others
 
 
 @register_metric("calibration")

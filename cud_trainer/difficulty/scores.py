@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class DifficultyScores:
     def __post_init__(self) -> None:
         self.ids = [str(sample_id) for sample_id in self.ids]
         if len(set(self.ids)) != len(self.ids):
-            repeated = next(i for i in self.ids if self.ids.count(i) > 1)
+            repeated = Counter(self.ids).most_common(1)[0][0]
             raise ValueError(f"difficulty scores have the id {repeated!r} more than once")
         if not self.columns:
             raise ValueError("difficulty scores need at least one metric")
@@ -97,7 +98,7 @@ class DifficultyScores:
         return DifficultyScores(self.ids, columns, self.fold, self.provenance)
 
     def buckets(self, metric: str | None = None, n: int = 4) -> np.ndarray:
-        """Equal-count bucket of each sample by rank, 0 (easiest) to `n - 1` (hardest), int `[N]`.
+        """Equal-count bucket of each sample by rank, 0 (easiest) to `n - 1` (hardest), int `[N]` (`Buckets.by_rank`).
 
         Raises:
             ValueError: with fewer samples than buckets, or for a metric that is the same for all samples.
@@ -115,9 +116,10 @@ class DifficultyScores:
         Entries the scores say nothing about (for example, imported ones) are not compared.
         """
         differs = [
-            f"{key}: scores {self.provenance[key]!r}, here {value!r}"
+            difference
             for key, value in expected.items()
             if key in self.provenance and self.provenance[key] != value
+            for difference in _differences(key, self.provenance[key], value)
         ]
         if differs:
             raise ValueError("difficulty scores belong to something else: " + "; ".join(differs))
@@ -137,7 +139,7 @@ class DifficultyScores:
         A path that ends in `.csv` or `.jsonl` gets a table of that kind; these have no place for the provenance.
         """
         check_new_file(path, overwrite)
-        suffix = Path(path).suffix
+        suffix = Path(path).suffix.lower()
         if suffix in TABLES:
             frame = self.to_pandas()
             return atomic_write(path, lambda temporary: write_table(frame, temporary, suffix), private=True)
@@ -154,11 +156,14 @@ class DifficultyScores:
         Raises:
             ValueError: for a missing or foreign file, or when the provenance differs.
         """
-        if Path(path).suffix in TABLES:
+        if Path(path).suffix.lower() in TABLES:
             frame = read_table(Path(path))
             names = [name for name in frame.columns if name not in RESERVED]
             columns = {name: frame[name].to_numpy(dtype=float) for name in names}
-            fold = frame["fold"].to_numpy() if "fold" in frame else None
+            fold = frame["fold"].to_numpy(dtype=float) if "fold" in frame else None
+            if fold is not None and (fold != np.floor(fold)).any():  # NaN, too
+                raise ValueError(f"column 'fold' of {path} holds no whole numbers")
+            fold = None if fold is None else fold.astype(int)
             return cls._read(path, frame["sample_id"].tolist(), columns, fold, {})
         table, header = read_parquet(path, "difficulty scores")
         if header.get("format") != FORMAT_VERSION:
@@ -223,6 +228,14 @@ class DifficultyScores:
                 raise ValueError(f"the dataset has a column 'difficulty_{name}' already")
             dataset = dataset.add_column(f"difficulty_{name}", values[rows].tolist())  # type: ignore[call-arg]
         return dataset
+
+
+def _differences(key: str, scores: Any, here: Any) -> list[str]:
+    """In words; of two mappings, the entries that differ."""
+    if isinstance(scores, dict) and isinstance(here, dict):
+        names = sorted(name for name in {**scores, **here} if scores.get(name) != here.get(name))
+        return [f"{key} {name}: scores {scores.get(name)!r}, here {here.get(name)!r}" for name in names]
+    return [f"{key}: scores {scores!r}, here {here!r}"]
 
 
 def merge_metrics(primary: str, names: Iterable[str]) -> list[str]:

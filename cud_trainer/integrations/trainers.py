@@ -213,6 +213,9 @@ def _check_schedule(trainer_class: type[Trainer], rules: list[tuple[Any, dict[st
     following = [rule.name for rule, _ in rules if rule.kind == "dynamic"]
     if following:
         raise ValueError(f"schedule {following[0]!r} follows the run: that needs CUDTrainer")
+    paired = [rule.name for rule, _ in rules if rule.weighs_retain]
+    if paired:
+        raise ValueError(f"schedule {paired[0]!r} weights retain samples, too: that needs CUDTrainer")
     weighted = any(rule.kind == "weights" for rule, _ in rules)
     if weights not in ("loss", "sampling"):
         raise ValueError(f"weights must be 'loss' or 'sampling', got {weights!r}")
@@ -297,7 +300,7 @@ def _ids(dataset: Any, ids: Sequence[str] | None, processing_class: Any) -> list
 def _difficulty(
     scores: DifficultyScores | None, names: list[str], parts: list[Any], metric: str | None
 ) -> dict[str, np.ndarray]:
-    needed = {part.metric for part in parts if part.metric is not None}
+    needed = {name for part in parts for name in part.metrics}
     if not needed:
         return {}
     if scores is None:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import (
     ALTERNATIVES,
     ANSWERS,
     Samples,
+    TemplateContext,
     detect_format,
     question_and_answer,
     tokenise_answer,
 )
-from ..data.timeout import apply_chat_template
-from ..models.modes import evaluation_mode
+from ..data.template import Renderer
+from ..models.generation import Sampling, continuations, stop_tokens
 
 REFUSALS = (
     "I don't know.",
@@ -38,6 +36,7 @@ INSTRUCTION = (
     "plausible, and state other facts. Write only that answer, in one line."
 )
 ATTEMPTS = 5
+TOP_P = 0.95
 
 
 def with_alternatives(
@@ -49,6 +48,7 @@ def with_alternatives(
     column: str | None = None,
     refusals: Sequence[str] = REFUSALS,
     model: PreTrainedModel | None = None,
+    template: TemplateContext | None = None,
     batch_size: int = 8,
     max_length: int | None = 1024,
     seed: int = 0,
@@ -61,6 +61,7 @@ def with_alternatives(
         dataset: the samples as text, in the same order.
         source: `"given"` (text in `column`), `"refusal"` (one of `refusals`) or `"model"` (see `model_alternatives`).
         model: writes the answers for `"model"`.
+        template: what a chat template sees beside the messages, see `prepare_dataset`.
         max_length: of an alternative with its prompt, in tokens.
         seed: decides which refusal a sample gets and what the model writes.
 
@@ -70,6 +71,7 @@ def with_alternatives(
     """
     if samples.alternatives is not None:
         return samples
+    template = template or TemplateContext()
     kind = detect_format(dataset.column_names, "forget")
     if kind not in ANSWERS:
         raise ValueError(f"alternative answers need samples with a prompt; the forget dataset has the format {kind!r}")
@@ -87,7 +89,14 @@ def with_alternatives(
         if model is None:
             raise ValueError("the model that writes alternative answers is missing")
         texts = model_alternatives(
-            model, tokenizer, dataset, batch_size=batch_size, seed=seed, ids=samples.ids, progress=progress
+            model,
+            tokenizer,
+            dataset,
+            template=template,
+            batch_size=batch_size,
+            seed=seed,
+            ids=samples.ids,
+            progress=progress,
         )
     rows = []
     for row, text, sample_id in zip(dataset.with_format(None), texts, samples.ids, strict=True):
@@ -96,7 +105,7 @@ def with_alternatives(
             raise ValueError(f"{where}: its alternative answer is empty")
         if _same(text, question_and_answer(row, kind)[1]):
             raise ValueError(f"{where}: its alternative answer is the answer that is to be forgotten")
-        rows.append(tokenise_answer(row, kind, text, tokenizer, where))
+        rows.append(tokenise_answer(row, kind, text, tokenizer, where, template))
         if max_length is not None and len(rows[-1]["input_ids"]) > max_length:
             raise ValueError(
                 f"{where}: its alternative answer ends at token {len(rows[-1]['input_ids'])}, beyond "
@@ -113,12 +122,12 @@ def alternatives_fingerprint(samples: Samples) -> str | None:
     return None if samples.alternatives is None else samples.alternatives.fingerprint
 
 
-@torch.no_grad()
 def model_alternatives(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     *,
+    template: TemplateContext | None = None,
     batch_size: int = 8,
     seed: int = 0,
     ids: Sequence[str] | None = None,
@@ -127,7 +136,8 @@ def model_alternatives(
     """Answers to the same questions with other facts, sampled from `model` (AltPO, Mekala et al. 2024, step 1).
 
     The model is asked for them in words (through its chat template where it has one), at temperature 1, and again, at
-    most 5 times, where it repeats the answer or says nothing. Same seed, same batch size: same answers on one machine.
+    most 5 times, where it repeats the answer or says nothing. Same seed: same answers on one machine, in any batches.
+    Nothing of the model's generation config counts but its end tokens.
 
     Raises:
         ValueError: naming a sample for which it found none.
@@ -136,53 +146,39 @@ def model_alternatives(
     pairs = [question_and_answer(row, kind) for row in dataset.with_format(None)]
     prompts = [INSTRUCTION.format(question=question, answer=answer.strip()) for question, answer in pairs]
     if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = apply_chat_template(tokenizer, chats, tokenize=False, add_generation_prompt=True)
+        context = template or TemplateContext()
+        chats = [context.conversation([{"role": "user", "content": prompt}]) for prompt in prompts]
+        prompts = Renderer(tokenizer, context)(chats, [{}] * len(chats), generation_prompt=True)
     else:
         prompts = [f"{prompt}\n\nOther answer:" for prompt in prompts]
-    device = model.get_input_embeddings().weight.device
-    answers: dict[int, str] = {}
-    devices = [device] if device.type == "cuda" else []
-    with (
-        evaluation_mode(model),
-        torch.random.fork_rng(devices),
-        tqdm(total=len(pairs), desc="alternatives", unit="sample", disable=not progress, leave=False) as bar,
-    ):
-        torch.manual_seed(seed)
-        for _ in range(ATTEMPTS):
-            open_rows = [row for row in range(len(pairs)) if row not in answers]
-            for start in range(0, len(open_rows), batch_size):
-                rows = open_rows[start : start + batch_size]
-                batch = tokenizer(
-                    [prompts[row] for row in rows],
-                    return_tensors="pt",
-                    padding=True,
-                    padding_side="left",
-                    add_special_tokens=not tokenizer.chat_template,
-                ).to(device)
-                longest = max(len(tokenizer(pairs[row][1])["input_ids"]) for row in rows)
-                options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
-                written = model.generate(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    max_new_tokens=2 * longest + 8,
-                    pad_token_id=tokenizer.pad_token_id,
-                    **options,
-                )
-                texts = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-                for row, text in zip(rows, texts, strict=True):
-                    lines = text.strip().splitlines()
-                    if lines and lines[0].strip() and not _same(lines[0], pairs[row][1]):
-                        answers[row] = lines[0].strip()
-                        bar.update()
-    missing = [row for row in range(len(pairs)) if row not in answers]
+    asked = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    limits = [2 * len(tokenizer(answer)["input_ids"]) + 8 for _, answer in pairs]
+    stop = stop_tokens(tokenizer, model)
+    found: dict[int, str] = {}
+    for attempt in range(ATTEMPTS):
+        rows = [row for row in range(len(pairs)) if row not in found]
+        written = continuations(
+            model,
+            [asked[row] for row in rows],
+            [limits[row] for row in rows],
+            stop=stop,
+            pad=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            batch_size=batch_size,
+            sampling=Sampling(temperature=1.0, top_p=TOP_P, seed=(seed, attempt)),
+            desc="alternatives" if progress else None,
+        )
+        for row, tokens in zip(rows, written, strict=True):
+            lines = tokenizer.decode(tokens, skip_special_tokens=True).strip().splitlines()
+            if lines and lines[0].strip() and not _same(lines[0], pairs[row][1]):
+                found[row] = lines[0].strip()
+    missing = [row for row in range(len(pairs)) if row not in found]
     if missing:
         name = missing[0] if ids is None else ids[missing[0]]
         raise ValueError(
             f"the model wrote no other answer for {len(missing)} forget samples, the first is {name!r}: give them "
             "with the data (objective 'dpo', alternative_column)"
         )
-    return [answers[row] for row in range(len(pairs))]
+    return [found[row] for row in range(len(pairs))]
 
 
 def _same(a: str, b: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .registry import not_negative, positive, register_objective
+from .registry import BY, not_negative, positive, register_objective
 
 
 @register_objective("ga", retain_loss="none", token_mean=True)
@@ -31,18 +31,19 @@ def kl_minimisation(mean_logps: Tensor) -> Tensor:
     return mean_logps
 
 
-@register_objective("npo", check=positive("beta"))
-def negative_preference(logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1) -> Tensor:
+@register_objective("npo", by_sample={"beta": BY}, check=positive("beta"))
+def negative_preference(logps: Tensor, reference_logps: Tensor, *, beta: float | Tensor = 0.1) -> Tensor:
     """Negative preference optimisation: `-(2/β) log σ(-β (l - l_r))` (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 
     Its gradient is that of gradient ascent on `l`, weighted by `2 p^β / (p^β + p_r^β)`; the limit β -> 0 is gradient
-    ascent.
+    ascent. It saturates by the whole answer, `β (l - l_r)`: the longer of two answers keeps more of each token. With
+    `beta_by="length"`, `β_i = β mean(n) / n_i`, it saturates by `β mean(n) (l̄ - l̄_r)`, all lengths alike.
     """
     return -(2 / beta) * logsigmoid(-beta * (logps - reference_logps))
 
 
-@register_objective("simnpo", check=positive("beta"))
-def simple_negative_preference(mean_logps: Tensor, *, beta: float = 4.5, gamma: float = 0.0) -> Tensor:
+@register_objective("simnpo", by_sample={"beta": ("difficulty",)}, check=positive("beta"))
+def simple_negative_preference(mean_logps: Tensor, *, beta: float | Tensor = 4.5, gamma: float = 0.0) -> Tensor:
     """NPO without a reference: `-(2/β) log σ(-β l̄ - γ)` (Fan et al. 2024, arXiv 2410.07163, eq. 4)."""
     return -(2 / beta) * logsigmoid(-beta * mean_logps - gamma)
 
@@ -53,7 +54,7 @@ def preference(
     alternative_logps: Tensor,
     alternative_reference_logps: Tensor,
     *,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
 ) -> Tensor:
     """Direct preference for an alternative answer: `-(2/β) log σ(β [(l⁺ - l⁺_r) - (l - l_r)])`.
 
@@ -65,9 +66,9 @@ def preference(
     return -(2 / beta) * logsigmoid(beta * margin)
 
 
-register_objective("dpo", alternative="given", check=positive("beta"))(preference)
-register_objective("idk_dpo", alternative="refusal", check=positive("beta"))(preference)
-register_objective("alt_po", alternative="model", check=positive("beta"))(preference)
+register_objective("dpo", alternative="given", by_sample={"beta": BY}, check=positive("beta"))(preference)
+register_objective("idk_dpo", alternative="refusal", by_sample={"beta": BY}, check=positive("beta"))(preference)
+register_objective("alt_po", alternative="model", by_sample={"beta": BY}, check=positive("beta"))(preference)
 
 
 @register_objective("idk_nll", alternative="refusal")
@@ -76,12 +77,14 @@ def refusal_likelihood(alternative_mean_logps: Tensor) -> Tensor:
     return -alternative_mean_logps
 
 
-@register_objective("wga", token_mean=True, check=not_negative("beta"))
-def weighted_gradient_ascent(token_logps: Tensor, lengths: Tensor, *, beta: float = 1.0) -> Tensor:
+@register_objective("wga", token_mean=True, by_sample={"beta": ("difficulty",)}, check=not_negative("beta"))
+def weighted_gradient_ascent(token_logps: Tensor, lengths: Tensor, *, beta: float | Tensor = 1.0) -> Tensor:
     """Gradient ascent with tokens weighted by their confidence: `mean_t sg(p_t^β) log p_t`, sg = no gradient.
 
     Wang et al. 2025, arXiv 2502.19301 (G-effect). β = 0 is gradient ascent.
     """
+    if isinstance(beta, Tensor):
+        beta = beta.unsqueeze(-1)
     return ((beta * token_logps.detach()).exp() * token_logps).sum(-1) / lengths
 
 

@@ -66,6 +66,8 @@ class Reference:
         retain_hidden: output of a decoder layer at the answer positions of each retain sample that is served,
             `[n_tokens, d]`.
         direction: random vector of length 1, `[d]`.
+        option_scale: what the objective's option that goes by sample is multiplied by, `[N]`. It is not saved: it is
+            made of lengths or difficulty, without the model.
     """
 
     forget_logps: Tensor | None = None
@@ -74,6 +76,7 @@ class Reference:
     retain_top: TopTokens = field(default_factory=TopTokens)
     retain_hidden: list[Tensor] = field(default_factory=list)
     direction: Tensor | None = None
+    option_scale: Tensor | None = None
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write a safetensors file, atomically, for its owner alone.

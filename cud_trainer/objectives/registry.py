@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,8 @@ QUANTITIES = {
     "alternative_reference_logps": "`logps` of it under the reference, [B]",
 }
 ALTERNATIVES = ("given", "refusal", "model")
+# What an option can go by, sample by sample.
+BY = ("length", "difficulty")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Objective:
             `"model"` itself; `None` when there is none.
         token_mean: whether the loss of a sample is a mean over its answer tokens, so that a batch can be averaged over
             tokens instead of samples.
+        by_sample: an option that may differ from sample to sample, and what it can go by (out of `BY`), for example
+            `{"beta": ("length",)}`: it has an option `beta_by` then, and the loss gets `beta` as a float or `[B]`.
         check: `(owner, **options)`, called with every option, given or default; raises `ValueError` for a bad value.
     """
 
@@ -59,6 +63,7 @@ class Objective:
     requires_retain: bool = False
     alternative: str | None = None
     token_mean: bool = False
+    by_sample: dict[str, tuple[str, ...]] = field(default_factory=dict)
     check: Callable[..., Any] | None = None
 
     @cached_property
@@ -78,7 +83,20 @@ class Objective:
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise `ValueError` naming an option that this objective does not have or a value it cannot have."""
-        check_options(f"objective {self.name!r}", self.loss, options, self.check)
+        owner = f"objective {self.name!r}"
+        others = {f"{name}_by": choices for name, choices in self.by_sample.items()}
+        check_options(owner, self.loss, options, self.check, others=list(others))
+        for option, choices in others.items():
+            if options.get(option) not in (None, *choices):
+                raise ValueError(
+                    f"option {option!r} of {owner} must be one of {list(choices)}, got {options[option]!r}"
+                )
+
+    def split(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The options of the loss, and what those that go by sample go by: `{"beta": "length"}`."""
+        others = {f"{name}_by": name for name in self.by_sample}
+        by = {others[option]: value for option, value in options.items() if option in others and value is not None}
+        return {option: value for option, value in options.items() if option not in others}, by
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective")

@@ -29,7 +29,7 @@ class LossTerms:
     Attributes:
         forget: forget loss, `[B]`.
         retain: retain loss, `[B]`, or `None`.
-        mean_logps: mean answer log-probability of the forget samples, `[B]`, detached.
+        mean_logps: mean log-probability of the forget samples' tokens that count, `[B]`, detached.
     """
 
     forget: Tensor
@@ -100,6 +100,35 @@ class UnlearningLoss:
         name, options = ("ga", {}) if self.spec.requires_retain else (self.objective, self.objective_args)
         return UnlearningLoss(name, options, "none", self.reference_top_k)
 
+    def option_scale(self, lengths: np.ndarray, rank: np.ndarray | None = None) -> np.ndarray | None:
+        """What the option that goes by sample is multiplied by, `[N]`; `None` where none does.
+
+        `"length"`: `mean(n) / n_i`, n the answer tokens (so that a loss on sums over tokens saturates by the token);
+        `"difficulty"`: `2^(1 - 2 rank)`, from 2 for the easiest to 1/2 for the hardest sample. The smaller beta, the
+        later a loss saturates: what is hard is pushed for longer (after AdaPop, arXiv 2608.14229, which has an exponent
+        by popularity).
+
+        Args:
+            lengths: answer tokens of each forget sample, `[N]`.
+            rank: of its difficulty, in [0, 1]; without one, before there are scores, all are alike.
+        """
+        if "length" in self.by.values():
+            return lengths.mean() / lengths
+        return np.exp2(1 - 2 * rank) if "difficulty" in self.by.values() and rank is not None else None
+
+    @property
+    def by(self) -> dict[str, str]:
+        """The options that go by sample, and by what."""
+        return self.spec.split(self.objective_args)[1]
+
+    def _options(self, index: Tensor, like: Tensor, reference: Reference) -> dict[str, Any]:
+        """Options of the loss for the forget samples `index`."""
+        options, by = self.spec.split(self.objective_args)
+        if reference.option_scale is not None:
+            scale = reference.option_scale[index.to(reference.option_scale.device)].to(like)
+            options |= {name: self.spec.options(options)[name] * scale for name in by}
+        return options
+
     def check_model(self, config: Any) -> None:
         """Raise `ValueError` when the model of this configuration lacks the layer that is read."""
         if self.uses_hidden:
@@ -145,6 +174,8 @@ class UnlearningLoss:
         """
         self.check_alternatives(forget)
         result, needs = Reference(), self.spec.needs
+        scale = self.option_scale(np.asarray(forget.answer_lengths, dtype=np.float64))
+        result.option_scale = None if scale is None else torch.from_numpy(scale)
         if "direction" in needs:
             config: Any = model.config
             size = config.get_text_config().hidden_size
@@ -234,13 +265,13 @@ class UnlearningLoss:
                 return before[index.to(before.device)].to(forget.logps.device)
             return getattr(forget, name)
 
-        forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self.objective_args)
+        forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self._options(index, forget.logps, reference))
         retain_loss = None
         if self.uses_retain:
             retained = slice(pairs, 2 * pairs)
             rows = batch["retain_index"].tolist() if self.retain_loss != "nll" else []
             retain_loss = self._retain(scores[retained], None if hidden is None else hidden[retained], rows, reference)
-        return LossTerms(forget_loss, retain_loss, forget.mean_logps.detach())
+        return LossTerms(forget_loss, retain_loss, forget.counted_mean_logps.detach())
 
     def _retain(self, scores: AnswerScores, hidden: Tensor | None, rows: list[int], reference: Reference) -> Tensor:
         if self.retain_loss == "nll":

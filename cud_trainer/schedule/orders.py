@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.ranks import bucket_numbers
 from .registry import register_schedule, within
 
 
@@ -48,6 +49,12 @@ def sorted_rows(difficulty: np.ndarray, turn: OnePass) -> np.ndarray:
     return turn.shuffled[np.argsort(difficulty[turn.shuffled], kind="stable")]
 
 
+def bucket_rows(difficulty: np.ndarray, turn: OnePass, buckets: int) -> list[np.ndarray]:
+    """Rows of each difficulty bucket, the easiest first; equal difficulties share one (see `bucket_numbers`)."""
+    order, number = sorted_rows(difficulty, turn), bucket_numbers(difficulty, min(int(buckets), turn.size))
+    return [order[number[order] == bucket] for bucket in range(number.max() + 1)]
+
+
 def competence(progress: np.ndarray, start: float, until: float) -> np.ndarray:
     """Share of the samples that is in reach: `min(1, sqrt(t (1 - c0²) / T + c0²))` (Platanios et al. 2019, eq. 7)."""
     return np.minimum(1.0, np.sqrt(progress / until * (1 - start**2) + start**2))
@@ -74,9 +81,8 @@ def hard_to_easy(difficulty: np.ndarray, turn: OnePass) -> np.ndarray:
 @register_schedule("interleaved", check=within(2, np.inf, "buckets"))
 def interleaved(difficulty: np.ndarray, turn: OnePass, *, buckets: int = 4) -> np.ndarray:
     """One sample of every difficulty bucket in turn, in random order within a bucket: every batch holds all levels."""
-    parts = np.array_split(sorted_rows(difficulty, turn), min(int(buckets), turn.size))
     generator = turn.generator()
-    parts = [generator.permutation(part) for part in parts]
+    parts = [generator.permutation(part) for part in bucket_rows(difficulty, turn, buckets)]
     return np.array([part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)])
 
 
@@ -117,7 +123,7 @@ def baby_steps(difficulty: np.ndarray, turn: OnePass, *, buckets: int = 4) -> np
 
     Stages are as long as each other; the last one has all samples.
     """
-    parts = np.array_split(sorted_rows(difficulty, turn), min(int(buckets), turn.size))
+    parts = bucket_rows(difficulty, turn, buckets)
     stage = (
         turn.number * len(parts) // turn.passes if turn.passes >= len(parts) else turn.number + len(parts) - turn.passes
     )
@@ -136,6 +142,8 @@ def two_stage(difficulty: np.ndarray, turn: OnePass, *, easy_share: float = 0.5,
     """
     order = sorted_rows(difficulty, turn)
     cut = min(max(1, round(easy_share * turn.size)), max(1, turn.size - 1))
+    changes = np.flatnonzero(np.diff(difficulty[order])) + 1  # equal difficulties are in the same stage
+    cut = int(changes[np.argmin(np.abs(changes - cut))]) if len(changes) else cut
     early = turn.number < max(1, round(first * turn.passes)) or turn.size == 1
     return turn.fill(order[:cut] if early else order[cut:])
 
@@ -154,6 +162,17 @@ def budget(difficulty: np.ndarray, turn: OnePass, *, strength: float = 0.75) -> 
     if not len(rows):
         rows = np.array([int(np.argmax(share))])  # a pass of nothing is no pass
     return turn.generator().permutation(rows)
+
+
+@register_schedule("random_share", metric=None, check=within(0, 1, "share", open_low=True))
+def random_share(difficulty: np.ndarray | None, turn: OnePass, *, share: float = 0.05) -> np.ndarray:
+    """A random share of the forget set and nothing else, the same in every pass; `N` draws a pass, in random order.
+
+    The baseline that any choice of samples has to beat: on MUSE and WMDP a random 5% did as well as all (Pal et al.
+    2025, arXiv 2504.10185).
+    """
+    chosen = np.random.default_rng([turn.seed, 6]).permutation(turn.size)
+    return turn.fill(chosen[: max(1, round(share * turn.size))])
 
 
 def rank(difficulty: np.ndarray) -> np.ndarray:

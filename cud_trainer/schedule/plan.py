@@ -34,6 +34,8 @@ class Schedule:
         settings: name, options, seed and passes.
         dynamic: parts whose weights follow the run, with their options; they multiply `weight` (see
             `cud_trainer.schedule.DynamicWeights`).
+        values: metrics that those parts read, by name, `[N]` each, in the order of the forget samples.
+        retain_weight: weight of each retain partner, float64 `[passes * N]`; `None` for equal ones.
 
     With `budget`, or an order that repeats samples, `passes * N` is what it comes to about.
     """
@@ -44,6 +46,8 @@ class Schedule:
     retain_id: np.ndarray | None
     settings: dict[str, Any] = field(default_factory=dict)
     dynamic: tuple[tuple[str, dict[str, Any]], ...] = ()
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    retain_weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -57,7 +61,15 @@ class Schedule:
             digest.update("\n".join(self.retain_id.tolist()).encode())
         if self.dynamic:
             digest.update(json.dumps(self.dynamic, sort_keys=True).encode())
+        if self.values:
+            digest.update(json.dumps(self._values(), sort_keys=True).encode())
+        if self.retain_weight is not None:
+            digest.update(np.ascontiguousarray(self.retain_weight, dtype="<f8").tobytes())
         return digest.hexdigest()[:16]
+
+    def _values(self) -> dict[str, list[float]]:
+        """As plain JSON values, which hold float64 exactly."""
+        return {name: np.asarray(column).tolist() for name, column in self.values.items()}
 
     def rows(
         self,
@@ -89,12 +101,15 @@ class Schedule:
             retain_position = {sample_id: index for index, sample_id in enumerate(retain_ids)}
             retain_index = np.array([retain_position[sample_id] for sample_id in self.retain_id.tolist()])
         forget_index = np.array([forget_position[sample_id] for sample_id in self.order.tolist()])
-        weight, retain_scale = self.weight * scale, scale.copy()
+        retain_weight = np.ones(count) if self.retain_weight is None else self.retain_weight
+        weight, retain_scale = self.weight * scale, retain_weight * scale
         batch = np.arange(count) // global_batch
         if forget_lengths is not None:
             weight = _by_tokens(self.weight, np.asarray(forget_lengths)[forget_index], batch, global_batch)
         if retain_lengths is not None:
-            retain_scale = _by_tokens(np.ones(count), np.asarray(retain_lengths)[retain_index], batch, global_batch)
+            lengths = np.asarray(retain_lengths)[retain_index]
+            # The weights scale the mean over tokens, they do not cancel in it: their own mean is not 1.
+            retain_scale = _by_tokens(np.ones(count), lengths, batch, global_batch) * retain_weight
 
         def filled(values: np.ndarray, fill: float) -> list:
             return np.concatenate([values, np.full(padding, fill, dtype=values.dtype)]).tolist()
@@ -120,12 +135,19 @@ class Schedule:
         return float(sum(len(part) * np.var(part) for part in parts) / len(self) / total)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write a parquet file (`forget_id`, `retain_id`, `weight`), atomically; `ValueError` if it exists."""
+        """Write a parquet file, a row for each served sample, atomically; `ValueError` if it exists.
+
+        Columns: `forget_id`, `weight`, and with a retain set `retain_id`, with weights of its own `retain_weight`.
+        """
         check_new_file(path, overwrite)
         columns: dict[str, Any] = {"forget_id": self.order.tolist(), "weight": self.weight}
         if self.retain_id is not None:
             columns["retain_id"] = self.retain_id.tolist()
+        if self.retain_weight is not None:
+            columns["retain_weight"] = self.retain_weight
         header = {"name": self.name, "settings": self.settings, "hash": self.hash, "dynamic": self.dynamic}
+        if self.values:
+            header["values"] = self._values()
         return write_parquet(path, pa.table(columns), header)
 
     @classmethod
@@ -141,6 +163,8 @@ class Schedule:
                 None if retain is None else np.array(retain),
                 header["settings"],
                 tuple((name, options) for name, options in header.get("dynamic", [])),
+                {name: np.array(column, dtype=np.float64) for name, column in header.get("values", {}).items()},
+                table["retain_weight"].to_numpy() if "retain_weight" in table.column_names else None,
             )
             actual, recorded = schedule.hash, header["hash"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # columns or entries of another kind
@@ -205,45 +229,48 @@ def schedule_of(
         raise ValueError("a schedule needs forget samples with distinct ids" if size else "there is no forget sample")
     if retain_ids is not None and len(retain_ids) == 0:
         raise ValueError("there is no retain sample to pair with")
-    values = {part.name: _difficulty(part, difficulty, size) for part, _ in parts}
+    values = {part.name: [_difficulty(part, metric, difficulty, size) for metric in part.metrics] for part, _ in parts}
     order, order_options = next((entry for entry in parts if entry[0].kind == "order"), (None, {}))
-    weight = np.ones(size)
+    weight, retain_weight = np.ones(size), None
     for part, part_options in parts:
         if part.kind == "weights":
-            weight = part.function(values[part.name], **part_options)
-    ids = np.array(list(forget_ids))
+            weight = part.function(*values[part.name], **part_options)
+            if part.weighs_retain:
+                weight, retain_weight = weight
     orders, weights = [], []
     for number in range(passes):
         turn = OnePass(number, passes, size, seed)
-        rows = turn.shuffled if order is None else order.function(values[order.name], turn, **order_options)
-        orders.append(ids[rows])
+        rows = turn.shuffled
+        if order is not None:
+            read: list[Any] = [*values[order.name]] or [None]
+            rows = order.function(*read, turn, **order_options)
+        orders.append(rows)
         served = weight[rows]
         # an order that serves some samples more often than others would shift the mean
         weights.append(served if len(set(rows.tolist())) == len(rows) == size else served / served.mean())
-    total = sum(map(len, orders))
+    order_of_rows = np.concatenate(orders)
+    following = [(part, part_options) for part, part_options in parts if part.kind == "dynamic"]
     return Schedule(
         name,
-        np.concatenate(orders),
+        np.array(list(forget_ids))[order_of_rows],
         np.concatenate(weights),
-        _partners(retain_ids, total, seed),
+        _partners(retain_ids, len(order_of_rows), seed),
         {"name": name, "options": options, "seed": seed, "passes": passes},
-        tuple((part.name, dict(part_options)) for part, part_options in parts if part.kind == "dynamic"),
+        tuple((part.name, dict(part_options)) for part, part_options in following),
+        {name: column for part, _ in following for name, column in zip(part.metrics, values[part.name], strict=True)},
+        None if retain_weight is None else retain_weight[order_of_rows],
     )
 
 
-def _difficulty(part: ScheduleRule, difficulty: Any, size: int) -> np.ndarray | None:
-    """What `part` reads, checked."""
-    if part.metric is None:
-        return None
-    values = difficulty.get(part.metric) if isinstance(difficulty, Mapping) else difficulty
+def _difficulty(part: ScheduleRule, metric: str, difficulty: Any, size: int) -> np.ndarray:
+    """What `part` reads of one metric, checked."""
+    values = difficulty.get(metric) if isinstance(difficulty, Mapping) else difficulty
     if values is None:
-        raise ValueError(
-            f"schedule {part.name!r} needs {'difficulty' if part.metric == 'difficulty' else part.metric} scores"
-        )
+        raise ValueError(f"schedule {part.name!r} needs {metric} scores")
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (size,) or not np.isfinite(values).all():
         raise ValueError(f"schedule {part.name!r} needs one finite difficulty per forget sample ({size})")
-    if part.metric == "difficulty" and size > 1 and np.ptp(values) == 0:
+    if metric == "difficulty" and size > 1 and np.ptp(values) == 0:
         raise ValueError(f"schedule {part.name!r} needs difficulty scores that differ; all are {values[0]!r}")
     return values
 

@@ -21,15 +21,26 @@ class ScheduleRule:
             `"weights"`: `(difficulty [N], **options) -> [N]`, mean 1, a weight per sample;
             `"dynamic"`: `(state, **options) -> [N]`, factors on the weights of the next step, see `RunState`.
         function: the pure function.
-        metric: the difficulty metric it reads: a name, `"difficulty"` for the configured one, or `None`.
+        metric: the difficulty metric it reads: a name, `"difficulty"` for the configured one, or `None`. Of several, an
+            order or weights get the values one after the other; dynamic ones have theirs in `state.values`.
+        weighs_retain: whether weights come as a pair, for the forget samples and for the retain samples that they are
+            paired with, `[N]` each; the mean of the second is as it comes.
         check: `(owner, **options)`, called with every option, given or default; raises `ValueError` for a bad value.
     """
 
     name: str
     kind: str
     function: Callable[..., Any]
-    metric: str | None = "difficulty"
+    metric: str | tuple[str, ...] | None = "difficulty"
+    weighs_retain: bool = False
     check: Callable[..., Any] | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that it reads, in its order."""
+        if self.metric is None:
+            return ()
+        return (self.metric,) if isinstance(self.metric, str) else self.metric
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise `ValueError` for an option this schedule does not have, or a value it cannot have."""

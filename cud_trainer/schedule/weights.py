@@ -23,15 +23,22 @@ def scaled_to_mean_one(values: np.ndarray, low: float, high: float) -> np.ndarra
     return from_logs(np.log(values), low, high)
 
 
-def from_logs(log_values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """`scaled_to_mean_one` of values given by their logarithms, which may be of any size."""
-    high = min(high, len(log_values))  # no weight can be larger while the mean is 1; `high` may be infinite
+def from_logs(log_values: np.ndarray, low: float, high: float, scale: np.ndarray | None = None) -> np.ndarray:
+    """`scaled_to_mean_one` of values given by their logarithms, which may be of any size.
+
+    Args:
+        scale: positive, `[N]`: it is the mean weighted by these that is 1.
+    """
+    share = None if scale is None else scale / scale.sum()
+    # No weight can be larger while the mean is 1; `high` may be infinite.
+    high = min(high, len(log_values) if share is None else 1 / share.min())
     # The mean grows with c, from `low` where the largest value is cut to `high` where the smallest is.
     small = np.log(max(low, 1e-12)) - log_values.max()
     large = np.log(high) - log_values.min()
     for _ in range(200):
         middle = (small + large) / 2
-        if np.exp(np.clip(log_values + middle, -700, 700)).clip(low, high).mean() < 1:
+        weights = np.exp(np.clip(log_values + middle, -700, 700)).clip(low, high)
+        if (weights.mean() if share is None else weights @ share) < 1:
             small = middle
         else:
             large = middle
@@ -104,6 +111,35 @@ def inverse_loss(difficulty: np.ndarray, *, low: float = 0.25, high: float = 6.0
 def inverse_error(difficulty: np.ndarray, *, low: float = 0.25, high: float = 6.0) -> np.ndarray:
     """Weight proportional to 1 / (1 - p), p the answer probability before unlearning, clipped to [low, high]."""
     return from_logs(-np.log(np.maximum(-np.expm1(np.minimum(difficulty, 0.0)), 1e-300)), low, high)
+
+
+def _check_temperature(owner: str, **options: Any) -> None:
+    if not options["temperature"] > 0:
+        raise ValueError(f"{owner} needs a temperature above 0, got {options['temperature']!r}")
+
+
+@register_schedule(
+    "risk", "weights", metric=("difficulty", "grad_alignment"), weighs_retain=True, check=_check_temperature
+)
+def risk(difficulty: np.ndarray, alignment: np.ndarray, *, temperature: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
+    """Forget weight proportional to `d (1 - r)`, mean 1; weight of its retain partner `1 + r`, in [1, 2].
+
+    d is difficulty and r the risk to the retain set, by the cosine of the sample's gradient with the mean retain
+    gradient (`grad_alignment`), each scaled to [0, 1] and gated, `sigmoid((x - 0.5) / temperature)` (DualCF,
+    arXiv 2608.14229). What is hard and apart is pushed; what pulls the retain set along is held back, and paid for.
+
+    Args:
+        temperature: of the gates: towards 0 all or nothing, towards infinity 1/2 for all.
+    """
+    d, r = (1 / (1 + np.exp(-(_scaled(values) - 0.5) / temperature)) for values in (difficulty, alignment))
+    weight = d * (1 - r)
+    return weight / weight.mean(), 1 + r
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """From 0 for the lowest to 1 for the highest; 0.5 where all are equal."""
+    width = np.ptp(values)
+    return (values - values.min()) / width if width > 0 else np.full(len(values), 0.5)
 
 
 def _check_power(owner: str, **options: Any) -> None:

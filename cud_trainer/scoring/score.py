@@ -15,7 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..circuits import CircuitTable
-from ..data import BATCH_BYTES, Samples, check_disjoint, check_tokenizer, prepare_samples
+from ..data import (
+    BATCH_BYTES,
+    Samples,
+    TemplateContext,
+    check_disjoint,
+    check_tokenizer,
+    check_vocabulary,
+    prepare_samples,
+)
 from ..difficulty import METRICS, DifficultyContext, DifficultyScores
 from ..models.fingerprint import model_fingerprint, versions
 from ..objectives import UnlearningLoss
@@ -42,6 +50,7 @@ def score_difficulty(
     batch_bytes: int = BATCH_BYTES,
     max_length: int | None = 1024,
     counterfactual_column: str | None = None,
+    template: TemplateContext | None = None,
     seed: int = 0,
     work_dir: str | Path | None = None,
     save_circuits: str | Path | None = None,
@@ -68,6 +77,7 @@ def score_difficulty(
         batch_size: samples per forward pass at most; by default only `batch_bytes` bounds a batch.
         batch_bytes: estimated memory of a batch at most. A batch that does not fit after all is halved.
         counterfactual_column: another answer for circuits with the counterfactual baseline, see `prepare_dataset`.
+        template: what a chat template sees beside the messages, see `prepare_dataset`.
         work_dir: directory that keeps finished batches and the calibration run: the same call goes on there after it
             was killed. Holds edge scores and ids, no text; remove it when it is no longer needed.
         save_circuits: write the edge scores of all samples to this file (`cud_trainer.circuits.CircuitTable`).
@@ -83,6 +93,7 @@ def score_difficulty(
         raise ValueError("score_difficulty needs the tokenizer: pass processing_class")
     if processing_class is not None:
         check_tokenizer(processing_class)
+        check_vocabulary(processing_class, model)
     request = ScoringRequest(
         metrics=metrics,
         metric_args=metric_args or {},
@@ -99,7 +110,8 @@ def score_difficulty(
         progress=progress,
     )
     request.check(model)
-    forget, retain = _samples(request, dataset, retain_dataset, processing_class, max_length, counterfactual_column)
+    options = {"max_length": max_length, "template": template or TemplateContext()}
+    forget, retain = _samples(request, dataset, retain_dataset, processing_class, counterfactual_column, options)
     return _Scoring(model, forget, retain, request).run()
 
 
@@ -108,22 +120,22 @@ def _samples(
     dataset: Dataset | Samples,
     retain_dataset: Dataset | Samples | None,
     tokenizer: Any,
-    max_length: int | None,
     counterfactual_column: str | None,
+    options: dict[str, Any],
 ) -> tuple[Samples, Samples | None]:
     """Forget and retain samples, fit for what is asked."""
     forget = prepare_samples(
         dataset,
         tokenizer,
-        max_length=max_length,
         name="forget",
         keep_columns=[request.group_column] if request.group_column else [],
         counterfactual_column=counterfactual_column,
+        **options,
     )
     request.check_forget(forget)
     retain = None
     if retain_dataset is not None:
-        retain = prepare_samples(retain_dataset, tokenizer, max_length=max_length, name="retain")
+        retain = prepare_samples(retain_dataset, tokenizer, name="retain", **options)
         check_disjoint(forget, retain)
     request.check_folds(forget)
     return forget, retain
@@ -147,6 +159,8 @@ class _Scoring:
             "dataset": self.forget.fingerprint,
             "versions": versions(),
         }
+        if self.forget.template is not None:
+            self.identity["template"] = self.forget.template
         self.begun = request.begun
         self.work = self._work_dir()
         self.context = DifficultyContext(

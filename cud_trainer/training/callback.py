@@ -31,12 +31,16 @@ class RunCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Once, at the first step in which all weights count: something must move."""
-        trainer = self.trainer
-        if self._moved or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not trainer.progress.factor.all():
-            return
-        check_gradients(trainer.model, every_layer=not trainer.inputs.loss.uses_hidden)
-        self._moved = True
+        trainer, void = self.trainer, self.trainer.void
+        looks = not (self._moved or void.sharded)
+        if looks and void.batch_has_weight(state.global_step):
+            check_gradients(trainer.model, every_layer=False)
+        if void.before_step(state.global_step):
+            logger.warning(str(void.reason))
+            control.should_training_stop = True
+        elif looks and void.began:  # the first gradient that means something: all that is trained must get some of it
+            check_gradients(trainer.model, every_layer=not trainer.inputs.loss.uses_hidden)
+            self._moved = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.stepwise:

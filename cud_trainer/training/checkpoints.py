@@ -22,6 +22,7 @@ SCORES_FILE = "difficulty.parquet"
 SCHEDULE_FILE = "schedule.parquet"
 REFERENCE_FILE = "reference.safetensors"
 BASE_DIR = "base_model"  # what a new adapter stands on, where an earlier adapter was folded into it
+TEMPLATE_FILE = "template.json"  # what the chat template sees beside the messages, its date above all
 WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
 # What does not go to the hub with a model: `reference.safetensors` has the likely tokens of memorised answers; what a
 # kill left unfinished is only removed at the next start.
@@ -65,7 +66,7 @@ def begun(output: str | Path) -> set[str]:
     """Names in `output` of what a run leaves that ended before its first checkpoint was whole; the trainer checks
     that it was the same run."""
     output = Path(output)
-    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE, BASE_DIR}
+    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE, TEMPLATE_FILE, BASE_DIR}
     if (output / SCHEDULE_FILE).exists():
         cut_short = {path.name for path in output.glob("checkpoint-*") if not (path / STATE_FILE).exists()}
         names |= {"README.md", *cut_short}
@@ -107,7 +108,7 @@ def remove_cut_short(output: Path) -> None:
 
 def check_starts_anew(output: Path, schedule: Schedule) -> None:
     """Raise `ValueError` when `output` holds more than the same run leaves before its first checkpoint."""
-    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, BASE_DIR}
+    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, TEMPLATE_FILE, BASE_DIR}
     if _holds_schedule(output / SCHEDULE_FILE, schedule):  # a run that was killed before its first checkpoint
         own_names = begun(output)
     if holds_something(output, own_names):
@@ -129,6 +130,33 @@ def checkpoint_to_resume(output: Path, asked: str | bool | None) -> Path | None:
     if last is None:
         raise ValueError(f"there is no complete checkpoint to resume from in {output}")
     return Path(last)
+
+
+def recorded_template(folder: str | Path) -> dict[str, Any] | None:
+    """What a chat template saw in the run whose folder or checkpoint this is; `None` where nothing is recorded."""
+    for path in (Path(folder) / TEMPLATE_FILE, Path(folder) / STATE_FILE):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found = found.get("template") if path.name == STATE_FILE and isinstance(found, dict) else found
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def template_to_go_on_with(args: CUDConfig, scores: Any) -> dict[str, Any] | None:
+    """What the chat template saw in the run that is resumed, in an earlier start of this one, or in its scores."""
+    output = Path(args.output_dir)
+    if args.resume_from_checkpoint and str(args.resume_from_checkpoint).lower() != "false":
+        asked = args.resume_from_checkpoint
+        checkpoint = last_checkpoint(output) if str(asked).lower() == "true" else asked
+        found = recorded_template(checkpoint) if checkpoint else None
+    else:
+        found = None if args.overwrite else recorded_template(output)
+    if found is None and scores is not None:
+        found = scores.provenance.get("template")
+    return getattr(args, "recorded_template", None) if found is None else found
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from ..config import OVERRIDABLE, CUDConfig
+from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
 from .inputs import RunInputs
 from .plan import RunPlan
@@ -31,20 +33,24 @@ NO_PART_OF_AN_ADAPTER = ("auto_mapping", "base_model_name_or_path", "inference_m
 SHOWN = 120
 
 
-def run_identity(inputs: RunInputs, plan: RunPlan, model: Any) -> dict[str, Any]:
+def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Reference) -> dict[str, Any]:
     """Everything that the next step depends on and a checkpoint does not hold, as plain JSON values.
 
     Args:
         model: as it is trained, with its adapter.
+        reference: with the options of the objective by sample, if there are some.
     """
     args = inputs.args
+    objective = f"{args.objective} {json.dumps(args.objective_args, sort_keys=True)}"
+    if reference.option_scale is not None:
+        objective += f" by sample {hashlib.sha256(reference.option_scale.numpy().tobytes()).hexdigest()[:16]}"
     settings = {name: getattr(args, name) for name in SETTINGS}
     # Where the rate falls, it falls over all steps.
     settings["max_steps"] = args.max_steps if "constant" not in str(settings["lr_scheduler_type"]) else -1
     identity = {
         "schedule": plan.schedule.hash,
         "global_batch": inputs.global_batch,
-        "objective": f"{args.objective} {json.dumps(args.objective_args, sort_keys=True)}",
+        "objective": objective,
         "alternative_answers": alternatives_fingerprint(inputs.forget),
         "model": plan.model,
         # Of tokens: the template, its date and its system prompt are in them.
@@ -53,6 +59,8 @@ def run_identity(inputs: RunInputs, plan: RunPlan, model: Any) -> dict[str, Any]
         "adapter": _adapters(model),
         **settings,
     }
+    if inputs.forget.template is not None:
+        identity["template"] = inputs.forget.template
     return json.loads(json.dumps(identity, default=_plain, sort_keys=True))
 
 
@@ -64,14 +72,10 @@ def check_same_run(checkpoint: Any, state: Mapping[str, Any], identity: Mapping[
             "new run from its weights"
         )
     for key, value in identity.items():
-        if key not in state:
-            raise ValueError(
-                f"cannot resume from {checkpoint}: it was written by an earlier version ({key} is missing)"
-            )
-        if state[key] != value and key not in (args.override or ()):
+        if state.get(key) != value and key not in (args.override or ()):
             way = f", or ask for another one with override {key!r}" if key in OVERRIDABLE else ""
             raise ValueError(
-                f"cannot resume from {checkpoint}: its {key.replace('_', ' ')} is {_short(state[key])}, here it is "
+                f"cannot resume from {checkpoint}: its {key.replace('_', ' ')} is {_short(state.get(key))}, here it is "
                 f"{_short(value)}; model, data, schedule, seed, global batch and settings must be those of the "
                 f"interrupted run{way}"
             )

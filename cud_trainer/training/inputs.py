@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -12,9 +13,21 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import CUDConfig
-from ..data import Samples, check_disjoint, check_tokenizer, evenly_spaced, prepare_dataset, prepare_samples
+from ..data import (
+    Samples,
+    TemplateContext,
+    check_disjoint,
+    check_vocabulary,
+    evenly_spaced,
+    prepare_dataset,
+    prepare_samples,
+    ready_tokenizer,
+    standardised,
+)
+from ..data.tokenizers import tokenizer_options
 from ..difficulty import DifficultyScores
 from ..difficulty.scores import PRECOMPUTED, merge_metrics
+from ..files import write_json
 from ..models.fingerprint import model_fingerprint
 from ..models.loading import adapter_file, load_causal_lm, tokenizer_home
 from ..models.modes import on_device
@@ -23,7 +36,13 @@ from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
-from .checkpoints import check_is_no_model, check_may_start
+from .checkpoints import (
+    TEMPLATE_FILE,
+    check_is_no_model,
+    check_may_start,
+    recorded_template,
+    template_to_go_on_with,
+)
 from .stack import check_stack, warn_of_still_weights
 
 Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
@@ -41,6 +60,7 @@ class RunInputs:
         peft_config: the adapter to train, or `None`.
         forget, retain: prepared samples. `forget` has alternative answers where the objective needs them.
         evaluated: further prepared samples, for the Trainer's own evaluation loss.
+        template: what a chat template sees beside the messages.
         scores: difficulty scores made before, in the order of `forget`; `None` when they are to be computed, or when
             the run needs none.
         merged: whether an earlier adapter was folded into the model, to put `peft_config` on top.
@@ -55,6 +75,7 @@ class RunInputs:
     retain: Samples | None
     evaluated: Evaluated
     scores: DifficultyScores | None
+    template: TemplateContext
     merged: bool
 
     @classmethod
@@ -87,7 +108,10 @@ class RunInputs:
                 raise ValueError("pass the tokenizer as processing_class")
             home, revision = tokenizer_home(model, dict(args.model_init_kwargs or {}).get("revision"))  # type: ignore[arg-type]
             tokenizer = AutoTokenizer.from_pretrained(home, revision=revision, trust_remote_code=args.trust_remote_code)
-        check_tokenizer(tokenizer)
+        tokenizer = ready_tokenizer(tokenizer, **tokenizer_options(args))
+        args.chat_template_path = None  # used up; TRL would add its tokens to the model
+        template = _template(args, scores)
+        forget = standardised(forget, "forget")
         forget_samples = prepare_samples(
             forget,
             tokenizer,
@@ -96,16 +120,22 @@ class RunInputs:
             name="forget",
             keep_columns=[args.group_column] if args.group_column else [],
             counterfactual_column=args.counterfactual_column,
+            template=template,
         )
         retain_samples = None
         if retain is not None:
             retain_samples = prepare_samples(
-                retain, tokenizer, tokenizer_checked=True, max_length=args.max_length, name="retain"
+                retain,
+                tokenizer,
+                tokenizer_checked=True,
+                max_length=args.max_length,
+                name="retain",
+                template=template,
             )
             check_disjoint(forget_samples, retain_samples)
         if args.difficulty is not None and len(forget_samples) < args.n_buckets:
             raise ValueError(f"cannot make {args.n_buckets} difficulty buckets of {len(forget_samples)} forget samples")
-        evaluated = prepare_evaluated(evaluated, tokenizer, args.max_length)
+        evaluated = prepare_evaluated(evaluated, tokenizer, args.max_length, template)
         steps = -(-len(forget_samples) * args.passes // global_batch(args))
         if args.max_steps > steps:
             raise ValueError(
@@ -114,7 +144,10 @@ class RunInputs:
             )
         merged = isinstance(model, str) and peft_config is not None and _is_adapter(model, args)
         model = _checked_model(model, args, loss, peft_config)
-        inputs = cls(args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, merged)
+        check_vocabulary(tokenizer, model)
+        inputs = cls(
+            args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, template, merged
+        )
         inputs = replace(inputs, scores=inputs._checked_scores(scores))
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
@@ -168,12 +201,13 @@ class RunInputs:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
         args = self.args
         if scores is None:
-            check_metrics(self.needed_metrics or ["loss"], {}, self.model)
+            check_metrics(self.needed_metrics or ["loss"], args.scoring_options()["metric_args"], self.model)
         elif args.difficulty is not None:
             scores = scores.aligned(self.forget.ids)
             if args.difficulty == PRECOMPUTED:
                 scores = scores.with_given()
-            for metric in args.schedule_metrics:
+            by_difficulty = "difficulty" in self.loss.by.values()
+            for metric in [*args.schedule_metrics, *([args.difficulty] if by_difficulty else [])]:
                 scores[metric]  # raises when it is not there
         return scores
 
@@ -182,7 +216,7 @@ class RunInputs:
         args, source = self.args, self.loss.spec.alternative
         if source is None:
             return self.forget
-        options = args.alternative_options()
+        options = {**args.alternative_options(), "template": self.template}
         if source != "model":
             return with_alternatives(self.forget, dataset, self.tokenizer, source, **options)
         shared: list[Any] = [None]
@@ -200,16 +234,42 @@ def global_batch(args: CUDConfig) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def prepare_evaluated(dataset: Evaluated, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Evaluated:
+def prepare_evaluated(
+    dataset: Evaluated, tokenizer: PreTrainedTokenizerBase, max_length: int | None, template: TemplateContext
+) -> Evaluated:
     """What the Trainer's own evaluation loss is taken of, prepared."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
         return {
-            name: prepare_dataset(part, tokenizer, max_length=max_length, name=f"eval ({name})")
+            name: prepare_dataset(part, tokenizer, max_length=max_length, name=f"eval ({name})", template=template)
             for name, part in dataset.items()
         }
-    return prepare_dataset(dataset, tokenizer, max_length=max_length, name="eval")
+    return prepare_dataset(dataset, tokenizer, max_length=max_length, name="eval", template=template)
+
+
+def _template(args: CUDConfig, scores: DifficultyScores | None) -> TemplateContext:
+    """What a chat template sees, on the day of what the run goes on with, the same on all processes."""
+    shared = [args.template_context(template_to_go_on_with(args, scores))]
+    if args.world_size > 1:  # they may start on both sides of midnight
+        broadcast_object_list(shared)
+    return shared[0]
+
+
+def record_template(inputs: RunInputs) -> None:
+    """Write what the chat template sees into the folder of the run, before anything that takes time."""
+    args, template = inputs.args, inputs.forget.template
+    if template is None or args.process_index != 0:
+        return
+    output = Path(args.output_dir)
+    before = None if args.overwrite else recorded_template(output)
+    if before is not None and before != template:
+        differs = sorted(key for key in {**before, **template} if before.get(key) != template.get(key))
+        raise ValueError(
+            f"the run in {output} was begun with another {differs[0]} ({before.get(differs[0])!r}, here "
+            f"{template.get(differs[0])!r}); pass overwrite to replace it"
+        )
+    write_json(output / TEMPLATE_FILE, template)
 
 
 def _check_options(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
@@ -100,7 +101,13 @@ class RunPlan:
             buckets,
             schedule,
             rows,
-            PairedCollator(inputs.forget, retain, args.pad_to_multiple_of, inputs.loss.uses_alternative),
+            PairedCollator(
+                inputs.forget,
+                retain,
+                args.pad_to_multiple_of,
+                inputs.loss.uses_alternative,
+                torch.promote_types(next(inputs.model.parameters()).dtype, torch.float32),
+            ),
             np.array([position[sample_id] for sample_id in schedule.order.tolist()]),
             len(rows["row"]) // batch,
             within,
@@ -150,9 +157,10 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
     return scores
 
 
-def _origin(inputs: RunInputs) -> dict[str, str]:
+def _origin(inputs: RunInputs) -> dict[str, Any]:
     """What scores must have been made of."""
-    return {"model": inputs.model_fingerprint, "dataset": inputs.forget.fingerprint}
+    origin = {"model": inputs.model_fingerprint, "dataset": inputs.forget.fingerprint}
+    return origin if inputs.forget.template is None else {**origin, "template": inputs.forget.template}
 
 
 def _request(inputs: RunInputs) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..objectives import LossTerms
 from .inputs import RunInputs
 from .plan import VOID_WEIGHTS, RunPlan
 from .progress import DivergenceError, RunProgress, StepRecord
+from .void import VoidWatch
 
 logger = logging.get_logger(__name__)
 
@@ -29,6 +30,7 @@ class StepRecorder:
         inputs, plan, progress: of the run.
         metrics: where figures are put for the next log, by name.
         accelerator: whose processes share what they saw.
+        void: is told what samples were before they were trained on.
 
     Attributes:
         served: positions in the schedule that were served, in order, over all processes.
@@ -42,9 +44,10 @@ class StepRecorder:
         progress: RunProgress,
         metrics: dict[str, list[float]],
         accelerator: Any,
+        void: VoidWatch,
     ) -> None:
         self.args, self.loss, self.plan, self.progress = inputs.args, inputs.loss, plan, progress
-        self.metrics, self.accelerator = metrics, accelerator
+        self.metrics, self.accelerator, self.void = metrics, accelerator, void
         self.served: list[int] = []
         self.gradients: GradientRecorder | None = None
         self._records: list[Tensor] = []
@@ -92,6 +95,7 @@ class StepRecorder:
         self.served += rows.tolist()
         record = StepRecord(rows, table[:, 3], table[:, 4], table[:, 5])
         self._check_losses(record, step)
+        self.void.after_steps(record.row, record.mean_logps)
         self._log_losses(record)
         self._log_update_shares()
         return record

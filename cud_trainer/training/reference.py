@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..logprobs import score_answers
@@ -14,6 +15,7 @@ from ..models.fingerprint import model_fingerprint
 from ..models.modes import drawing_nothing, evaluation_mode, left_as_found
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
+from ..schedule.orders import rank
 from .checkpoints import REFERENCE_FILE
 from .inputs import RunInputs
 from .plan import RunPlan
@@ -25,6 +27,17 @@ def run_reference(trainer: Any, inputs: RunInputs, plan: RunPlan) -> Reference:
     Args:
         trainer: whose model is as it will be trained, with its adapter if it has one.
     """
+    reference = _reference(trainer, inputs, plan)
+    difficulty = None
+    if plan.scores is not None and inputs.args.difficulty in plan.scores.columns:
+        difficulty = plan.scores[inputs.args.difficulty]
+    lengths = np.asarray(inputs.forget.answer_lengths, dtype=np.float64)
+    scale = inputs.loss.option_scale(lengths, None if difficulty is None else rank(difficulty))
+    reference.option_scale = None if scale is None else torch.from_numpy(scale)
+    return reference
+
+
+def _reference(trainer: Any, inputs: RunInputs, plan: RunPlan) -> Reference:
     loss, args = inputs.loss, inputs.args
     if not loss.uses_reference and not loss.uses_hidden:
         return Reference()

@@ -14,6 +14,7 @@ from trl import ModelConfig
 from cud_trainer.circuits import Faithfulness, dataset_faithfulness
 from cud_trainer.commands.options import inputs_of
 from cud_trainer.commands.parser import parse_options
+from cud_trainer.data.groups import group_labels
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.models.fingerprint import model_fingerprint, versions
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
@@ -143,6 +144,7 @@ def measure_one(inputs: EvaluateInputs, model: Any, what: str) -> Measured:
         inputs.tokenizer,
         batch_size=args.batch_size,
         max_length=args.max_length,
+        template=inputs.template,
         generate=args.generate,
         samples=args.samples,
         temperature=args.temperature,
@@ -259,12 +261,14 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
 
 def how_it_was_made(inputs: EvaluateInputs, measurements: Measurements, command: str) -> Run:
     model = {"path": inputs.model_name_or_path, "fingerprint": measurements.fingerprint, **measurements.fingerprints}
+    seen = inputs.forget.template
+    told = {} if seen is None else {"chat_template": seen}
     return Run(
         command=command,
         seed=inputs.args.seed,
         versions=versions(),
         model=model,
-        data={f"n_{name}": len(part) for name, part in inputs.sets.items()},
+        data={f"n_{name}": len(part) for name, part in inputs.sets.items()} | told,
         seconds={},
     )
 
@@ -297,7 +301,7 @@ def sample_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataF
         inputs.buckets,
     )
     if inputs.groups is not None:
-        frame = frame.assign(group=[str(group) for group in inputs.groups])
+        frame = frame.assign(group=group_labels(inputs.groups))
     if inputs.args.show_text:
         frame = frame.assign(true_answer=true_answers(forget, inputs.tokenizer))
     return frame

@@ -18,7 +18,7 @@ from cud_trainer.models.fingerprint import versions
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 
 from ..metrics.open_unlearning import Evaluation, rows_by_text
-from ..report.audit import audit_results, measured_tables, per_sample_table
+from ..report.audit import audit_results, check_score_names, measured_tables, per_sample_table
 from ..report.difficulty import reliability_by_decile
 from ..report.schema import Results, Run
 from ..report.tables import other_results_table
@@ -144,6 +144,7 @@ def _import(args: ImportArguments, folder: Path, argv: list[str]) -> int:
     scores = DifficultyScores.load(args.scores) if args.scores else None
     if scores is not None:
         scores.bucketed(args.metric, args.n_buckets)  # refuses before anything else is read
+        check_score_names(scores)
     dataset = None
     if args.forget_dataset:
         dataset = load_samples(args.forget_dataset, args.forget_config, args.forget_split, None, "forget")

@@ -15,17 +15,23 @@ from trl import ModelConfig
 from cud_trainer.circuits import CircuitTable
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
-from cud_trainer.data import Samples, check_disjoint, prepare_samples
+from cud_trainer.data import Samples, TemplateContext, check_disjoint, check_vocabulary, prepare_samples
+from cud_trainer.data.groups import group_labels
 from cud_trainer.data.sources import load_samples
+from cud_trainer.data.template import TemplateArguments
+from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm, merged_adapter
+from cud_trainer.training.checkpoints import recorded_template
 
 from ..metrics.lm_eval import check_lm_eval
+from ..metrics.measure import check_texts
 from ..metrics.utility import UTILITY_SETS
+from ..report.audit import check_score_names
 
 
 @dataclass
-class EvaluateArguments(DataArguments):
+class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
     """What `cud evaluate` reads besides TRL's `ModelConfig`; `model_name_or_path` is the unlearned model or adapter."""
 
     output_dir: str = field(default="cud-evaluation", metadata={"help": "Where the report goes."})
@@ -131,6 +137,7 @@ class EvaluateInputs:
         tokenizer: of all models.
         forget_raw: the forget set as text.
         sets: prepared `forget` and, where they are given, `retain`, `neighbour` and `holdout` sets.
+        template: what a chat template sees beside the messages.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
         groups: of each forget sample, for a table by group.
         scores, buckets: difficulty of the forget samples, in their order.
@@ -143,6 +150,7 @@ class EvaluateInputs:
     tokenizer: PreTrainedTokenizerBase
     forget_raw: Dataset
     sets: dict[str, Samples]
+    template: TemplateContext
     utility: dict[str, Dataset]
     groups: list[Any] | None
     scores: DifficultyScores | None
@@ -162,17 +170,21 @@ class EvaluateInputs:
         model = load_model(path, self.model_options)
         if self.args.works_on_weights:
             model = merged_adapter(model, repr(path))
-        size = len(self.tokenizer)
-        if size > model.get_input_embeddings().weight.shape[0]:
-            raise ValueError(f"the tokenizer has {size} tokens, more than the embeddings of {path!r}")
+        try:
+            check_vocabulary(self.tokenizer, model)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
         return model
 
 
 def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInputs:
     """Read and check all but the models; `ValueError` for what does not fit."""
-    tokenizer = load_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args, args)
     raw = read_datasets(args, tokenizer)
-    sets = {name: prepare_samples(part, tokenizer, max_length=args.max_length, name=name) for name, part in raw.items()}
+    scores = DifficultyScores.load(args.scores) if args.scores else None
+    template = args.template_context(template_of(str(model_args.model_name_or_path), scores))
+    options: dict[str, Any] = {"max_length": args.max_length, "template": template}
+    sets = {name: prepare_samples(part, tokenizer, name=name, **options) for name, part in raw.items()}
     forget = sets["forget"]
     for name in ("retain", "neighbour", "holdout"):
         if name in sets:
@@ -180,6 +192,7 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     utility = {}
     if args.tofu:
         utility = {part: load_samples(args.tofu, name, "train", None, part) for part, name in UTILITY_SETS.items()}
+    check_texts(raw["forget"], utility, tokenizer, **options)
     groups = None if args.group_column is None else read_groups(raw["forget"], args.group_column)
     if args.relearn_samples >= len(forget):
         raise ValueError(
@@ -187,12 +200,14 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
         )
     if args.lm_eval_tasks:
         check_lm_eval()
-    scores, buckets = None, None
-    if args.scores:
-        scores = DifficultyScores.load(args.scores).aligned(forget.ids)
+    buckets = None
+    if scores is not None:
+        if forget.template is not None:
+            scores.check_provenance(template=forget.template)
+        scores = scores.aligned(forget.ids)
+        check_score_names(scores)
         buckets = scores.bucketed(args.metric, args.n_buckets)
     circuits = read_circuits(args, forget.ids)
-    options = model_options(model_args)
     for path in (args.original_model, args.reference_model):
         if path:
             check_same_tokenizer(tokenizer, path)
@@ -200,16 +215,25 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     return EvaluateInputs(
         args=args,
         model_name_or_path=model_args.model_name_or_path,
-        model_options=options,
+        model_options=model_options(model_args),
         tokenizer=tokenizer,
         forget_raw=raw["forget"],
         sets=sets,
+        template=template,
         utility=utility,
         groups=groups,
         scores=scores,
         buckets=buckets,
         circuits=circuits,
     )
+
+
+def template_of(model: str, scores: DifficultyScores | None) -> dict[str, Any] | None:
+    """What a chat template saw when the scores were made, or when the model was trained; `None` if nobody says."""
+    recorded = None if scores is None else scores.provenance.get("template")
+    if recorded is not None or not Path(model).is_dir():
+        return recorded
+    return recorded_template(model) or recorded_template(Path(model).parent)  # a checkpoint in the folder of a run
 
 
 def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
@@ -230,7 +254,7 @@ def read_groups(forget: Dataset, column: str) -> list[Any]:
     if column not in forget.column_names:
         raise ValueError(f"forget dataset has no column {column!r}; it has {sorted(forget.column_names)}")
     groups = list(forget[column])
-    if len(set(map(str, groups))) < 2:
+    if len(set(group_labels(groups))) < 2:
         raise ValueError(f"group column {column!r} has one value only")
     return groups
 

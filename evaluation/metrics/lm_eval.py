@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cud_trainer.models.generation import without_generation_config
+
 
 def check_lm_eval() -> None:
     """Raise `ValueError` when lm-evaluation-harness is not installed."""
@@ -37,14 +39,15 @@ def lm_eval_figures(
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ValueError(f"lm-evaluation-harness has no task {unknown[0]!r}")
-    evaluated = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    with without_generation_config(model):  # a task says how it samples; what it leaves open is greedy
+        evaluated = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     assert evaluated is not None
     figures = []
     for task, values in evaluated["results"].items():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cud_trainer.data import Samples, prepare_samples
+from cud_trainer.data import Samples, TemplateContext, prepare_samples
 
 from .memorization import MEASURES, TOKEN_STATISTICS, evaluate_memorization, teacher_forced, true_answers
-from .utility import answer_logps, tofu_utility, truth_ratio
+from .utility import answer_logps, prepare_answers, questions_and_answers, tofu_utility, truth_ratio
 
 
 @dataclass
@@ -53,6 +54,7 @@ def measure(
     *,
     batch_size: int = 16,
     max_length: int | None = 1024,
+    template: TemplateContext | None = None,
     generate: bool = True,
     samples: int = 0,
     temperature: float = 1.0,
@@ -64,10 +66,13 @@ def measure(
     Args:
         sets: prepared `forget` and, if there are any, `retain` and `holdout` sets.
         forget_raw: the forget set as text: its columns `perturbed_answer`, `paraphrased_answer` and
-            `paraphrased_question` (TOFU's `*_perturbed` configurations) are used where they are there.
+            `paraphrased_question` (TOFU's `*_perturbed` configurations) are used where they are there, NaN for a sample
+            in which one is missing.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
+        template: what a chat template sees beside the messages, for what is not prepared yet.
     """
     result = Measured({})
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "template": template}
     for name, prepared in sets.items():
         what = f"{desc}: {name}"
         if name == "holdout":
@@ -88,24 +93,50 @@ def measure(
         result.statistics[name] = {key: values.pop(key) for key in TOKEN_STATISTICS}
         result.sets[name] = {key: values[key] for key in MEASURES if key in values}
         result.texts[name] = true_answers(prepared, tokenizer)
-    columns = forget_raw.column_names
-    if "perturbed_answer" in columns and "question" in columns:
-
-        def answers(column: str) -> np.ndarray:
-            return answer_logps(
-                model, forget_raw, tokenizer, [column], batch_size=batch_size, max_length=max_length, name="forget"
-            )
-
-        wrong, correct = answers("perturbed_answer"), result.statistics["forget"]["mean_logps"]
-        if "paraphrased_answer" in columns:
-            correct = answers("paraphrased_answer")[:, 0]
-        result.truth_ratio = truth_ratio(correct, wrong)
-    if "paraphrased_question" in columns and "answer" in columns:
-        asked = Dataset.from_dict({"question": forget_raw["paraphrased_question"], "answer": forget_raw["answer"]})
-        prepared = prepare_samples(asked, tokenizer, max_length=max_length, name="paraphrased forget")
-        result.paraphrased = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["probability"]
+    others = {
+        kind: answer_logps(model, forget_raw, tokenizer, [column], question=asked, name="forget", **options)
+        for kind, (column, asked) in other_answers(forget_raw).items()
+    }
+    if "wrong" in others:
+        own = result.statistics["forget"]["mean_logps"]
+        correct = others["paraphrased"][:, 0] if "paraphrased" in others else own
+        result.truth_ratio = truth_ratio(correct, others["wrong"])
+    if "asked" in others:
+        result.paraphrased = np.exp(others["asked"][:, 0])
     if utility:
-        result.utility = tofu_utility(
-            model, utility, tokenizer, batch_size=batch_size, max_length=max_length, generate=generate, desc=desc
-        )
+        result.utility = tofu_utility(model, utility, tokenizer, generate=generate, desc=desc, **options)
     return result
+
+
+def other_answers(forget: Dataset) -> dict[str, tuple[str, str]]:
+    """What else is measured of a forget set by its columns: of each kind the column that answers and the one that asks.
+
+    TOFU's: `wrong` answers, the true one `paraphrased`, and the true one `asked` for in other words.
+    """
+    kinds = {
+        "wrong": ("perturbed_answer", "question"),
+        "paraphrased": ("paraphrased_answer", "question"),
+        "asked": ("answer", "paraphrased_question"),
+    }
+    found = {kind: pair for kind, pair in kinds.items() if set(pair) <= set(forget.column_names)}
+    if "wrong" not in found:
+        found.pop("paraphrased", None)
+    return found
+
+
+def check_texts(
+    forget: Dataset, utility: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> None:
+    """Raise `ValueError` for what `measure` would refuse of the texts that it prepares itself, before there is a model.
+
+    Args:
+        forget, utility: as for `measure`.
+        options: `max_length` and `template`.
+    """
+    for column, asked in other_answers(forget).values():
+        prepare_answers(forget, tokenizer, [column], question=asked, name="forget", **options)
+    for name, dataset in utility.items():
+        prepare_answers(dataset, tokenizer, ["perturbed_answer"], name=name, **options)
+        if "paraphrased_answer" in dataset.column_names:
+            prepare_answers(dataset, tokenizer, ["paraphrased_answer"], name=name, **options)
+        prepare_samples(questions_and_answers(dataset), tokenizer, name=name, **options)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, Samples
 from cud_trainer.logprobs import AnswerScores, score_answers, wide
+from cud_trainer.models.generation import Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
+
+from .words import rouge_l_recall, verbatim
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 GENERATED = ("rouge_l_recall", "verbatim")
@@ -53,13 +54,18 @@ def teacher_forced(
     batch_size: int = 16,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """`probability` (exp of the mean answer log-probability, eos included) and the arg-max metrics, each `[N]`.
+    """`probability` (exp of the mean answer log-probability) and the arg-max metrics, each `[N]`.
 
-    The arg-max metrics count the answer's tokens before its first eos token, as do `min_k` and `min_k_plus_plus`: mean
-    of the lowest 20% of the answer's log-probabilities (Shi et al. 2023, arXiv 2310.16789), plain, and less the mean
-    over the vocabulary in units of its deviation (Zhang et al. 2024, arXiv 2404.02936). All from one forward pass.
+    Of the tokens that `Samples.measured` counts: of a conversation the message's own, of plain strings eos included.
+
+    The arg-max metrics count the answer's tokens before the first that ends one (`stop_tokens`), as do `min_k` and
+    `min_k_plus_plus`: mean of the lowest 20% of the answer's log-probabilities (Shi et al. 2023, arXiv 2310.16789),
+    plain, and less the mean over the vocabulary in units of its deviation (Zhang et al. 2024, arXiv 2404.02936). NaN
+    where an answer has no such token. All from one forward pass.
     """
     device = model.get_input_embeddings().weight.device
+    stop = torch.tensor(stop_tokens(tokenizer, model), device=device, dtype=torch.long)
+    prepared = prepared.measured
     values = {name: np.zeros(len(prepared)) for name in (*TEACHER_FORCED, *TOKEN_STATISTICS)}
     with evaluation_mode(model):
         for rows, batch in prepared.batches(batch_size, device=device, desc=desc):
@@ -67,7 +73,7 @@ def teacher_forced(
             mean_logps = scores.mean_logps.double().cpu()
             plain, standard = scores.token_logps.double().cpu(), _standardised(scores).double().cpu()
             hits = (scores.logits.argmax(-1) == scores.targets).cpu()
-            content = (scores.mask & ~_from_first(scores.targets == tokenizer.eos_token_id)).cpu()
+            content = (scores.mask & ~_from_first(torch.isin(scores.targets, stop))).cpu()
             for position, row in enumerate(rows):
                 correct = hits[position][content[position]].tolist()
                 values["mean_logps"][row] = mean_logps[position]
@@ -80,7 +86,6 @@ def teacher_forced(
     return values
 
 
-@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     prepared: Samples,
@@ -94,67 +99,52 @@ def generate_answers(
 ) -> list[str]:
     """Continuation of each sample's prompt, `[N]` strings; `extra_tokens` more than the true answer at most.
 
-    A sample without a prompt (plain text) is continued from its first token.
+    A sample without a prompt (plain text) is continued from its first token. A true answer that no end token ends (a
+    chunk of a longer text) may be cut inside a word: its continuation is as long, no longer. Nothing of the model's
+    generation config counts but its end tokens (see `cud_trainer.models.generation`).
 
     Args:
         temperature: of sampling; greedy by default.
         seed: of sampling.
     """
-    device = model.get_input_embeddings().weight.device
-    prompts, lengths = [], []
+    stop = stop_tokens(tokenizer, model)
+    prompts, limits, prepared = [], [], prepared.measured
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
-        start = max(1, next(i for i, label in enumerate(labels) if label != IGNORE_INDEX))
+        start = answer_start(labels)
         prompts.append(list(tokens[:start]))
-        lengths.append(len(tokens) - start)
-    order = sorted(range(len(prompts)), key=lambda row: (lengths[row], len(prompts[row]), row))
-    answers = [""] * len(prompts)
-    with (
-        evaluation_mode(model),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="sample", leave=False) as bar,
-    ):
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            longest = max(len(prompts[row]) for row in rows)
-            inputs = torch.full((len(rows), longest), int(tokenizer.pad_token_id))
-            mask = torch.zeros_like(inputs)
-            for position, row in enumerate(rows):
-                size = len(prompts[row])
-                inputs[position, longest - size :] = torch.tensor(prompts[row])
-                mask[position, longest - size :] = 1
-            output = model.generate(
-                input_ids=inputs.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max(lengths[row] for row in rows) + extra_tokens,
-                do_sample=temperature is not None,
-                # Whatever the model's own generation config says.
-                temperature=temperature,
-                top_p=None if temperature is None else 1.0,
-                top_k=None if temperature is None else 0,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-            texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text.strip()
-            bar.update(len(rows))
-    return answers
+        ended = any(token in stop for token in tokens[start:])
+        limits.append(len(tokens) - start + (extra_tokens if ended else 0))
+    written = continuations(
+        model,
+        prompts,
+        limits,
+        stop=stop,
+        pad=prepared.pad_token_id,
+        batch_size=batch_size,
+        sampling=None if temperature is None else Sampling(temperature=temperature, seed=seed),
+        desc=desc,
+    )
+    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in written]
 
 
-def true_answers(prepared: Samples, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Text of the answer tokens of each sample, without special tokens, `[N]`."""
-    texts = []
+def answer_start(labels: Sequence[int]) -> int:
+    """Where the answer's first token that can be predicted stands: the first token of a sequence cannot."""
+    return max(1, next(place for place, label in enumerate(labels) if label != IGNORE_INDEX))
+
+
+def true_answers(prepared: Samples, tokenizer: PreTrainedTokenizerBase, stop: Collection[int] = ()) -> list[str]:
+    """Text of the answer of each sample from `answer_start` on, without special tokens, `[N]`.
+
+    Args:
+        stop: tokens that end an answer: nothing behind the first of them counts.
+    """
+    texts, prepared = [], prepared.measured
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
-        start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-        texts.append(tokenizer.decode(list(tokens[start:]), skip_special_tokens=True).strip())
+        last = next(place for place in reversed(range(len(labels))) if labels[place] != IGNORE_INDEX)
+        answer = list(tokens[answer_start(labels) : last + 1])
+        end = next((place for place, token in enumerate(answer) if token in stop), len(answer))
+        texts.append(tokenizer.decode(answer[:end], skip_special_tokens=True).strip())
     return texts
-
-
-def rouge_l_recall(truths: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """Share of each true answer's words in its longest common subsequence with the generated one, `[N]` in [0, 1]."""
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return np.array([scorer.score(t, a)["rougeL"].recall for t, a in zip(truths, answers, strict=True)])
 
 
 def evaluate_memorization(
@@ -183,7 +173,7 @@ def evaluate_memorization(
     if not token_statistics:
         values = {name: column for name, column in values.items() if name not in TOKEN_STATISTICS}
     if generate or samples:
-        truths = true_answers(prepared, tokenizer)
+        truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
     if generate:
         answers = generate_answers(
             model, prepared, tokenizer, batch_size=batch_size, desc=desc and f"{desc}, generating"
@@ -204,12 +194,6 @@ def evaluate_memorization(
             drawn, largest = metric(truths, answers), values.get(f"sampled_{name}")
             values[f"sampled_{name}"] = drawn if largest is None else np.maximum(largest, drawn)
     return values
-
-
-def verbatim(truths: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """1 where the generated answer begins with the words of the true one, else 0, `[N]`."""
-    pairs = [(truth.split(), answer.split()) for truth, answer in zip(truths, answers, strict=True)]
-    return np.array([float(bool(truth) and answer[: len(truth)] == truth) for truth, answer in pairs])
 
 
 def lowest_mean(values: np.ndarray, share: float = MIN_K) -> float:

@@ -196,16 +196,16 @@ def rows_by_text(evaluation: Evaluation, dataset: Dataset) -> np.ndarray:
     def bare(text: str) -> str:
         return "".join(text.split())
 
-    places: dict[str, list[int]] = {}
+    places: dict[str, dict[int, None]] = {}
     for row, sample in enumerate(dataset):
-        places.setdefault(bare(question_and_answer(sample, kind)[1]), []).append(row)
+        places.setdefault(bare(question_and_answer(sample, kind)[1]), {})[row] = None
     rows = np.full(len(dataset), -1)
     for index, sample in enumerate(samples):
-        candidates = places.get(bare(sample["ground_truth"]), [])
+        candidates = places.get(bare(sample["ground_truth"]), {})
         if index not in candidates and len(candidates) != 1:
             what = "is not in" if not candidates else "is more than once in"
             raise ValueError(f"{evaluation.path}: the answer of sample {index} {what} the forget dataset")
-        rows[index if index in candidates else candidates[0]] = index
+        rows[index if index in candidates else next(iter(candidates))] = index
     if (rows < 0).any():
         raise ValueError(f"{evaluation.path} has no result for row {int(np.argmin(rows))} of the forget dataset")
     return rows

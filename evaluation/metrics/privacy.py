@@ -52,8 +52,9 @@ def attack_auc(members: np.ndarray, others: np.ndarray) -> float:
 
 def attack_interval(members: np.ndarray, others: np.ndarray, *, seed: int = 0, n_boot: int = 1000) -> stats.Interval:
     """`attack_auc` with its 95% bootstrap interval, members and others drawn apart; NaN where a score is not finite."""
-    if not (np.isfinite(members).all() and np.isfinite(others).all()):
-        return stats.UNDEFINED
+    members, others = np.sort(members), np.sort(others)
+    if reason := stats.why_undefined(members) or stats.why_undefined(others):
+        return stats.undefined(reason)
     generator = np.random.default_rng(seed)
     draws = [
         attack_auc(generator.choice(members, len(members)), generator.choice(others, len(others)))

@@ -1,7 +1,7 @@
 """TOFU's measures of utility and forget quality (Maini et al. 2024, arXiv 2401.06121), from mean log-probabilities.
 
 Definitions are those of open-unlearning: where it averages the losses of several wrong answers, so does this (the
-paper's formula averages their probabilities).
+paper's formula averages their probabilities). Ratios are made of logarithms, without the 1e-10 that it adds below.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from scipy import stats
+from scipy import special, stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cud_trainer.data import prepare_samples
+from cud_trainer.data import Samples, TemplateContext, prepare_samples
+from cud_trainer.data.columns import id_column
+from cud_trainer.data.formats import TEMPLATE_COLUMNS
 
 from .memorization import evaluate_memorization, teacher_forced
 
-EPSILON = 1e-10
+LARGEST = 700.0  # of an exponent that a float holds
+SAMPLE_NAMES = ("sample_id", "id")
 # Sets of TOFU that make up its model utility, by the name of their configuration; whose probability is normalised.
 UTILITY_SETS = {
     "retain": "retain_perturbed",
@@ -29,13 +32,16 @@ NORMALISED = ("real_authors", "world_facts")
 
 
 def truth_ratio(correct: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """`p_wrong / p_correct`, `[N]`, at least 0; large where wrong answers are as likely.
+    """`p_wrong / p_correct`, `[N]`, positive; large where wrong answers are as likely.
+
+    Made of logarithms, so that it holds for a model that gives either of them next to no probability.
 
     Args:
         correct: mean log-probability of the (paraphrased) true answer, `[N]`.
         wrong: of wrong answers, `[N, P]`; p_wrong is exp of their mean.
     """
-    return np.exp(wrong.mean(1)) / (np.exp(correct) + EPSILON)
+    with np.errstate(invalid="ignore"):  # of two that are impossible, there is no ratio
+        return np.exp(np.clip(wrong.mean(1) - correct, -LARGEST, LARGEST))
 
 
 def true_better(ratio: np.ndarray) -> np.ndarray:
@@ -45,13 +51,14 @@ def true_better(ratio: np.ndarray) -> np.ndarray:
 
 def closer_to_one(ratio: np.ndarray) -> np.ndarray:
     """`min(ratio, 1 / ratio)`, `[N]` in [0, 1]: for what is to be forgotten, 1 = true and wrong are equally likely."""
-    return np.minimum(ratio, 1.0 / (ratio + EPSILON))
+    with np.errstate(divide="ignore"):
+        return np.minimum(ratio, 1.0 / ratio)
 
 
 def normalised_probability(correct: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     """`p / (p + sum of p_wrong)`, `[N]` in [0, 1], from mean log-probabilities `[N]` and `[N, P]`."""
-    p = np.exp(correct)
-    return p / (p + np.exp(wrong).sum(1) + EPSILON)
+    with np.errstate(invalid="ignore"):
+        return special.expit(correct - special.logsumexp(wrong, axis=1))
 
 
 def model_utility(parts: Mapping[str, float]) -> float:
@@ -84,10 +91,13 @@ def answer_logps(
     *,
     batch_size: int = 16,
     max_length: int | None = 1024,
+    template: TemplateContext | None = None,
     question: str = "question",
     name: str = "evaluation",
 ) -> np.ndarray:
     """Mean log-probability of other answers to the same questions, `[N, C]`.
+
+    NaN for a sample whose question is missing, or one of its answers.
 
     Args:
         columns: columns with an answer, or a list of answers of the same number for every row.
@@ -96,22 +106,74 @@ def answer_logps(
     Raises:
         ValueError: naming a missing column or a row with another number of answers.
     """
+    rows, prepared, width = prepare_answers(
+        dataset, tokenizer, columns, max_length=max_length, template=template, question=question, name=name
+    )
+    logps = np.full((len(dataset), width), np.nan)
+    if prepared is not None:
+        measured = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["mean_logps"]
+        logps[rows] = measured.reshape(len(rows), width)
+    return logps
+
+
+def prepare_answers(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[str],
+    *,
+    max_length: int | None = 1024,
+    template: TemplateContext | None = None,
+    question: str = "question",
+    name: str = "evaluation",
+) -> tuple[list[int], Samples | None, int]:
+    """Of `answer_logps`, what needs no model.
+
+    Returns:
+        the rows that have a question and all their answers; their answers row by row, `None` if there are none; and how
+        many a row has.
+
+    Raises:
+        ValueError: as `answer_logps`, and for an answer that cannot be prepared.
+    """
     for column in (*columns, question):
         if column not in dataset.column_names:
             raise ValueError(f"{name} dataset has no column {column!r}; it has {sorted(dataset.column_names)}")
-    answers: list[list[str]] = []
-    for row, texts in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
-        answers.append([text for value in texts for text in ([value] if isinstance(value, str) else value)])
-        if len(answers[row]) != len(answers[0]) or not answers[row]:
-            raise ValueError(f"{name} sample {row} has {len(answers[row])} answers, the first has {len(answers[0])}")
-    pairs: list[dict[str, Any]] = [
-        {"sample_id": f"{row}-{number}", "question": asked, "answer": text}
-        for row, (asked, texts) in enumerate(zip(dataset[question], answers, strict=True))
-        for number, text in enumerate(texts)
-    ]
-    prepared = prepare_samples(Dataset.from_list(pairs), tokenizer, max_length=max_length, name=name)
-    mean_logps = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["mean_logps"]
-    return mean_logps.reshape(len(answers), len(answers[0]))
+    named = id_column(dataset.column_names)
+    ids = [str(row) for row in (range(len(dataset)) if named is None else dataset[named])]
+    kept = [column for column in TEMPLATE_COLUMNS if column in dataset.column_names]
+    rows: list[dict[str, Any]] = []
+    width, pairs = 1, []
+    for row, sample in enumerate(dataset.with_format(None)):
+        answers = [text for column in columns for text in _answers(sample[column], f"{name} sample {ids[row]!r}")]
+        if not answers or not all([sample[question], *answers]):
+            continue
+        if rows and len(answers) != width:
+            raise ValueError(
+                f"{name} sample {ids[row]!r} has {len(answers)} answers, {ids[rows[0]]!r}, the first, has {width}"
+            )
+        width = len(answers)
+        rows.append(row)
+        told = {"question": sample[question]} | {column: sample[column] for column in kept}
+        pairs += [{"sample_id": f"{ids[row]}-{number}", "answer": text, **told} for number, text in enumerate(answers)]
+    if not pairs:
+        return [], None, width
+    options: dict[str, Any] = {"max_length": max_length, "name": name, "template": template}
+    return rows, prepare_samples(Dataset.from_list(pairs), tokenizer, **options), width
+
+
+def _answers(value: Any, where: str) -> list[str | None]:
+    """An answer, or a list of them; what is missing or blank is `None`."""
+    answers = value if isinstance(value, list) else [value]
+    for answer in answers:
+        if answer is not None and not isinstance(answer, str):
+            raise ValueError(f"{where}: one of its answers is of type {type(answer).__name__}, no text")
+    return [answer if answer is not None and answer.strip() else None for answer in answers]
+
+
+def questions_and_answers(dataset: Dataset) -> Dataset:
+    """What is measured of one of TOFU's sets: its questions and answers, with what names and renders them."""
+    kept = (*SAMPLE_NAMES, *TEMPLATE_COLUMNS, "question", "answer")
+    return dataset.select_columns([column for column in kept if column in dataset.column_names])
 
 
 def tofu_utility(
@@ -121,6 +183,7 @@ def tofu_utility(
     *,
     batch_size: int = 16,
     max_length: int | None = 1024,
+    template: TemplateContext | None = None,
     generate: bool = True,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
@@ -133,9 +196,10 @@ def tofu_utility(
     """
     values: dict[str, np.ndarray] = {}
     for name, dataset in sets.items():
-        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "name": name}
+        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
+        options |= {"name": name, "template": template}
         prepared = prepare_samples(
-            dataset.select_columns(["question", "answer"]), tokenizer, max_length=max_length, name=name
+            questions_and_answers(dataset), tokenizer, max_length=max_length, name=name, template=template
         )
         measured = evaluate_memorization(
             model,

@@ -11,11 +11,16 @@ from cud_trainer.difficulty import Buckets, DifficultyScores
 
 from ..metrics import privacy
 from ..metrics.measure import Measured
+from ..metrics.memorization import MEASURES, TOKEN_STATISTICS
 from ..statistics import Interval
 from .cells import interval_text, means
 from .difficulty import TRIVIAL, comparisons_note, difficulty_section
 from .schema import Condition, Difficulty, Final, Head, Results, Run, Table
 from .tables import by_bucket, change_table, forget_quality_table, privacy_table, relative_table, utility_table
+
+# Columns of a table of samples that are no difficulty.
+MEASURED = (*MEASURES, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability")
+BESIDE = ("group", "true_answer", "ground_truth", "generation")
 
 Sets = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -45,7 +50,8 @@ def audit_results(
         if part in final.sets:
             line = f"mean {part} probability {interval_text(final.sets[part]['probability'])}"
             if started is not None and part in started:
-                line += f" (before unlearning {started[part]['probability'].value:.3f})"
+                level = started[part]["probability"].value
+                line += f" (before unlearning {level:.3f})" if np.isfinite(level) else " (before unlearning n/a)"
             findings.append(line)
     condition = Condition(
         name=name,
@@ -63,6 +69,8 @@ def audit_results(
         final.buckets = by_bucket(after["forget"], buckets, seed)
         easy, hard = (interval_text(final.buckets[side].metrics["probability"]) for side in (0, -1))
         findings.append(f"easiest bucket {easy}, hardest bucket {hard} (answer probability)")
+        if buckets.note:
+            findings.append(buckets.note)
         if all(column in scores.columns for column in TRIVIAL):
             results.difficulty, lines = _difficulty(after["forget"]["probability"], scores, buckets, seed, name)
             findings += lines
@@ -94,7 +102,7 @@ def measured_tables(
         never_saw, original = (None if other is None else other.truth_ratio for other in (reference, before))
         tables.append(forget_quality_table(after.truth_ratio, never_saw, original, seed))
         quality = tables[-1].rows[0].cells[1]
-        if isinstance(quality, float):
+        if isinstance(quality, float) and np.isfinite(quality):
             findings.append(f"forget quality (KS p-value of truth ratios against the reference model) {quality:.3g}")
     if after.utility:
         tables.append(utility_table(after.utility, None if before is None else before.utility, seed))
@@ -122,6 +130,15 @@ def _attacks(measured: Measured, reference: Measured | None, name: str) -> dict[
     return privacy.attack_scores(
         measured.statistics[name], measured.texts[name], None if reference is None else reference.statistics[name]
     )
+
+
+def check_score_names(scores: DifficultyScores) -> None:
+    """Raise `ValueError` naming a difficulty metric that is called like a column of what is measured."""
+    for name in scores.metrics:
+        if name in BESIDE or name.removeprefix("before/").removeprefix("reference/") in MEASURED:
+            raise ValueError(
+                f"the scores have a metric {name!r}, which is a column of what is measured of each sample: rename it"
+            )
 
 
 def per_sample_table(

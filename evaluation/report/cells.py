@@ -29,11 +29,17 @@ def missing(reason: str) -> Missing:
 
 def mean(values: np.ndarray, seed: int) -> Interval | Missing:
     """A cell: the mean over samples."""
-    values = np.asarray(values, dtype=float)
-    undefined = int((~np.isfinite(values)).sum())
-    if not values.size or undefined:
-        return missing("no samples" if not values.size else f"{undefined} of {values.size} are not finite")
-    return stats.bootstrap_mean(values, seed=seed)
+    return shown(stats.bootstrap_mean(values, seed=seed))
+
+
+def shown(interval: Interval) -> Interval | Missing:
+    """A cell: the figure, or why there is none."""
+    return interval if np.isfinite(interval.value) else missing(interval.reason or "undefined")
+
+
+def finite(value: float) -> float | Missing:
+    """A cell: one number, or that it is none."""
+    return float(value) if np.isfinite(value) else missing("not finite")
 
 
 def means(values: Mapping[str, np.ndarray], seed: int) -> dict[str, Interval]:
@@ -42,9 +48,9 @@ def means(values: Mapping[str, np.ndarray], seed: int) -> dict[str, Interval]:
 
 
 def interval_text(interval: Interval) -> str:
-    """A figure with its interval as text, `0.712 [0.601, 0.803]`; `n/a` where it is undefined."""
+    """A figure with its interval as text, `0.712 [0.601, 0.803]`; `n/a` where it is undefined, and why."""
     if not np.isfinite(interval.value):
-        return "n/a"
+        return f"n/a ({interval.reason})" if interval.reason else "n/a"
     return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 

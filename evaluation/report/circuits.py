@@ -121,7 +121,7 @@ def mechanism_table(
     above = below = 0
     for name in MECHANISMS:
         values = np.asarray(signature[name], dtype=float)
-        easy, hard = (values[mask & np.isfinite(values)] for mask in (buckets.easiest, buckets.hardest))
+        easy, hard = (np.sort(values[mask & np.isfinite(values)]) for mask in (buckets.easiest, buckets.hardest))
         if min(len(easy), len(hard)) < 2:
             rows.append((name, [missing("fewer than two circuits in a bucket")] * 3))
             continue

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats as scipy_stats
 
+from cud_trainer.data.ranks import bucket_numbers
+
 from .. import statistics as stats
 from ..statistics import Interval
-from .cells import mean
+from .cells import Cell, mean, missing
 from .schema import Ceiling, DifficultySection, PredictorRow, Table
 from .tables import table
 
@@ -22,6 +24,7 @@ LABELS = {
     "length": ("answer length", "trivial"),
 }
 TRIVIAL = ("loss", "length")
+CALIBRATION = "Predicted and observed difficulty"
 
 
 def difficulty_section(
@@ -74,16 +77,21 @@ def comparisons_note(count: int) -> str:
 
 
 def reliability_by_decile(predicted: np.ndarray, observed: np.ndarray, seed: int, bins: int = 5) -> Table:
-    """Calibration of predicted difficulty: mean observed rank of residual memorisation by bin of predicted rank."""
+    """Calibration of predicted difficulty: mean observed rank of residual memorisation by bin of predicted rank.
+
+    Samples of equal predicted difficulty share a bin; the note says where that made bins unequal.
+    """
+    note = "Mean rank, 0 = easiest, 1 = hardest; a predictor that knows everything has the same on both sides."
+    columns = ["samples", "predicted rank", "observed rank"]
+    if why := stats.why_undefined(predicted, observed):
+        return table("calibration", CALIBRATION, note, columns, [("all", [len(predicted), missing(why), missing(why)])])
     ranks = [(scipy_stats.rankdata(x) - 0.5) / len(x) for x in (predicted, observed)]
-    rows = []
-    edges = np.array_split(np.argsort(ranks[0], kind="stable"), min(bins, len(predicted)))
-    for number, part in enumerate(edges):
-        rows.append((f"bin {number + 1}", [len(part), mean(ranks[0][part], seed), mean(ranks[1][part], seed)]))
-    return table(
-        "calibration",
-        "Predicted and observed difficulty",
-        "Mean rank, 0 = easiest, 1 = hardest; a predictor that knows everything has the same on both sides.",
-        ["samples", "predicted rank", "observed rank"],
-        rows,
-    )
+    number = bucket_numbers(predicted, min(bins, len(predicted)))
+    sizes = np.bincount(number)
+    if len(sizes) < min(bins, len(predicted)) or np.ptp(sizes) > 1:
+        note += " Bins are unequal: samples of equal predicted difficulty share one."
+    rows: list[tuple[str, list[Cell]]] = []
+    for bin_, size in enumerate(sizes.tolist()):
+        inside = number == bin_
+        rows.append((f"bin {bin_ + 1}", [size, mean(ranks[0][inside], seed), mean(ranks[1][inside], seed)]))
+    return table("calibration", CALIBRATION, note, columns, rows)

@@ -82,10 +82,10 @@ def summary(results: Results) -> str:
 def _markdown(cell: Cell) -> str:
     """A cell in one line that does not end the table, nor brings markup of its own."""
     if isinstance(cell, Missing):
-        return f"n/a ({markdown_text(cell.reason)})" if cell.reason else "n/a"
+        return _markdown(f"n/a ({cell.reason})") if cell.reason else "n/a"
     if isinstance(cell, Interval):
         if not np.isfinite(cell.value):
-            return "n/a"
+            return _markdown(Missing(cell.reason or ""))
         bounds = [format_number(bound) for bound in (cell.low, cell.high) if np.isfinite(bound)]
         shown = format_number(cell.value)
         return f"{shown} [{', '.join(bounds)}]" if bounds else shown
@@ -174,7 +174,9 @@ def render(results: dict[str, Any], figures: dict[str, Markup], metrics: list[st
         if lookup(results, path) is None:
             return num(path)
         if lookup(results, f"{path}.value") is None:
-            return num(f"{path}.value")
+            why = lookup(results, path).get("reason")
+            reason = Markup(' <span class="ci">({})</span>').format(num(f"{path}.reason")) if why else Markup("")
+            return num(f"{path}.value") + reason
         value, low, high = (num(f"{path}.{part}") for part in ("value", "low", "high"))
         return Markup('{} <span class="ci">[{}, {}]</span>').format(value, low, high)
 

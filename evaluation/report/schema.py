@@ -311,7 +311,8 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     if value is None:
         return math.nan if kind is float else None
     if kind is Interval:
-        return Interval(*(_read(float, value.get(side), path) for side in ("value", "low", "high")))
+        middle, low, high = (_read(float, value.get(side), path) for side in ("value", "low", "high"))
+        return Interval(middle, low, high, value.get("reason"))
     if kind == Cell:
         if not isinstance(value, Mapping):
             return value

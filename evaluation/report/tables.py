@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cud_trainer.data.groups import group_labels
 from cud_trainer.difficulty import Buckets
 
 from .. import statistics as stats
 from ..metrics import privacy
 from ..metrics.utility import UTILITY_SETS, closer_to_one, forget_quality, model_utility
 from ..statistics import Interval
-from .cells import Cell, Missing, mean, means, missing
+from .cells import Cell, Missing, finite, interval_text, mean, means, missing, shown
 from .schema import BucketRow, ResidualRow, Row, Table
 
 BucketRows = TypeVar("BucketRows", bound=BucketRow)
@@ -54,8 +55,8 @@ def relative_table(after: Mapping[str, np.ndarray], reference: Mapping[str, np.n
     """Residual memorisation less that of a model that never saw the samples: what is merely predictable drops out."""
     rows: list[tuple[str, list[Cell]]] = []
     for name, values in after.items():
-        if name in reference and np.isfinite(values).all() and np.isfinite(reference[name]).all():
-            difference = stats.paired_difference(values, reference[name], seed=seed)
+        if name in reference:
+            difference = shown(stats.paired_difference(values, reference[name], seed=seed))
             rows.append((name, [mean(values, seed), mean(reference[name], seed), difference]))
     return table(
         "relative",
@@ -78,7 +79,10 @@ def forget_quality_table(
         no_reference = missing("needs reference_model")
 
         def row(values: np.ndarray) -> list[Cell]:
-            quality: Cell = no_reference if reference is None else forget_quality(values, reference)
+            quality: Cell = no_reference
+            if reference is not None:
+                why = stats.why_undefined(values) or stats.why_undefined(reference)
+                quality = missing(why) if why else forget_quality(values, reference)
             return [mean(closer_to_one(values), seed), quality]
 
         rows = [("unlearned", row(ratios))]
@@ -117,19 +121,10 @@ def privacy_table(
         if name not in members:
             rows.append((name, [missing("needs reference_model")] * len(columns)))
             continue
-        auc = privacy.attack_interval(members[name], others[name], seed=seed)
-        if not np.isfinite(auc.value):
-            rows.append((name, [missing("scores are not finite")] * len(columns)))
-            continue
-        reference_auc = 0.5
-        if reference is not None and name in reference[0]:
-            reference_auc = privacy.attack_auc(reference[0][name], reference[1][name])
-        leak: Cell = privacy.privleak(auc.value, reference_auc)
-        if reference_auc > 1 - 1e-6:
-            leak = missing("the reference tells the two sets apart by itself: the holdout set is of another kind")
+        known = None if reference is None or name not in reference[0] else (reference[0][name], reference[1][name])
         parts = [privacy.attack_interval(members[name][part], others[name], seed=seed) for part in masks]
-        cells: list[Cell] = [auc, leak, *parts]
-        rows.append((name, cells))
+        auc = privacy.attack_interval(members[name], others[name], seed=seed)
+        rows.append((name, [shown(auc), _leak(auc, known), *map(shown, parts)]))
     return table(
         "privacy",
         "Membership inference",
@@ -138,6 +133,20 @@ def privacy_table(
         columns,
         rows,
     )
+
+
+def _leak(auc: Interval, reference: tuple[np.ndarray, np.ndarray] | None) -> Cell:
+    """PrivLeak against the scores of both sets under the reference model, if there is one."""
+    if not np.isfinite(auc.value):
+        return missing(auc.reason or "undefined")
+    if reference is None:
+        return privacy.privleak(auc.value)
+    if why := stats.why_undefined(reference[0]) or stats.why_undefined(reference[1]):
+        return missing(f"under the reference model {why}")
+    reference_auc = privacy.attack_auc(*reference)
+    if reference_auc > 1 - 1e-6:
+        return missing("the reference tells the two sets apart by itself: the holdout set is of another kind")
+    return privacy.privleak(auc.value, reference_auc)
 
 
 def utility_table(values: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None, seed: int) -> Table:
@@ -153,6 +162,9 @@ def utility_table(values: Mapping[str, np.ndarray], before: Mapping[str, np.ndar
             rows.append((name, cells))
 
     def harmonic(figures: Mapping[str, np.ndarray] | None) -> Cell:
+        for name, column in (figures or {}).items():
+            if why := stats.why_undefined(column):
+                return missing(f"{name}: {why}")
         try:
             return model_utility({name: float(np.mean(column)) for name, column in (figures or {}).items()})
         except ValueError as error:
@@ -187,7 +199,7 @@ def change_table(
     for label, values in conditions.items():
         difference: Cell = missing("the base")
         if label != base:
-            difference = stats.paired_difference(values, conditions[base], seed=seed)
+            difference = shown(stats.paired_difference(values, conditions[base], seed=seed))
         rows.append((label, [mean(values, seed), difference, *(mean(values[part], seed) for part in masks)]))
     columns = ["all", f"less {base}", *(f"bucket {number + 1}" for number in range(len(masks)))]
     return table(name, title, note, columns, rows)
@@ -233,16 +245,7 @@ def _recovered(gain: np.ndarray, hard: np.ndarray, easy: np.ndarray, seed: int) 
     """Mean gain of the hardest less that of the easiest bucket, samples of each drawn apart."""
     if not hard.any() or not easy.any():
         return missing("a bucket has no sample that was not taught")
-    return difference_of_means(gain[hard], gain[easy], seed)
-
-
-def difference_of_means(a: np.ndarray, b: np.ndarray, seed: int, n_boot: int = 2000) -> stats.Interval:
-    """Mean of `a` less mean of `b`, other samples; 95% bootstrap interval, each side drawn apart."""
-    generator = np.random.default_rng(seed)
-    left = a[generator.integers(0, len(a), (n_boot, len(a)))].mean(1)
-    right = b[generator.integers(0, len(b), (n_boot, len(b)))].mean(1)
-    low, high = np.percentile(left - right, stats.LEVELS)
-    return stats.Interval(float(a.mean() - b.mean()), float(low), float(high))
+    return shown(stats.difference_of_means(gain[hard], gain[easy], seed=seed))
 
 
 def group_table(
@@ -250,45 +253,68 @@ def group_table(
 ) -> tuple[Table, str]:
     """Residual memorisation by group (author, topic, source), worst first; and the finding in words.
 
+    Groups with a sample that is not finite come last and are left out of the finding.
+
     Args:
         values: answer probability of each forget sample, `[N]`.
         difficulty: predicted difficulty of each sample, higher = harder.
         shown: groups in the table at most.
     """
-    names = np.array([str(group) for group in groups])
-    order = sorted(set(names.tolist()), key=lambda name: -values[names == name].mean())
+    labels = np.array(group_labels(groups))
+    order = np.lexsort((values, labels))  # by group, and inside each one by what is left: whatever order they came in
+    values, labels = np.asarray(values, dtype=float)[order], labels[order]
+    difficulty = None if difficulty is None else np.asarray(difficulty, dtype=float)[order]
+    names, starts, sizes = np.unique(labels, return_index=True, return_counts=True)
+    levels = np.add.reduceat(values, starts) / sizes
+    ranked = np.lexsort((np.arange(len(names)), -levels))  # NaN last
     rows: list[tuple[str, list[Cell]]] = []
-    for name in order[:shown]:
-        inside = names == name
-        cells: list[Cell] = [int(inside.sum()), mean(values[inside], seed)]
+    for group in ranked[:shown]:
+        inside = slice(starts[group], starts[group] + sizes[group])
+        cells: list[Cell] = [int(sizes[group]), mean(values[inside], seed)]
         cells.append(missing("needs scores") if difficulty is None else mean(difficulty[inside], seed))
-        rows.append((name, cells))
-    worst, best = (names == order[0]), (names == order[-1])
-    gap = difference_of_means(values[worst], values[best], seed)
+        rows.append((str(names[group]), cells))
+    note = "Worst first" + (f"; the first {shown} of {len(names)}." if len(names) > shown else ".")
+    made = table("groups", "By group", note, ["samples", "answer probability", "mean difficulty"], rows)
+    defined = np.isfinite(levels)
+    finding = f"{len(names)} groups: "
+    if (broken := int((~defined).sum())) > 0:
+        finding += f"{broken} of them with samples that are not finite, of the others "
+    if defined.sum() < 2:
+        return made, finding + "no two can be compared"
+    kept = np.repeat(defined, sizes)
+    rest = None if difficulty is None else difficulty[kept]
+    return made, finding + _gap(values[kept], names[defined], sizes[defined], rest, seed)
+
+
+def _gap(values: np.ndarray, names: np.ndarray, sizes: np.ndarray, difficulty: np.ndarray | None, seed: int) -> str:
+    """How far the worst group is from the best one, and whether groups by chance are as far apart.
+
+    Args:
+        values, difficulty: of the samples, group by group.
+        names, sizes: of the groups.
+    """
+    starts = np.cumsum(sizes) - sizes
+    levels = np.add.reduceat(values, starts) / sizes
+    worst, best = int(np.argmax(levels)), int(len(levels) - 1 - np.argmin(levels[::-1]))
+    gap = levels[worst] - levels[best]
     # The worst and the best group are picked by the result: groups of noise have a gap, too.
     generator = np.random.default_rng(seed)
-    chance = []
+    mixed, chance = np.sort(values), []
     for _ in range(500):
-        mixed = generator.permutation(values)
-        level = [mixed[names == name].mean() for name in order]
-        chance.append(max(level) - min(level))
+        level = np.add.reduceat(generator.permutation(mixed), starts) / sizes
+        chance.append(np.ptp(level))
     high = float(np.percentile(chance, 95))
     finding = (
-        f"{len(order)} groups: worst {order[0]!r} {values[worst].mean():.3f}, best {order[-1]!r} "
-        f"{values[best].mean():.3f}, gap {gap.value:.3f} ({'more' if gap.value > high else 'no more'} than groups "
-        f"drawn by chance have, 95%: {high:.3f})"
+        f"worst {str(names[worst])!r} {levels[worst]:.3f}, best {str(names[best])!r} {levels[best]:.3f}, gap {gap:.3f} "
+        f"({'more' if gap > high else 'no more'} than groups drawn by chance have, 95%: {high:.3f})"
     )
-    if difficulty is not None and len(order) > 2:
-        levels = np.array([[values[names == name].mean(), difficulty[names == name].mean()] for name in order])
-        agreement = stats.spearman(levels[:, 1], levels[:, 0], seed=seed)
-        explained = agreement.low > 0
-        finding += (
-            f"; Spearman of group means with mean difficulty {agreement.value:.3f} "
-            f"[{agreement.low:.3f}, {agreement.high:.3f}]: difficulty "
-            f"{'explains part of the gap' if explained else 'does not explain it within the noise'}"
-        )
-    note = "Worst first" + (f"; the first {shown} of {len(order)}." if len(order) > shown else ".")
-    return table("groups", "By group", note, ["samples", "answer probability", "mean difficulty"], rows), finding
+    if difficulty is None or len(names) < 3:
+        return finding
+    agreement = stats.spearman(np.add.reduceat(difficulty, starts) / sizes, levels, seed=seed)
+    return finding + (
+        f"; Spearman of group means with mean difficulty {interval_text(agreement)}: difficulty "
+        f"{'explains part of the gap' if agreement.low > 0 else 'does not explain it within the noise'}"
+    )
 
 
 def line_table(path: Sequence[Mapping[str, Any]], seed: int) -> Table:
@@ -311,7 +337,10 @@ def lm_eval_table(figures: Sequence[tuple[str, float, float | None]]) -> Table:
     Args:
         figures: what it measures, the value and its standard error, if it gives one.
     """
-    rows = [(label, [value, missing("none given") if error is None else error]) for label, value, error in figures]
+    rows = [
+        (label, [finite(value), missing("none given") if error is None else finite(error)])
+        for label, value, error in figures
+    ]
     note = "General ability; standard errors are those of the harness."
     return table("lm_eval", "lm-evaluation-harness", note, ["value", "standard error"], rows)
 

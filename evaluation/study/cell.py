@@ -7,6 +7,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class _World:
     forget: Dataset
     retain: Dataset | None
     utility: Dataset | None
+    day: str | None
 
 
 def work_on(study: Path, cell: Cell) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
 
     set_verbosity(logging.ERROR)
     folder = study / "cells" / cell.name
-    world = _world(study)
+    world = _world(study, cell.settings["options"])
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
     private_folder(work)
@@ -54,12 +56,13 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
         **cell.settings["options"],
     }
     args = CUDConfig(str(work / "run"), **options, overwrite=True)
+    args.recorded_template = {"date": world.day}  # one day for all cells
     result = (_scores if cell.kind == "scores" else _run)(study, cell, args, world)
     shutil.rmtree(work, ignore_errors=True)
     return result
 
 
-def _world(study: Path) -> _World:
+def _world(study: Path, options: dict[str, Any]) -> _World:
     from cud_trainer.commands.options import load_tokenizer
 
     shared = json.loads((study / "study.json").read_text())["shared"]
@@ -67,8 +70,8 @@ def _world(study: Path) -> _World:
     model = ModelConfig(**{name: value for name, value in shared["model"].items() if name in fields})
     # The grid is of no use here, but must be there.
     data = StudyArguments(**shared["data"], grid={"seed": [0]})
-    tokenizer = load_tokenizer(model)
-    return _World(model, tokenizer, *data.load(tokenizer), data.load_utility(tokenizer))
+    tokenizer = load_tokenizer(model, SimpleNamespace(**options))
+    return _World(model, tokenizer, *data.load(tokenizer), data.load_utility(tokenizer), shared.get("day"))
 
 
 def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str
         world.tokenizer,
         metrics=cell.settings["metrics"],
         work_dir=folder / "parts",
+        template=args.template_context(args.recorded_template),
     )
     scores.save(folder / "scores.parquet", overwrite=True)
     shutil.rmtree(folder / "parts", ignore_errors=True)
@@ -148,12 +152,14 @@ def _measured(args: CUDConfig, world: _World, most: int) -> tuple[Samples, Sampl
     """What is measured during a run, prepared: the forget set, and of what measures utility `most` samples at most."""
     from cud_trainer.data import evenly_spaced, prepare_samples
 
-    forget = prepare_samples(world.forget, world.tokenizer, max_length=args.max_length, name="forget")
+    template = args.template_context(args.recorded_template)
+    how = {"max_length": args.max_length, "template": template}
+    forget = prepare_samples(world.forget, world.tokenizer, name="forget", **how)
     utility = world.retain if world.utility is None else world.utility
     if utility is None:
         return forget, None
     part = evenly_spaced(utility, most)
-    return forget, prepare_samples(part, world.tokenizer, max_length=args.max_length, name="utility")
+    return forget, prepare_samples(part, world.tokenizer, name="utility", **how)
 
 
 def _scores_of(study: Path, settings: dict[str, Any]) -> Any:

@@ -6,18 +6,21 @@ the fingerprint of everything its outcome depends on, and skipped: a study that 
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from trl import ModelConfig
 
 from cud_trainer.commands.options import DataArguments, inputs_of, load_tokenizer
 from cud_trainer.data import check_disjoint, prepare_samples
+from cud_trainer.data.template import TRAIN_ON, TemplateContext
 from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
 from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
@@ -96,7 +99,11 @@ class Study:
             clear(folder, REPORT_FILES)
         names = [f.name for f in fields(DataArguments)]
         names += [f.name for f in fields(StudyArguments) if f.name.startswith("utility_")]
-        shared = {"model": vars(self.model_args), "data": {name: getattr(args, name) for name in names}}
+        shared = {
+            "model": vars(self.model_args),
+            "data": {name: getattr(args, name) for name in names},
+            "day": _day_of(folder),
+        }
         write_json(folder / "study.json", json.loads(json.dumps({"argv": list(argv), "shared": shared}, default=str)))
         started = time.time()
         with nullcontext(pool) if pool is not None else Pool(args.workers, args.devices) as pool:
@@ -112,6 +119,14 @@ class Study:
             failed |= pool.run(folder, ready)
         cells = [cell for cell in ready if cell.name not in failed]
         return Finished(folder, args, cells, failed, self.groups, time.time() - started)
+
+
+def _day_of(folder: Path) -> str:
+    """The day on which the study began: what is today for chat templates in all its cells."""
+    try:
+        return str(json.loads((folder / "study.json").read_text())["shared"]["day"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return datetime.date.today().isoformat()
 
 
 def run_study(args: StudyArguments, model_args: ModelConfig, pool: Pool | None = None) -> Finished:
@@ -158,12 +173,15 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[list[str | None], list[Any] | None]:
     """Fingerprints of forget set, retain set and what measures utility, and the group of each forget sample."""
-    tokenizer = load_tokenizer(model_args)
+    train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(model_args, SimpleNamespace(**train))
+    told = train.get("chat_template_kwargs") or {}
+    seen = TemplateContext(train.get("system_prompt"), told, train.get("train_on", TRAIN_ON[0]))
     forget, retain = args.load(tokenizer)
     group = args.train.get("group_column")  # type: ignore[union-attr]
     length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
     prepared = [
-        None if part is None else prepare_samples(part, tokenizer, max_length=length, name=name)
+        None if part is None else prepare_samples(part, tokenizer, max_length=length, name=name, template=seen)
         for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility(tokenizer)))
     ]
     if prepared[0] is not None and prepared[1] is not None:

@@ -49,7 +49,7 @@ def coordinates(cell: Cell) -> Coordinates:
     schedule = _with_options(options["schedule"], options.get("schedule_args"))
     if "scores_file" in cell.settings and "difficulty" in cell.choices:  # buckets are those of the file's first metric
         not_of_panel.add("difficulty")
-        if any(part.metric == "difficulty" for part, _ in parse(options["schedule"])):
+        if any("difficulty" in part.metrics for part, _ in parse(options["schedule"])):
             schedule += f" by {options['difficulty']}"
     others = {name: value for name, value in cell.choices.items() if name not in not_of_panel}
     objective = _with_options(options.get("objective", "npo"), options.get("objective_args"))

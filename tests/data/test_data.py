@@ -258,7 +258,7 @@ class TestRefusals:
             ),
             ({"messages": [{"role": "assistant", "content": "  "}]}, "assistant message is empty"),
             ({"text": None}, "its text is empty"),
-            ({"text": 5}, "its text is empty"),
+            ({"text": 5}, "its text is of the type int, no text"),
             ({"id": None, "text": "SECRET"}, "forget sample 0 has no id"),
             ({"id": "s1", "text": "SECRET " * 9}, "'s1': its answer ends at token 64, beyond max_length=40"),
             (
@@ -284,18 +284,20 @@ class TestRefusals:
         assert len(prepare([good, long], max_length=101)) == 2  # the limit itself is allowed
 
     def test_columns_to_keep(self):
-        rows = [{"text": "a", "labels": "A", "sample_id": "x"}]
+        rows = [{"text": "a", "labels": 1, "sample_id": "x"}]
         with pytest.raises(ValueError, match="no column 'author'; it has \\['labels', 'sample_id', 'text'\\]"):
             prepare(rows, keep_columns=["author"])
         for column in ("labels", "sample_id"):
             with pytest.raises(ValueError, match=f"column '{column}' cannot be kept beside the prepared one"):
                 prepare(rows, keep_columns=[column])
 
-    @pytest.mark.parametrize("token", ["pad", "eos"])
-    def test_tokenizer(self, token):
+    def test_tokenizer(self):
         tokenizer = make_tokenizer()
-        setattr(tokenizer, f"{token}_token", None)
-        with pytest.raises(ValueError, match=f"no {token} token"):
+        tokenizer.pad_token = None
+        prepare(qa_dataset(1), tokenizer)
+        assert tokenizer.pad_token == "<eos>"  # as in TRL
+        tokenizer.eos_token = None
+        with pytest.raises(ValueError, match="no eos token"):
             prepare(qa_dataset(1), tokenizer)
 
     def test_overlap(self):

@@ -88,7 +88,14 @@ def test_batches_of_rows_give_what_single_rows_do(kind, tokenizer, data):
     for row, sample in zip(rows, prepared, strict=True):
         tokens, prompt = by_hand(row, tokenizer)
         labels = [-100] * len(prompt) + tokens[len(prompt) :]
-        assert sample == {"sample_id": row["id"], "input_ids": tokens, "labels": labels}
+        expected = {"sample_id": row["id"], "input_ids": tokens, "labels": labels}
+        if tokenizer is CHAT and kind not in ("text", "prompt-completion"):
+            said = row["completion"] if "completion" in row else row.get("messages")
+            size = len(tokenizer(row["answer"] if "answer" in row else said[-1]["content"])["input_ids"])
+            # of what the template writes, the message's own tokens count; its eos is trained on
+            own = [-100] * (len(tokens) - size - 1) + tokens[-size - 1 : -1] + [-100]
+            expected |= {"counted": own, "labels": own if len(row.get("messages", "..")) == 1 else labels}
+        assert sample == expected
     assert prepare_dataset(prepared, tokenizer).to_list() == prepared.to_list()  # the tokenised format
     unnamed = prepare_dataset(Dataset.from_list([{k: v for k, v in rows[0].items() if k != "id"}]), tokenizer)
     tokens, prompt = by_hand(rows[0], tokenizer)

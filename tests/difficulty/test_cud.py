@@ -249,10 +249,15 @@ class TestFolds:
     def test_extremes_are_the_ends(self, residual, share):
         residual = np.array(residual, dtype=float)
         easy, hard = extremes(residual, share)
-        assert len(easy) == len(hard) >= 1 and not set(easy) & set(hard) and 2 * len(easy) <= len(residual)
+        assert len(easy) and len(hard) and residual[easy].max() < residual[hard].min()
+        # equal ones are on the same side, or on none
         rest = np.delete(residual, easy)
-        assert residual[easy].max() <= rest.min() and residual[hard].min() >= np.delete(residual, hard).max()
-        assert abs(len(easy) - share * len(residual)) <= 1
+        assert residual[easy].max() < rest.min() and residual[hard].min() > np.delete(residual, hard).max()
+        if len(set(residual)) == len(residual):
+            assert len(easy) == len(hard) and abs(len(easy) - share * len(residual)) <= 1
+        order = np.random.default_rng(0).permutation(len(residual))
+        moved = extremes(residual[order], share)
+        assert [set(order[rows]) for rows in moved] == [set(easy), set(hard)]
 
     def test_extremes(self):
         easy, hard = extremes(np.array([0.5, 0.1, 0.9, 0.3]), 0.25)

@@ -42,6 +42,16 @@ def test_any_number_survives_text(tmp_path_factory, values):
         assert again["cud"].tolist() == values
 
 
+@pytest.mark.parametrize("suffix", ["csv", "CSV", "jsonl", "JSONL", "parquet"])
+def test_an_id_is_text_whatever_it_looks_like(tmp_path, suffix):
+    ids = ["NA", "007", "7", "None", "nan", "1e5", "true", "2024-01-01", 'a,"b"', " x", "null", "٣"]
+    scores = DifficultyScores(ids, {"cud": np.arange(12.0), "NA": np.arange(12.0)})
+    again = DifficultyScores.load(scores.save(tmp_path / f"s.{suffix}"))
+    assert again.ids == ids and again.metrics == ["cud", "NA"]
+    (tmp_path / "theirs.csv").write_text("method,order\n" + "".join(f"NA,{i}\n" for i in ("NA", "007", "7", "None")))
+    assert DifficultyScores.published(tmp_path / "theirs.csv", ids[:4]).metrics == ["NA"]
+
+
 def test_unreadable_tables(tmp_path):
     for name, text, message in (
         ("a.csv", "id,cud\nx,1\n", "has no column sample_id"),
@@ -51,6 +61,10 @@ def test_unreadable_tables(tmp_path):
         ("e.csv", "sample_id,cud\nx,\ny,1\n", "not finite for 1 of 2 samples, the first is 'x'"),
         ("f.jsonl", '{"sample_id": "x"}\n', "at least one metric"),
         ("g.csv", "", "cannot read difficulty scores"),
+        ("h.csv", "sample_id,cud\n,1\ny,2\n", "no column sample_id, or one with gaps"),
+        ("i.csv", "sample_id,cud,cud\nx,1,2\n", "has the column 'cud' twice"),
+        ("j.csv", "sample_id,cud,fold\nx,1,0.5\n", "'fold' of .* holds no whole numbers"),
+        ("k.csv", "sample_id,cud\nx,True\n", "column 'cud' of .* holds no numbers"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 """The difficulty table on disk, and score_difficulty from end to end."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -137,16 +139,35 @@ class TestTable:
     @settings(deadline=None, max_examples=40)
     @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.integers(1, 8))
     def test_buckets_are_equal_and_in_order(self, values, n):
+        """By at most one sample where no scores are equal; equal ones share a bucket, in whatever order they stand."""
         scores = DifficultyScores([str(i) for i in range(len(values))], {"m": values})
         if n > len(values) or (n > 1 and scores.constant):
             with pytest.raises(ValueError, match="cannot make|ranks nothing"):
                 scores.buckets("m", n)
             return
         bucket = scores.buckets("m", n)
-        counts = np.bincount(bucket, minlength=n)
-        assert counts.max() - counts.min() <= 1 and len(counts) == n
-        for lower, upper in zip(range(n - 1), range(1, n), strict=True):
-            assert max(scores["m"][bucket == lower]) <= min(scores["m"][bucket == upper])
+        counts = np.bincount(bucket)
+        note = scores.bucketed("m", n).note
+        assert bool(note) == (counts.max() - counts.min() > 1 or len(counts) < n)
+        if len(set(values)) == len(values):
+            assert not note
+        assert min(n, 2) <= len(counts) <= n and counts.all()
+        for lower, upper in pairwise(range(len(counts))):
+            assert max(scores["m"][bucket == lower]) < min(scores["m"][bucket == upper])
+        order = np.random.default_rng(0).permutation(len(values))
+        moved = DifficultyScores([str(i) for i in order], {"m": scores["m"][order]})
+        assert (moved.buckets("m", n) == bucket[order]).all()
+
+    def test_ties_share_a_bucket(self):
+        ids = [str(i) for i in range(1000)]
+        halves = DifficultyScores(ids, {"cud": np.repeat([0.0, 1.0], 500)}).bucketed(n=4)
+        assert halves.count == 2 and np.bincount(halves.number).tolist() == [500, 500]
+        assert "ties of 'cud' made 2 buckets of 500, 500 samples, not 4 of 250" in halves.note
+        assert np.bincount(DifficultyScores(ids, {"cud": np.r_[np.zeros(999), 1]}).buckets()).tolist() == [999, 1]
+        # the three ones take the bucket in which the middle one ranks
+        found = Buckets.by_rank(np.array([0.0, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0]), 4, "m")
+        assert found.number.tolist() == [0, 1, 1, 1, 2, 2, 3, 3] and found.count == 4
+        assert found.select([0, 7]).note == found.note
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats as scipy_stats
 from tofu import tofu_like
 
-from cud_trainer import score_difficulty
+from cud_trainer import DifficultyScores, score_difficulty
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_samples
 from evaluation.metrics import privacy
@@ -216,6 +216,68 @@ class TestCommand:
             == 0
         )
         assert "nothing was unlearned" in json.loads((tmp_path / "o" / "results.json").read_text())["findings"][0]
+
+    def test_a_model_that_diverged_gets_its_report(self, world, tmp_path):
+        """One sample that is not finite under it, by its author's name: every other figure is there."""
+        model, tokenizer = make_model(1, num_hidden_layers=1), make_tokenizer()
+        rows = [{**row, "answer": row["answer"].replace("77", "Z")} for row in tofu_like(12)]
+        rows[3]["perturbed_answer"][1] = None
+        (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        model.model.embed_tokens.weight.data[tokenizer("Z")["input_ids"][0]] = float("inf")
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        ids = prepare_samples(tofu_like(12).map(lambda _, i: rows[i], with_indices=True), tokenizer).ids
+        DifficultyScores(ids, {"loss": np.arange(12.0), "length": np.arange(12.0) % 3}).save(tmp_path / "s.parquet")
+        options = {
+            "model_name_or_path": tmp_path / "model",
+            "forget_dataset": tmp_path / "forget.jsonl",
+            "scores": tmp_path / "s.parquet",
+            "holdout_dataset": world / "holdout.jsonl",
+            "reference_model": world / "reference",
+            "group_column": "author",
+            "quantize": [8],
+            "relearn_samples": 2,
+            "samples": 1,
+        }
+        assert main(arguments(world, tmp_path / "out", **options)) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        final = results["conditions"][0]["final"]
+        assert final["forget"]["probability"]["reason"] == "1 of 12 are not finite"
+        assert final["retain"]["probability"]["value"] > 0 and final["forget"]["verbatim"]["value"] == 0
+        assert [row["probability"]["value"] is None for row in final["buckets"]] == [False, False, False, True]
+        tables = {table["id"]: {row["label"]: row["cells"] for row in table["rows"]} for table in results["tables"]}
+        assert tables["privacy"]["loss"][0]["reason"] == "1 of 12 are not finite"
+        assert tables["privacy"]["loss"][2]["value"] is not None
+        # of the true answer of one sample, and of a wrong one of another
+        assert tables["forget_quality"]["unlearned"][0]["reason"] == "1 of 12 are not finite"
+        assert tables["forget_quality"]["reference"][0]["reason"] == "1 of 12 are not finite"
+        assert sum(cells[1]["value"] is None for cells in tables["groups"].values()) == 1
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert "1 of 12 are not finite" in page and "n/a (1 of 12" in (tmp_path / "out" / "summary.md").read_text()
+
+    def test_names_and_texts_are_refused_before_any_model_is_loaded(self, world, tmp_path, capsys, monkeypatch):
+        def loads(*args):
+            raise AssertionError("a model was loaded")
+
+        monkeypatch.setattr("evaluation.commands.inputs.load_model", loads)
+        ids = DifficultyScores.load(world / "scores.parquet").ids
+        for name in ("probability", "before/verbatim", "truth_ratio", "min_k", "group"):
+            DifficultyScores(ids, {name: np.arange(12.0)}).save(tmp_path / "s.csv", overwrite=True)
+            assert main(arguments(world, tmp_path / "out", scores=tmp_path / "s.csv")) == 2
+            assert f"the scores have a metric '{name}', which is a column" in capsys.readouterr().err
+        rows = [*tofu_like(3)]
+        rows[1]["perturbed_answer"] = ["only one"]
+        (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(arguments(world, tmp_path / "out", forget_dataset=tmp_path / "forget.jsonl")) == 2
+        assert "forget sample '1' has 1 answers, '0', the first, has 3" in capsys.readouterr().err
+
+    def test_groups_that_look_alike(self, world, tmp_path):
+        rows = [{**row, "author": [None, "None", "A"][i % 3]} for i, row in enumerate(tofu_like(6))]
+        (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"forget_dataset": tmp_path / "forget.jsonl", "group_column": "author", "generate": False}
+        assert main(arguments(world, tmp_path / "out", **options)) == 0
+        frame = pd.read_parquet(tmp_path / "out" / "per_sample.parquet")
+        assert frame["group"].tolist() == ["None", "'None'", "A"] * 2
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from scipy import stats as scipy_stats
 from sklearn.metrics import roc_auc_score
 from tofu import tofu_like
@@ -15,6 +15,7 @@ from tofu import tofu_like
 from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
 from evaluation.metrics import privacy, robustness
+from evaluation.metrics.measure import check_texts, measure
 from evaluation.metrics.memorization import (
     evaluate_memorization,
     generate_answers,
@@ -44,6 +45,22 @@ class TestByHand:
         np.testing.assert_allclose(true_better(found), [0.6, 0.0], atol=1e-8)
         np.testing.assert_allclose(closer_to_one(np.array([0.4, 2.5, 1.0])), [0.4, 0.4, 1.0], rtol=1e-8)
         np.testing.assert_allclose(normalised_probability(correct, wrong), [0.5 / 1.0, 0.2 / 0.6], rtol=1e-8)
+
+    def test_ratios_of_a_collapsed_model(self):
+        """In logs: there is no floor below which everything is alike."""
+        correct, wrong = (
+            np.array([-60.0, -25.0, -900.0, -1.0]),
+            np.array([[-60.0] * 2, [-24.0] * 2, [-1.0] * 2, [-900.0] * 2]),
+        )
+        found = truth_ratio(correct, wrong)
+        assert found[:2] == pytest.approx([1.0, math.e]) and np.isfinite(found).all()
+        assert closer_to_one(found) == pytest.approx([1.0, 1 / math.e, 0.0, 0.0])
+        assert true_better(found) == pytest.approx([0.0, 0.0, 0.0, 1.0])
+        assert normalised_probability(correct, wrong) == pytest.approx([1 / 3, 1 / (1 + 2 * math.e), 0.0, 1.0])
+        with np.errstate(all="raise"):
+            broken = truth_ratio(np.array([np.nan, -np.inf]), np.full((2, 2), -np.inf))
+            assert np.isnan(broken).all() and np.isnan(closer_to_one(broken)).all()
+            assert closer_to_one(np.zeros(1)).tolist() == [0.0]  # theirs may be 0
 
     def test_model_utility_and_forget_quality(self):
         names = [
@@ -91,13 +108,9 @@ class TestByHand:
         assert lowest_mean(np.array([-1.0, -3.0])) == -3.0 and math.isnan(lowest_mean(np.array([])))
 
     def test_verbatim(self):
-        assert verbatim(["a b", "a b", "a b", "", "a b"], ["a b c", "a bc", "x a b", "z", "a  b"]).tolist() == [
-            1,
-            0,
-            0,
-            0,
-            1,
-        ]
+        truths, answers = ["a b", "a b", "a b", "a b"], ["a b c", "a bc", "x a b", "a  b"]
+        assert verbatim(truths, answers).tolist() == [1, 0, 0, 1]
+        assert math.isnan(verbatim([""], ["z"])[0])
 
     def test_round_trip(self):
         weight = torch.tensor([[1.0, -0.45, 0.26], [0.0, 0.0, 0.0]])
@@ -163,10 +176,46 @@ class TestOnAModel:
         assert (values["real_authors/probability"] > values["retain/probability"]).all()  # one of four
         assert (values["retain/truth_ratio"] != values["real_authors/truth_ratio"]).any()  # its paraphrase is the truth
         uneven = Dataset.from_list([{**raw[0], "perturbed_answer": ["a"]}, raw[1]])
-        with pytest.raises(ValueError, match="sample 1 has 3 answers, the first has 1"):
+        with pytest.raises(ValueError, match="sample '1' has 3 answers, '0', the first, has 1"):
             answer_logps(model, uneven, tokenizer, ["perturbed_answer"])
         with pytest.raises(ValueError, match="has no column 'x'"):
             answer_logps(model, raw, tokenizer, ["x"])
+        numbers = Dataset.from_list([{"id": "a", "question": "Who?", "answer": 7}])
+        with pytest.raises(ValueError, match="sample 'a': one of its answers is of type int, no text"):
+            answer_logps(model, numbers, tokenizer, ["answer"])
+
+    def test_a_missing_answer_is_undefined_for_its_sample_alone(self):
+        model, tokenizer, raw = make_model(0, num_hidden_layers=1), make_tokenizer(), tofu_like(6)
+        whole = answer_logps(model, raw, tokenizer, ["perturbed_answer"])
+        gaps = {0: {"perturbed_answer": None}, 1: {"perturbed_answer": ["x", None, "y"]}, 2: {"perturbed_answer": []}}
+        gaps |= {3: {"question": None}, 4: {"perturbed_answer": ["x", " ", "y"]}}
+        rows = [{**row, **gaps.get(number, {})} for number, row in enumerate(raw)]
+        found = answer_logps(model, Dataset.from_list(rows), tokenizer, ["perturbed_answer"])
+        assert np.isnan(found[:5]).all()
+        np.testing.assert_allclose(found[5], whole[5], rtol=1e-5)
+        assert np.isnan(answer_logps(model, Dataset.from_list(rows[:1]), tokenizer, ["perturbed_answer"])).all()
+
+    def test_other_wordings_keep_the_ids_of_their_samples(self):
+        """Two samples that are asked alike in other words are two samples; what is wrong with one names it."""
+        model, tokenizer = make_model(0, num_hidden_layers=1), make_tokenizer()
+        rows = [
+            {"id": f"s{i}", "question": f"Who {i}?", "answer": "Ann", "paraphrased_question": "Who?"} for i in range(3)
+        ]
+        rows[2]["paraphrased_question"] = None
+        raw = Dataset.from_list(rows)
+        sets = {"forget": prepare_samples(raw, tokenizer)}
+        found = measure(model, sets, raw, {}, tokenizer, generate=False)
+        assert found.paraphrased[0] == found.paraphrased[1] > 0 and np.isnan(found.paraphrased[2])
+        with pytest.raises(ValueError, match="s1-0"):
+            check_texts(
+                Dataset.from_list([rows[0], {**rows[1], "paraphrased_question": "Who " * 30}]),
+                {},
+                tokenizer,
+                max_length=40,
+            )
+        twice = tofu_like(1).add_column("id", ["a"]), tofu_like(1).add_column("id", ["b"])
+        both = concatenate_datasets(twice)  # the same text under two names
+        assert len(tofu_utility(model, {"retain": both}, tokenizer, generate=False)["retain/probability"]) == 2
 
     def test_relearning_brings_back_and_restores(self):
         model, tokenizer = make_model(0), make_tokenizer()

@@ -20,7 +20,7 @@ from evaluation.report.schema import (
     jsonable,
     read_results,
 )
-from evaluation.statistics import UNDEFINED, Interval
+from evaluation.statistics import Interval, undefined
 
 
 def results() -> Results:
@@ -29,7 +29,7 @@ def results() -> Results:
     condition = Condition(
         name="a", objective=None, schedule=None, retain_weight=None, learning_rate=None, seeds=[], curve=[], final=final
     )
-    cells = [np.float64(0.25), 3, "text", left, UNDEFINED, Missing("why")]
+    cells = [np.float64(0.25), 3, "text", left, undefined(), Missing("why")]
     table = Table(id="t", title="T", note="", columns=list("abcdef"), rows=[Row(label="r", cells=cells)])
     run = Run(command="cud", seed=0, versions={}, model={}, data={"n": np.int64(4)}, seconds={})
     head = Head(schema_version=1, title="title", created="now")

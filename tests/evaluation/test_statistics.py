@@ -84,6 +84,9 @@ def test_intervals_are_those_of_scipy_and_scikit_learn_draw_by_draw():
     """The draws are computed all at once; here one after the other, by the libraries, ties and all."""
     x, y, controls = data(40)
     x, y = np.round(x, 1), np.round(y, 1)
+    # No figure depends on the order of the samples: they are sorted before any is drawn.
+    order = np.lexsort((*controls.T[::-1], y, x))
+    x, y, controls = x[order], y[order], controls[order]
     rows = np.random.default_rng(3).integers(0, 40, (100, 40))
 
     def interval(figure, rows=rows):
@@ -95,13 +98,14 @@ def test_intervals_are_those_of_scipy_and_scikit_learn_draw_by_draw():
         return -precision[0, 1] / math.sqrt(precision[0, 0] * precision[1, 1])
 
     order = np.argsort(y, kind="stable")
-    chosen, label = np.r_[order[:10], order[-10:]], np.repeat([0, 1], 10)
-    extreme = np.random.default_rng(3).integers(0, 20, (100, 20))
+    low, high = (order[(y <= np.sort(y)[9])[order]], order[(y >= np.sort(y)[-10])[order]])  # equal targets together
+    chosen, label = np.r_[low, high], np.repeat([0, 1], [len(low), len(high)])
+    extreme = np.random.default_rng(3).integers(0, len(chosen), (100, len(chosen)))
     expected = {
         stats.spearman: interval(lambda row: scipy_stats.spearmanr(x[row], y[row]).statistic),
         stats.partial_spearman: interval(partial),
         stats.auroc_extremes: interval(lambda row: roc_auc_score(label[row], x[chosen][row]), extreme),
-        stats.paired_difference: interval(lambda row: (x - y)[row].mean()),
+        stats.paired_difference: interval(lambda row: np.sort(x - y)[row].mean()),
     }
     for figure, (low, high) in expected.items():
         more = (controls,) if figure is stats.partial_spearman else ()
@@ -180,10 +184,49 @@ def test_interval_of_a_mean_lies_within_the_data(values):
 def test_refusals():
     with pytest.raises(ValueError, match="equal length"):
         stats.spearman(np.ones(3), np.ones(4))
-    with pytest.raises(ValueError, match="finite"):
-        stats.spearman(np.array([1, np.nan, 2]), np.ones(3))
     with pytest.raises(ValueError, match="at least two seeds"):
         stats.ceiling(np.ones((1, 5)))
     with pytest.raises(ValueError, match="rows for"):
         stats.partial_spearman(np.ones(3), np.ones(3), np.ones((4, 1)))
-    assert math.isnan(stats.bootstrap_mean(np.array([])).value)
+    assert stats.bootstrap_mean(np.array([])).reason == "no samples"
+
+
+def every_figure(x, y, controls, n_boot=8):
+    """All statistics of two series, by name."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    found = {
+        "mean": stats.bootstrap_mean(x, n_boot=n_boot),
+        "difference": stats.paired_difference(x, y, n_boot=n_boot),
+        "apart": stats.difference_of_means(x, y, n_boot=n_boot),
+        "change": stats.paired_change(x, y),
+        "spearman": stats.spearman(x, y, n_boot=n_boot),
+        "against": stats.spearman_difference(x, controls[:, 0], y, seed=0, n_boot=n_boot),
+        "kendall": stats.kendall(x, y, n_boot=n_boot),
+        "partial": stats.partial_spearman(x, y, controls, n_boot=n_boot),
+        "auroc": stats.auroc_extremes(x, y, n_boot=n_boot),
+        "ceiling": stats.Interval(**stats.ceiling(np.stack([x, y]), n_boot=n_boot)["agreement"]),
+    }
+    return {name: (one.value, one.low, one.high, one.reason) for name, one in found.items()}
+
+
+def test_what_is_not_finite_is_no_figure_and_says_why():
+    x, y, controls = data(30)
+    for value in (np.nan, np.inf, -np.inf):
+        broken = np.where(np.arange(30) % 10 == 3, value, x)
+        found = every_figure(broken, y, controls)
+        assert {reason for *_, reason in found.values()} == {"3 of 30 are not finite"}
+        assert all(np.isnan(figure[0]) for figure in found.values())
+    assert stats.spearman(np.ones(5), np.arange(5.0)).reason == "it does not vary"
+    assert "reason" not in stats.bootstrap_mean(x).as_dict() and stats.undefined("why").as_dict()["reason"] == "why"
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 6), min_size=8, max_size=30), st.integers(0, 99))
+def test_no_figure_depends_on_the_order_of_the_samples(values, seed):
+    generator = np.random.default_rng(seed)
+    x = np.array(values) / 7 + 0.1
+    y, controls = generator.integers(1, 5, len(x)) / 3, generator.integers(0, 3, (len(x), 2)).astype(float)
+    order = generator.permutation(len(x))
+    first, moved = every_figure(x, y, controls), every_figure(x[order], y[order], controls[order])
+    for name, figure in first.items():
+        np.testing.assert_equal(moved[name], figure, name)

@@ -192,6 +192,7 @@ class TestTRL:
     ("options", "message"),
     [
         ({"schedule": "uniform+per_sample_stop"}, "'per_sample_stop' follows the run: that needs CUDTrainer"),
+        ({"schedule": "risk"}, "'risk' weights retain samples, too: that needs CUDTrainer"),
         ({"schedule": "upweight_hard", "kind": Trainer}, "Trainer has no per_sample_loss.*use weights='sampling'"),
         ({"weights": "both"}, "weights must be 'loss' or 'sampling'"),
         ({"difficulty": None}, "needs difficulty scores: give difficulty"),

@@ -297,6 +297,72 @@ class TestFormulas:
             assert (found <= exact + 1e-3 + 1e-5 * exact).all() and (found >= -1e-3).all()
 
 
+class TestBySample:
+    @pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].by_sample])
+    def test_each_sample_has_its_own_beta(self, name):
+        found = loss(name, beta=torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64))
+        expected = [loss(name, beta=beta)[row] for row, beta in enumerate((0.5, 1.0, 3.0))]
+        torch.testing.assert_close(found, torch.stack(expected))
+
+    def test_by_length_and_difficulty_by_hand(self):
+        lengths, rank = torch.tensor([2.0, 8.0, 5.0]).numpy(), torch.tensor([0.0, 1.0, 0.5]).numpy()
+        by_length = UnlearningLoss("npo", {"beta_by": "length"})
+        assert by_length.option_scale(lengths, rank).tolist() == pytest.approx([2.5, 0.625, 1.0])
+        by_rank = UnlearningLoss("wga", {"beta": 2.0, "beta_by": "difficulty"})
+        assert by_rank.option_scale(lengths, rank).tolist() == [2.0, 0.5, 1.0]
+        assert by_rank.option_scale(lengths) is None and UnlearningLoss("npo").option_scale(lengths, rank) is None
+
+    def test_npo_by_length_saturates_by_the_token(self):
+        """Answers that lost as much per token have the same gradient, whatever their length; without, they do not."""
+        lengths, dropped = torch.tensor([2.0, 10.0], dtype=torch.float64), -1.5
+        scale = UnlearningLoss("npo", {"beta_by": "length"}).option_scale(lengths.numpy())
+
+        def gradients(beta):
+            logps = (dropped * lengths).requires_grad_()
+            (found,) = torch.autograd.grad(OBJECTIVES["npo"].loss(logps, torch.zeros(2), beta=beta).sum(), logps)
+            return found
+
+        short, long = gradients(0.1 * torch.from_numpy(scale))
+        assert short == pytest.approx(2 * sigma(0.1 * 6 * dropped)) == pytest.approx(long)
+        short, long = gradients(0.1)
+        assert long < 0.6 * short
+
+    def test_a_step_looks_samples_up(self):
+        """By the sample's place in the forget set, not in the batch: over the set's mean length, in any batch."""
+        tokenizer, data = make_tokenizer(), qa_dataset(3)
+        data = data.remove_columns("answer").add_column("answer", ["ab", "a much longer answer", "middling"])
+        forget, retain = prepare_samples(data, tokenizer), prepare_samples(qa_dataset(4, 50), tokenizer)
+        step, plain = UnlearningLoss("npo", {"beta": 0.2, "beta_by": "length"}), UnlearningLoss("npo", {"beta": 0.2})
+        original, model = make_model(0).double(), make_model(1).double()
+        reference = step.reference(original, forget, retain, batch_size=2, device="cpu")
+        collate = PairedCollator(forget, retain)
+        rows = [{"row": 0, "forget_index": i, "retain_index": i, "weight": 1.0, "retain_scale": 1.0} for i in (2, 0, 1)]
+        together = step(model, collate(rows), reference).forget
+        n = forget.answer_lengths
+        for place, row in enumerate((2, 0, 1)):
+            torch.testing.assert_close(
+                step(model, collate(rows[place : place + 1]), reference).forget[0], together[place]
+            )
+            own = UnlearningLoss("npo", {"beta": 0.2 * n.mean() / n[row]})
+            bare = own.reference(original, forget, retain, batch_size=3, device="cpu")
+            torch.testing.assert_close(own(model, collate(rows), bare).forget[place], together[place])
+        bare = plain.reference(original, forget, retain, batch_size=2, device="cpu")
+        assert (plain(model, collate(rows), bare).forget - together).abs().min() > 1e-3
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("npo", {"beta_by": "mood"}, "'beta_by' of objective 'npo' must be one of \\['length', 'difficulty'\\]"),
+            ("simnpo", {"beta_by": "length"}, "must be one of \\['difficulty'\\], got 'length'"),
+            ("satimp", {"beta_by": "length"}, "objective 'satimp' has no option 'beta_by'"),
+            ("npo", {"gamma_by": "length"}, "has no option 'gamma_by'; it has \\['beta', 'beta_by'\\]"),
+        ],
+    )
+    def test_refusals(self, name, options, message):
+        with pytest.raises(ValueError, match=message):
+            UnlearningLoss(name, options)
+
+
 class TestScores:
     @pytest.mark.parametrize("side", ["right", "left"])
     def test_against_full_logits(self, side):
@@ -429,7 +495,7 @@ class TestStep:
         ("options", "message"),
         [
             ({"objective": "magic"}, "unknown objective 'magic'; choose one of \\['alt_po', 'ceu', 'dpo', "),
-            ({"objective_args": {"gamma": 1}}, "objective 'npo' has no option 'gamma'; it has \\['beta'\\]"),
+            ({"objective_args": {"gamma": 1}}, "objective 'npo' has no option 'gamma'; it has \\['beta', 'beta_by'\\]"),
             ({"objective": "ga", "objective_args": {"beta": 1}}, "it has none"),
             ({"objective_args": {"beta": 0}}, "'beta' of objective 'npo' must be positive, got 0"),
             ({"objective_args": {"beta": float("nan")}}, "must be positive"),

@@ -27,14 +27,14 @@ DIFFICULTY = np.array([0.3, 2.0, -1.0, 0.3, 5.0, 0.3, 1.0])
 
 
 # Orders that do not serve every sample once a pass.
-REPEATING = {"competence", "baby_steps", "two_stage", "budget"}
+REPEATING = {"competence", "baby_steps", "two_stage", "budget", "random_share"}
 ONCE = sorted(set(SCHEDULES) - REPEATING)
 # As `loss` has them (log-probabilities), so that weights which read it make sense.
 LOGPS = -np.array([0.3, 0.02, 3.0, 0.3, 0.001, 0.3, 0.5])
 
 
 def make(name, **options):
-    return make_schedule(name, IDS, difficulty=DIFFICULTY, **{"passes": 3, "seed": 1, **options})
+    return make_schedule(name, IDS, **{"difficulty": DIFFICULTY, "passes": 3, "seed": 1, **options})
 
 
 @pytest.mark.parametrize("name", ONCE)
@@ -324,7 +324,15 @@ class TestOrders:
         assert len(served) == pytest.approx(8 * 40, abs=20)
         assert (np.bincount(self.rows("budget", strength=0.0).astype(int)) == 6).all()
 
-    @pytest.mark.parametrize("name", sorted(REPEATING))
+    def test_random_share(self):
+        served = self.rows("random_share", share=0.25).reshape(6, 40)
+        assert len(set(served.ravel())) == 10 and set(served[0]) == set(served[5])
+        assert (np.bincount(served[0].astype(int))[sorted(set(served[0].astype(int)))] == 4).all()
+        others = [set(self.rows("random_share", share=0.25, seed=seed)) for seed in range(8)]
+        assert len(set(map(frozenset, others))) == 8
+        assert len(set(self.rows("random_share", share=0.001))) == 1  # never of nothing
+
+    @pytest.mark.parametrize("name", sorted(REPEATING - {"random_share"}))
     def test_weights_have_mean_one_in_every_pass_also_where_samples_repeat(self, name):
         joined = make_schedule(f"{name}+upweight_hard", IDS, difficulty=DIFFICULTY, passes=5, seed=2)
         alone = make_schedule(name, IDS, difficulty=DIFFICULTY, passes=5, seed=2)
@@ -365,6 +373,40 @@ class TestWeights:
         for name in ("inverse_loss", "inverse_error"):
             found = self.weight(name, certain)
             assert np.isfinite(found).all() and found.argmax() == 0 and found.mean() == pytest.approx(1)
+
+    def test_risk_by_hand(self):
+        """Forget weight d (1 - r), retain weight 1 + r, both gated min-max scores."""
+        difficulty, alignment = np.array([0.0, 2.0, 4.0, 4.0]), np.array([0.3, -0.2, 0.3, 0.8])
+        forget, retain = SCHEDULES["risk"].function(difficulty, alignment)
+        gate = {x: 1 / (1 + np.exp(-(x - 0.5) / 0.25)) for x in (0.0, 0.5, 1.0)}
+        d = np.array([gate[0.0], gate[0.5], gate[1.0], gate[1.0]])
+        r = np.array([gate[0.5], gate[0.0], gate[0.5], gate[1.0]])
+        np.testing.assert_allclose(forget, d * (1 - r) / (d * (1 - r)).mean())
+        np.testing.assert_allclose(retain, 1 + r)
+
+    def test_risk_goes_with_the_pair(self, tmp_path):
+        """Row by row: each forget sample's retain weight stands beside it, also by tokens, in the file and the hash."""
+        alignment = np.random.default_rng(0).normal(size=7)
+        values = {"difficulty": DIFFICULTY, "grad_alignment": alignment}
+        retain, lengths = ["r0", "r1", "r2"], np.array([3, 1, 7])
+        schedule = make("risk+easy_to_hard", difficulty=values, retain_ids=retain)
+        expected = SCHEDULES["risk"].function(DIFFICULTY, alignment)
+        index = [IDS.index(i) for i in schedule.order]
+        np.testing.assert_allclose(schedule.weight, expected[0][index])
+        np.testing.assert_allclose(schedule.retain_weight, expected[1][index])
+        rows = schedule.rows(IDS, retain, 4)
+        np.testing.assert_allclose(rows["retain_scale"][:20], schedule.retain_weight[:20])
+        assert rows["retain_scale"][20:] == [pytest.approx(4 * schedule.retain_weight[20]), 0, 0, 0]
+        tokens = np.array(schedule.rows(IDS, retain, 7, retain_lengths=lengths)["retain_scale"][:7])
+        n = lengths[[retain.index(r) for r in schedule.retain_id[:7]]]
+        np.testing.assert_allclose(tokens / 7, n * schedule.retain_weight[:7] / n.sum())
+        loaded = Schedule.load(schedule.save(tmp_path / "s.parquet"))
+        assert loaded.hash == schedule.hash and (loaded.retain_weight == schedule.retain_weight).all()
+        assert replace(schedule, retain_weight=None).hash != schedule.hash
+
+    def test_a_schedule_names_the_metric_that_is_missing(self):
+        with pytest.raises(ValueError, match="schedule 'risk' needs grad_alignment scores"):
+            make("risk", difficulty={"difficulty": DIFFICULTY})
 
 
 class TestComposition:
@@ -442,6 +484,113 @@ class TestDynamic:
         old = SCHEDULES["odds"].function(self.state(p, [1, 2, 3, 4], step=3), every=2)
         assert old.tolist() == [1, 2, 3, 4]
 
+    def test_odds_that_keep_the_pull(self):
+        """Sum of weight times 1 - p as with equal weights, by any clipping; the mean weight is what gives way."""
+        p = np.array([0.05, 0.5, 0.9, 0.999])
+        found = SCHEDULES["odds"].function(self.state(p), low=0.0, high=1e9, keep="pull")
+        np.testing.assert_allclose(found, p / (1 - p) * (1 - p).sum() / p.sum())
+        for low, high in ((0.05, 20.0), (0.5, 3.0)):
+            kept = SCHEDULES["odds"].function(self.state(p), low=low, high=high, keep="pull")
+            assert (kept * (1 - p)).sum() == pytest.approx((1 - p).sum())
+            assert kept.min() >= low and kept.max() <= high
+        mean = SCHEDULES["odds"].function(self.state(p))
+        assert (mean * (1 - p)).sum() < 0.5 * (1 - p).sum()
+        assert np.isfinite(SCHEDULES["odds"].function(self.state([1.0, 1.0]), high=np.inf, keep="pull")).all()
+
+    def test_a_target_that_falls(self):
+        """start^(1 - t) target^t: 0.4, 0.2, 0.1."""
+        stop = SCHEDULES["per_sample_stop"].function
+        options = {"target": 0.1, "start": 0.4, "back": 1.0}
+        for progress, level in ((0.0, 0.4), (0.5, 0.2), (1.0, 0.1)):
+            p = [level * 0.999, level * 1.001]
+            assert stop(self.state(p, progress=progress), **options).tolist() == [0, 1]
+        # what left early comes back when the target has fallen
+        assert stop(self.state([0.35], [1.0]), **options).tolist() == [0]
+        assert stop(self.state([0.35], [0.0], progress=0.5), **options).tolist() == [1]
+
+    def test_never_seen_stop(self):
+        """Each sample at its own level, exp(loss - memorization): 0.2, 0.05, and never above 1."""
+        values = {"loss": np.log([0.8, 0.9, 0.5]), "memorization": np.log([4.0, 18.0, 0.4])}
+
+        def stop(p, factor):
+            state = replace(self.state(p, factor), values=values)
+            return SCHEDULES["never_seen_stop"].function(state, back=1.5).tolist()
+
+        assert stop([0.19, 0.06, 0.99], [1, 1, 1]) == [0, 1, 0]
+        assert stop([0.29, 0.07, 0.99], [0, 0, 0]) == [0, 0, 0]
+        assert stop([0.31, 0.08, 0.99], [0, 0, 0]) == [1, 1, 0]
+
+    def test_what_dynamic_parts_read_is_part_of_the_schedule(self, tmp_path):
+        values = {"loss": LOGPS, "memorization": -LOGPS}
+        schedule = make("uniform+never_seen_stop", difficulty=values)
+        loaded = Schedule.load(schedule.save(tmp_path / "s.parquet"))
+        assert loaded.hash == schedule.hash
+        assert {name: column.tolist() for name, column in loaded.values.items()} == {
+            name: column.tolist() for name, column in values.items()
+        }
+        other = make("uniform+never_seen_stop", difficulty={**values, "memorization": -2 * LOGPS})
+        assert other.hash != schedule.hash
+        run = DynamicWeights(schedule.dynamic, LOGPS, 10, schedule.values)
+        assert run.factor.tolist() == [1] * 7
+        run.update(np.array([2]), np.array([2 * LOGPS[2] - 0.01]), 1)
+        assert run.factor.tolist() == [1, 1, 0, 1, 1, 1, 1]
+
+    def test_parts_see_only_what_the_run_serves(self):
+        """Of samples that are never trained on nothing is known: they take no weight from the others."""
+        p = np.array([0.9, 0.2, 0.9, 0.6, 0.9])
+        run = DynamicWeights((("tail", {}), ("dual", {"target": 0.2})), np.log(p), 4, planned=np.array([1, 3]))
+        assert run.factor.tolist() == [1, 0, 1, 2, 1]
+        run.update(np.array([3]), np.log([0.1]), 1)
+        np.testing.assert_allclose(run.factor, [1, 2, 1, 0, 1])
+        np.testing.assert_allclose(run.factors[1], [1, 1, 1, 0.5**0.25, 1])
+        again = DynamicWeights(run.parts, np.log(p), 4, planned=run.planned)
+        again.restore(json.loads(json.dumps(run.state())))
+        assert again.factor.tolist() == run.factor.tolist()
+
+    def test_tail(self):
+        tail = SCHEDULES["tail"].function
+        assert tail(self.state([0.1, 0.9, 0.4, 0.6])).tolist() == [0, 2, 0, 2]
+        assert tail(self.state([0.1, 0.9, 0.4, 0.6]), share=0.25).tolist() == [0, 4, 0, 0]
+        assert tail(self.state([0.1, 0.9, 0.4]), share=0.5).tolist() == [0, 2, 1]  # one and a half
+        assert tail(self.state([0.1, 0.4, 0.4, 0.9])).tolist() == [0, 1, 1, 2]  # equals share
+        assert tail(self.state(np.linspace(0.1, 1, 10)), share=0.7).tolist() == [0.0] * 3 + [1 / 0.7] * 7
+        assert tail(self.state([0.5, 0.5, 0.5])).tolist() == [1, 1, 1]
+        assert tail(self.state([0.1, 0.9], [1.5, 0.5], step=1), every=2).tolist() == [1.5, 0.5]
+
+    def test_dro(self):
+        p = np.array([0.1, 0.5, 0.99])
+        found = SCHEDULES["dro"].function(self.state(p), tau=0.2)
+        np.testing.assert_allclose(found, np.exp(p / 0.2) / np.exp(p / 0.2).mean())
+        assert (np.diff(found) > 0).all()  # what is remembered is pushed
+        # the maximiser of sum q p - tau KL(q, uniform), q = w / N: its value is tau log mean exp(p / tau)
+        q = found / 3
+        value = q @ p - 0.2 * (q * np.log(q * 3)).sum()
+        assert value == pytest.approx(0.2 * np.log(np.exp(p / 0.2).mean()))
+        np.testing.assert_allclose(SCHEDULES["dro"].function(self.state(p), tau=np.inf), 1)
+        assert SCHEDULES["dro"].function(self.state(p), tau=1e-6).tolist() == [0, 0, 3]
+
+    def test_dual_by_hand(self):
+        """Only what was served moves; from the multipliers there were."""
+        run = DynamicWeights((("dual", {"target": 0.2, "rate": 0.5, "high": 3.0}),), np.log([0.9, 0.8, 0.1]), steps=9)
+        assert run.factor.tolist() == [1, 1, 1]
+        run.update(np.array([1, 1]), np.log([0.5, 0.4]), 1)  # twice in a step: once, by the last
+        np.testing.assert_allclose(run.factor, [1, (0.4 / 0.2) ** 0.5, 1])
+        run.update(np.array([2, 0]), np.log([0.1, 0.9]), 2)
+        np.testing.assert_allclose(run.factor, [4.5**0.5, 2**0.5, 0.5**0.5])
+        run.update(np.array([0, 2]), np.array([np.log(0.9), -np.inf]), 3)
+        np.testing.assert_allclose(run.factor, [3.0, 2**0.5, 0.01])  # clipped on both sides
+        run.update(np.array([2]), np.log([0.9]), 4)
+        np.testing.assert_allclose(run.factor[2], 0.01 * 4.5**0.5)  # and it comes back
+
+    @pytest.mark.parametrize("name", ["tail", "dro", "self_paced", "odds", "dynamic", "per_sample_stop"])
+    def test_rows_in_another_order_have_the_same_factors(self, name):
+        p = np.array([0.2, 0.6, 0.6, 0.6, 0.1, 0.6, 0.3])
+        turned = np.random.default_rng(0).permutation(7)
+        function = SCHEDULES[name].function
+        one, other = function(self.state(p, progress=0.3)), function(self.state(p[turned], progress=0.3))
+        np.testing.assert_allclose(one[turned], other, rtol=1e-12)
+        assert np.ptp(one[[1, 2, 3, 5]]) == 0
+
     def test_an_odds_weight_evens_out_the_pull_on_saturated_samples(self):
         """Of a softmax over two, d log p / d logit is 1 - p: with power 1 all pulls are proportional to p."""
         logits = torch.tensor([1.0, 3.0, 6.0], dtype=torch.float64, requires_grad=True)
@@ -452,7 +601,7 @@ class TestDynamic:
         np.testing.assert_allclose(factor * pull.numpy() / p, (factor * pull.numpy() / p)[0])
 
     def test_runs_and_resumes(self):
-        parts = (("per_sample_stop", {"target": 0.3}), ("dynamic", {"every": 2}))
+        parts = (("per_sample_stop", {"target": 0.3, "start": 0.6}), ("dynamic", {"every": 2}), ("dual", {}))
         generator = np.random.default_rng(0)
         run = DynamicWeights(parts, np.log(np.full(6, 0.9)), steps=10)
         np.testing.assert_allclose(run.factor, 1)
@@ -557,7 +706,15 @@ def test_saved_and_hashed(tmp_path):
         ("budget", {"strength": 2}, "strength in \\[0, 1\\]"),
         ("per_sample_stop", {"target": 0}, "target in \\(0, 1\\]"),
         ("per_sample_stop", {"back": 0.5}, "back in \\[1, inf\\]"),
+        ("per_sample_stop", {"start": 0.05}, "start between target \\(0.1\\) and 1, got 0.05"),
+        ("per_sample_stop", {"start": "x"}, "must be a number"),
         ("dynamic", {"low": 2.0}, "low <= 1 <= high"),
+        ("odds", {"keep": "mean"}, "keep out of \\['weight', 'pull'\\], got 'mean'"),
+        ("tail", {"share": 0}, "share in \\(0, 1\\], got 0"),
+        ("dro", {"tau": 0.0}, "tau in \\(0, inf\\], got 0.0"),
+        ("dual", {"low": 0.0}, "low in \\(0, 1\\], got 0.0"),
+        ("dual", {"high": float("inf")}, "high in \\[1, 1e\\+06\\], got inf"),
+        ("random_share", {"share": 2}, "share in \\(0, 1\\], got 2"),
         ("self_paced", {"every": 0}, "every in \\[1, inf\\]"),
         ("inverse_gradient", {"difficulty": {"difficulty": DIFFICULTY}}, "needs grad_norm scores"),
         ("uniform", {"passes": 0}, "passes must be a positive integer"),

@@ -29,8 +29,12 @@ pytestmark = pytest.mark.slow
 
 # Everything that follows the run at once.
 LIVELY = {
-    "schedule": "hard_to_easy+upweight_hard+per_sample_stop+dynamic",
-    "schedule_args": {"per_sample_stop": {"target": 0.0012}, "dynamic": {"every": 2}},
+    "schedule": "hard_to_easy+upweight_hard+per_sample_stop+dynamic+dual",
+    "schedule_args": {
+        "per_sample_stop": {"target": 0.0012, "start": 0.0015},
+        "dynamic": {"every": 2},
+        "dual": {"target": 0.001},
+    },
     "objective": "graddiff",
     "retain_limit": 5.5,
     "dual_rate": 0.3,
@@ -611,6 +615,7 @@ class TestSharded:
         ({"max_retain_loss": float("nan")}, "max_retain_loss must be a number"),
         ({"loss_normalization": "batch"}, "must be 'sample' or 'token', got 'batch'"),
         ({"objective": "npo", "loss_normalization": "token"}, "the loss of objective 'npo' is one of whole samples"),
+        ({"objective": "ga", "schedule": "risk"}, "'risk' weights the retain loss, too, but retain_loss is 'none'"),
         ({"eval_retain_samples": 0}, "eval_retain_samples must be an integer of at least 1"),
         ({"schedule": "easy_to_hard+uniform"}, "more than one order"),
         ({"schedule": "inverse_gradient", "difficulty": "none"}, "needs a difficulty metric, but difficulty is 'none'"),

@@ -13,7 +13,8 @@ from runs import checksum, config, make_trainer, torchrun
 
 from cud_trainer import CUDConfig, CUDTrainer, DifficultyScores
 from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
-from cud_trainer.data import prepare_samples
+from cud_trainer.data import pad_batch, prepare_samples
+from cud_trainer.logprobs import answer_probability, score_answers
 from cud_trainer.trainer import DivergenceError
 
 pytestmark = pytest.mark.slow
@@ -219,6 +220,55 @@ class TestLoss:
         assert trainer.state.log_history[-2]["retain_loss"] > 1e-6
 
 
+class TestOptionsBySample:
+    """At the first step NPO's log-ratios are 0: a sample's loss is (2 / beta_i) log 2."""
+
+    def first(self, tmp_path, name, by, **options):
+        trainer = make_trainer(
+            tmp_path / name, objective_args={"beta": 0.2, "beta_by": by}, schedule="uniform", passes=1, **options
+        )
+        trainer.train()
+        return trainer
+
+    @pytest.mark.parametrize("by", ["length", "difficulty"])
+    def test_by_hand_and_under_any_split(self, tmp_path, by):
+        whole = self.first(tmp_path, "a", by)
+        split = self.first(tmp_path, "b", by, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+        if by == "length":
+            n = whole.forget.answer_lengths
+            beta = 0.2 * n.mean() / n
+        else:
+            order = np.argsort(np.argsort(whole.difficulty_scores["loss"]))
+            beta = 0.2 * 2 ** (1 - 2 * order / 8)
+        rows = [whole.forget_ids.index(i) for i in whole.schedule.order[:4]]
+        assert whole.state.log_history[0]["forget_loss"] == pytest.approx((2 * math.log(2) / beta[rows]).mean())
+        assert checksum(split.model) == pytest.approx(checksum(whole.model), rel=1e-10)
+
+    def test_a_checkpoint_of_other_scores_is_refused(self, tmp_path):
+        ids = prepare_samples(qa_dataset(9), make_tokenizer())["sample_id"]
+        for values in (np.arange(9.0), -np.arange(9.0)):
+            trainer = make_trainer(
+                tmp_path / "out",
+                objective_args={"beta_by": "difficulty"},
+                schedule="uniform",
+                difficulty_scores=DifficultyScores(ids, {"loss": values}),
+            )
+            if values[-1] > 0:
+                trainer.train()
+        with pytest.raises(ValueError, match="cannot resume.*its objective is"):
+            trainer.train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="no difficulty metric 'length'"):
+            make_trainer(
+                tmp_path / "other",
+                objective_args={"beta_by": "difficulty"},
+                schedule="uniform",
+                difficulty="length",
+                difficulty_scores=DifficultyScores(ids, {"loss": np.arange(9.0)}),
+            )
+        with pytest.raises(ValueError, match="has an option by difficulty, but difficulty is 'none'"):
+            config(tmp_path, objective_args={"beta_by": "difficulty"}, difficulty="none", schedule="uniform")
+
+
 class TestLogging:
     def test_buckets_and_metrics(self, straight):
         entry = straight.state.log_history[0]
@@ -315,6 +365,47 @@ class TestScores:
                 schedule="inverse_mass",
             )
 
+    def test_a_schedule_that_reads_several(self, tmp_path):
+        """`risk` weights both sides of a pair: the first step by hand."""
+        ids = prepare_samples(qa_dataset(4), make_tokenizer())["sample_id"]
+        scores = DifficultyScores(
+            ids, {"loss": np.array([-1.0, -3.0, -2.0, 0.0]), "grad_alignment": np.array([0.1, 0.4, -0.2, 0.0])}
+        )
+        options = {"forget": qa_dataset(4), "retain": qa_dataset(4, 100), "objective": "graddiff", "passes": 1}
+        trainer = make_trainer(tmp_path / "out", schedule="risk", difficulty_scores=scores, **options)
+        plan = trainer.schedule
+        forget, retain = (
+            {
+                sample["sample_id"]: score_answers(trainer.model, pad_batch([sample], 0)).mean_logps.item()
+                for sample in s
+            }
+            for s in (trainer.forget, trainer.retain)
+        )
+        expected = np.mean(
+            [
+                w * forget[f] - v * retain[r]
+                for f, w, r, v in zip(plan.order, plan.weight, plan.retain_id, plan.retain_weight, strict=True)
+            ]
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-6)
+        assert np.ptp(plan.retain_weight) > 0.5
+
+    def test_stop_at_what_a_model_says_that_never_saw_the_sample(self, tmp_path):
+        make_model(1).double().save_pretrained(tmp_path / "other")
+        trainer = make_trainer(
+            tmp_path / "out",
+            difficulty="memorization",
+            difficulty_args={"reference_model": str(tmp_path / "other")},
+            schedule="never_seen_stop",
+            passes=1,
+        )
+        values = trainer.schedule.values
+        expected = answer_probability(make_model(1).double(), trainer.forget)
+        np.testing.assert_allclose(np.exp(values["loss"] - values["memorization"]), expected, rtol=1e-6)
+        at_start = answer_probability(trainer.model, trainer.forget)
+        assert (trainer.progress.factor == (at_start > expected)).all() and 0 < trainer.progress.factor.mean() < 1
+
     def test_default_schedule(self, tmp_path):
         """What benchmarks/results/schedules.md found best; without a metric, what needs none. A name given stays."""
         options = {"schedule": None, "difficulty": "loss"}
@@ -350,7 +441,7 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"objective": "rmux"}, "unknown objective 'rmux'; choose one of.*npo"),
-            ({"objective_args": {"betta": 1}}, "objective 'npo' has no option 'betta'; it has \\['beta'\\]"),
+            ({"objective_args": {"betta": 1}}, "objective 'npo' has no option 'betta'; it has \\['beta', 'beta_by'\\]"),
             ({"objective_args": {"beta": -1}}, "'beta' of objective 'npo' must be positive"),
             ({"objective": "graddiff", "retain_loss": "none"}, "'graddiff' needs a retain loss"),
             ({"retain_loss": "l2"}, "unknown retain_loss 'l2'; choose one of"),
@@ -388,9 +479,19 @@ class TestRefusals:
                 make_model(), config(tmp_path / "out"), forget_dataset=qa_dataset(9), processing_class=make_tokenizer()
             )
         tokenizer = make_tokenizer()
-        tokenizer.pad_token = None
-        with pytest.raises(ValueError, match="no pad token"):
+        tokenizer.add_tokens(["<new>"])
+        with pytest.raises(ValueError, match="259 tokens, more than the 258 rows of the model's embeddings"):
             make_trainer(tmp_path / "out", tokenizer=tokenizer)
+
+    def test_options_of_the_tokenizer_act_before_the_data_is_prepared(self, tmp_path):
+        tokenizer = make_tokenizer()
+        tokenizer.pad_token = None
+        end, path = tokenizer.convert_ids_to_tokens(100), tmp_path / "t.jinja"
+        path.write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
+        trainer = make_trainer(tmp_path / "out", tokenizer=tokenizer, eos_token=end)
+        assert {sample["labels"][-1] for sample in trainer.forget} == {100} and tokenizer.pad_token == end
+        trainer = make_trainer(tmp_path / "chat", tokenizer=tokenizer, chat_template_path=str(path))
+        assert tokenizer.decode(trainer.forget[0]["input_ids"]).startswith("<user>Who is")
 
     def test_architecture(self, tmp_path):
         from transformers import OPTConfig, OPTForCausalLM

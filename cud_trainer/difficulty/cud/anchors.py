@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...data.ranks import ends
 from ...files import atomic_write, check_new_file
 
 HEADER = ("ids", "graph", "settings")
@@ -24,6 +25,8 @@ HEADER = ("ids", "graph", "settings")
 
 def extremes(residual: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows with the lowest (easy) and the highest (hard) residual memorisation, `share` of the rows each.
+
+    Equal ones are on the same side, so that a side can be larger (see `ends`).
 
     Raises:
         ValueError: with fewer than 2 rows or a constant residual, which tells nothing apart.
@@ -33,8 +36,7 @@ def extremes(residual: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray
     if np.ptp(residual) == 0:
         raise ValueError("calibration left every sample with the same residual memorisation: there are no anchors")
     count = min(max(1, round(share * len(residual))), len(residual) // 2)
-    order = np.argsort(residual, kind="stable")
-    return order[:count], order[-count:]
+    return ends(residual, count)
 
 
 def agreement(residuals: Sequence[np.ndarray], share: float, at_least: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...circuits import Graph, circuit_vectors, distance, select_circuits
 from ...circuits.similarity import length
+from ...data.groups import group_labels
 from .settings import CUDSettings
 
 PENALTIES = np.logspace(-3, 4, 15)
@@ -133,8 +134,8 @@ def calibrated_scores(
     _, _, axes = np.linalg.svd(design, full_matrices=False)
     target = (rankdata(residual) - 0.5) / len(residual)
     folds = None
-    if groups is not None and len(set(map(str, groups))) >= 3:
-        names = list(map(str, groups))
+    names = [] if groups is None else group_labels(groups)
+    if len(set(names)) >= 3:
         folds = list(GroupKFold(min(5, len(set(names)))).split(design, groups=names))
     fit = RidgeCV(alphas=PENALTIES, cv=folds).fit(design @ axes.T, target)
     return fit.predict(np.concatenate(test_blocks, axis=1) @ axes.T)
