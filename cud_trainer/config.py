@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,33 +15,20 @@ from .data import BATCH_BYTES
 from .data.template import TemplateArguments
 from .difficulty.scores import PRECOMPUTED
 from .models.trainable import layer_range
-from .objectives import UnlearningLoss
+from .objectives import STEPS, UnlearningLoss
 from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
-from .stack_options import check_stack_options, higher_is_better
+from .stack_options import OVERRIDABLE, check_stack_options, higher_is_better
+from .typed import check_numbers_within, check_options
 
 logger = logging.get_logger(__name__)
 
 # Being re-examined: chosen on the seeds that are reported, and most of its gain needs no difficulty (docs/results.md).
 DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
+LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 DEFAULT_SCHEDULE = f"upweight_hard+{DEFAULT_WITHOUT_DIFFICULTY}"
-# What may differ between a checkpoint and the run that goes on from it, if it is asked for.
-OVERRIDABLE = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "retain_weight",
-    "retain_limit",
-    "dual_rate",
-)
 
 
 @dataclass
@@ -49,8 +37,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
 
     > Parameters that control the objective
 
-    objective, objective_args, retain_loss, retain_weight, retain_limit, dual_rate, loss_normalization, reference_top_k,
-    alternative_column, refusals, trainable_layers
+    objective, objective_args, step, step_args, retain_loss, retain_weight, retain_limit, dual_rate, loss_normalization,
+    reference_top_k, alternative_column, refusals, trainable_layers
 
     > Parameters that control difficulty and schedule
 
@@ -87,6 +75,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
     _VALID_DICT_FIELDS = [
         *SFTConfig._VALID_DICT_FIELDS,
         "objective_args",
+        "step_args",
         "difficulty_args",
         "circuit_args",
         "schedule_args",
@@ -121,6 +110,16 @@ class CUDConfig(TemplateArguments, SFTConfig):
     objective_args: dict[str, Any] | str = field(
         default_factory=dict,
         metadata={"help": 'Options of the objective, for example {"beta": 0.1, "beta_by": "length"} for NPO.'},
+    )
+    step: str = field(
+        default="plain",
+        metadata={
+            "help": "What is done with the gradients: 'plain', 'sam' (forget gradient at perturbed weights), 'gru' "
+            "(forget gradient off the side of the retain gradient) or a registered one. Not with FSDP, DeepSpeed, fp16."
+        },
+    )
+    step_args: dict[str, Any] | str = field(
+        default_factory=dict, metadata={"help": 'Options of the step, for example {"rho": 0.01} for SAM.'}
     )
     retain_loss: str | None = field(
         default=None,
@@ -266,6 +265,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})
 
     def __post_init__(self) -> None:
+        check_options(self, strict=False)
         if self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available()  # TRL's default, True, is an error on a machine without
         if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
@@ -274,10 +274,24 @@ class CUDConfig(TemplateArguments, SFTConfig):
         idle = check_stack_options(self, fields(SFTConfig))
         if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = higher_is_better(self.metric_for_best_model)
-        super().__post_init__()
+        self._check_mappings()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # what the stack does not foresee
+            raise ValueError(f"options: {type(error).__name__}: {error}") from error
         for line in idle:
             logger.warning(line)
-        for name in ("objective_args", "difficulty_args", "circuit_args", "schedule_args", "chat_template_kwargs"):
+        names = (
+            "objective_args",
+            "step_args",
+            "difficulty_args",
+            "circuit_args",
+            "schedule_args",
+            "chat_template_kwargs",
+        )
+        for name in names:
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, {})
@@ -325,7 +339,38 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise ValueError(
                 f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"
             )
+        self._check_step(loss)
         self._check_accelerator()
+
+    def _check_step(self, loss: UnlearningLoss) -> None:
+        step = STEPS.find(self.step)
+        step.check_options(self.step_args)  # type: ignore[arg-type]
+        if self.step == "plain":
+            return
+        if step.requires_retain and not loss.uses_retain:
+            raise ValueError(f"step {self.step!r} needs a retain loss, but retain_loss is 'none'")
+        if self.mixed_precision == "fp16":
+            raise ValueError(
+                f"step {self.step!r} is not supported with fp16, whose scaled gradients overflow: use bf16"
+            )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if "lomo" in optimizer:
+            raise ValueError(f"step {self.step!r} is not supported with optim {optimizer!r}, which keeps no gradients")
+        if self.log_update_share:
+            raise ValueError(f"log_update_share is not supported with step {self.step!r}: it looks at plain steps")
+
+    def _check_mappings(self) -> None:
+        """Raise `ValueError` for a mapping that is none, or a file that is not there."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value and not value.startswith("{"):
+                if name not in ("fsdp_config", "deepspeed", "accelerator_config"):
+                    raise ValueError(f"{name} must be a mapping, got {value!r}")
+                if not Path(value).expanduser().is_file():
+                    raise ValueError(f"{name} {value} is no file")
+            check_numbers_within(name, value)
+        if self.log_level not in LOG_LEVELS or self.log_level_replica not in LOG_LEVELS:
+            raise ValueError(f"log_level and log_level_replica must be one of {LOG_LEVELS}")
 
     def _check_objective(self, loss: UnlearningLoss) -> None:
         for name, low, high in (

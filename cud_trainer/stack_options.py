@@ -84,6 +84,22 @@ ACTS = frozenset(
     """.split()
 )
 
+# What may differ between a checkpoint and the run that goes on from it, if it is asked for.
+OVERRIDABLE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "retain_weight",
+    "retain_limit",
+    "dual_rate",
+)
+
 
 def check_stack_options(config: Any, stack: Iterable[dataclasses.Field]) -> list[str]:
     """Raise `ValueError` for an option of the stack that cannot be; what has no effect is returned, a line each.

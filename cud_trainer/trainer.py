@@ -18,7 +18,9 @@ from transformers.trainer_utils import PredictionOutput
 from .config import CUDConfig
 from .difficulty import DifficultyScores
 from .files import remove_leftovers
+from .models.layers import widest_float
 from .models.modes import on_device
+from .objectives import STEPS
 from .ownership import clear, owned
 from .schedule import DynamicWeights
 from .training.callback import RunCallback
@@ -36,6 +38,7 @@ from .training.checkpoints import (
     remove_cut_short,
     save_base,
 )
+from .training.gradients import SplitGradients
 from .training.hooks import SFTTrainerHooks
 from .training.identity import check_same_run, run_identity
 from .training.inputs import RunInputs, prepare_evaluated, record_template
@@ -48,6 +51,8 @@ from .training.stack import check_best_metric
 from .training.void import VoidWatch
 
 __all__ = ["CUDTrainer", "DivergenceError"]
+
+SIDE = "side"  # of a batch: which of its losses is wanted, where they are taken apart
 
 
 class CUDTrainer(SFTTrainerHooks):
@@ -65,7 +70,8 @@ class CUDTrainer(SFTTrainerHooks):
         eval_dataset: further samples (or a dict of them) for the Trainer's own evaluation loss.
         processing_class: tokenizer with pad and eos tokens; by default the one beside `model`.
         peft_config: train this adapter instead of the weights.
-        difficulty_scores: scores made before; by default computed from `args.difficulty` before anything is wrapped.
+        difficulty_scores: scores made before, or their file; by default computed from `args.difficulty` before anything
+            is wrapped.
 
     Attributes:
         difficulty_scores: the scores in use, in the order of `forget_ids`, or `None`.
@@ -78,7 +84,7 @@ class CUDTrainer(SFTTrainerHooks):
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         args: CUDConfig | None = None,
         *,
         forget_dataset: Dataset,
@@ -86,7 +92,7 @@ class CUDTrainer(SFTTrainerHooks):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
-        difficulty_scores: DifficultyScores | None = None,
+        difficulty_scores: DifficultyScores | str | Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         compute_metrics: Callable | None = None,
@@ -131,6 +137,9 @@ class CUDTrainer(SFTTrainerHooks):
         """Hang the run on the wrapped model: what it said before, and what follows it from step to step."""
         args = inputs.args
         self.inputs, self.plan, self._started = inputs, plan, False
+        if args.world_size > 1:  # which waits for a gradient of every weight that is trained
+            for parameter in inputs.loss.unreached(self.model):
+                parameter.requires_grad_(False)
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
@@ -151,6 +160,10 @@ class CUDTrainer(SFTTrainerHooks):
             max_retain_loss=args.max_retain_loss,
             steps_per_pass=-(-len(inputs.forget) // inputs.global_batch),
         )
+        self.split = None
+        if args.step != "plain":
+            sides = ("forget", "retain") if inputs.loss.uses_retain else ("forget",)
+            self.split = SplitGradients(STEPS[args.step], dict(args.step_args), self.accelerator, sides)  # type: ignore[arg-type]
         self._start_state = json.loads(json.dumps(self.progress.state()))
         self.void = VoidWatch(self, inputs, plan, self.progress)
         self.recorder = StepRecorder(inputs, plan, self.progress, self.train_metrics, self.accelerator, self.void)
@@ -189,10 +202,11 @@ class CUDTrainer(SFTTrainerHooks):
             return self._train(output, checkpoint_to_resume(output, resume_from_checkpoint), kwargs)
 
     def _train(self, output: Path, checkpoint: Path | None, options: dict[str, Any]) -> Any:
-        state = {"served": [], "progress": self._start_state}
+        state = {"served": [], "progress": self._start_state, "began": False}
         if checkpoint is not None:
-            state = read_state(checkpoint)
-            check_same_run(checkpoint, state, self.run_identity(), self.args)
+            read = read_state(checkpoint)
+            check_same_run(checkpoint, read, self.run_identity(), self.args)
+            state = {"began": True, **read}
         elif self.is_world_process_zero() and not self._started:
             if self.args.overwrite:
                 clear(output, [CHECKPOINTS])
@@ -203,7 +217,7 @@ class CUDTrainer(SFTTrainerHooks):
             remove_cut_short(output)
         self._started = True
         self.recorder.restart(state["served"])
-        self.void.restart(resumed=checkpoint is not None)
+        self.void.restart(resumed=checkpoint is not None, began=state["began"])
         self.progress.restore(state["progress"])
         if checkpoint is not None and "retain_weight" in (self.args.override or ()):
             self.progress.retain_weight = self.args.retain_weight
@@ -223,7 +237,7 @@ class CUDTrainer(SFTTrainerHooks):
         """Why the run came to nothing, in one sentence; `None` if it did not.
 
         Nothing has moved when no weight is another one than before, and nothing is forgotten when the mean forget
-        probability, as it was measured last (`evaluate`), is not below that at the start.
+        probability, as it was measured last (`evaluate`), is not below that at the start, which was at least 0.1.
         """
         measured = [entry for entry in self.state.log_history if "eval_forget_prob" in entry]
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
@@ -254,10 +268,17 @@ class CUDTrainer(SFTTrainerHooks):
             "optimizer_state": not self.args.save_only_model,
             "served": self.recorder.served,
             "progress": self.progress.state(),
+            "began": self.void.began,
         }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As in the base class; on request with the size of every sample's part in the update."""
+        """As in the base class; on request with the size of every sample's part in the update, or side by side."""
+        if self.split is not None and "forget_index" in inputs:
+
+            def backward(side: str, inputs: dict[str, Any]) -> Tensor:
+                return super(CUDTrainer, self).training_step(model, {**inputs, SIDE: side}, num_items_in_batch)
+
+            return self.split.micro_batch(model, inputs, backward)
         wanted = self.recorder.wants_update_norms(self.state.global_step + 1, self.state.logging_steps)
         if not wanted or "forget_index" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -275,16 +296,24 @@ class CUDTrainer(SFTTrainerHooks):
         if "forget_index" not in inputs:
             return self.ordinary_loss(model, inputs, return_outputs, num_items_in_batch)
         self.draw_nothing(model)
-        terms = self.inputs.loss(model, inputs, self.reference)
-        weight = inputs["weight"]
-        if self.schedule.dynamic:
-            index = inputs["forget_index"]
-            weight = weight.double() * torch.from_numpy(self.progress.factor).to(index.device)[index]
-        loss = (weight.to(terms.forget.dtype) * terms.forget).mean()
+        side = inputs.get(SIDE)
+        if side is None:
+            terms = self.inputs.loss(model, inputs, self.reference)
+        else:
+            terms = self.inputs.loss.side("retain" if side == "retain" else "forget", model, inputs, self.reference)
+        parts = []
+        if side != "retain":
+            weight = inputs["weight"]
+            if self.schedule.dynamic:
+                index, dtype = inputs["forget_index"], widest_float(weight.device)
+                factor = torch.from_numpy(self.progress.factor).to(dtype)
+                weight = weight.to(dtype) * factor.to(index.device)[index]
+            parts.append((weight.to(terms.forget.dtype) * terms.forget).mean())
         if terms.retain is not None:
             scale = inputs["retain_scale"].to(terms.retain.dtype)
-            loss = loss + self.progress.retain_weight * (scale * terms.retain).mean()
-        self.recorder.record(inputs, terms)
+            parts.append(self.progress.retain_weight * (scale * terms.retain).mean())
+        loss = sum(parts[1:], start=parts[0])
+        self.recorder.record(inputs, terms, side)
         if self.recorder.gradients is not None:
             loss.register_hook(self.recorder.gradients.begin_backward)
         return (loss, terms) if return_outputs else loss

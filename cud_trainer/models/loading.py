@@ -19,12 +19,13 @@ MERGED = {torch.float64: 1e-6, torch.float32: 1e-2}
 MERGED_IN_HALF_PRECISION = 0.5
 
 
-def load_causal_lm(name: str, *, merge_adapter: bool = False, **options: Any) -> nn.Module:
+def load_causal_lm(name: str, *, merge_adapter: bool = False, finite: bool = True, **options: Any) -> nn.Module:
     """`AutoModelForCausalLM.from_pretrained`, or an adapter on its base model (`PeftModel`, to be trained further).
 
     Args:
         name: folder or hub id of a model or of an adapter.
         merge_adapter: fold an adapter into the weights, see `merged_adapter`.
+        finite: refuse weights that are no numbers.
         options: of `from_pretrained`. `torch_dtype` is the old name of `dtype`. A `revision` is that of `name`; an
             adapter names its base model, and the revision of that, itself.
 
@@ -34,30 +35,30 @@ def load_causal_lm(name: str, *, merge_adapter: bool = False, **options: Any) ->
     options = _with_dtype(options)
     try:
         if adapter_file(name, options.get("revision")) is not None:
-            model = _on_its_base(name, options)
+            model = _on_its_base(name, options, finite)
             return merged_adapter(model, name) if merge_adapter else model
         # Weights of another shape are named by `check_whole`; the error of the library does not say which they are.
         whole: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = AutoModelForCausalLM.from_pretrained(name, **{**options, **whole})
     except Exception as error:  # a damaged folder makes the libraries raise nearly anything
         raise ValueError(f"cannot load a model from {name!r}: {str(error)[:500] or type(error).__name__}") from error
-    check_whole(name, model, info)
+    check_whole(name, model, info, finite=finite)
     return model
 
 
-def _on_its_base(name: str, options: dict[str, Any]) -> Any:
+def _on_its_base(name: str, options: dict[str, Any], finite: bool) -> Any:
     """The adapter at `name` on its base model, both whole."""
     from peft import PeftModel
 
     revision = options.get("revision")
     base, base_revision = base_of(name, revision)
-    model: Any = load_causal_lm(base, **{**options, "revision": base_revision or "main"})
+    model: Any = load_causal_lm(base, finite=finite, **{**options, "revision": base_revision or "main"})
     if (Path(name) / "tokenizer_config.json").is_file():  # tokens that were added for the adapter
         size = len(AutoTokenizer.from_pretrained(name, trust_remote_code=options.get("trust_remote_code", False)))
         if size > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(size)
     model = PeftModel.from_pretrained(model, name, is_trainable=True, revision=revision)
-    check_adapter(name, model)
+    check_adapter(name, model, finite=finite)
     return model
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data import Samples
 from ..logprobs import AnswerScores, score_answers
-from ..models.layers import decoder_layers
+from ..models.layers import base_causal_lm, decoder_layers, embedding_device
 from ..models.modes import evaluation_mode
 from .reference import Reference, TopTokens, spread
 from .registry import OBJECTIVES, Objective
@@ -236,13 +236,62 @@ class UnlearningLoss:
             handle.remove()
         return scores, outputs[0][:, scores.positions.to(outputs[0].device)]
 
+    def unreached(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """The trained weights that can have no gradient, whatever the batch: those behind the only layer that is read.
+
+        One forward pass of two tokens, for objectives on hidden states alone.
+        """
+        if not self.uses_hidden or self.retain_loss not in ("none", "activations"):
+            return []
+        name, layers = decoder_layers(model)
+        behind = tuple(f"{name}.{index}." for index in range(self._layer(len(layers)) + 1, len(layers)))
+        trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+        outside = {key: value for key, value in trained.items() if not key.startswith(f"{name}.")}
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=embedding_device(base_causal_lm(model)))
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+        gradients: Sequence[Tensor | None] = [None] * len(outside)
+        with evaluation_mode(model), torch.enable_grad():
+            hidden = self._scored(model, batch)[1]
+            assert hidden is not None
+            if hidden.requires_grad:
+                gradients = torch.autograd.grad(hidden.sum(), list(outside.values()), allow_unused=True)
+        without = {key for key, gradient in zip(outside, gradients, strict=True) if gradient is None}
+        return [value for key, value in trained.items() if key in without or key.startswith(behind)]
+
     def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """Per-sample losses of a paired batch, in one forward pass."""
         pairs = len(batch["forget_index"])
         scores, hidden = self._scored(model, batch)
+        terms = self._forget(scores, hidden, batch["forget_index"], reference)
+        if self.uses_retain:
+            retained = slice(pairs, 2 * pairs)
+            kept = None if hidden is None else hidden[retained]
+            terms.retain = self._retain(scores[retained], kept, batch, reference)
+        return terms
+
+    def side(self, name: str, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
+        """The losses of one side of a paired batch, in a forward pass without the other: for gradients taken apart.
+
+        Args:
+            name: `"forget"`: the terms without `retain`; `"retain"`: `retain` alone, the others are empty.
+        """
+        pairs = len(batch["forget_index"])
+        size = len(batch["input_ids"])
+        retained = list(range(pairs, 2 * pairs)) if self.uses_retain else []
+        rows = retained if name == "retain" else [row for row in range(size) if row not in set(retained)]
+        # Whatever is there by token, a row for each sequence; the rest is a value for each pair.
+        tokens = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim == 2}
+        scores, hidden = self._scored(model, tokens)
+        if name == "forget":
+            return self._forget(scores, hidden, batch["forget_index"], reference)
+        empty = scores.logps.new_zeros(0)
+        return LossTerms(empty, self._retain(scores, hidden, batch, reference), empty)
+
+    def _forget(self, scores: AnswerScores, hidden: Tensor | None, index: Tensor, reference: Reference) -> LossTerms:
+        """Of scores whose first rows are the forget samples `index`, and whose last their alternatives, if any."""
+        pairs = len(index)
         forget = scores[:pairs]
         alternative = scores[-pairs:] if self.uses_alternative else None
-        index = batch["forget_index"]
         top_tokens: dict[str, Tensor] = {}
         if "reference_top_logps" in self.spec.needs:
             names = ("reference_top_logps", "reference_top_ids", "reference_rest_logps")
@@ -266,16 +315,14 @@ class UnlearningLoss:
             return getattr(forget, name)
 
         forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self._options(index, forget.logps, reference))
-        retain_loss = None
-        if self.uses_retain:
-            retained = slice(pairs, 2 * pairs)
-            rows = batch["retain_index"].tolist() if self.retain_loss != "nll" else []
-            retain_loss = self._retain(scores[retained], None if hidden is None else hidden[retained], rows, reference)
-        return LossTerms(forget_loss, retain_loss, forget.counted_mean_logps.detach())
+        return LossTerms(forget_loss, None, forget.counted_mean_logps.detach())
 
-    def _retain(self, scores: AnswerScores, hidden: Tensor | None, rows: list[int], reference: Reference) -> Tensor:
+    def _retain(
+        self, scores: AnswerScores, hidden: Tensor | None, batch: dict[str, Tensor], reference: Reference
+    ) -> Tensor:
         if self.retain_loss == "nll":
             return retain_nll(scores.logps, scores.lengths)
+        rows = batch["retain_index"].tolist()
         if self.retain_loss == "activations":
             assert hidden is not None
             return retain_activations(

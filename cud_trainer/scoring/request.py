@@ -33,8 +33,16 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
         METRICS[name].check_options(metric_options)
         for objective in metric_options.get("methods", ()):
             UnlearningLoss(objective)  # refuses an unknown one
-    if model_or_config is not None and any(METRICS[name].needs_circuits for name in metrics):
-        check_architecture(model_or_config)
+    circuits = [name for name in metrics if METRICS[name].needs_circuits]
+    if model_or_config is not None and circuits:
+        try:
+            check_architecture(model_or_config)
+        except ValueError as error:
+            without = [name for name, metric in METRICS.items() if not metric.needs_circuits]
+            raise ValueError(
+                f"difficulty metric {circuits[0]!r} needs circuits, and {error}. Metrics that need none: "
+                f"{', '.join(without)}"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer, void = self.trainer, self.trainer.void
-        looks = not (self._moved or void.sharded)
-        if looks and void.batch_has_weight(state.global_step):
+        looks = not (self._moved or void.sharded) and void.batch_has_weight(state.global_step)
+        if looks:
             check_gradients(trainer.model, every_layer=False)
         if void.before_step(state.global_step):
             logger.warning(str(void.reason))

@@ -35,7 +35,9 @@ RUN_FILES = (
     *MODEL_FILES,
     SCORES_FILE,
     SCHEDULE_FILE,
+    TEMPLATE_FILE,
     REFERENCE_FILE,
+    TEMPLATE_FILE,
     WORK_DIR,
     BASE_DIR,
     "trainer_state.json",
@@ -48,6 +50,7 @@ MARKS = (
     CHECKPOINTS,
     SCORES_FILE,
     SCHEDULE_FILE,
+    TEMPLATE_FILE,
     WORK_DIR,
     "training_args.bin",
     "adapter_model.*",
@@ -164,7 +167,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
-    return json.loads(path.read_text())
+    state = json.loads(path.read_text())
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no state of a run")
+    return state
 
 
 def saved_names(folder: str | Path) -> set[str]:

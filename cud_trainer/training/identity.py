@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from ..config import OVERRIDABLE, CUDConfig
+from ..config import CUDConfig
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
+from ..stack_options import OVERRIDABLE
 from .inputs import RunInputs
 from .plan import RunPlan
 
@@ -42,6 +43,8 @@ def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Refere
     """
     args = inputs.args
     objective = f"{args.objective} {json.dumps(args.objective_args, sort_keys=True)}"
+    if args.step != "plain":
+        objective += f" step {args.step} {json.dumps(args.step_args, sort_keys=True)}"
     if reference.option_scale is not None:
         objective += f" by sample {hashlib.sha256(reference.option_scale.numpy().tobytes()).hexdigest()[:16]}"
     settings = {name: getattr(args, name) for name in SETTINGS}

@@ -31,6 +31,7 @@ from ..files import write_json
 from ..models.fingerprint import model_fingerprint
 from ..models.loading import adapter_file, load_causal_lm, tokenizer_home
 from ..models.modes import on_device
+from ..models.positions import check_sets
 from ..models.trainable import check_trained, train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
@@ -82,14 +83,14 @@ class RunInputs:
     def checked(
         cls,
         args: CUDConfig,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         forget: Dataset,
         retain: Dataset | None,
         evaluated: Evaluated,
         peft_config: Any,
-        scores: DifficultyScores | None,
+        scores: DifficultyScores | str | Path | None,
         own_optimizer: bool = False,
     ) -> RunInputs:
         """The inputs of `CUDTrainer`.
@@ -100,6 +101,11 @@ class RunInputs:
         Raises:
             ValueError: for bad input, naming the sample, column or option.
         """
+        if not isinstance(args, CUDConfig):
+            raise ValueError(f"args must be a CUDConfig, got a {type(args).__name__}")
+        model = str(model) if isinstance(model, Path) else model
+        if isinstance(scores, (str, Path)):
+            scores = DifficultyScores.load(scores)
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
@@ -145,6 +151,7 @@ class RunInputs:
         merged = isinstance(model, str) and peft_config is not None and _is_adapter(model, args)
         model = _checked_model(model, args, loss, peft_config)
         check_vocabulary(tokenizer, model)
+        check_sets(model, forget=forget_samples, retain=retain_samples)
         inputs = cls(
             args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, template, merged
         )
@@ -194,8 +201,7 @@ class RunInputs:
     @property
     def shards_model(self) -> bool:
         """Whether the model is split over processes when it is wrapped, and must not be on a device before."""
-        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        return bool(self.args.fsdp or self.args.deepspeed or launched)
+        return bool(sharded_by(self.args))
 
     def _checked_scores(self, scores: DifficultyScores | None) -> DifficultyScores | None:
         """Scores made before, in the order of the forget samples, with all that the schedule reads."""
@@ -227,6 +233,14 @@ class RunInputs:
         if args.world_size > 1:
             broadcast_object_list(shared)
         return replace(self.forget, dataset=Dataset.from_dict(shared[0]))
+
+
+def sharded_by(args: CUDConfig) -> str | None:
+    """What splits the model over processes, by its name."""
+    for name, given in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if given or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            return name
+    return None
 
 
 def global_batch(args: CUDConfig) -> int:
@@ -280,6 +294,10 @@ def _check_options(
         raise ValueError(f"difficulty {PRECOMPUTED!r} is the first metric of difficulty_scores: give them")
     if args.process_index == 0:
         check_may_start(args)
+    if args.step != "plain" and sharded_by(args) is not None:
+        raise ValueError(
+            f"step {args.step!r} is not supported with {sharded_by(args)}: no process has whole gradients there"
+        )
     if peft_config is not None and args.trainable_layers is not None:
         raise ValueError("trainable_layers is for training without an adapter; use layers_to_transform of the adapter")
     _check_adapter(args, peft_config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..difficulty.gradients import GradientRecorder
+from ..models.layers import widest_float
 from ..models.matrices import weight_matrices
 from ..objectives import LossTerms
 from .inputs import RunInputs
@@ -51,6 +53,7 @@ class StepRecorder:
         self.served: list[int] = []
         self.gradients: GradientRecorder | None = None
         self._records: list[Tensor] = []
+        self._forget: LossTerms | None = None
         self._update_norms: list[Tensor] = []
         self._micro_batches = 0
         self._clipped = 0
@@ -62,8 +65,21 @@ class StepRecorder:
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
-    def record(self, inputs: dict[str, Tensor], terms: LossTerms) -> None:
-        """Keep a micro-batch's numbers on the device."""
+    def record(self, inputs: dict[str, Tensor], terms: LossTerms, side: str | None = None) -> None:
+        """Keep a micro-batch's numbers on the device.
+
+        Args:
+            side: `"forget"` and `"retain"` where the losses are taken apart, in this order; what is taken `"again"` is
+                not kept.
+        """
+        if side == "again":
+            return
+        if side == "forget" and self.loss.uses_retain:
+            self._forget = LossTerms(terms.forget.detach(), None, terms.mean_logps)
+            return
+        if side == "retain":
+            assert self._forget is not None
+            terms, self._forget = replace(self._forget, retain=terms.retain), None
         retain = torch.full_like(terms.mean_logps, torch.nan) if terms.retain is None else terms.retain.detach()
         columns = [
             torch.full_like(terms.mean_logps, self._micro_batches),
@@ -73,7 +89,8 @@ class StepRecorder:
             terms.forget.detach(),
             retain.to(terms.mean_logps),
         ]
-        self._records.append(torch.stack([column.double() for column in columns], dim=1))
+        dtype = widest_float(terms.mean_logps.device)
+        self._records.append(torch.stack([column.to(dtype) for column in columns], dim=1))
         self._micro_batches += 1
 
     def flush(self, step: int) -> StepRecord | None:
@@ -149,11 +166,11 @@ class StepRecorder:
                 yield
         finally:
             self.gradients = None
-        norms = recorder.results(len(inputs["input_ids"]))["squares"].double().sum(1).sqrt()
+        norms = recorder.results(len(inputs["input_ids"]))["squares"].cpu().double().sum(1).sqrt()
         pairs = len(row)
         forget = norms[:pairs] + (norms[-pairs:] if self.loss.uses_alternative else 0.0)
         retain = norms[pairs : 2 * pairs] if self.loss.uses_retain else torch.zeros(pairs)
-        table = torch.stack([row.double(), forget, retain.double()], dim=1)
+        table = torch.stack([row, forget, retain], dim=1).to(widest_float(self.accelerator.device))
         self._update_norms.append(table.to(self.accelerator.device))
 
     def _log_update_shares(self) -> None:

@@ -15,19 +15,36 @@ from trl import ModelConfig
 from cud_trainer.circuits import CircuitTable
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
-from cud_trainer.data import Samples, TemplateContext, check_disjoint, check_vocabulary, prepare_samples
+from cud_trainer.data import Samples, TemplateContext, check_vocabulary, prepare_samples
 from cud_trainer.data.groups import group_labels
 from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm, merged_adapter
+from cud_trainer.models.positions import check_positions
 from cud_trainer.training.checkpoints import recorded_template
+from cud_trainer.typed import check_options, check_void
 
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.measure import check_texts
 from ..metrics.utility import UTILITY_SETS
 from ..report.audit import check_score_names
+
+# What gives an option its meaning.
+NEEDS = {
+    "samples": "generate",
+    "temperature": "samples",
+    "relearn_steps": "relearn_samples",
+    "relearn_rate": "relearn_samples",
+    "metric": "scores",
+    "n_buckets": "scores",
+    "lm_eval_include": "lm_eval_tasks",
+    "retain_split": "retain_dataset|retain_config",
+    "max_retain_samples": "retain_dataset|retain_config",
+    "holdout_split": "holdout_dataset|holdout_config",
+    "neighbour_split": "neighbour_dataset|neighbour_config",
+}
 
 
 @dataclass
@@ -115,6 +132,9 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
         return bool(self.quantize or self.straight_line or self.relearn_samples or self.lm_eval_tasks)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self)
+        check_void(self, NEEDS)
         for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -161,19 +181,21 @@ class EvaluateInputs:
     def forget(self) -> Samples:
         return self.sets["forget"]
 
-    def load_model(self, path: str) -> Any:
+    def load_model(self, path: str, *, finite: bool = True) -> Any:
         """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings.
 
         What works on weights later (`works_on_weights`) has to work on the model that was measured: an adapter is
         folded in first, or refused.
         """
-        model = load_model(path, self.model_options)
+        model = load_model(path, self.model_options, finite=finite)
         if self.args.works_on_weights:
             model = merged_adapter(model, repr(path))
         try:
             check_vocabulary(self.tokenizer, model)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
+        for name, samples in self.sets.items():
+            check_positions(model, name, samples.ids, samples.lengths)
         return model
 
 
@@ -188,7 +210,9 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     forget = sets["forget"]
     for name in ("retain", "neighbour", "holdout"):
         if name in sets:
-            check_disjoint(forget, sets[name])
+            _check_disjoint("forget", forget, name, sets[name])
+    if "holdout" in sets and "retain" in sets:  # non-members are no samples that were trained on
+        _check_disjoint("retain", sets["retain"], "holdout", sets["holdout"])
     utility = {}
     if args.tofu:
         utility = {part: load_samples(args.tofu, name, "train", None, part) for part, name in UTILITY_SETS.items()}
@@ -236,6 +260,13 @@ def template_of(model: str, scores: DifficultyScores | None) -> dict[str, Any] |
     return recorded_template(model) or recorded_template(Path(model).parent)  # a checkpoint in the folder of a run
 
 
+def _check_disjoint(first: str, one: Samples, second: str, other: Samples) -> None:
+    """Raise `ValueError` for a sample that is in both sets, with their names."""
+    both = set(one.ids) & set(other.ids)
+    if both:
+        raise ValueError(f"sample {min(both)!r} is in both the {first} and the {second} dataset ({len(both)} are)")
+
+
 def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """The data sets as text that the options name: `forget`, and `retain`, `neighbour`, `holdout` where they are."""
     forget, retain = args.load(tokenizer)
@@ -276,9 +307,13 @@ def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | Non
     return table
 
 
-def load_model(path: str, options: Mapping[str, Any]) -> Any:
-    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither."""
-    model: Any = load_causal_lm(path, **options)
+def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) -> Any:
+    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither.
+
+    Args:
+        finite: refuse weights that are no numbers.
+    """
+    model: Any = load_causal_lm(path, finite=finite, **options)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
 

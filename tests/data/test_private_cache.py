@@ -30,9 +30,9 @@ def holding(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_no_copy_of_the_text_stays(tmp_path, caches, as_folder):
-    source = tmp_path / "data" / "train.jsonl"
+    source = tmp_path / "data" / "train.parquet"  # text files are read without a copy
     source.parent.mkdir()
-    source.write_text(json.dumps({"question": "Who?", "answer": SECRET}) + "\n")
+    datasets.Dataset.from_list([{"question": "Who?", "answer": SECRET}]).to_parquet(source)
     path = str(source.parent if as_folder else source)
     dataset = load_samples(path, None, "train", None, "forget")
     assert dataset["answer"][:] == [SECRET] and not dataset.cache_files
@@ -51,8 +51,8 @@ def test_the_copy_is_private_while_it_is_there(tmp_path, caches, monkeypatch):
         return dataset
 
     monkeypatch.setattr("cud_trainer.data.sources.load_dataset", load_dataset)
-    source = tmp_path / "forget.jsonl"
-    source.write_text(json.dumps({"question": "Who?", "answer": SECRET}) + "\n")
+    source = tmp_path / "forget.parquet"
+    datasets.Dataset.from_list([{"question": "Who?", "answer": SECRET}]).to_parquet(source)
     load_samples(str(source), None, "train", None, "forget")
     ((mode, files),) = seen
     assert mode == 0o700 and files

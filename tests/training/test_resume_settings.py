@@ -6,7 +6,7 @@ from builders import make_model, qa_dataset
 from peft import LoraConfig
 from runs import checksum, make_trainer
 
-from cud_trainer.config import OVERRIDABLE
+from cud_trainer.stack_options import OVERRIDABLE
 
 pytestmark = pytest.mark.slow
 RUN = {
