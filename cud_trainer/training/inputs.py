@@ -109,12 +109,7 @@ class RunInputs:
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
-        if tokenizer is None:
-            if not isinstance(model, str):
-                raise ValueError("pass the tokenizer as processing_class")
-            home, revision = tokenizer_home(model, dict(args.model_init_kwargs or {}).get("revision"))  # type: ignore[arg-type]
-            tokenizer = AutoTokenizer.from_pretrained(home, revision=revision, trust_remote_code=args.trust_remote_code)
-        tokenizer = ready_tokenizer(tokenizer, **tokenizer_options(args))
+        tokenizer = _ready_tokenizer(args, model, tokenizer)
         args.chat_template_path = None  # used up; TRL would add its tokens to the model
         template = _template(args, scores)
         forget = standardised(forget, "forget")
@@ -305,6 +300,18 @@ def _check_options(
         raise ValueError(
             f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
         )
+
+
+def _ready_tokenizer(
+    args: CUDConfig, model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, by default that of the model, as the options of the run want it."""
+    if tokenizer is None:
+        if not isinstance(model, str):
+            raise ValueError("pass the tokenizer as processing_class")
+        home, revision = tokenizer_home(model, dict(args.model_init_kwargs or {}).get("revision"))  # type: ignore[arg-type]
+        tokenizer = AutoTokenizer.from_pretrained(home, revision=revision, trust_remote_code=args.trust_remote_code)
+    return ready_tokenizer(tokenizer, **tokenizer_options(args))
 
 
 def _is_adapter(model: str, args: CUDConfig) -> bool:
