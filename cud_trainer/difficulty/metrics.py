@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors
-from transformers import AutoModelForCausalLM
 
 from ..data.groups import group_labels
 from ..models.fingerprint import model_fingerprint
+from ..models.loading import load_causal_lm
 from ..models.matrices import weight_matrices
 from ..registry import check_numbers
 from .context import DifficultyContext
@@ -71,9 +71,10 @@ def memorization(
     """
     _check_reference("difficulty metric 'memorization'", reference_model=reference_model)
     model = context.model
+    assert reference_model is not None
     try:
-        reference = AutoModelForCausalLM.from_pretrained(reference_model, revision=revision, dtype=model.dtype)
-    except (OSError, ValueError) as error:
+        reference: Any = load_causal_lm(reference_model, revision=revision, dtype=model.dtype)
+    except ValueError as error:
         raise ValueError(f"cannot load the reference model {reference_model!r}: {error}") from None
     sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
     if sizes[0] != sizes[1]:
