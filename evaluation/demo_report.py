@@ -80,8 +80,7 @@ def results(
     for (objective, schedule), same in grouped(runs, attrgetter("panel", "schedule")).items():
         fit += trials(same, by_condition[objective, schedule], retain_level, objective)
     findings: list[str] = []
-    difficulty, conditions, matched, tables = [], [], [], []
-    found = {}
+    difficulty, conditions, matched, tables, found = [], [], [], [], {}
     for objective in OBJECTIVES:
         uniform = by_condition[objective, SCHEDULES[0]]
         residuals = [averaged_residual(list(run.forget))[0] for run in uniform]
@@ -105,17 +104,9 @@ def results(
         tables += [*found[objective].tables, _by_seed(objective, worst, means)]
         findings += found[objective].findings
         findings.append(_schedule_finding(objective, matched[-1]["retain_level"], worst, means))
-    findings.append(CAVEAT)
     return {
         **jsonable(Head.now("cud demo: which fictitious authors are hard to forget?")),
-        "run": {
-            "command": command.strip(),
-            "seed": seed,
-            "versions": versions(),
-            "model": {key: sizes[key] for key in ("parameters", "layers", "hidden_size", "vocabulary")},
-            "data": {key: value for key, value in sizes.items() if key.startswith("n_")},
-            "seconds": {},
-        },
+        "run": _run(command, sizes, seed),
         "before": before,
         "difficulty": {
             "note": "Spearman correlation of each metric, computed before unlearning, with what is left afterwards. "
@@ -131,7 +122,18 @@ def results(
         "matched": matched,
         "decision": decided(found),
         "tables": tables,
-        "findings": findings,
+        "findings": [*findings, CAVEAT],
+    }
+
+
+def _run(command: str, sizes: dict[str, Any], seed: int) -> dict[str, Any]:
+    return {
+        "command": command.strip(),
+        "seed": seed,
+        "versions": versions(),
+        "model": {key: sizes[key] for key in ("parameters", "layers", "hidden_size", "vocabulary")},
+        "data": {key: value for key, value in sizes.items() if key.startswith("n_")},
+        "seconds": {},
     }
 
 
