@@ -16,6 +16,7 @@ from ..circuits import run_description
 from ..config import CUDConfig
 from ..data import FORMATS, ready_tokenizer, standardised
 from ..data.chunks import DOCUMENT, chunk_texts
+from ..data.columns import use_id_key
 from ..data.formats import FOREIGN
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
@@ -92,6 +93,14 @@ class DataArguments:
         },
     )
 
+    id_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with a key for the ids of samples that have none of their own: without it, whoever nearly "
+            "knows a text can find the rest from its id by trying. Made with a random key if it is not there; give the "
+            "same one to every command on the same data."
+        },
+    )
     keep_cache: bool = field(
         default=False,
         metadata={
@@ -101,6 +110,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        use_id_key(self.id_key)
         if self.architecture is not None:  # here: wherever options are read, in whatever process
             run_description(self.architecture)
 
