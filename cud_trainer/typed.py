@@ -90,11 +90,11 @@ def check_options(options: Any, *, strict: bool = True) -> None:
     Raises:
         ValueError: naming the option whose value is of another type, empty, not finite, or out of its range.
     """
-    for name, hint in _hints(type(options)).items():
+    for name, hint in _hints(type(options)).items():  # type: ignore[arg-type]
         value = getattr(options, name)
         plain = _plain(value)
         if plain is not value:
-            setattr(options, name, plain)
+            object.__setattr__(options, name, plain)  # of a frozen one, too
             value = plain
         # The types that the stack gives its fields leave out what it makes of them itself.
         unsaid = not strict and (not _is_plain(value) or (value is None and name not in RANGES))
@@ -188,6 +188,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(fits(one, inner[0]) for one in value)
     if origin is dict:
         return isinstance(value, dict)
+    if origin is not None:
+        return True  # none of those that options have
     if isinstance(value, bool):
         return hint is bool
     if hint is float:

@@ -106,14 +106,7 @@ def results(
         findings.append(_schedule_finding(objective, matched[-1]["retain_level"], worst, means))
     return {
         **jsonable(Head.now("cud demo: which fictitious authors are hard to forget?")),
-        "run": {
-            "command": command.strip(),
-            "seed": seed,
-            "versions": versions(),
-            "model": {key: sizes[key] for key in ("parameters", "layers", "hidden_size", "vocabulary")},
-            "data": {key: value for key, value in sizes.items() if key.startswith("n_")},
-            "seconds": {},
-        },
+        "run": _run(command, sizes, seed),
         "before": before,
         "difficulty": {
             "note": "Spearman correlation of each metric, computed before unlearning, with what is left afterwards. "
@@ -130,6 +123,17 @@ def results(
         "decision": decided(found),
         "tables": tables,
         "findings": [*findings, CAVEAT],
+    }
+
+
+def _run(command: str, sizes: dict[str, Any], seed: int) -> dict[str, Any]:
+    return {
+        "command": command.strip(),
+        "seed": seed,
+        "versions": versions(),
+        "model": {key: sizes[key] for key in ("parameters", "layers", "hidden_size", "vocabulary")},
+        "data": {key: value for key, value in sizes.items() if key.startswith("n_")},
+        "seconds": {},
     }
 
 

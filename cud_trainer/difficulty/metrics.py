@@ -82,7 +82,7 @@ def memorization(
         )
     reference = reference.to(context.device).eval()
     reference_logps, _ = context.score_answers(reference, f"reference-{model_fingerprint(reference)}")
-    return context.answers[0] - reference_logps.double().numpy()
+    return context.answers[0] - reference_logps.cpu().double().numpy()
 
 
 @register_metric("grad_norm")
@@ -104,7 +104,7 @@ def grad_norm(context: DifficultyContext, *, matrices: str = ".*") -> np.ndarray
         raise ValueError(
             f"option matrices={matrices!r} of difficulty metric 'grad_norm' matches none, e.g. {names[0]!r}"
         )
-    squares = context.gradients["squares"][:, chosen].double().sum(1).numpy()
+    squares = context.gradients["squares"][:, chosen].cpu().double().sum(1).numpy()
     empty = np.flatnonzero(squares == 0)
     if empty.size:
         raise ValueError(f"the gradient of sample {context.forget.ids[empty[0]]!r} is 0: grad_norm is undefined")

@@ -74,6 +74,13 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def check_sets(model: Any, **sets: Any) -> None:
+    """`check_positions` of prepared `Samples`, by name; `None` for a set that is not there."""
+    for name, samples in sets.items():
+        if samples is not None:
+            check_positions(model, name, samples.ids, samples.lengths)
+
+
 def check_positions(model: Any, name: str, ids: Sequence[str], lengths: Sequence[int]) -> None:
     """Raise `ValueError` naming the first sample that has more tokens than the model has positions."""
     limit = positions_of(model).limit

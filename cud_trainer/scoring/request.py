@@ -17,6 +17,8 @@ from ..files import check_new_file
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir
+from ..typed import check_numbers_within
+from ..typed import check_options as check_fields
 from .calibration import CalibrationSettings
 
 
@@ -84,6 +86,8 @@ class ScoringRequest:
 
     def check(self, model: Any) -> None:
         """Raise `ValueError` naming a metric, option or file that cannot be, whatever the data."""
+        check_fields(self, strict=False)
+        check_numbers_within("circuit_args", self.circuit_args)
         check_metrics(self.metrics, self.metric_args, model)
         check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
         batch_size = 1 if self.batch_size is None else self.batch_size

@@ -26,7 +26,7 @@ from ..data import (
 )
 from ..difficulty import METRICS, DifficultyContext, DifficultyScores
 from ..models.fingerprint import model_fingerprint, versions
-from ..models.positions import check_positions
+from ..models.positions import check_sets
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir, process_state
 from .calibration import Calibration, CalibrationSettings, calibrate
@@ -113,9 +113,7 @@ def score_difficulty(
     request.check(model)
     options = {"max_length": max_length, "template": template or TemplateContext()}
     forget, retain = _samples(request, dataset, retain_dataset, processing_class, counterfactual_column, options)
-    for name, samples in (("forget", forget), ("retain", retain)):
-        if samples is not None:
-            check_positions(model, name, samples.ids, samples.lengths)
+    check_sets(model, forget=forget, retain=retain)
     return _Scoring(model, forget, retain, request).run()
 
 

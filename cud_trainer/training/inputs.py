@@ -30,7 +30,7 @@ from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..files import write_json
 from ..models.loading import load_causal_lm
 from ..models.modes import on_device
-from ..models.positions import check_positions
+from ..models.positions import check_sets
 from ..models.trainable import train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
@@ -144,9 +144,7 @@ class RunInputs:
             )
         model = _checked_model(model, args, loss, peft_config)
         check_vocabulary(tokenizer, model)
-        for name, samples in (("forget", forget_samples), ("retain", retain_samples)):
-            if samples is not None:
-                check_positions(model, name, samples.ids, samples.lengths)
+        check_sets(model, forget=forget_samples, retain=retain_samples)
         inputs = cls(
             args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, template
         )

@@ -284,6 +284,29 @@ def test_a_tilde_is_home_everywhere(world, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "s" / "s.parquet").exists() and [path.name for path in here.iterdir()] == ["e.yaml"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"folds": 0}, {"folds": True}, {"seed": -1}, {"seed": 0.5}, {"batch_bytes": 0}, {"batch_size": HUGE},
+     {"circuit_args": {"steps": float("nan")}}, {"circuit_args": {"steps": HUGE}}, {"group_column": ""}, {"metrics": "loss"}],
+    ids=str,
+)  # fmt: skip
+def test_scoring_in_python(options):
+    from cud_trainer import score_difficulty
+
+    with pytest.raises(ValueError, match=next(iter(options)).split("_")[0]):
+        score_difficulty(make_model(0), qa_dataset(9), make_tokenizer(), **{"metrics": ["length"], **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"learning_rate": float("nan")}, {"max_passes": 0}, {"seed": -1}, {"retain_weight": -1.0}]
+)
+def test_calibration_in_python(options):
+    from cud_trainer.scoring.calibration import CalibrationSettings
+
+    with pytest.raises(ValueError, match=next(iter(options))):
+        CalibrationSettings(**options)
+
+
 def test_paths_as_objects(world, tmp_path):
     import numpy as np
 
