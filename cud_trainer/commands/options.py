@@ -19,6 +19,7 @@ from ..data.chunks import DOCUMENT, chunk_texts
 from ..data.formats import FOREIGN
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
+from ..models.loading import tokenizer_home
 from .parser import parse_options
 
 # Options of all commands that name what is read.
@@ -203,9 +204,10 @@ def load_tokenizer(model_args: ModelConfig, args: Any = None) -> PreTrainedToken
     if not model_args.model_name_or_path:
         raise ValueError("model is missing: give --model_name_or_path")
     try:
+        name, revision = tokenizer_home(model_args.model_name_or_path, model_args.model_revision)
         tokenizer = AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
+            name,
+            revision=revision,
             trust_remote_code=bool(getattr(model_args, "trust_remote_code", False)),
         )
     except Exception as error:  # a damaged folder makes the libraries raise nearly anything
