@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
 from evaluation import statistics as stats
+from evaluation.endpoint import worst_quarter
 from evaluation.report.cells import interval_text
 from evaluation.report.plots import COLOURS
 from evaluation.study.runs import (
@@ -24,7 +25,6 @@ from evaluation.study.runs import (
     left_at,
     reported,
     tuned,
-    worst_quarter,
 )
 
 NEVER_SEEN = "never-seen.json"  # in the folder of a testbed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
+from .typed import check_numbers_within, check_options
 
 # Being re-examined: chosen on the seeds that are reported, and most of its gain needs no difficulty (docs/results.md).
 DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
+LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 DEFAULT_SCHEDULE = f"upweight_hard+{DEFAULT_WITHOUT_DIFFICULTY}"
 
 
@@ -248,11 +251,18 @@ class CUDConfig(TemplateArguments, SFTConfig):
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that holds earlier results."})
 
     def __post_init__(self) -> None:
+        check_options(self, strict=False)
         if self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available()  # TRL's default, True, is an error on a machine without
         if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "balance"
-        super().__post_init__()
+        self._check_mappings()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # what the stack does not foresee
+            raise ValueError(f"options: {type(error).__name__}: {error}") from error
         names = (
             "objective_args",
             "step_args",
@@ -323,6 +333,19 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise ValueError(f"step {self.step!r} is not supported with optim {optimizer!r}, which keeps no gradients")
         if self.log_update_share:
             raise ValueError(f"log_update_share is not supported with step {self.step!r}: it looks at plain steps")
+
+    def _check_mappings(self) -> None:
+        """Raise `ValueError` for a mapping that is none, or a file that is not there."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value and not value.startswith("{"):
+                if name not in ("fsdp_config", "deepspeed", "accelerator_config"):
+                    raise ValueError(f"{name} must be a mapping, got {value!r}")
+                if not Path(value).expanduser().is_file():
+                    raise ValueError(f"{name} {value} is no file")
+            check_numbers_within(name, value)
+        if self.log_level not in LOG_LEVELS or self.log_level_replica not in LOG_LEVELS:
+            raise ValueError(f"log_level and log_level_replica must be one of {LOG_LEVELS}")
 
     def _check_objective(self, loss: UnlearningLoss) -> None:
         for name, low, high in (

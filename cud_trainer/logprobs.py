@@ -16,11 +16,7 @@ from transformers import PreTrainedModel
 
 from .data import COUNTED, IGNORE_INDEX, Samples
 from .models.modes import evaluation_mode
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that follow the mask, so that left padding does not shift rotary or learned positions."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+from .models.positions import own_positions, position_ids, positions_of
 
 
 def wide(x: Tensor) -> Tensor:
@@ -111,13 +107,19 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     positions = answer_positions(labels)
     if "inputs_embeds" not in model_inputs:
         model_inputs["input_ids"] = batch["input_ids"]
-    outputs = model(
-        attention_mask=batch["attention_mask"],
-        position_ids=position_ids(batch["attention_mask"]),
-        logits_to_keep=positions,
-        use_cache=False,
-        **model_inputs,
-    )
+    limit = positions_of(model).limit
+    if limit is not None and batch["attention_mask"].shape[1] > limit:
+        longest = int(batch["attention_mask"].sum(-1).max())
+        if longest > limit:
+            raise ValueError(f"a sample has {longest} tokens, and the model has {limit} positions")
+    with own_positions(model):
+        outputs = model(
+            attention_mask=batch["attention_mask"],
+            position_ids=position_ids(batch["attention_mask"]),
+            logits_to_keep=positions,
+            use_cache=False,
+            **model_inputs,
+        )
     logits = outputs.logits
     if logits.shape[1] != len(positions):  # an architecture that ignores `logits_to_keep`
         logits = logits[:, positions.to(logits.device)]
@@ -150,7 +152,7 @@ def answer_probability(
     values = torch.zeros(len(samples), dtype=torch.float64)
     with evaluation_mode(model):
         for rows, batch in samples.measured.batches(batch_size, device=device):
-            values[rows] = score_answers(model, batch).mean_logps.exp().double().cpu()
+            values[rows] = score_answers(model, batch).mean_logps.exp().cpu().double()
     return values.numpy()
 
 

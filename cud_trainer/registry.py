@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -88,3 +89,5 @@ def check_numbers(owner: str, options: dict[str, Any]) -> None:
     for option, value in options.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"option {option!r} of {owner} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"option {option!r} of {owner} must be a finite number, got {value!r}")

@@ -20,6 +20,7 @@ from trl.trainer import disable_dropout_in_model
 from .config import CUDConfig
 from .difficulty import DifficultyScores
 from .files import remove_leftovers
+from .models.layers import widest_float
 from .models.modes import on_device
 from .objectives import STEPS
 from .objectives.alternatives import alternatives_fingerprint
@@ -69,7 +70,8 @@ class CUDTrainer(SFTTrainerHooks):
         eval_dataset: further samples (or a dict of them) for the Trainer's own evaluation loss.
         processing_class: tokenizer with pad and eos tokens; by default the one beside `model`.
         peft_config: train this adapter instead of the weights.
-        difficulty_scores: scores made before; by default computed from `args.difficulty` before anything is wrapped.
+        difficulty_scores: scores made before, or their file; by default computed from `args.difficulty` before anything
+            is wrapped.
 
     Attributes:
         difficulty_scores: the scores in use, in the order of `forget_ids`, or `None`.
@@ -82,7 +84,7 @@ class CUDTrainer(SFTTrainerHooks):
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         args: CUDConfig | None = None,
         *,
         forget_dataset: Dataset,
@@ -90,7 +92,7 @@ class CUDTrainer(SFTTrainerHooks):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
-        difficulty_scores: DifficultyScores | None = None,
+        difficulty_scores: DifficultyScores | str | Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         compute_metrics: Callable | None = None,
@@ -131,6 +133,9 @@ class CUDTrainer(SFTTrainerHooks):
         self.inputs, self.plan, self._started = inputs, plan, False
         # NPO's log-ratio must be 0 at the first step; only after wrapping are an adapter's dropouts there to be found.
         disable_dropout_in_model(self.model)
+        if args.world_size > 1:  # which waits for a gradient of every weight that is trained
+            for parameter in inputs.loss.unreached(self.model):
+                parameter.requires_grad_(False)
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
@@ -221,7 +226,7 @@ class CUDTrainer(SFTTrainerHooks):
         """Why the run came to nothing, in one sentence; `None` if it did not.
 
         Nothing has moved when no weight is another one than before, and nothing is forgotten when the mean forget
-        probability, as it was measured last (`evaluate`), is not below that at the start.
+        probability, as it was measured last (`evaluate`), is not below that at the start, which was at least 0.1.
         """
         measured = [entry for entry in self.state.log_history if "eval_forget_prob" in entry]
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
@@ -299,8 +304,9 @@ class CUDTrainer(SFTTrainerHooks):
         if side != "retain":
             weight = inputs["weight"]
             if self.schedule.dynamic:
-                index = inputs["forget_index"]
-                weight = weight.double() * torch.from_numpy(self.progress.factor).to(index.device)[index]
+                index, dtype = inputs["forget_index"], widest_float(weight.device)
+                factor = torch.from_numpy(self.progress.factor).to(dtype)
+                weight = weight.to(dtype) * factor.to(index.device)[index]
             parts.append((weight.to(terms.forget.dtype) * terms.forget).mean())
         if terms.retain is not None:
             scale = inputs["retain_scale"].to(terms.retain.dtype)

@@ -1,12 +1,13 @@
 """`cud demo`: the whole line on a small world made on the spot, with a report.
 
-Authors who do not exist -> a Llama that knows them by heart -> difficulty scores -> GradDiff and NPO, each uniform and
-difficulty-aware, with the retain weight fitted for each -> comparison at matched retain utility -> report.
+Authors who do not exist -> a Llama that knows them by heart -> difficulty scores -> GradDiff and NPO, each uniform,
+difficulty-aware and with a random difficulty, with the retain weight fitted for each -> comparison -> report.
 
 No sample helps to score itself (cross-fitting). The seed that chooses the retain weights is not among the seeds that
-are reported. Schedules are compared on the worst quarter by outcome, of every run its own, and by seed: the quarter
-that CUD ranks hardest is the one that the schedule weights up. Retain utility is measured on questions that the retain
-loss never sees (their answers it does: it is robustness to rewording, not wider knowledge).
+are reported. Schedules are compared by what is kept of authors that no loss sees, once the worst quarter by outcome is
+forgotten, seed by seed, and by the rule of every study (`decision`): the quarter that CUD ranks hardest is the one
+that the schedule weights up, and says nothing. Retain utility is measured on questions that the retain loss never sees
+(their answers it does: it is robustness to rewording, not wider knowledge).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,17 +32,22 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 from cud_trainer.scoring.calibration import CalibrationSettings
+from cud_trainer.typed import check_options
 
 from . import demo_report
-from .demo_report import BUCKETS, OBJECTIVES, SCHEDULES
+from .demo_report import ARMS, BUCKETS, OBJECTIVES
 from .report.cells import means
 from .report.circuits import strongest_edges
 from .study.runs import Run
 
+if TYPE_CHECKING:
+    from .testbed import Testbed
+
 CIRCUITS_FILE = "circuits.safetensors"
 DEMO_FILES = ("model", "data", "study", "difficulty-*.parquet", CIRCUITS_FILE, *REPORT_FILES)
-SETS = ("forget", "retain", "retain_eval")
-DIFFICULTY_METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length")
+SETS = ("forget", "retain", "retain_eval", "held_out")
+HELD_OUT_AUTHORS = 6
+DIFFICULTY_METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length", "random")
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
 LEARNING_RATE, PASSES = 1e-3, 12
 
@@ -67,6 +73,7 @@ class DemoArguments:
     workers: int | None = field(default=None, metadata={"help": "Unlearning runs at a time (default: one per core)."})
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not self.retain_weights or any(not weight > 0 for weight in self.retain_weights):
             raise ValueError(f"retain_weights must be positive, got {self.retain_weights}")
         if self.report_seeds < 2:
@@ -106,12 +113,21 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
     with clock("difficulty"):
         scores = _score(args, output)
     with clock("unlearn"):
-        runs = _unlearn(args, output, sizes["n_forget"])
+        runs, groups = _unlearn(args, output, sizes["n_forget"])
     with clock("report"):
         chosen = demo_report.reported(runs, args.retain_level, args.seed)
         circuits, faithfulness = _circuits(args, output)
         results = demo_report.results(
-            command, before, sizes, scores, circuits, faithfulness, runs, retain_level=args.retain_level, seed=args.seed
+            command,
+            before,
+            sizes,
+            scores,
+            circuits,
+            faithfulness,
+            runs,
+            groups,
+            retain_level=args.retain_level,
+            seed=args.seed,
         )
         results["run"]["seconds"] = clock.seconds
         per_sample = demo_report.per_sample(scores, chosen)
@@ -125,9 +141,9 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
 def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make data, tokenizer and model, train until memorised, save the model; returns what it knows then."""
     from .metrics.memorization import evaluate_memorization
-    from .testbed import build_testbed, memorise, tiny_llama, train_tokenizer
+    from .testbed import memorise, tiny_llama, train_tokenizer
 
-    testbed = build_testbed(args.seed)
+    testbed = _world(args)
     tokenizer = train_tokenizer(testbed.texts())
     model = tiny_llama(tokenizer, args.seed)
     memorise(model, tokenizer, testbed, epochs=args.epochs, seed=args.seed)
@@ -136,7 +152,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
     for name in SETS:
         getattr(testbed, name).to_json(_data(output, name))
     before = {}
-    for name in ("forget", "retain_eval"):
+    for name in ("forget", "retain_eval", "held_out"):
         prepared = prepare_samples(getattr(testbed, name), tokenizer, name=name)
         values = evaluate_memorization(model, prepared, tokenizer, batch_size=64, desc=f"measure {name}")
         before["retain" if name == "retain_eval" else name] = means(values, args.seed)
@@ -144,6 +160,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
         "n_forget": len(testbed.forget),
         "n_retain": len(testbed.retain),
         "n_retain_eval": len(testbed.retain_eval),
+        "n_held_out": len(testbed.held_out or ()),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": model.config.num_hidden_layers,
         "hidden_size": model.config.hidden_size,
@@ -156,9 +173,7 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
     """Difficulty of the forget set for each objective: the calibration run uses the objective itself."""
     from cud_trainer import score_difficulty
 
-    from .testbed import build_testbed
-
-    testbed, (model, tokenizer) = build_testbed(args.seed), _load(output)
+    testbed, (model, tokenizer) = _world(args), _load(output)
     scores: dict[str, DifficultyScores] = {}
     circuits = output / CIRCUITS_FILE
     circuits.unlink(missing_ok=True)
@@ -188,17 +203,16 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
 
 def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithfulness]:
     """The edge scores that scoring has kept, and what their strongest edges do in the original model."""
-    from .testbed import build_testbed
-
     model, tokenizer = _load(output)
-    forget = prepare_samples(build_testbed(args.seed).forget, tokenizer, name="forget")
+    forget = prepare_samples(_world(args).forget, tokenizer, name="forget")
     table = CircuitTable.load(output / CIRCUITS_FILE).aligned(list(forget["sample_id"]))
     faithfulness = dataset_faithfulness(model, forget, strongest_edges(table), batch_size=40, seed=args.seed)
     return table, faithfulness
 
 
-def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> list[Run]:
-    """A study in `output`/study: every retain weight on one seed, then the reported seeds with the best of each."""
+def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> tuple[list[Run], list[Any]]:
+    """A study in `output`/study: every retain weight on one seed, then the reported seeds with the best of each; its
+    runs, and the author of every held-out sample."""
     from trl import ModelConfig
 
     from .study.engine import run_study
@@ -213,23 +227,25 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> list[Run]:
         forget_dataset=str(_data(output, "forget")),
         retain_dataset=str(_data(output, "retain")),
         utility_dataset=str(_data(output, "retain_eval")),
+        heldout_dataset=str(_data(output, "held_out")),
+        extensions=0,
         output_dir=str(folder),
         workers=workers,
         retain_level=[args.retain_level],
-        tune_on="all",
         generate_seeds=[args.seed + 1],
         n_buckets=BUCKETS,
         grid=[
             {
                 "objective": [objective],
                 "difficulty_scores": [str(_scores_file(output, objective))],
-                "schedule": list(SCHEDULES),
                 "retain_weight": list(dict.fromkeys(args.retain_weights)),
                 "seed": [args.seed + number for number in range(1 + args.report_seeds)],
             }
             for objective in OBJECTIVES
         ],
+        arms=ARMS,
         train={
+            "group_column": "author",
             "passes": PASSES,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "constant_with_warmup",
@@ -243,7 +259,7 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> list[Run]:
     finished = run_study(study, ModelConfig(model_name_or_path=str(output / "model")))
     for name, reason in finished.failed.items():
         raise ValueError(f"run {name} failed: {reason}")
-    return finished.runs()
+    return finished.runs(), finished.heldout_groups or []
 
 
 # -- plumbing ----------------------------------------------------------------------------------------------------------
@@ -260,6 +276,12 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - start, 1)
+
+
+def _world(args: DemoArguments) -> Testbed:
+    from .testbed import build_testbed
+
+    return build_testbed(args.seed, n_heldout_authors=HELD_OUT_AUTHORS)
 
 
 def _data(output: Path, name: str) -> Path:

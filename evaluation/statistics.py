@@ -1,7 +1,8 @@
 """Statistics with intervals. Pure functions of numpy arrays; all randomness comes from an explicit seed.
 
 Intervals are 95% percentile bootstrap intervals over samples: they say how far the figure would move with other samples
-of the same kind, nothing about other models or runs. `paired_change` is the exception: its interval is over seeds.
+of the same kind, nothing about other models or runs. Schedules are compared over seeds: `t_interval`, `paired_change`,
+and `crossed_bootstrap`, which draws seeds and groups of samples.
 
 No figure depends on the order of the samples: they are sorted by what is known of them before any is drawn. Where one
 of them is not finite there is no figure, and `Interval.reason` says so.
@@ -9,7 +10,7 @@ of them is not finite there is no figure, and `Interval.reason` says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,18 @@ def difference_of_means(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: 
     return Interval(float(a.mean() - b.mean()), float(low), float(high))
 
 
+def t_interval(values: np.ndarray) -> Interval:
+    """Mean of `values [S]`, one of each seed, with its 95% t interval; the ends are NaN with fewer than two seeds."""
+    values = np.asarray(values, dtype=float)
+    if reason := why_undefined(values):
+        return undefined(reason)
+    middle = float(values.mean())
+    if values.size == 1:
+        return Interval(middle, float("nan"), float("nan"))
+    reach = float(stats.t.ppf(LEVELS[1] / 100, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return Interval(middle, middle - reach, middle + reach)
+
+
 def paired_change(a: np.ndarray, b: np.ndarray) -> Interval:
     """Relative change from `b` to `a` over the same seeds, `[S]` each, positive: -1 is nothing left, 0 is no change.
 
@@ -136,14 +149,48 @@ def paired_change(a: np.ndarray, b: np.ndarray) -> Interval:
         return undefined(reason)
     if not ((a > 0) & (b > 0)).all():
         return undefined("nothing is left, or was there, under one of the seeds")
-    ratios = np.log(a / b)
-    middle = ratios.mean()
-    if len(ratios) == 1:
-        return Interval(float(np.expm1(middle)), float("nan"), float("nan"))
-    reach = stats.t.ppf(LEVELS[1] / 100, len(ratios) - 1) * ratios.std(ddof=1) / np.sqrt(len(ratios))
+    ratio = t_interval(np.log(a / b))
     with np.errstate(over="ignore"):  # two seeds that disagree: an end at infinity is what they say
-        value, low, high = (float(np.expm1(end)) for end in (middle, middle - reach, middle + reach))
+        value, low, high = (float(np.expm1(end)) for end in (ratio.value, ratio.low, ratio.high))
     return Interval(value, low, high)
+
+
+def crossed_bootstrap(
+    values: np.ndarray, groups: Sequence[Any], *, per: np.ndarray | None = None, seed: int = 0, n_boot: int = 2000
+) -> Interval:
+    """Mean of `values`, with a 95% interval over seeds and groups of samples, both drawn with replacement at once.
+
+    Args:
+        values: `[S, N]`, a row of each seed.
+        groups: of each sample, `N` names: samples of a group are drawn together.
+        per: `[S, N]`: the figure is the sum of `values` over the sum of these, drawn alike.
+
+    Returns:
+        NaN ends with one seed or one group: an interval over the other alone would pass for one over both.
+
+    Raises:
+        ValueError: when the shapes differ.
+    """
+    values = np.asarray(values, dtype=float)
+    per = np.ones_like(values) if per is None else np.asarray(per, dtype=float)
+    if values.ndim != 2 or values.shape[1] != len(groups) or per.shape != values.shape:
+        raise ValueError(f"values {values.shape} and per {per.shape} need a row of a seed, {len(groups)} samples")
+    if reason := why_undefined(values.ravel(), per.ravel()):
+        return undefined(reason)
+    names, place = np.unique(np.array([str(group) for group in groups]), return_inverse=True)
+    inside = np.eye(len(names))[place]  # [N, G]
+    above, below = values @ inside, per @ inside
+    value = float(above.sum() / below.sum()) if below.sum() else float("nan")
+    if len(values) < 2 or len(names) < 2:
+        return Interval(value, float("nan"), float("nan"))
+    generator = np.random.default_rng(seed)
+    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), n_boot) for n in above.shape)
+    above, below = (np.einsum("bs,sg,bg->b", rows, sums, columns, optimize=True) for sums in (above, below))
+    draws = np.divide(above, below, out=np.full(n_boot, np.nan), where=below != 0)
+    if not np.isfinite(draws).any():
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.nanpercentile(draws, LEVELS)
+    return Interval(value, float(low), float(high))
 
 
 def spearman(x: np.ndarray, y: np.ndarray, *, seed: int = 0, n_boot: int = BOOTSTRAP) -> Interval:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,15 @@ class Path:
         steps: optimizer steps, starting at 0.
         forget: answer probability of every forget sample at each snapshot, `[T, N]`.
         retain: mean answer probability of the retain evaluation set, `[T]`.
+        held_out: answer probability of every held-out sample, `[T, M]`; empty without such a set.
+        extraction: extraction strength of every forget sample, `[T, N]`; empty likewise.
     """
 
     steps: list[int] = field(default_factory=list)
     forget: list[np.ndarray] = field(default_factory=list)
     retain: list[float] = field(default_factory=list)
+    held_out: list[np.ndarray] = field(default_factory=list)
+    extraction: list[np.ndarray] = field(default_factory=list)
 
 
 def averaged_residual(
@@ -78,6 +82,8 @@ class TradeoffCallback(TrainerCallback):
         progress: called after every step with its number.
         keep_at: keep the trainable weights of the snapshot that has forgotten most with at least this share of the
             starting retain probability (`best`); `None` keeps none.
+        held_out: prepared samples of groups that no loss of the run sees.
+        extraction: of the forget samples, by which extraction strength is measured beside probability.
 
     Attributes:
         path: the snapshots so far.
@@ -92,17 +98,24 @@ class TradeoffCallback(TrainerCallback):
         every: int = 1,
         progress: Any = None,
         keep_at: float | None = None,
+        held_out: Samples | None = None,
+        extraction: Callable[[Any, Samples], np.ndarray] | None = None,
     ) -> None:
         self.path = Path()
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self._sets = forget, retain
         self._every, self._progress, self._keep_at = every, progress, keep_at
+        self._held_out, self._extraction = held_out, extraction
 
     def _snapshot(self, model: Any, step: int) -> None:
         forget, retain = self._sets
         self.path.steps.append(step)
         self.path.forget.append(answer_probability(model, forget))
         self.path.retain.append(float(answer_probability(model, retain).mean()))
+        if self._held_out is not None:
+            self.path.held_out.append(answer_probability(model, self._held_out))
+        if self._extraction is not None:
+            self.path.extraction.append(self._extraction(model, forget))
         if self._keep_at is None or not self.path.retain[-1] >= self._keep_at * self.path.retain[0]:
             return
         left = [snapshot.mean() for snapshot in self.path.forget]

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
 
-from .endpoint import Contrast, Endpoint, best, contrast
+from evaluation.endpoint import Contrast, Endpoint, best, contrast
+
 from .record import Record, failure, plain
 from .runs import MEMORISED, NEVER_SEEN, SCORES, Job, Plan, start, work
 from .setting import Setting

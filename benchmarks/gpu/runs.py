@@ -30,9 +30,9 @@ from cud_trainer.models.fingerprint import model_fingerprint
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.scoring.calibration import CalibrationSettings
 from cud_trainer.trainer import DivergenceError
+from evaluation.endpoint import endpoint, worst_quarter
 from evaluation.testbed import Testbed, memorise
 
-from .endpoint import endpoint, worst_quarter
 from .record import failure, free
 from .setting import Setting
 

@@ -4,12 +4,12 @@ from .architectures import (
     ARCHITECTURES,
     Architecture,
     check_architecture,
-    register_architecture,
 )
 from .attribution import EdgeAttributions, attribute_dataset, edge_attributions, mean_outputs
 from .faithfulness import Faithfulness, circuit_metric, dataset_faithfulness, faithfulness
 from .graph import Graph
 from .parts import model_graph
+from .registration import register_architecture, run_description
 from .selection import SELECTIONS, prune_circuits, select_circuits
 from .signature import SIGNATURE, circuit_signature
 from .similarity import DISTANCES, distance
@@ -41,6 +41,7 @@ __all__ = [
     "model_graph",
     "prune_circuits",
     "register_architecture",
+    "run_description",
     "select_circuits",
     "top_k_mask",
     "verify_architecture",

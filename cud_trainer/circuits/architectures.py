@@ -7,12 +7,12 @@ under an adapter) is read off the modules themselves: a wrapped or adapted model
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
-from ..models.layers import base_causal_lm
+from ..models.layers import base_causal_lm, decoder_layers
 from ..registry import Registry
 
 LAYOUTS = ("stacked", "interleaved")
@@ -36,6 +36,10 @@ class Architecture:
         mlp: the MLP.
         mlp_output_norm: a norm between the MLP and the residual stream, if there is one.
         parallel: attention and MLP of a layer read the same residual stream.
+        residual_scale: what the outputs of attention and MLP are multiplied with before they are added to the residual
+            stream (Granite's `residual_multiplier`).
+        embedding_scale: what the model multiplies its input embeddings with (Granite's `embedding_multiplier`); not
+            where the embedding module does it itself (Gemma).
         separate_key_heads: whether key/value heads can be scored per query head (`ungroup_kv`); not where a norm mixes
             the key heads of a layer.
     """
@@ -52,6 +56,8 @@ class Architecture:
     mlp: str = "mlp"
     mlp_output_norm: str | None = None
     parallel: bool = False
+    residual_scale: float = 1.0
+    embedding_scale: float = 1.0
     separate_key_heads: bool = True
 
     def __post_init__(self) -> None:
@@ -61,58 +67,54 @@ class Architecture:
             raise ValueError(f"qkv must be a tuple of one path (fused) or three (q, k, v), got {self.qkv!r}")
         if self.qkv_layout == "interleaved" and len(self.qkv) != 1:
             raise ValueError("qkv_layout 'interleaved' is that of one fused projection; qkv names three")
+        if self.residual_scale == 0 or self.embedding_scale == 0:
+            raise ValueError("residual_scale and embedding_scale must not be 0")
         if self.mlp_norm is not None and self.mlp_norm == self.attention_norm and not self.parallel:
             raise ValueError("an MLP that shares the attention's norm reads the same stream: parallel must be True")
 
 
 Description = Architecture | Callable[[Any], Architecture]
-ARCHITECTURES: Registry[Description] = Registry("architecture")
+LLAMA = Architecture()
+_SANDWICH: dict[str, Any] = {
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+_BEHIND: dict[str, Any] = {**_SANDWICH, "attention_norm": None, "mlp_norm": None}
+_SHARED_NORM: dict[str, Any] = {"mlp_norm": "input_layernorm", "parallel": True}
 
 
-def register_architecture(model_type: str, description: Description) -> None:
-    """Make circuits available for models whose `config.model_type` is `model_type`.
-
-    Args:
-        description: an `Architecture`, or a function of the model's config that returns one. Check it with
-            `cud_trainer.circuits.verify_architecture`.
-
-    Raises:
-        ValueError: when `model_type` is taken.
-    """
-    ARCHITECTURES.add(model_type, description)
+def _granite(config: Any, **names: Any) -> Architecture:
+    return Architecture(residual_scale=config.residual_multiplier, embedding_scale=config.embedding_multiplier, **names)
 
 
-for _name in ("llama", "mistral", "qwen2", "qwen3"):
-    register_architecture(_name, Architecture())
-for _name, _root in (("gemma2", "model"), ("gemma3_text", "model"), ("gemma3", "model.language_model")):
-    register_architecture(
-        _name,
-        Architecture(
-            layers=f"{_root}.layers",
-            final_norm=f"{_root}.norm",
-            attention_output_norm="post_attention_layernorm",
-            mlp_norm="pre_feedforward_layernorm",
-            mlp_output_norm="post_feedforward_layernorm",
-        ),
-    )
-register_architecture(
-    "olmo2",
-    Architecture(
-        attention_norm=None,
-        attention_output_norm="post_attention_layernorm",
-        mlp_norm=None,
-        mlp_output_norm="post_feedforward_layernorm",
-        separate_key_heads=False,
+# Where there are experts, the whole block of router and experts is one MLP node.
+BUILT_IN: dict[str, Description] = {
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "smollm3"), LLAMA),
+    **dict.fromkeys(("glm", "starcoder2", "helium", "hunyuan_v1_dense", "seed_oss", "ernie4_5", "arcee"), LLAMA),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "nemotron"), LLAMA),
+    "llama4_text": Architecture(mlp="feed_forward"),
+    "granite": _granite,
+    "granitemoe": lambda config: _granite(config, mlp="block_sparse_moe"),
+    "apertus": Architecture(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
+    "stablelm": lambda config: Architecture(**_SHARED_NORM) if config.use_parallel_residual else LLAMA,
+    "cohere": Architecture(**_SHARED_NORM),
+    "cohere2": Architecture(**_SHARED_NORM),
+    "gemma2": Architecture(**_SANDWICH),
+    "gemma3_text": Architecture(**_SANDWICH),
+    "gemma3": Architecture(layers="model.language_model.layers", final_norm="model.language_model.norm", **_SANDWICH),
+    "glm4": Architecture(
+        attention_output_norm="post_self_attn_layernorm",
+        mlp_norm="post_attention_layernorm",
+        mlp_output_norm="post_mlp_layernorm",
     ),
-)
-register_architecture("phi3", Architecture(qkv=("self_attn.qkv_proj",)))
-register_architecture(
-    "phi",
-    Architecture(final_norm="model.final_layernorm", o="self_attn.dense", mlp_norm="input_layernorm", parallel=True),
-)
-register_architecture(
-    "gpt2",
-    Architecture(
+    "olmo2": Architecture(**_BEHIND, separate_key_heads=False),
+    "olmo3": Architecture(**_BEHIND, separate_key_heads=False),
+    "olmoe": Architecture(separate_key_heads=False),
+    "exaone4": Architecture(**_BEHIND),
+    "phi3": Architecture(qkv=("self_attn.qkv_proj",)),
+    "phi": Architecture(final_norm="model.final_layernorm", o="self_attn.dense", **_SHARED_NORM),
+    "gpt2": Architecture(
         layers="transformer.h",
         final_norm="transformer.ln_f",
         attention="attn",
@@ -121,10 +123,7 @@ register_architecture(
         o="attn.c_proj",
         mlp_norm="ln_2",
     ),
-)
-register_architecture(
-    "gpt_neox",
-    lambda config: Architecture(
+    "gpt_neox": lambda config: Architecture(
         layers="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
         attention="attention",
@@ -133,7 +132,50 @@ register_architecture(
         o="attention.dense",
         parallel=config.use_parallel_residual,
     ),
-)
+    # text models inside models of text and images
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), LLAMA),
+}
+ARCHITECTURES: Registry[Description] = Registry("architecture")
+ARCHITECTURES.update(BUILT_IN)
+
+# Why an architecture that people ask for has no description: none of these fits `Architecture`.
+UNAVAILABLE = {
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"),
+        "its queries, keys and values pass through a norm of their own on the way from the residual stream (MLA)",
+    ),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "kimi_linear", "olmo_hybrid"),
+        "some of its layers have linear attention, which has no query, key and value heads of one kind",
+    ),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        "its heads differ in size from layer to layer, or its layers write a third time to the residual stream",
+    ),
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba", "zamba2", "rwkv", "recurrent_gemma", "xlstm"),
+        "it has layers without attention",
+    ),
+}
+
+
+def registered_description(config: Any) -> tuple[str, Description]:
+    """Model type and description for a model with this config: its own, or that of the text model inside.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    for model_type in (config.model_type, config.get_text_config().model_type):
+        if model_type in ARCHITECTURES:
+            return model_type, ARCHITECTURES[model_type]
+    raise ValueError(_unavailable(config))
+
+
+def inside_wrapper(causal_lm: Any, description: Architecture) -> Architecture:
+    """A text model's description inside a model of text and images, whose decoder lies elsewhere."""
+    layers, _ = decoder_layers(causal_lm)
+    before, after = (path.rpartition(".")[0] for path in (description.layers, layers))
+    return replace(description, layers=layers, final_norm=after + description.final_norm.removeprefix(before))
 
 
 def find_module(root: Any, path: str) -> Any:
@@ -152,7 +194,7 @@ def missing_parts(causal_lm: Any, description: Architecture) -> list[str]:
         return [*missing, "everything inside a layer"]
     for field in fields(description):
         value = getattr(description, field.name)
-        if field.name in (*top, "qkv_layout") or value is None or isinstance(value, bool):
+        if field.name in (*top, "qkv_layout") or not isinstance(value, str | tuple):
             continue
         for path in value if isinstance(value, tuple) else (value,):
             if any(find_module(layer, path) is None for layer in layers):
@@ -162,21 +204,28 @@ def missing_parts(causal_lm: Any, description: Architecture) -> list[str]:
 
 def check_architecture(model_or_config: Any) -> None:
     """Raise `ValueError` naming the architecture, and what to describe, when circuits are not available for it."""
-    is_model = isinstance(model_or_config, nn.Module)
-    model = base_causal_lm(model_or_config) if is_model else None
+    model = base_causal_lm(model_or_config) if isinstance(model_or_config, nn.Module) else None
     config = model.config if model is not None else model_or_config
-    model_type = getattr(config, "model_type", type(config).__name__)
-    if model_type in ARCHITECTURES:
+    if {config.model_type, config.get_text_config().model_type} & set(ARCHITECTURES):
         return
-    message = (
-        f"circuits are not available for architecture {model_type!r}; available: {', '.join(sorted(ARCHITECTURES))}. "
-        "Describe it with cud_trainer.circuits.register_architecture (difficulty metrics that need no circuit, such as "
-        "'loss', work without)"
-    )
-    if model is not None:
-        missing = missing_parts(model, Architecture())
+    message = _unavailable(config)
+    if model is not None and config.model_type not in UNAVAILABLE:
+        missing = missing_parts(model, LLAMA)
         if missing:
             message += f". By Llama's names these parts could not be identified: {'; '.join(missing)}"
         else:
-            message += f". Its modules have Llama's names: try register_architecture({model_type!r}, Architecture())"
+            message += (
+                f". Its modules have Llama's names: try register_architecture({config.model_type!r}, Architecture())"
+            )
     raise ValueError(message)
+
+
+def _unavailable(config: Any) -> str:
+    model_type = config.model_type
+    message = f"circuits are not available for architecture {model_type!r}"
+    if model_type in UNAVAILABLE:
+        return f"{message}: {UNAVAILABLE[model_type]}"
+    return (
+        f"{message}; available: {', '.join(sorted(ARCHITECTURES))}. Describe it with "
+        "cud_trainer.circuits.register_architecture, or in a file for the option --architecture"
+    )

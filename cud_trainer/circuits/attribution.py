@@ -19,9 +19,7 @@ with the source outputs by one batched matrix product per layer, in chunks of po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,15 +27,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
-from ..logprobs import AnswerScores, position_ids, score_answers, wide
-from ..models.layers import base_causal_lm, embedding_device
-from ..models.modes import evaluation_without_gradients, lifted
+from ..logprobs import AnswerScores, score_answers, wide
+from ..models.layers import base_causal_lm, embedding_device, widest_float
+from ..models.modes import evaluation_without_gradients
+from ..models.positions import own_positions, position_ids
 from ..resumable import WorkDir, run_batches
 from .contraction import GradientSums, contract
 from .graph import Graph
 from .interpolation import interpolate_nodes
-from .parts import DecoderParts, decoder_parts
-from .recording import Pass, Recorder, SourceOutputs
+from .parts import DecoderParts
+from .recording import Pass, Recorder, SourceOutputs, embedded
+from .verification import verified_parts
 
 METHODS = ("eap", "eap-ig", "ig-activations")
 BASELINES = ("zero", "mean", "counterfactual")
@@ -69,6 +69,9 @@ class EdgeAttributions:
         return self.scores[:, self.graph.mask]
 
 
+MOST_STEPS = 10_000  # each is a backward pass over all samples
+
+
 def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
     """Raise `ValueError` naming the first option with an unknown value."""
     for option, value, choices in (
@@ -80,6 +83,8 @@ def check_options(method: str, steps: int, baseline: str, metric: str) -> None:
             raise ValueError(f"unknown {option} {value!r} for edge attribution; choose one of {sorted(choices)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"edge attribution needs steps >= 1, got {steps!r}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"edge attribution takes at most {MOST_STEPS} steps, got {steps!r}")
 
 
 def needs_counterfactual(baseline: str, metric: str) -> bool:
@@ -175,7 +180,7 @@ def edge_attributions(
             `means` or the counterfactual tokens are missing or do not fit.
     """
     check_options(method, steps, baseline, metric)
-    parts = decoder_parts(model)
+    parts = verified_parts(model)
     check_batch(batch, baseline, metric, means)
     graph = parts.graph(ungroup_kv)
     device = embedding_device(model)
@@ -187,7 +192,9 @@ def edge_attributions(
         if baseline == "counterfactual":
             assert counterfactual is not None
             corrupt = forward_outputs(model, recorder, batch, counterfactual)
-        start = torch.zeros_like(embeddings[:1, :1]) if corrupt is None else corrupt.embedding.to(embeddings)
+        start = torch.zeros_like(embeddings[:1, :1])
+        if corrupt is not None:
+            start = corrupt.embedding.to(embeddings) / parts.description.embedding_scale
 
         def evaluate(inputs: Tensor) -> Point:
             with precision():
@@ -246,7 +253,7 @@ def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -
     Raises:
         ValueError: for an unsupported architecture or no batch at all.
     """
-    parts = decoder_parts(model)
+    parts = verified_parts(model)
     device = embedding_device(model)
     totals: list[Tensor] | None = None
     positions = 0
@@ -256,7 +263,9 @@ def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -
             outputs = forward_outputs(model, recorder, batch, batch["input_ids"])
             mask = batch["attention_mask"].unsqueeze(-1).bool()
             sums = [
-                tensor.double().masked_fill(~mask.to(tensor.device), 0.0).sum((0, 1), keepdim=True)
+                tensor.to(widest_float(tensor.device))
+                .masked_fill(~mask.to(tensor.device), 0.0)
+                .sum((0, 1), keepdim=True)
                 for tensor in outputs.tensors()
             ]
             totals = sums if totals is None else [total + new for total, new in zip(totals, sums, strict=True)]
@@ -276,7 +285,7 @@ def forward_outputs(
     embeddings, precision = embedded(model, tokens)
     record = recorder.start()
     mask = batch["attention_mask"]
-    with torch.no_grad(), precision():
+    with torch.no_grad(), precision(), own_positions(model):
         model(
             inputs_embeds=embeddings,
             attention_mask=mask,
@@ -285,15 +294,6 @@ def forward_outputs(
             logits_to_keep=1,
         )
     return recorder.outputs(record, embeddings)
-
-
-@torch.no_grad()
-def embedded(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Callable[[], AbstractContextManager]]:
-    """Embeddings of `tokens`, at least float32, and the context in which the model reads them."""
-    embeddings = model.get_input_embeddings()(tokens)
-    if embeddings.dtype in (torch.bfloat16, torch.float16):
-        return embeddings.float(), partial(lifted, model, embeddings.dtype)
-    return embeddings, nullcontext
 
 
 def check_batch(batch: dict[str, Tensor], baseline: str, metric: str, means: SourceOutputs | None) -> None:
@@ -344,7 +344,7 @@ def attribute_dataset(
     Raises:
         ValueError: as `edge_attributions`, and when a sample's scores are not finite (named by id).
     """
-    parts, samples = decoder_parts(model), samples.measured
+    parts, samples = verified_parts(model), samples.measured
     graph = parts.graph(options.get("ungroup_kv", False))
     plan = samples.plan(bytes_per_token=bytes_per_token(model, parts), batch_size=batch_size, batch_bytes=batch_bytes)
     device = embedding_device(model)

@@ -20,14 +20,14 @@ from .attribution import (
     bytes_per_token,
     check_batch,
     check_options,
-    embedded,
     forward_outputs,
     mean_outputs,
     metric_point,
 )
 from .graph import Graph
-from .parts import DecoderParts, decoder_parts
-from .recording import LayerMaps, Recorder, SourceOutputs
+from .parts import DecoderParts
+from .recording import LayerMaps, Recorder, SourceOutputs, embedded, hidden_states_of, scaled
+from .verification import verified_parts
 
 
 @dataclass
@@ -89,7 +89,7 @@ def faithfulness(
     Raises:
         ValueError: as `edge_attributions`, and for circuits that do not fit the batch or the graph.
     """
-    graph = decoder_parts(model).graph(options.get("ungroup_kv", False))
+    graph = verified_parts(model).graph(options.get("ungroup_kv", False))
     check_circuits(circuits, batch["input_ids"], graph)
     generator = torch.Generator().manual_seed(seed)
     sizes = circuits.sum(1)
@@ -133,7 +133,7 @@ def dataset_faithfulness(
     Raises:
         ValueError: as `faithfulness`.
     """
-    parts, samples = decoder_parts(model), samples.measured
+    parts, samples = verified_parts(model), samples.measured
     check_circuits(circuits, samples, parts.graph(options.get("ungroup_kv", False)))
     # one copy of the residual stream for every destination, beside what a pass takes
     per_token = bytes_per_token(model, parts) + 12.0 * parts.n_heads * parts.hidden_size
@@ -170,7 +170,7 @@ def circuit_metric(
     Args and errors: see `faithfulness`.
     """
     check_options("eap", 1, baseline, metric)
-    parts = decoder_parts(model)
+    parts = verified_parts(model)
     graph = parts.graph(ungroup_kv)
     check_batch(batch, baseline, metric, means)
     check_circuits(circuits, batch["input_ids"], graph)
@@ -226,7 +226,8 @@ class _EdgePatching:
             dtype=self.missing.dtype,
             device=embeddings.device,
         )
-        self.beyond[:, 0] = self._difference(embeddings, None if corrupt is None else corrupt.embedding)
+        written = scaled(embeddings, parts.description.embedding_scale)
+        self.beyond[:, 0] = self._difference(written, None if corrupt is None else corrupt.embedding)
 
     def __enter__(self) -> None:
         self._stack = ExitStack()
@@ -277,9 +278,10 @@ class _EdgePatching:
             written = torch.einsum("bthc,hcd->bhtd", heads, maps.writers())
             self.beyond[:, before_attention:mlp_source] = written.to(self.beyond.device)
 
-        def write_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def write_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             corrupt = None if self.corrupt is None else self.corrupt.mlps[index]
-            self.beyond[:, mlp_source] = self._difference(output, corrupt).to(self.beyond.device)
+            written = scaled(hidden_states_of(output, args[0]), self.parts.description.residual_scale)
+            self.beyond[:, mlp_source] = self._difference(written, corrupt).to(self.beyond.device)
 
         def read_mlp(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             stream = seen["stream"] if layer.shared_norm else args[0]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..logprobs import wide
 from ..models.modes import answering
 from .contraction import GradientSums
-from .recording import Pass, Recorder, SourceOutputs
+from .recording import Pass, Recorder, SourceOutputs, scaled
 
 Evaluate = Callable[[Tensor], Any]
 
@@ -64,19 +64,22 @@ def interpolate_nodes(
     residual = [*(_live(layer.residual) for layer in clean.layers), _live(clean.final_residual)]
     gradients = torch.autograd.grad(point.objective.sum(), [inputs, *attention, *mlp], retain_graph=True)
     before = [(1 + 2 * index, (1 if parallel else 2) + 2 * index) for index in range(n_layers)]  # nodes upstream
-    if reference_quirk and torch.equal(residual[0], inputs):
+    if reference_quirk and torch.equal(residual[0], scaled(inputs, recorder.parts.description.embedding_scale)):
         quirk[0] = (0, 0 if parallel else 1)
         before[0] = (0, before[0][1] - (1 - quirk[0][1]))
     factor = point.factor / runs
     sums.add(clean, factor, before, 1 + 2 * n_layers)
-    at_attention = [_scale(gradient, factor) for gradient in gradients[1 : 1 + n_layers]]
-    at_mlp = [_scale(gradient, factor) for gradient in gradients[1 + n_layers :]]
+    # Everything below is at the residual stream, which takes `residual_scale` times what a module puts out.
+    into = recorder.parts.description.residual_scale
+    first = recorder.parts.description.embedding_scale
+    at_attention = [_scale(gradient, factor / into) for gradient in gradients[1 : 1 + n_layers]]
+    at_mlp = [_scale(gradient, factor / into) for gradient in gradients[1 + n_layers :]]
     del gradients
 
     moves = _moves(recorder, clean, embeddings, corrupt)
     for k in range(1, steps):
         share = 1 - k / steps
-        start = (embeddings + share * moves[0]).to(embeddings).detach().requires_grad_()
+        start = (embeddings + share / first * moves[0]).to(embeddings).detach().requires_grad_()
         _run(recorder, sums, evaluate, start, start, runs, quirk)
         for index in range(n_layers):
             away = (share * moves[1][index]).to(embeddings.dtype)
@@ -85,24 +88,24 @@ def interpolate_nodes(
                 with _skipping(layers, index + 1, leaf):
                     got = _run(recorder, sums, evaluate, embeddings, leaf, runs)
             else:
-                leaf = (attention[index].detach() + away).requires_grad_()
+                leaf = (attention[index].detach() + away / into).requires_grad_()
                 with (
                     _skipping(layers, index, residual[index].detach()),
                     _replaced(layers[index].attention_output, leaf),
                 ):
-                    got = _run(recorder, sums, evaluate, embeddings, leaf, runs)
+                    got = _run(recorder, sums, evaluate, embeddings, leaf, runs) / into
             at_attention[index] += got
             leaf = (residual[index + 1].detach() + (share * moves[2][index]).to(embeddings.dtype)).requires_grad_()
             with _skipping(layers, index + 1, leaf):
                 at_mlp[index] += _run(recorder, sums, evaluate, embeddings, leaf, runs)
 
-    targets, cotangents = _upstream(residual, attention, mlp, at_attention, at_mlp, parallel)
+    targets, cotangents = _upstream(residual, attention, mlp, at_attention, at_mlp, parallel, into)
     unit = _unit(cotangents, embeddings.device)
-    scaled = [
+    in_range = [
         (cotangent / unit.to(cotangent.device).view(-1, 1, 1)).to(target.dtype)
         for target, cotangent in zip(targets, cotangents, strict=True)
     ]
-    torch.autograd.grad(targets, inputs, grad_outputs=scaled)
+    torch.autograd.grad(targets, inputs, grad_outputs=in_range)
     sums.add(clean, unit)
     return point, clean
 
@@ -114,6 +117,7 @@ def _upstream(
     at_attention: list[Tensor],
     at_mlp: list[Tensor],
     parallel: bool,
+    into: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors of the clean pass, and the cotangents that the nodes' own runs put in there.
 
@@ -122,9 +126,9 @@ def _upstream(
     """
     targets, cotangents = [], []
     for index in range(len(attention)):
-        pairs = [(residual[index], at_attention[index] + at_mlp[index]), (attention[index], at_mlp[index])]
+        pairs = [(residual[index], at_attention[index] + at_mlp[index]), (attention[index], into * at_mlp[index])]
         if parallel:
-            pairs.append((mlp[index], at_attention[index]))
+            pairs.append((mlp[index], into * at_attention[index]))
         for target, cotangent in pairs if index else pairs[1:]:  # nothing is upstream of the first layer's input
             targets.append(target)
             cotangents.append(cotangent)

@@ -58,14 +58,14 @@ def norm_map(module: nn.Module, width: int) -> NormMap:
     signs = torch.ones(width, device=device, dtype=wide)
     signs[1::2] = -1.0  # mean 0, mean square 1
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(width, generator=generator, dtype=torch.float64).to(signs) + 1.0
+    probe = torch.randn(width, generator=generator, dtype=torch.float64).to(wide).to(device) + 1.0
     # A LayerNorm takes inputs of its own dtype only; others give the full precision of their gain to wide inputs.
     answer = module.forward(
         torch.stack([signs, -signs, probe]).to(dtype if isinstance(module, nn.LayerNorm) else wide)
     ).to(wide)
     gain = (answer[0] - answer[1]) / 2 * signs * (1 + epsilon) ** 0.5
     bias = (answer[0] + answer[1]) / 2
-    if isinstance(module, nn.LayerNorm) and not any(p.is_meta for p in module.parameters()):  # not rounded
+    if type(module) is nn.LayerNorm and not any(p.is_meta for p in module.parameters()):  # not rounded
         gain = gain if module.weight is None else module.weight.to(gain)
         bias = bias if module.bias is None else module.bias.to(bias)
     for centred in (False, True):

@@ -9,7 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.layers import base_causal_lm
-from .architectures import ARCHITECTURES, Architecture, check_architecture, find_module, missing_parts
+from .architectures import (
+    Architecture,
+    Description,
+    check_architecture,
+    find_module,
+    inside_wrapper,
+    missing_parts,
+    registered_description,
+)
 from .graph import Graph
 
 
@@ -56,6 +64,8 @@ class DecoderParts:
         final_norm: the norm before the vocabulary projection.
         n_heads, n_kv_heads, head_dim, hidden_size: of the attention and the residual stream.
         description: what it was taken apart by.
+        registered: the same as it was registered: itself, or the function of the config that made it.
+        model_type: the name it is registered under.
     """
 
     layers: list[LayerParts]
@@ -65,6 +75,8 @@ class DecoderParts:
     head_dim: int
     hidden_size: int
     description: Architecture
+    registered: Description
+    model_type: str
 
     def graph(self, ungroup_kv: bool = False) -> Graph:
         """The edge graph; `ValueError` when its key/value heads cannot be scored per query head."""
@@ -91,13 +103,13 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     """
     check_architecture(model)
     causal_lm = base_causal_lm(model)
-    description = ARCHITECTURES[causal_lm.config.model_type]
+    model_type, registered = registered_description(causal_lm.config)
     config = causal_lm.config.get_text_config()
-    if not isinstance(description, Architecture):
-        description = description(config)
+    description = registered if isinstance(registered, Architecture) else registered(config)
+    if model_type != causal_lm.config.model_type:
+        description = inside_wrapper(causal_lm, description)
     missing = missing_parts(causal_lm, description)
     if missing:
-        model_type = causal_lm.config.model_type
         raise ValueError(f"the description of architecture {model_type!r} does not fit: no {'; no '.join(missing)}")
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
@@ -112,6 +124,8 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
         hidden_size=config.hidden_size,
         description=description,
+        registered=registered,
+        model_type=model_type,
     )
 
 

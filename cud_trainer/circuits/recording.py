@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..logprobs import wide
-from ..models.modes import ungrouped
+from ..models.modes import lifted, ungrouped
 from .maps import NormMap, linear_map, norm_map
 from .parts import DecoderParts, LayerParts
 
@@ -28,8 +31,8 @@ class LayerPass:
         mlp_output: what the MLP adds to the residual stream, `[B, T, d]`.
         mlp_gradient: gradient at the MLP's own copy of the residual stream; where the MLP shares the attention's norm,
             at that norm's output.
-        residual, attention_live, mlp_live: the layer's input and the two contributions with their autograd history,
-            kept only when asked for.
+        residual, attention_live, mlp_live: the layer's input and what attention and MLP put out, with their autograd
+            history, kept only when asked for. The residual stream gets `residual_scale` times what they put out.
     """
 
     norm_input: Tensor | None = None
@@ -143,9 +146,10 @@ class LayerMaps:
 
     @torch.no_grad()
     def writers(self) -> Tensor:
-        """How heads write to the residual stream, `[n_heads, head_dim, d]`: W_O, and the gain of a norm behind it."""
+        """How heads write to the residual stream, `[n_heads, head_dim, d]`: W_O, gain of a norm behind it, scale."""
         weight, _ = linear_map(self.layer.o, self.parts.n_heads * self.parts.head_dim)
         writers = wide(weight).T.reshape(self.parts.n_heads, self.parts.head_dim, -1)
+        writers = scaled(writers, self.parts.description.residual_scale)
         if self.output_norm is None:
             return writers
         return self.output_norm.centre(writers) * self.output_norm.gain.to(writers)
@@ -182,8 +186,8 @@ class Recorder:
         for layer in record.layers:
             assert layer.heads is not None and layer.mlp_output is not None
             heads.append(layer.heads if layer.heads_scale is None else wide(layer.heads) * layer.heads_scale)
-            mlps.append(layer.mlp_output)
-        return SourceOutputs(embeddings, heads, mlps)
+            mlps.append(scaled(layer.mlp_output, self.parts.description.residual_scale))
+        return SourceOutputs(scaled(embeddings, self.parts.description.embedding_scale), heads, mlps)
 
     def __enter__(self) -> Recorder:
         self._stack = ExitStack()
@@ -230,10 +234,13 @@ class Recorder:
             if self.current.live:
                 self.current.layers[index].attention_live = output
 
-        def keep_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.current.layers[index].mlp_output = output.detach()
+        def keep_mlp(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+            written = hidden_states_of(output, args[0])
+            self.current.layers[index].mlp_output = written.detach()
             if self.current.live:
-                self.current.layers[index].mlp_live = output
+                self.current.layers[index].mlp_live = written
+            # what is kept must be what the model goes on with, or it would have no gradient
+            return (written, *output[1:]) if isinstance(output, tuple) else written
 
         def tap_mlp(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             record = self.current.layers[index]
@@ -275,6 +282,29 @@ class Recorder:
             return output
 
         return hook
+
+
+@torch.no_grad()
+def embedded(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Callable[[], AbstractContextManager]]:
+    """Embeddings of `tokens`, at least float32, and the context in which the model reads them."""
+    embeddings = model.get_input_embeddings()(tokens)
+    if embeddings.dtype in (torch.bfloat16, torch.float16):
+        return embeddings.float(), partial(lifted, model, embeddings.dtype)
+    return embeddings, nullcontext
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """`factor * x`; `x` itself where the factor is 1."""
+    return x if factor == 1.0 else x * factor
+
+
+def hidden_states_of(output: Tensor | tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """What an MLP puts out, in the shape of its input.
+
+    MLPs of experts may return what their router says along with it, and all positions in one row.
+    """
+    output = output[0] if isinstance(output, tuple) else output
+    return output if output.shape == like.shape else output.view_as(like)
 
 
 def own_copy(args: tuple[Tensor, ...], store: Callable[[Tensor], None]) -> tuple[Tensor, ...]:

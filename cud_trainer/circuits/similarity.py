@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models.layers import widest_float
+
 
 def length(a: Tensor) -> Tensor:
     """Euclidean length along the last axis, which is kept; squares of tiny edge scores do not underflow."""
-    return torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=torch.float64).to(a.dtype)
+    return torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=widest_float(a.device)).to(a.dtype)
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

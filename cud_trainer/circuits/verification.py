@@ -1,9 +1,11 @@
-"""Does a description fit its model? Checked on random tokens, for descriptions that users register."""
+"""Does a description fit its model? Checked on random tokens, against autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +14,59 @@ from transformers import PreTrainedModel
 from ..logprobs import wide
 from ..models.layers import base_causal_lm, embedding_device
 from ..models.modes import evaluation_without_gradients
-from .attribution import embedded
+from .architectures import BUILT_IN, Architecture
+from .contraction import GradientSums, contract
 from .maps import linear_map
-from .parts import decoder_parts
-from .recording import Pass, Recorder
+from .parts import DecoderParts, decoder_parts
+from .recording import Pass, Recorder, embedded, scaled
+
+# Largest error relative to the largest value: in float32 or wider, and with rounded weights.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05
+
+_verified: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
 
 
-@torch.no_grad()
 def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: float | None = None) -> None:
     """Check that the registered description of `model` says how its residual stream is read and written.
 
-    One forward pass of two random sequences. It checks that q, k and v read the layer's input through the norm that is
-    named, that heads and their projection add up to what attention contributes, that the MLP reads the stream with or
-    without attention's contribution (`parallel`), and that all contributions add up to the final residual stream.
+    It checks on two random sequences that q, k and v read the layer's input through the norm that is named, that heads
+    and their projection add up to what attention contributes, that the MLP reads the stream with or without
+    attention's contribution (`parallel`), that all contributions add up to the final residual stream, that the edges
+    out of the embedding, of every layer's attention and of every MLP add up to what autograd says of its output, and
+    that query, key and value heads lie where the description puts them.
 
     Args:
         tolerance: largest error, relative to the largest value; by default 1e-3, and 0.05 in half precision.
 
     Raises:
-        ValueError: naming every part that does not fit, or as `edge_attributions` for one that is missing.
+        ValueError: naming every part that does not fit and by how much, or as `edge_attributions` for one that is
+            missing.
     """
-    parts = decoder_parts(model)
+    _verify(model, decoder_parts(model), seed, tolerance, thorough=True)
+
+
+def verified_parts(model: PreTrainedModel) -> DecoderParts:
+    """`model` taken apart; its description is verified when this model is first seen.
+
+    One forward and backward pass; some more where the description is not one of ours, for the order of the heads.
+
+    Raises:
+        ValueError: as `decoder_parts` and `verify_architecture`.
+    """
+    parts, causal_lm = decoder_parts(model), base_causal_lm(model)
+    if _verified.get(causal_lm) != parts.description:
+        _verify(model, parts, 0, None, thorough=parts.registered is not BUILT_IN.get(parts.model_type))
+        _verified[causal_lm] = parts.description
+    return parts
+
+
+def _verify(model: PreTrainedModel, parts: DecoderParts, seed: int, tolerance: float | None, *, thorough: bool) -> None:
     vocabulary = base_causal_lm(model).config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(seed))
     embeddings, precision = embedded(model, tokens.to(embedding_device(model)))
     if tolerance is None:
-        half = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()).itemsize < 4
-        tolerance = 0.05 if half else 1e-3
+        rounded = any(p.dtype.itemsize < 4 or not p.is_floating_point() for p in model.parameters())
+        tolerance = HALF_TOLERANCE if rounded else TOLERANCE
     problems: list[str] = []
 
     def check(what: str, actual: Tensor, expected: Tensor) -> None:
@@ -47,62 +75,128 @@ def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: flo
             problems.append(f"{what} (off by {float(error):.2g} of the largest value)")
 
     with evaluation_without_gradients(model), Recorder(parts) as recorder:
-        record, mlp_reads = _record(model, recorder, embeddings, precision)
-    outputs = recorder.outputs(record, embeddings)
-    for index, mlp_read in enumerate(mlp_reads):
-        _check_layer(check, recorder, record, index, outputs.heads[index], mlp_read)
-    contributions = [wide(layer.attention_live) + wide(layer.mlp_live) for layer in record.layers]  # type: ignore[arg-type]
-    change = wide(record.final_residual) - wide(record.layers[0].residual)  # type: ignore[arg-type]
-    check(
-        "the contributions of attention and MLPs do not add up to the residual stream",
-        torch.stack(contributions).sum(0),
-        change,
-    )
-    problems += _misplaced_heads(model, recorder, embeddings, precision)
+        probe = _probe(model, recorder, embeddings, precision)
+    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
+        for index in range(len(parts.layers)):
+            _check_layer(check, recorder, probe, index)
+        _check_stream(check, recorder, probe)
+        _check_gradients(check, recorder, probe)
+        if thorough:
+            problems += _misplaced_heads(model, recorder, embeddings, precision)
     if problems:
-        raise ValueError(f"the description does not fit the model: {'; '.join(problems)}")
+        shown = problems if len(problems) <= 6 else [*problems[:6], f"and {len(problems) - 6} more"]
+        raise ValueError(
+            f"the description of architecture {parts.model_type!r} does not fit the model: {'; '.join(shown)}"
+        )
 
 
-def _record(
+@dataclass
+class _Probe:
+    """One pass over random tokens: its record, what every MLP read, and autograd's gradients of one number.
+
+    Attributes:
+        embeddings, embedding_gradient: of the input, `[B, T, d]`.
+        mlp_reads: by layer, `[B, T, d]`.
+        attention_gradients, mlp_gradients: by layer, at what attention and MLP put out, `[B, T, d]`.
+    """
+
+    record: Pass
+    embeddings: Tensor
+    mlp_reads: list[Tensor]
+    embedding_gradient: Tensor
+    attention_gradients: list[Tensor]
+    mlp_gradients: list[Tensor]
+
+
+def _probe(
     model: PreTrainedModel, recorder: Recorder, embeddings: Tensor, precision: Callable[[], AbstractContextManager]
-) -> tuple[Pass, list[Tensor]]:
-    """One forward pass, and what every MLP read in it; `ValueError` naming the parts that never ran."""
+) -> _Probe:
+    """Run the model forward and backward; `ValueError` naming the parts that never ran."""
     mlp_reads: dict[int, Tensor] = {}
 
     def keep(index: int) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            mlp_reads[index] = args[0]
+            mlp_reads[index] = args[0].detach()
 
         return hook
 
     record = recorder.start(live=True)
-    with ExitStack() as stack:
+    inputs = embeddings.detach().requires_grad_()
+    with ExitStack() as stack, torch.enable_grad():
         for index, layer in enumerate(recorder.parts.layers):
             stack.callback(layer.mlp_input.register_forward_pre_hook(keep(index)).remove)
         with precision():
-            model(inputs_embeds=embeddings, use_cache=False)
-    silent = [
-        f"layer {index} never ran its {name}"
-        for index, layer in enumerate(record.layers)
-        for name in ("residual", "heads", "attention_live", "mlp_live")
-        if getattr(layer, name) is None
+            logits = wide(model(inputs_embeds=inputs, use_cache=False).logits)
+        silent = [
+            f"layer {index} never ran its {name}"
+            for index, layer in enumerate(record.layers)
+            for name in ("residual", "heads", "attention_live", "mlp_live")
+            if getattr(layer, name) is None
+        ]
+        if silent or record.final_residual is None:
+            reason = "; ".join(silent) or "the final norm never ran"
+            raise ValueError(
+                f"the description of architecture {recorder.parts.model_type!r} does not fit the model: {reason}"
+            )
+        live = [tensor for layer in record.layers for tensor in (layer.attention_live, layer.mlp_live)]
+        objective = logits.log_softmax(-1).diagonal(dim1=1, dim2=2).sum()  # of some token at every place
+        gradients = torch.autograd.grad(objective, [inputs, *live], allow_unused=True)  # type: ignore[arg-type]
+    found = [
+        torch.zeros_like(tensor) if gradient is None else gradient  # type: ignore[arg-type]
+        for tensor, gradient in zip([inputs, *live], gradients, strict=True)
     ]
-    if silent or record.final_residual is None:
-        raise ValueError(f"the description does not fit the model: {'; '.join(silent) or 'the final norm never ran'}")
-    return record, [mlp_reads[index] for index in range(len(record.layers))]
+    reads = [mlp_reads[index] for index in range(len(record.layers))]
+    return _Probe(record, inputs.detach(), reads, found[0], found[1::2], found[2::2])
 
 
-def _check_layer(
-    check: Callable[[str, Tensor, Tensor], None],
-    recorder: Recorder,
-    record: Pass,
-    index: int,
-    heads: Tensor,
-    mlp_read: Tensor,
-) -> None:
+def _check_stream(check: Callable[[str, Tensor, Tensor], None], recorder: Recorder, probe: _Probe) -> None:
+    """Whether what attention and MLPs contribute adds up to the residual stream."""
+    record, into = probe.record, recorder.parts.description.residual_scale
+    device = probe.embeddings.device
+    total = torch.zeros_like(probe.embeddings)
+    for layer in record.layers:
+        for live in (layer.attention_live, layer.mlp_live):
+            total += scaled(wide(live), into).to(device)  # type: ignore[arg-type]
+    change = wide(record.final_residual).to(device) - wide(record.layers[0].residual).to(device)  # type: ignore
+    check("the contributions of attention and MLPs do not add up to the residual stream", total, change)
+
+
+def _check_gradients(check: Callable[[str, Tensor, Tensor], None], recorder: Recorder, probe: _Probe) -> None:
+    """Whether the edges out of a block add up to -<its output, autograd's gradient there>, for the zero baseline."""
+    parts, record = recorder.parts, probe.record
+    graph, into = parts.graph(), parts.description.residual_scale
+    clean = recorder.outputs(record, probe.embeddings)
+    sums = GradientSums(recorder)
+    size, length = probe.embeddings.shape[:2]
+    sums.add(record, torch.ones(size, device=probe.embeddings.device, dtype=wide(probe.embeddings).dtype))
+    mask = torch.ones(size, length, dtype=torch.bool, device=probe.embeddings.device)
+    rows = contract(sums, graph, clean, None, mask).sum(-1).cpu()  # [B, n_sources]
+
+    def change(output: Tensor, gradient: Tensor) -> Tensor:
+        return -(wide(output) * wide(gradient).to(output.device)).sum((1, 2)).cpu()
+
+    found: dict[str, list[Tensor]] = {"embedding": [rows[:, 0]], "attention": [], "MLPs": []}
+    expected = {"embedding": [change(probe.embeddings, probe.embedding_gradient)], "attention": [], "MLPs": []}
+    for index, maps in enumerate(recorder.maps):
+        first = graph.sources_before_attention(index)
+        last = first + graph.n_heads
+        found["attention"].append(rows[:, first:last].sum(1))
+        found["MLPs"].append(rows[:, last])
+        written = wide(clean.heads[index]) @ maps.writers().flatten(0, 1).to(clean.heads[index].device) / into
+        expected["attention"].append(change(written, probe.attention_gradients[index]))
+        expected["MLPs"].append(change(record.layers[index].mlp_live.detach(), probe.mlp_gradients[index]))  # type: ignore
+    for name in found:
+        check(
+            f"the edges out of the {name} do not add up to what autograd says",
+            torch.stack(found[name]),
+            torch.stack(expected[name]),
+        )
+
+
+def _check_layer(check: Callable[[str, Tensor, Tensor], None], recorder: Recorder, probe: _Probe, index: int) -> None:
     """Whether a layer's projections and MLP read what the description says, and its heads add up to its attention."""
-    parts, maps, seen = recorder.parts, recorder.maps[index], record.layers[index]
-    modules, parallel = parts.layers[index], parts.description.parallel
+    parts, maps, seen = recorder.parts, recorder.maps[index], probe.record.layers[index]
+    modules, parallel, into = parts.layers[index], parts.description.parallel, parts.description.residual_scale
     stream, attention = wide(seen.residual), wide(seen.attention_live)  # type: ignore[arg-type]
     normed = stream if maps.norm is None else maps.norm(stream)
     for number, projection in enumerate(seen.projections):
@@ -114,7 +208,8 @@ def _check_layer(
             normed @ wide(weight).T + (0 if bias is None else wide(bias)),
         )
     _, bias = linear_map(modules.o, parts.n_heads * parts.head_dim)
-    written = wide(heads) @ maps.writers().flatten(0, 1)
+    heads = seen.heads if seen.heads_scale is None else wide(seen.heads) * seen.heads_scale  # type: ignore[arg-type]
+    written = wide(heads) @ maps.writers().flatten(0, 1) / into  # type: ignore[arg-type]
     if bias is not None:
         moved = wide(bias) if maps.output_norm is None else maps.output_norm.centre(wide(bias)) * maps.output_norm.gain
         written = written + moved * (1 if seen.heads_scale is None else seen.heads_scale)
@@ -125,10 +220,10 @@ def _check_layer(
         written,
         attention,
     )
-    expected = stream if parallel else stream + attention
+    expected = stream if parallel else stream + scaled(attention, into)
     check(
         f"layer {index}: the MLP does not read the stream {'without' if parallel else 'with'} attention's contribution",
-        mlp_read,
+        probe.mlp_reads[index],
         normed if modules.shared_norm else expected,
     )
 
@@ -139,7 +234,8 @@ def _misplaced_heads(
     """Whether the last q, k and v head of the first layer are what the description takes them for.
 
     Each is changed at the first position, and at all: only the heads that it belongs to may move. What the first
-    position mixes is its own value alone, whatever its query and key; its query has no say elsewhere.
+    position mixes is its own value alone, whatever its query and key (but for its length, where attention has sinks);
+    its query has no say elsewhere.
     """
     parts, maps = recorder.parts, recorder.maps[0]
     groups = parts.n_heads // parts.n_kv_heads
@@ -166,19 +262,22 @@ def _misplaced_heads(
                 raw, number = raw - len(maps.expansion[number]), number + 1
             columns = slice(raw * parts.head_dim, (raw + 1) * parts.head_dim)
 
-            def moved(positions: slice, columns: slice = columns, number: int = number) -> Tensor:
+            def changed(positions: slice, columns: slice = columns, number: int = number) -> Tensor:
                 def change(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
                     output = output.clone()
                     output[:, positions, columns] *= -3.0
                     return output
 
-                after = heads(parts.layers[0].qkv[number], change)
+                return heads(parts.layers[0].qkv[number], change)
+
+            def moved(after: Tensor) -> Tensor:
                 return ((after - before).abs() > 1e-3 * before.abs().max()).any(-1).any(0)  # [T, heads]
 
-            at_first = moved(slice(0, 1))
-            early, late = bool(at_first[0].any()), bool(at_first[1:].any())
+            at_first = changed(slice(0, 1))
+            early = bool(((at_first * before).sum(-1)[:, 0] < 0).any())  # turned around, not only longer or shorter
+            late = bool(moved(at_first)[1:].any())
             right = {"query": not early and not late, "key": not early and late, "value": early}[name]
-            touched = moved(slice(None)).any(0)
+            touched = moved(changed(slice(None))).any(0)
             expected = torch.zeros_like(touched)
             expected[-1 if name == "query" else -groups :] = True
             if parts.description.separate_key_heads:  # else a joint norm carries every change to all heads

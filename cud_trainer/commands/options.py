@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
+from ..circuits import run_description
 from ..config import CUDConfig
 from ..data import FORMATS, ready_tokenizer, standardised
 from ..data.chunks import DOCUMENT, chunk_texts
@@ -28,6 +29,7 @@ READ = {
     "forget_dataset",
     "retain_dataset",
     "utility_dataset",
+    "heldout_dataset",
     "holdout_dataset",
     "neighbour_dataset",
     "tofu",
@@ -81,6 +83,14 @@ class DataArguments:
         },
     )
 
+    architecture: str | None = field(
+        default=None,
+        metadata={
+            "help": "Python file that describes the model's architecture for circuits, by calling "
+            "cud_trainer.circuits.register_architecture. It is run: give only a file that you trust."
+        },
+    )
+
     keep_cache: bool = field(
         default=False,
         metadata={
@@ -88,6 +98,10 @@ class DataArguments:
             "may be able to read. By default that copy is private to the command and deleted once it is read."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.architecture is not None:  # here: wherever options are read, in whatever process
+            run_description(self.architecture)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
         """Forget and retain set; `ValueError` naming what cannot be loaded."""
@@ -112,6 +126,9 @@ class DataArguments:
         tokenizer: PreTrainedTokenizerBase,
     ) -> Dataset:
         """`load_samples`, columns renamed and texts cut into chunks if these arguments say so."""
+        if Path(source).is_file() and (name is not None or split != "train"):
+            option = f"{what}_config" if name is not None else f"{what}_split"
+            raise ValueError(f"{option} has no effect: {source} is a file, which has neither configurations nor splits")
         samples = load_samples(source, name, split, limit, what, keep_cache=self.keep_cache)
         if self.columns:
             samples = renamed(samples, self.column_names, what, {**FORMATS, **FOREIGN})
@@ -191,8 +208,9 @@ def load_tokenizer(model_args: ModelConfig, args: Any = None) -> PreTrainedToken
             revision=model_args.model_revision,
             trust_remote_code=bool(getattr(model_args, "trust_remote_code", False)),
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer of {model_args.model_name_or_path!r}: {error}") from None
+    except Exception as error:  # a damaged folder makes the libraries raise nearly anything
+        said = str(error) or type(error).__name__
+        raise ValueError(f"cannot load the tokenizer of {model_args.model_name_or_path!r}: {said}") from None
     return ready_tokenizer(tokenizer, **tokenizer_options(args))
 
 

@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 import json
 import os
-import types
 from collections.abc import Hashable, Iterable, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
+
+from ..typed import check_options, described, fits, shown
 
 
 def parse_options(
@@ -47,7 +47,10 @@ class _Parser(TrlParser):
         hint = options.get("type")
         if get_origin(hint) is dict or hint is Any:
             options["type"] = _mapping
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        if action.choices is not None:
+            self.__dict__.setdefault("choices", {})[action.dest] = list(action.choices)
+        return action
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -69,11 +72,17 @@ class _Parser(TrlParser):
         namespace, unknown = self.parse_known_args(command_line)
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}" if unknown[0][:1] == "-" else f"stray {unknown[0]!r}")
-        values = vars(namespace)
-        return tuple(
+        values = {name: _expanded(value) for name, value in vars(namespace).items()}
+        for name, choices in self.__dict__.get("choices", {}).items():  # argparse does not look at a file's
+            if values[name] is not None and values[name] not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {shown(values[name])}")
+        made = tuple(
             kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
             for kind in self.dataclass_types
         )
+        for options in made:
+            check_options(options, strict=False)
+        return made
 
     def _read(self, path: str) -> dict[str, Any]:
         """The options of a YAML file, each of the type of its field."""
@@ -84,11 +93,11 @@ class _Parser(TrlParser):
         for name, value in config.items():
             if name not in self.hints:
                 raise ValueError(f"{path}: unknown option {name!r}")
-            if isinstance(value, str) and not _fits(value, self.hints[name]) and not _fits([value], self.hints[name]):
+            if isinstance(value, str) and not fits(value, self.hints[name]) and not fits([value], self.hints[name]):
                 continue  # the parser converts it, as on the command line
-            if not _fits(value, self.hints[name]):
-                if not _fits([value], self.hints[name]):
-                    raise ValueError(f"{path}: {name} must be {_described(self.hints[name])}, got {value!r}")
+            if not fits(value, self.hints[name]):
+                if not fits([value], self.hints[name]):
+                    raise ValueError(f"{path}: {name} must be {described(self.hints[name])}, got {value!r}")
                 config[name] = [value]
         for name, value in variables.items():
             if not name or "=" in name or "\0" in f"{name}{value}":
@@ -134,6 +143,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _expanded(value: Any) -> Any:
+    """A path that begins with ~, in the home directory that it means."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith(("~/", "~\\")) else value
+
+
 def _mapping(text: str) -> dict[str, Any]:
     """A mapping on the command line, as JSON."""
     try:
@@ -143,36 +157,3 @@ def _mapping(text: str) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise argparse.ArgumentTypeError('not a JSON object such as {"beta": 0.1}')
     return mapping
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a YAML file is one of this type; a number may stand without its decimal point."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if isinstance(value, bool):
-        return hint is bool
-    if hint is float:
-        return isinstance(value, (int, float))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return value in [one.value for one in hint]
-    return isinstance(hint, type) and isinstance(value, hint)
-
-
-def _described(hint: Any) -> str:
-    """A type in words."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_described(one) for one in inner))
-    if origin is list:
-        return f"a list of {_described(inner[0])}"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
-    return "a mapping" if origin is dict or hint is dict else words.get(hint, getattr(hint, "__name__", str(hint)))

@@ -10,7 +10,6 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
-from ..circuits import check_architecture
 from ..config import CUDConfig
 from ..data import Samples, check_vocabulary, prepare_samples
 from ..difficulty import METRICS, DifficultyScores
@@ -84,12 +83,14 @@ def _check_files(data_args: ScoreArguments, model_args: ModelConfig, work_dir: P
 
 
 def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, work_dir: Path) -> int:
-    check_metrics(data_args.metrics, args.scoring_options()["metric_args"])
+    metric_args = args.scoring_options()["metric_args"]
+    check_metrics(data_args.metrics, metric_args)
     tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
     if any(METRICS[name].needs_circuits for name in data_args.metrics):
-        check_architecture(AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust))
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust)
+        check_metrics(data_args.metrics, metric_args, config)
     scores = score_model(
         args,
         model_args,

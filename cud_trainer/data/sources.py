@@ -38,9 +38,9 @@ def load_samples(
     one dataset, unless they are called after splits.
 
     Args:
-        keep_cache: leave the copy that `datasets` makes of a file or folder in its cache, readable as the umask says.
-            By default it is made in a private folder, read into memory, and deleted. What comes from the hub lies in
-            the caches of `huggingface_hub` and `datasets` as always.
+        keep_cache: leave the copy that `datasets` makes of parquet files, or of a folder with configurations, in its
+            cache, readable as the umask says. By default it is made in a private folder, read into memory, and
+            deleted. What comes from the hub lies in the caches of `huggingface_hub` and `datasets` as always.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"max_{what}_samples must be positive, got {limit}")

@@ -19,9 +19,13 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, chats: list[list[dic
 
     Raises:
         TimeoutError: when it is not done in time.
+        ValueError: when the template fails.
     """
     limit = SECONDS + SECONDS_PER_CHAT * len(chats)
-    return within_time(lambda: tokenizer.apply_chat_template(chats, **options), limit)
+    try:
+        return within_time(lambda: tokenizer.apply_chat_template(chats, **options), limit)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"the chat template of the tokenizer fails: {type(error).__name__}: {error}") from None
 
 
 class _Stopped(BaseException):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..circuits import Graph, attribute_dataset, model_graph
 from ..data import BATCH_BYTES, Samples
 from ..logprobs import score_answers
-from ..models.layers import embedding_device
+from ..models.layers import embedding_device, widest_float
 from ..models.modes import evaluation_mode
 from ..resumable import Compute, WorkDir, run_batches
 from .folds import make_folds
@@ -115,7 +115,7 @@ class DifficultyContext:
             mean_logps, lengths = (self.forget_outputs[name] for name in ("mean_logps", "lengths"))
         else:
             mean_logps, lengths = self.score_answers(self.model, "answers")
-        return mean_logps.double().numpy(), lengths.double().numpy()
+        return mean_logps.cpu().double().numpy(), lengths.cpu().double().numpy()
 
     def score_answers(self, model: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
         """Mean answer log-probabilities of the forget set under `model`, and answer lengths, each `[N]`."""
@@ -155,13 +155,19 @@ class DifficultyContext:
             plan = self._plan(some, self._per_token(hidden=self._activations))
             batches = (some.pad(part) for part in plan)
             direction = mean_gradient(self.model, ({k: v.to(self.device) for k, v in b.items()} for b in batches))
-            norm = float(torch.stack([part.double().square().sum().cpu() for part in direction]).sum().sqrt())
+            norm = float(
+                torch.stack([part.to(widest_float(part.device)).square().sum().cpu() for part in direction])
+                .sum()
+                .sqrt()
+            )
         name = "gradients" if direction is None else "gradients-retain"
         gradients = self._pass(
             name, self.forget, lambda batch: sample_gradients(self.model, batch, direction), hidden=self._activations
         )
         if direction is not None:
-            gradients["cosines"] = gradients["products"].double() / (gradients["squares"].double().sum(1).sqrt() * norm)
+            gradients["cosines"] = gradients["products"].cpu().double() / (
+                gradients["squares"].cpu().double().sum(1).sqrt() * norm
+            )
         return gradients
 
     def noise(self, sigma: float, draws: int) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def self_confidence(context: DifficultyContext, *, kind: str = "margin") -> np.n
     prediction, in nats (difficulty from the pretrained model's own probabilities: "Your Pretrained Model Tells the
     Difficulty Itself", 2025).
     """
-    values = context.forget_outputs[kind].double().numpy()
+    values = context.forget_outputs[kind].cpu().double().numpy()
     return values if kind == "margin" else -values
 
 
@@ -82,7 +82,7 @@ def memorization(
         )
     reference = reference.to(context.device).eval()
     reference_logps, _ = context.score_answers(reference, f"reference-{model_fingerprint(reference)}")
-    return context.answers[0] - reference_logps.double().numpy()
+    return context.answers[0] - reference_logps.cpu().double().numpy()
 
 
 @register_metric("grad_norm")
@@ -104,7 +104,7 @@ def grad_norm(context: DifficultyContext, *, matrices: str = ".*") -> np.ndarray
         raise ValueError(
             f"option matrices={matrices!r} of difficulty metric 'grad_norm' matches none, e.g. {names[0]!r}"
         )
-    squares = context.gradients["squares"][:, chosen].double().sum(1).numpy()
+    squares = context.gradients["squares"][:, chosen].cpu().double().sum(1).numpy()
     empty = np.flatnonzero(squares == 0)
     if empty.size:
         raise ValueError(f"the gradient of sample {context.forget.ids[empty[0]]!r} is 0: grad_norm is undefined")
@@ -228,6 +228,15 @@ def calibration(context: DifficultyContext) -> np.ndarray:
     The mark for everything that is calibrated: it costs the same, but says nothing about samples of a later request.
     """
     return context.residual
+
+
+@register_metric("random")
+def random(context: DifficultyContext) -> np.ndarray:
+    """Uniform numbers in [0, 1) from the seed, higher = harder by name only: a placebo.
+
+    Whatever a schedule gains with it, it does not owe to difficulty.
+    """
+    return np.random.default_rng([context.seed, len(context.forget)]).random(len(context.forget))
 
 
 def _hidden(context: DifficultyContext) -> np.ndarray:

@@ -152,6 +152,35 @@ class _WithDifficulty(Trainer):
         self.args.num_train_epochs = 1
         self.args.train_sampling_strategy = "sequential"
 
+    def get_train_dataloader(self) -> Any:
+        """That of the trainer; `ValueError` when it would serve another order than is planned."""
+        loader = super().get_train_dataloader()
+        self._check_served(loader)
+        return loader
+
+    def _check_served(self, loader: Any) -> None:
+        """Compare what a data loader draws with the plan: some trainers have a sampler of their own.
+
+        A sample may come several times (once for every completion that is made of it), but first in its place.
+        """
+        name, size = self.plain_class.__name__, len(self.planned_ids)
+        batches = getattr(loader, "batch_sampler", None)
+        batches = getattr(batches, "batch_sampler", batches)  # of all processes, not of this one
+        if batches is None:
+            raise ValueError(
+                f"{name} has a data loader of its own: what it serves cannot be compared with the schedule"
+            )
+        drawn = dict.fromkeys(index for batch in batches for index in batch)  # in the order of the first time
+        for place, index in enumerate(drawn):
+            if index != place:
+                hint = "; set shuffle_dataset=False" if hasattr(self.args, "shuffle_dataset") else ""
+                raise ValueError(
+                    f"{name} has a sampler of its own: at place {place} it serves {self.planned_ids[index]!r}, and "
+                    f"{self.planned_ids[place]!r} is planned{hint}"
+                )
+        if len(drawn) < size and not self.args.dataloader_drop_last:
+            raise ValueError(f"{name} has a sampler of its own: it serves {len(drawn)} of {size} planned samples")
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         if not self._weighted or not isinstance(inputs, Mapping) or WEIGHT not in inputs:
             return super().compute_loss(model, inputs, *args, **options)
@@ -194,7 +223,8 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
 
     Raises:
         TypeError: for something that is no `Trainer` class.
-        ValueError: (constructor) for what the trainer or its dataset cannot support, with the reason.
+        ValueError: for what the trainer or its dataset cannot support, with the reason; by `train`, before the first
+            step, when a trainer with a sampler of its own (GRPO and its like) would serve another order.
     """
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
         raise TypeError(f"with_difficulty needs a subclass of transformers.Trainer, got {trainer_class!r}")

@@ -23,7 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..data.timeout import apply_chat_template
 from .modes import evaluation_mode
+from .positions import own_positions, positions_of
 
 MARK = "answer"
 
@@ -58,7 +60,11 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return set()
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+<<<<<<< HEAD
+        (text,) = apply_chat_template(tokenizer, [chat], tokenize=False)
+=======
+        text = apply_chat_template(tokenizer, [chat], tokenize=False)[0]
+>>>>>>> house
     except Exception:  # a template may raise anything, and this chat need not suit it
         return set()
     _, found, rest = str(text).rpartition(MARK)
@@ -122,7 +128,7 @@ def continuations(
                 config = GenerationConfig(
                     max_new_tokens=length, do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=pad
                 )
-                with without_generation_config(model):
+                with without_generation_config(model), own_positions(model):
                     output = model.generate(
                         input_ids=inputs.to(device),
                         attention_mask=mask.to(device),
@@ -138,8 +144,10 @@ def continuations(
 
 def _room(model: Any, used: int) -> int:
     """Positions that are left after `used` tokens."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    own = positions_of(model)
+    positions = own.limit
+    if positions is None and not own.rotary:  # those that follow the length go on
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return positions - used if isinstance(positions, int) and positions > 0 else 1 << 30
 
 

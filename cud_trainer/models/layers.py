@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# In the names of what a model of text and images sees and hears with.
+SENSES = ("vision", "visual", "audio")
+
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers of a model, wrapped (by an adapter, for several processes) or not.
@@ -19,7 +22,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         inner = inner.module
     depth = inner.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and "vision" not in name:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not any(word in name for word in SENSES):
             return name, module
     raise ValueError(f"{type(inner).__name__} has no list of {depth} decoder layers")
 
@@ -41,6 +44,11 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
             if device is not None:
                 return torch.device(device), dtype
     return parameter.device, dtype
+
+
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """The widest float that tensors on a device can have: float64, but on Apple's (MPS) float32."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def embedding_device(model: Any) -> torch.device:

@@ -8,6 +8,8 @@ from torch import nn
 
 from .layers import decoder_layers
 
+MOST_LAYERS = 10_000
+
 
 def layer_range(text: str) -> list[int]:
     """Layers of a range such as `"5-7"` or `"0,2,4-6"`, sorted; `ValueError` for anything else."""
@@ -16,6 +18,8 @@ def layer_range(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
             raise ValueError(f"trainable_layers must be layers such as '5-7' or '0,2,4-6', got {text!r}")
+        if int(match[2] or match[1]) >= MOST_LAYERS:
+            raise ValueError(f"trainable_layers names layer {match[2] or match[1]}; no model has {MOST_LAYERS}")
         layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return sorted(layers)
 

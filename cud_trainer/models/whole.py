@@ -18,12 +18,13 @@ LEFT_OUT = re.compile(
 ADAPTER_PREFIX = "base_model.model."
 
 
-def check_whole(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+def check_whole(name: str, model: nn.Module, info: dict[str, Any], *, finite: bool = True) -> None:
     """Raise `ValueError` unless all of `model` came from its files.
 
     Args:
         name: of what was loaded, for errors.
         info: what `from_pretrained(..., output_loading_info=True)` says beside the model.
+        finite: every weight must be a number, too; not so for a model that is to be looked at as it is.
 
     Raises:
         ValueError: naming weights that the files lack, that the model has no place for, that have another shape, or
@@ -38,10 +39,11 @@ def check_whole(name: str, model: nn.Module, info: dict[str, Any]) -> None:
     ):
         if keys:
             raise ValueError(f"cannot load a model from {name!r}: it {what}: {listed(keys)}")
-    check_finite(name, model)
+    if finite:
+        check_finite(name, model)
 
 
-def check_adapter(name: str, model: nn.Module) -> None:
+def check_adapter(name: str, model: nn.Module, *, finite: bool = True) -> None:
     """Raise `ValueError` unless the adapter in `model` came whole from the folder or id `name`.
 
     Raises:
@@ -57,15 +59,19 @@ def check_adapter(name: str, model: nn.Module) -> None:
     ):
         if keys:
             raise ValueError(f"cannot load an adapter from {name!r}: it {what}: {listed(keys)}")
-    check_finite(name, model)
+    if finite:
+        check_finite(name, model)
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights of `model` that are not finite. Those on meta are not read."""
+    weights = model.named_parameters()
+    return [key for key, value in weights if value.is_floating_point() and not _finite(value.detach())]
 
 
 def check_finite(name: str, model: nn.Module) -> None:
-    """Raise `ValueError` naming weights of `model` that are not finite. Those on meta are not read."""
-    wrong = [
-        key for key, value in model.named_parameters() if value.is_floating_point() and not _finite(value.detach())
-    ]
-    if wrong:
+    """Raise `ValueError` naming weights of `model` that are not finite."""
+    if wrong := not_finite(model):
         raise ValueError(f"the weights of the model {name!r} are not finite: {listed(wrong)}")
 
 

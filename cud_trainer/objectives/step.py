@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data import Samples
 from ..logprobs import AnswerScores, score_answers
-from ..models.layers import decoder_layers
+from ..models.layers import base_causal_lm, decoder_layers, embedding_device
 from ..models.modes import evaluation_mode
 from .reference import Reference, TopTokens, spread
 from .registry import OBJECTIVES, Objective
@@ -235,6 +235,28 @@ class UnlearningLoss:
         finally:
             handle.remove()
         return scores, outputs[0][:, scores.positions.to(outputs[0].device)]
+
+    def unreached(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """The trained weights that can have no gradient, whatever the batch: those behind the only layer that is read.
+
+        One forward pass of two tokens, for objectives on hidden states alone.
+        """
+        if not self.uses_hidden or self.retain_loss not in ("none", "activations"):
+            return []
+        name, layers = decoder_layers(model)
+        behind = tuple(f"{name}.{index}." for index in range(self._layer(len(layers)) + 1, len(layers)))
+        trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+        outside = {key: value for key, value in trained.items() if not key.startswith(f"{name}.")}
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=embedding_device(base_causal_lm(model)))
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+        gradients: Sequence[Tensor | None] = [None] * len(outside)
+        with evaluation_mode(model), torch.enable_grad():
+            hidden = self._scored(model, batch)[1]
+            assert hidden is not None
+            if hidden.requires_grad:
+                gradients = torch.autograd.grad(hidden.sum(), list(outside.values()), allow_unused=True)
+        without = {key for key, gradient in zip(outside, gradients, strict=True) if gradient is None}
+        return [value for key, value in trained.items() if key in without or key.startswith(behind)]
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """Per-sample losses of a paired batch, in one forward pass."""

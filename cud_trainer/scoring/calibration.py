@@ -21,6 +21,7 @@ from ..data import PairedCollator, Samples
 from ..logprobs import answer_probability
 from ..models.modes import restored_afterwards
 from ..objectives import Reference, UnlearningLoss
+from ..typed import check_options
 
 logger = logging.get_logger(__name__)
 
@@ -78,6 +79,9 @@ class CalibrationSettings:
     seed: int = 0
     peft_config: Any = None
     autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self, strict=False)
 
     def for_data(self, retain: Samples | None) -> CalibrationSettings:
         """These settings, without the retain term when there is no retain set."""

@@ -17,6 +17,8 @@ from ..files import check_new_file
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir
+from ..typed import check_numbers_within
+from ..typed import check_options as check_fields
 from .calibration import CalibrationSettings
 
 
@@ -33,8 +35,16 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
         METRICS[name].check_options(metric_options)
         for objective in metric_options.get("methods", ()):
             UnlearningLoss(objective)  # refuses an unknown one
-    if model_or_config is not None and any(METRICS[name].needs_circuits for name in metrics):
-        check_architecture(model_or_config)
+    circuits = [name for name in metrics if METRICS[name].needs_circuits]
+    if model_or_config is not None and circuits:
+        try:
+            check_architecture(model_or_config)
+        except ValueError as error:
+            without = [name for name, metric in METRICS.items() if not metric.needs_circuits]
+            raise ValueError(
+                f"difficulty metric {circuits[0]!r} needs circuits, and {error}. Metrics that need none: "
+                f"{', '.join(without)}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ class ScoringRequest:
 
     def check(self, model: Any) -> None:
         """Raise `ValueError` naming a metric, option or file that cannot be, whatever the data."""
+        check_fields(self, strict=False)
+        check_numbers_within("circuit_args", self.circuit_args)
         check_metrics(self.metrics, self.metric_args, model)
         check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
         batch_size = 1 if self.batch_size is None else self.batch_size

@@ -26,6 +26,7 @@ from ..data import (
 )
 from ..difficulty import METRICS, DifficultyContext, DifficultyScores
 from ..models.fingerprint import model_fingerprint, versions
+from ..models.positions import check_sets
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir, process_state
 from .calibration import Calibration, CalibrationSettings, calibrate
@@ -112,6 +113,7 @@ def score_difficulty(
     request.check(model)
     options = {"max_length": max_length, "template": template or TemplateContext()}
     forget, retain = _samples(request, dataset, retain_dataset, processing_class, counterfactual_column, options)
+    check_sets(model, forget=forget, retain=retain)
     return _Scoring(model, forget, retain, request).run()
 
 

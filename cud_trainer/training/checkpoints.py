@@ -32,7 +32,9 @@ RUN_FILES = (
     *MODEL_FILES,
     SCORES_FILE,
     SCHEDULE_FILE,
+    TEMPLATE_FILE,
     REFERENCE_FILE,
+    TEMPLATE_FILE,
     WORK_DIR,
     "trainer_state.json",
     "*_results.json",
@@ -44,6 +46,7 @@ MARKS = (
     CHECKPOINTS,
     SCORES_FILE,
     SCHEDULE_FILE,
+    TEMPLATE_FILE,
     WORK_DIR,
     "training_args.bin",
     "adapter_model.*",
@@ -161,6 +164,8 @@ def read_state(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
     state = json.loads(path.read_text())
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no state of a run")
     for key, value in identity.items():
         if state.get(key) != value:
             raise ValueError(

@@ -30,6 +30,7 @@ from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..files import write_json
 from ..models.loading import load_causal_lm
 from ..models.modes import on_device
+from ..models.positions import check_sets
 from ..models.trainable import train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
@@ -78,14 +79,14 @@ class RunInputs:
     def checked(
         cls,
         args: CUDConfig,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         forget: Dataset,
         retain: Dataset | None,
         evaluated: Evaluated,
         peft_config: Any,
-        scores: DifficultyScores | None,
+        scores: DifficultyScores | str | Path | None,
     ) -> RunInputs:
         """The inputs of `CUDTrainer`.
 
@@ -95,6 +96,11 @@ class RunInputs:
         Raises:
             ValueError: for bad input, naming the sample, column or option.
         """
+        if not isinstance(args, CUDConfig):
+            raise ValueError(f"args must be a CUDConfig, got a {type(args).__name__}")
+        model = str(model) if isinstance(model, Path) else model
+        if isinstance(scores, (str, Path)):
+            scores = DifficultyScores.load(scores)
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
@@ -138,6 +144,7 @@ class RunInputs:
             )
         model = _checked_model(model, args, loss, peft_config)
         check_vocabulary(tokenizer, model)
+        check_sets(model, forget=forget_samples, retain=retain_samples)
         inputs = cls(
             args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, template
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..difficulty.gradients import GradientRecorder
+from ..models.layers import widest_float
 from ..models.matrices import weight_matrices
 from ..objectives import LossTerms
 from .inputs import RunInputs
@@ -88,7 +89,8 @@ class StepRecorder:
             terms.forget.detach(),
             retain.to(terms.mean_logps),
         ]
-        self._records.append(torch.stack([column.double() for column in columns], dim=1))
+        dtype = widest_float(terms.mean_logps.device)
+        self._records.append(torch.stack([column.to(dtype) for column in columns], dim=1))
         self._micro_batches += 1
 
     def flush(self, step: int) -> StepRecord | None:
@@ -164,11 +166,11 @@ class StepRecorder:
                 yield
         finally:
             self.gradients = None
-        norms = recorder.results(len(inputs["input_ids"]))["squares"].double().sum(1).sqrt()
+        norms = recorder.results(len(inputs["input_ids"]))["squares"].cpu().double().sum(1).sqrt()
         pairs = len(row)
         forget = norms[:pairs] + (norms[-pairs:] if self.loss.uses_alternative else 0.0)
         retain = norms[pairs : 2 * pairs] if self.loss.uses_retain else torch.zeros(pairs)
-        table = torch.stack([row.double(), forget, retain.double()], dim=1)
+        table = torch.stack([row, forget, retain], dim=1).to(widest_float(self.accelerator.device))
         self._update_norms.append(table.to(self.accelerator.device))
 
     def _log_update_shares(self) -> None:

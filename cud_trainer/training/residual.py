@@ -11,6 +11,7 @@ from accelerate.utils import gather
 from ..data import Samples
 from ..difficulty import Buckets
 from ..logprobs import answer_probability
+from ..models.layers import widest_float
 from .inputs import RunInputs
 
 
@@ -68,9 +69,9 @@ class ResidualMemorisation:
                 batch_size=args.per_device_eval_batch_size,
                 device=args.device if sharded else None,
             )
-        table = torch.stack([torch.from_numpy(rows).double(), torch.from_numpy(part)], dim=1)
+        table = torch.from_numpy(np.stack([rows, part], axis=1))
         if world > 1:
-            table = gather(table.to(args.device)).cpu()
+            table = gather(table.to(widest_float(args.device)).to(args.device)).cpu()
         values = np.empty(count)
         values[table[:, 0].long().numpy()] = table[:, 1].numpy()
         return values

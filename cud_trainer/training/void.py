@@ -16,6 +16,7 @@ from .progress import RunProgress
 logger = logging.get_logger(__name__)
 
 SAMPLES_PER_TENSOR = 256
+MEMORISED = 0.1  # mean answer probability of a forget set that there is something to forget of
 
 
 class VoidWatch:
@@ -37,7 +38,7 @@ class VoidWatch:
         self.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         self.began = self.sharded
         self.reason: str | None = None
-        self._retain_only = False
+        self._idle = False
         self._first = np.full(len(inputs.forget), np.nan)
         self._weights = [] if self.sharded else self._looked_at()
 
@@ -48,20 +49,15 @@ class VoidWatch:
             step: optimizer steps done.
         """
         idle = bool(self.plan.schedule.dynamic) and not self.progress.factor.any()
-        if self.began:
-            if idle and not self._retain_only:
-                logger.warning(
-                    f"from step {step + 1} on every forget sample has the factor 0: only what is kept is trained"
-                )
-            self._retain_only = idle
-            return False
-        weighted = self._batch_has_weight(step)
-        if idle:
-            self.reason = (
-                f"nothing was unlearned: schedule {self.plan.schedule.name!r} gives every forget sample the factor 0 "
-                "before the first step (they are at its target already)"
+        if idle and not self._idle:
+            logger.warning(
+                f"from step {step + 1} on schedule {self.plan.schedule.name!r} gives every forget sample the factor 0 "
+                "(they are at its target): nothing is forgotten, only what is kept is trained"
             )
-        elif not weighted and self.retain_loss in ("none", "kl", "activations"):
+        self._idle = idle
+        if self.began:
+            return False
+        if (idle or not self._batch_has_weight(step)) and self.retain_loss in ("none", "kl", "activations"):
             self.reason = "nothing was unlearned: no forget sample that was served had a weight"
         elif self._is_noise():
             self.reason = "nothing was unlearned: the gradient is rounding noise, or 0"
@@ -99,13 +95,15 @@ class VoidWatch:
     def unforgotten(self, start: float | None, end: float | None) -> str | None:
         """That no more is forgotten than before, in one sentence; `None` if it is, or nobody knows.
 
+        Where next to nothing was known before (`MEMORISED`) there was nothing to forget, and this says nothing.
+
         Args:
             start, end: mean forget probability before and after; without `start`, of each sample when it was first
                 served.
         """
         if start is None and np.isfinite(self._first).all():
             start = float(self._first.mean())
-        if start is None or end is None or end < start:
+        if start is None or end is None or end < start or start < MEMORISED:
             return None
         return f"nothing was forgotten: the mean forget probability was {start:.4g} and is {end:.4g}"
 

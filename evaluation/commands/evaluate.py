@@ -17,6 +17,7 @@ from cud_trainer.commands.parser import parse_options
 from cud_trainer.data.groups import group_labels
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.models.fingerprint import model_fingerprint, versions
+from cud_trainer.models.whole import not_finite
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 
 from ..metrics import robustness
@@ -69,6 +70,7 @@ class Measurements:
         fingerprint: of the unlearned model.
         fingerprints: of the other ones, by what they are.
         faithfulness: of the circuits, in the original model.
+        diverged: weights of the unlearned model are not finite.
     """
 
     after: Measured
@@ -78,6 +80,7 @@ class Measurements:
     fingerprints: dict[str, str]
     faithfulness: Faithfulness | None
     robustness: Robustness
+    diverged: bool = False
 
 
 def evaluate(argv: list[str]) -> int:
@@ -107,12 +110,13 @@ def measure_models(inputs: EvaluateInputs) -> Measurements:
     reference = None
     if args.reference_model:
         reference, fingerprints["reference"] = measure_reference(inputs, args.reference_model)
-    model = inputs.load_model(inputs.model_name_or_path)
+    model = inputs.load_model(inputs.model_name_or_path, finite=False)  # one that diverged is told as it is
     fingerprint = model_fingerprint(model)
     if fingerprint == fingerprints.get("reference"):
         raise ValueError(f"the reference model {args.reference_model} has the weights of the model that is evaluated")
     after = measure_one(inputs, model, "unlearned")
     weights = None if original is None else original.weights
+    diverged = bool(not_finite(model))
     return Measurements(
         after=after,
         before=None if original is None else original.measured,
@@ -121,6 +125,7 @@ def measure_models(inputs: EvaluateInputs) -> Measurements:
         fingerprints=fingerprints,
         faithfulness=None if original is None else original.faithfulness,
         robustness=measure_robustness(inputs, merged(model), weights, after.sets["forget"]["probability"]),
+        diverged=diverged,
     )
 
 
@@ -234,6 +239,8 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
     )
     if measurements.fingerprint == measurements.fingerprints.get("original"):
         results.findings.insert(0, "the model has the very weights of the original model: nothing was unlearned")
+    if measurements.diverged:
+        results.findings.insert(0, "the model has weights that are not finite: unlearning diverged")
     tables, findings = measured_tables(after, before, measurements.reference, buckets, seed)
     difficulty = None if scores is None or buckets is None else scores[buckets.metric]
     if inputs.groups is not None:

@@ -16,6 +16,7 @@ from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.models.fingerprint import versions
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
+from cud_trainer.typed import check_options, check_void
 
 from ..metrics.open_unlearning import Evaluation, rows_by_text
 from ..report.audit import audit_results, check_score_names, measured_tables, per_sample_table
@@ -56,6 +57,8 @@ class ImportArguments:
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
     def __post_init__(self) -> None:
+        check_options(self)
+        check_void(self, {"metric": "scores", "n_buckets": "scores"})
         if not self.open_unlearning:
             raise ValueError("there is nothing to import: give --open_unlearning TOFU_EVAL.json")
         if self.n_buckets < 1:

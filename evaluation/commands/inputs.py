@@ -16,20 +16,37 @@ from trl import ModelConfig
 from cud_trainer.circuits import CircuitTable
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
-from cud_trainer.data import Samples, TemplateContext, check_disjoint, check_vocabulary, prepare_samples
+from cud_trainer.data import Samples, TemplateContext, check_vocabulary, prepare_samples
 from cud_trainer.data.groups import group_labels
 from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm
+from cud_trainer.models.positions import check_positions
 from cud_trainer.models.whole import check_adapter
 from cud_trainer.training.checkpoints import recorded_template
+from cud_trainer.typed import check_options, check_void
 
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.measure import check_texts
 from ..metrics.utility import UTILITY_SETS
 from ..report.audit import check_score_names
+
+# What gives an option its meaning.
+NEEDS = {
+    "samples": "generate",
+    "temperature": "samples",
+    "relearn_steps": "relearn_samples",
+    "relearn_rate": "relearn_samples",
+    "metric": "scores",
+    "n_buckets": "scores",
+    "lm_eval_include": "lm_eval_tasks",
+    "retain_split": "retain_dataset|retain_config",
+    "max_retain_samples": "retain_dataset|retain_config",
+    "holdout_split": "holdout_dataset|holdout_config",
+    "neighbour_split": "neighbour_dataset|neighbour_config",
+}
 
 
 @dataclass
@@ -112,6 +129,9 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self)
+        check_void(self, NEEDS)
         for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -158,13 +178,15 @@ class EvaluateInputs:
     def forget(self) -> Samples:
         return self.sets["forget"]
 
-    def load_model(self, path: str) -> Any:
+    def load_model(self, path: str, *, finite: bool = True) -> Any:
         """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings."""
-        model = load_model(path, self.model_options)
+        model = load_model(path, self.model_options, finite=finite)
         try:
             check_vocabulary(self.tokenizer, model)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
+        for name, samples in self.sets.items():
+            check_positions(model, name, samples.ids, samples.lengths)
         return model
 
 
@@ -179,7 +201,9 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     forget = sets["forget"]
     for name in ("retain", "neighbour", "holdout"):
         if name in sets:
-            check_disjoint(forget, sets[name])
+            _check_disjoint("forget", forget, name, sets[name])
+    if "holdout" in sets and "retain" in sets:  # non-members are no samples that were trained on
+        _check_disjoint("retain", sets["retain"], "holdout", sets["holdout"])
     utility = {}
     if args.tofu:
         utility = {part: load_samples(args.tofu, name, "train", None, part) for part, name in UTILITY_SETS.items()}
@@ -227,6 +251,13 @@ def template_of(model: str, scores: DifficultyScores | None) -> dict[str, Any] |
     return recorded_template(model) or recorded_template(Path(model).parent)  # a checkpoint in the folder of a run
 
 
+def _check_disjoint(first: str, one: Samples, second: str, other: Samples) -> None:
+    """Raise `ValueError` for a sample that is in both sets, with their names."""
+    both = set(one.ids) & set(other.ids)
+    if both:
+        raise ValueError(f"sample {min(both)!r} is in both the {first} and the {second} dataset ({len(both)} are)")
+
+
 def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """The data sets as text that the options name: `forget`, and `retain`, `neighbour`, `holdout` where they are."""
     forget, retain = args.load(tokenizer)
@@ -267,16 +298,20 @@ def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | Non
     return table
 
 
-def load_model(path: str, options: Mapping[str, Any]) -> Any:
-    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither."""
+def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) -> Any:
+    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither.
+
+    Args:
+        finite: refuse weights that are no numbers.
+    """
     try:
         if (Path(path) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
-            check_adapter(path, model)
+            check_adapter(path, model, finite=finite)
         else:
-            model = load_causal_lm(path, **options)
+            model = load_causal_lm(path, finite=finite, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model
         raise ValueError(f"cannot load a model from {path!r}: {str(error)[:500]}") from None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

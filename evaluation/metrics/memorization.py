@@ -70,8 +70,8 @@ def teacher_forced(
     with evaluation_mode(model):
         for rows, batch in prepared.batches(batch_size, device=device, desc=desc):
             scores = score_answers(model, batch)
-            mean_logps = scores.mean_logps.double().cpu()
-            plain, standard = scores.token_logps.double().cpu(), _standardised(scores).double().cpu()
+            mean_logps = scores.mean_logps.cpu().double()
+            plain, standard = scores.token_logps.cpu().double(), _standardised(scores).cpu().double()
             hits = (scores.logits.argmax(-1) == scores.targets).cpu()
             content = (scores.mask & ~_from_first(torch.isin(scores.targets, stop))).cpu()
             for position, row in enumerate(rows):

@@ -64,7 +64,7 @@ class Evaluation:
         """Read a file; `ValueError` naming it if it is none of these."""
         try:
             metrics = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"cannot read {path}: {error}") from None
         if not isinstance(metrics, dict) or not all(isinstance(value, dict) for value in metrics.values()):
             raise ValueError(f"{path} is no evaluation of open-unlearning: it must map metrics to results")

@@ -141,8 +141,9 @@ def prepare_answers(
     named = id_column(dataset.column_names)
     ids = [str(row) for row in (range(len(dataset)) if named is None else dataset[named])]
     kept = [column for column in TEMPLATE_COLUMNS if column in dataset.column_names]
-    rows: list[dict[str, Any]] = []
-    width, pairs = 1, []
+    rows: list[int] = []
+    pairs: list[dict[str, Any]] = []
+    width = 1
     for row, sample in enumerate(dataset.with_format(None)):
         answers = [text for column in columns for text in _answers(sample[column], f"{name} sample {ids[row]!r}")]
         if not answers or not all([sample[question], *answers]):

@@ -22,6 +22,7 @@ LABELS = {
     "circuit_mass": ("circuit mass", "circuit"),
     "loss": ("initial log-probability", "trivial"),
     "length": ("answer length", "trivial"),
+    "random": ("random (placebo)", "trivial"),
 }
 TRIVIAL = ("loss", "length")
 CALIBRATION = "Predicted and observed difficulty"

@@ -82,7 +82,7 @@ def summary(results: Results) -> str:
 def _markdown(cell: Cell) -> str:
     """A cell in one line that does not end the table, nor brings markup of its own."""
     if isinstance(cell, Missing):
-        return _markdown(f"n/a ({cell.reason})") if cell.reason else "n/a"
+        return f"n/a ({markdown_text(cell.reason)})" if cell.reason else "n/a"
     if isinstance(cell, Interval):
         if not np.isfinite(cell.value):
             return _markdown(Missing(cell.reason or ""))

@@ -249,6 +249,39 @@ class Table:
 
 
 @dataclass(kw_only=True)
+class Against:
+    """One arm less another, paired by seed (see `evaluation.decision.Comparison`)."""
+
+    arm: str
+    verdict: str
+    difference: Interval
+    change: Interval
+    left: Interval
+    seeds: list[int]
+    won: list[int]
+    lost: list[int]
+
+
+@dataclass(kw_only=True)
+class Decided:
+    """Whether the difficulty of one arm earns its place with one objective: yes, no or undecided."""
+
+    objective: str
+    arm: str
+    verdict: str
+    reason: str
+    against: list[Against]
+
+
+@dataclass(kw_only=True)
+class Decisions:
+    """The rule, stated before any run, and what it says."""
+
+    rule: str
+    arms: list[Decided]
+
+
+@dataclass(kw_only=True)
 class Results:
     """All of `results.json`. The page, the pictures and the summary show nothing else."""
 
@@ -261,6 +294,7 @@ class Results:
     matched: list[Matched] | None = None
     retain_weight_fit: list[Trial] | None = None
     fit_note: str | None = None
+    decision: Decisions | None = None
     tables: list[Table] | None = None
     run: Run
 

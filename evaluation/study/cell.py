@@ -19,9 +19,14 @@ from cud_trainer import CUDConfig
 from cud_trainer.data import Samples
 from cud_trainer.files import private_folder
 
+from ..endpoint import worst_quarter
+from ..trajectory import Path as Trajectory
 from ..trajectory import TradeoffCallback
 from .grid import Cell
-from .options import StudyArguments
+from .heldout import REFERENCE, ask_reference
+from .options import EQUAL_COMPUTE, StudyArguments
+from .oracle import OUTCOME, save_outcome
+from .runs import pairs_of
 
 GENERATE_BATCH = 64  # generating is slow one by one
 
@@ -35,6 +40,7 @@ class _World:
     forget: Dataset
     retain: Dataset | None
     utility: Dataset | None
+    held_out: Dataset | None
     day: str | None
 
 
@@ -44,7 +50,11 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
 
     set_verbosity(logging.ERROR)
     folder = study / "cells" / cell.name
-    world = _world(study, cell.settings["options"])
+    world = _world(study, cell.settings.get("options", {}))
+    if cell.kind == REFERENCE:
+        return ask_reference(cell.settings, world.forget, world.tokenizer, world.day)
+    if cell.kind == OUTCOME:
+        return save_outcome(study, cell)
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a start that was killed: a run begins anew, and ends the same
     private_folder(work)
@@ -71,7 +81,8 @@ def _world(study: Path, options: dict[str, Any]) -> _World:
     # The grid is of no use here, but must be there.
     data = StudyArguments(**shared["data"], grid={"seed": [0]})
     tokenizer = load_tokenizer(model, SimpleNamespace(**options))
-    return _World(model, tokenizer, *data.load(tokenizer), data.load_utility(tokenizer), shared.get("day"))
+    utility, held_out = data.load_utility(tokenizer), data.load_heldout(tokenizer)
+    return _World(model, tokenizer, *data.load(tokenizer), utility, held_out, shared.get("day"))
 
 
 def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
@@ -105,6 +116,9 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
 
     settings = cell.settings
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(world.model)}
+    scores = _scores_of(study, settings)
+    if settings.get(EQUAL_COMPUTE):
+        args.passes += _more_passes(scores, len(world.forget))
     forget, utility = _measured(args, world, settings["retain_eval_samples"])
     relearning = settings.get("relearn")
     tradeoff = TradeoffCallback(
@@ -112,6 +126,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         forget if utility is None else utility,
         every=settings["snapshot_every"],
         keep_at=None if relearning is None or utility is None else relearning["level"],
+        **_endpoint_options(args, world, settings),
     )
     trainer = CUDTrainer(
         world.model.model_name_or_path,
@@ -120,7 +135,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         retain_dataset=world.retain,
         processing_class=world.tokenizer,
         peft_config=get_peft_config(world.model),
-        difficulty_scores=_scores_of(study, settings),
+        difficulty_scores=scores,
         callbacks=[tradeoff, _End(tradeoff, settings.get("end_below", 0.0))],
     )
     trainer.remove_callback(PrinterCallback)
@@ -145,6 +160,50 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         "final": final,
         "diverged": diverged,
         "forget_ids": list(forget.ids),
+        **_endpoint_results(path, finite),
+        **({"pairs": args.passes * len(forget)} if path.held_out else {}),
+    }
+
+
+def _more_passes(scores: Any, n_forget: int) -> int:
+    """Passes that take no fewer pairs than calibrating the scores did.
+
+    Raises:
+        ValueError: for scores that were not calibrated.
+    """
+    pairs = pairs_of(scores)
+    if not pairs:
+        raise ValueError(f"{EQUAL_COMPUTE}: difficulty {scores.metrics[0]!r} has no calibration to count")
+    return -(-pairs // n_forget)
+
+
+def _endpoint_options(args: CUDConfig, world: _World, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is measured of a run that is compared by its endpoint: held-out samples, and extraction strength."""
+    from cud_trainer.data import evenly_spaced, prepare_samples
+
+    from ..metrics.memorization import teacher_forced
+
+    if world.held_out is None:
+        return {}
+    part = evenly_spaced(world.held_out, settings["heldout_samples"])
+
+    def extraction(model: Any, forget: Samples) -> np.ndarray:
+        values = teacher_forced(model, forget, world.tokenizer, batch_size=args.per_device_eval_batch_size)
+        return values["extraction_strength"]
+
+    template = args.template_context(args.recorded_template)
+    held_out = prepare_samples(part, world.tokenizer, max_length=args.max_length, name="held-out", template=template)
+    return {"held_out": held_out, "extraction": extraction}
+
+
+def _endpoint_results(path: Trajectory, finite: list[int]) -> dict[str, Any]:
+    """By snapshot: every held-out sample, and of the forget samples the mean and worst quarter of what is extracted."""
+    if not path.held_out:
+        return {}
+    found = np.array([path.extraction[i] for i in finite])
+    return {
+        "held_out": [path.held_out[i].tolist() for i in finite],
+        "extraction": {"mean": found.mean(1).tolist(), "worst_quarter": worst_quarter(found).tolist()},
     }
 
 

@@ -9,26 +9,33 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from trl import ModelConfig
 
 from cud_trainer.commands.options import DataArguments, inputs_of, load_tokenizer
 from cud_trainer.data import check_disjoint, prepare_samples
-from cud_trainer.data.template import TRAIN_ON, TemplateContext
 from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
 from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
 
+from ..endpoint import worst_quarter
+from .extend import grow, is_wanted
 from .grid import Cell, plan
+from .heldout import identity_of_heldout, reference_cell, shared_template
 from .options import StudyArguments
+from .oracle import is_oracle, with_outcome
 from .pool import Pool
-from .runs import Run, first_seeds, reported
+from .runs import BASE, Run, coordinates, first_seeds, grouped, reported, tuned
+
+Attach = Callable[[list[Cell], list[Cell]], tuple[list[Cell], list[Cell]]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Finished:
         failed: why a cell failed, by name; these are in no figure.
         groups: of each forget sample, where the study has a `group_column`.
         seconds: that this start took.
+        heldout_groups: of each held-out sample that is measured, where there are any.
+        never_seen: worst quarter of the forget set under a model that never saw it, where the study knows of one.
     """
 
     folder: Path
@@ -50,10 +59,12 @@ class Finished:
     failed: dict[str, str]
     groups: list[Any] | None
     seconds: float
+    heldout_groups: list[Any] | None = None
+    never_seen: float | None = None
 
     def runs(self) -> list[Run]:
         """`cells`, read."""
-        return [Run(self.folder, cell, self.args.n_buckets) for cell in self.cells]
+        return [Run(self.folder, cell, self.args.n_buckets, self.never_seen) for cell in self.cells]
 
 
 class Study:
@@ -70,7 +81,12 @@ class Study:
         if holds_something(self.folder) and not (self.folder / "study.json").exists():
             raise ValueError(f"output directory {self.folder} is not empty and holds no study; choose another one")
         data, self.groups = _identity_of_data(args, model_args)
+        heldout = identity_of_heldout(args, model_args)
+        self.heldout_groups = None if heldout is None else heldout.groups
+        data += [] if heldout is None else [heldout.fingerprint]
         base = {"model": _identity_of_model(model_args), "data": data, "versions": versions()}
+        self.reference = reference_cell(args, base)
+        self.base = base
         self.scores, self.cells = plan(args, base)
 
     @contextmanager
@@ -94,11 +110,12 @@ class Study:
         """
         args, folder = self.args, self.folder
         remove_leftovers(folder)
-        check_finished(folder, [*self.scores, *self.cells], args.overwrite)
+        known = [cell for cell in self.cells if not is_oracle(cell)]  # what an oracle builds on is not
+        check_finished(folder, [*self.reference, *self.scores, *known], args.overwrite)
         if args.overwrite:
             clear(folder, REPORT_FILES)
         names = [f.name for f in fields(DataArguments)]
-        names += [f.name for f in fields(StudyArguments) if f.name.startswith("utility_")]
+        names += [f.name for f in fields(StudyArguments) if f.name.startswith(("utility_", "heldout_"))]
         shared = {
             "model": vars(self.model_args),
             "data": {name: getattr(args, name) for name in names},
@@ -107,18 +124,92 @@ class Study:
         write_json(folder / "study.json", json.loads(json.dumps({"argv": list(argv), "shared": shared}, default=str)))
         started = time.time()
         with nullcontext(pool) if pool is not None else Pool(args.workers, args.devices) as pool:
-            failed = pool.run(folder, self.scores)
-            lost = {cell.name for cell in self.scores if cell.name in failed}
-            ready = [cell for cell in self.cells if cell.settings["scores_cell"] not in lost]
-            failed |= {c.name: "its difficulty scores failed" for c in self.cells if c not in ready}
-            tried = first_seeds(ready, args.tuning_seeds)
-            failed |= pool.run(folder, tried)
-            # The settings that lose on the first seeds are in no figure: their other seeds are not run.
-            tried, ready = ([cell for cell in part if cell.name not in failed] for part in (tried, ready))
-            ready = reported(folder, ready, tried, args.retain_level, args.n_buckets, args.tune_on)
-            failed |= pool.run(folder, ready)
-        cells = [cell for cell in ready if cell.name not in failed]
-        return Finished(folder, args, cells, failed, self.groups, time.time() - started)
+            never_seen = what_is_never_seen(args, folder, self.reference, pool)
+            work = _Work(args, folder, self.base, pool, never_seen)
+            cells = work.extended(self.scores, known, lambda scores, cells: (scores, cells))
+            oracles = [cell for cell in self.cells if is_oracle(cell)]
+            cells += work.oracles(oracles, cells) if oracles else []
+        seconds = time.time() - started
+        return Finished(folder, args, cells, work.failed, self.groups, seconds, self.heldout_groups, never_seen)
+
+
+@dataclass
+class _Work:
+    """The cells of a study, run in the order in which they need each other; `failed` says which did not finish."""
+
+    args: StudyArguments
+    folder: Path
+    base: dict[str, Any]
+    pool: Pool
+    never_seen: float | None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def extended(self, scores: list[Cell], cells: list[Cell], attach: Attach) -> list[Cell]:
+        """`all` of these cells, and of those of values beyond an end of the grid at which a best setting lies.
+
+        Args:
+            attach: makes cells of a grown grid ready to run, their scores first.
+        """
+        args = self.args
+        for _ in range(args.extensions or 0 if args.tunes else 0):
+            runs = [self.read(cell) for cell in self.tried(scores, cells)]
+            args, wanted = grow(args, runs)
+            if not wanted:
+                break
+            more_scores, more = attach(*plan(args, self.base))
+            names = {cell.name for cell in (*scores, *cells)}
+            more = [cell for cell in more if cell.name not in names and is_wanted(cell, wanted)]
+            used = {cell.settings["scores_cell"] for cell in more}
+            more_scores = [cell for cell in more_scores if cell.name in used and cell.name not in names]
+            check_finished(self.folder, [*more_scores, *more], self.args.overwrite)
+            scores, cells = [*scores, *more_scores], [*cells, *more]
+        return self.all(scores, cells)
+
+    def read(self, cell: Cell) -> Run:
+        return Run(self.folder, cell, self.args.n_buckets, self.never_seen)
+
+    def tried(self, scores: list[Cell], cells: list[Cell]) -> list[Cell]:
+        """The cells that decide which settings are reported, as far as they finish."""
+        failed = self.pool.run(self.folder, scores)
+        lost = {cell.name for cell in scores if cell.name in failed}
+        tried = first_seeds([c for c in cells if c.settings["scores_cell"] not in lost], self.args.tuning_seeds)
+        failed |= self.pool.run(self.folder, tried)
+        return [cell for cell in tried if cell.name not in failed]
+
+    def all(self, scores: list[Cell], cells: list[Cell]) -> list[Cell]:
+        """Scores, settings on the first seeds, and the other seeds of those that won; returns what figures are of."""
+        args, folder, pool = self.args, self.folder, self.pool
+        failed = pool.run(folder, scores)
+        lost = {cell.name for cell in scores if cell.name in failed}
+        ready = [cell for cell in cells if cell.settings["scores_cell"] not in lost]
+        failed |= {c.name: "its difficulty scores failed" for c in cells if c not in ready}
+        tried = first_seeds(ready, args.tuning_seeds)
+        failed |= pool.run(folder, tried)
+        # The settings that lose on the first seeds are in no figure: their other seeds are not run.
+        tried, ready = ([cell for cell in part if cell.name not in failed] for part in (tried, ready))
+        ready = reported(folder, ready, tried, args.retain_level, args.n_buckets, args.tune_on, self.never_seen)
+        failed |= pool.run(folder, ready)
+        self.failed |= failed
+        return [cell for cell in ready if cell.name not in failed]
+
+    def oracles(self, cells: list[Cell], finished: list[Cell]) -> list[Cell]:
+        """The same of runs whose difficulty is what finished uniform runs of other seeds have left."""
+        args, known = self.args, {}
+        uniform = [self.read(cell) for cell in finished if coordinates(cell).schedule == BASE]
+        for panel, same in grouped(uniform, attrgetter("panel")).items():
+            best = tuned(same, args.retain_level[0], args.tuning_seeds, args.tune_on)[0].tuning
+            known[panel] = [run for run in same if run.tuning == best]
+
+        def attach(_: list[Cell], cells: list[Cell]) -> tuple[list[Cell], list[Cell]]:
+            pairs = {c.name: with_outcome(c, known.get(coordinates(c).panel, [])) for c in cells if is_oracle(c)}
+            without = [name for name, pair in pairs.items() if pair is None]
+            self.failed |= dict.fromkeys(without, "no uniform run of another seed has finished")
+            made = [pair for pair in pairs.values() if pair is not None]
+            return list({scores.name: scores for scores, _ in made}.values()), [cell for _, cell in made]
+
+        scores, ready = attach([], cells)
+        check_finished(self.folder, [*scores, *ready], args.overwrite)
+        return self.extended(scores, ready, attach) if ready else []
 
 
 def _day_of(folder: Path) -> str:
@@ -136,6 +227,20 @@ def run_study(args: StudyArguments, model_args: ModelConfig, pool: Pool | None =
         return study.run(pool=pool)
 
 
+def what_is_never_seen(args: StudyArguments, folder: Path, cells: list[Cell], pool: Pool) -> float | None:
+    """The worst quarter of the forget set under a model that never saw it; `None` where the study knows of none.
+
+    Raises:
+        ValueError: when that model cannot be asked.
+    """
+    if not cells:
+        return args.never_seen
+    for reason in pool.run(folder, cells).values():
+        raise ValueError(f"the reference model {args.reference_model!r} cannot be asked: {reason}")
+    result = json.loads((folder / "cells" / cells[0].name / "result.json").read_text())
+    return float(worst_quarter(np.array(result["forget"])))
+
+
 def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None:
     """Raise `ValueError` for the first finished cell with other settings, unless it may be replaced."""
     for cell in cells:
@@ -145,6 +250,8 @@ def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None
         try:
             before = json.loads(path.read_text())
         except ValueError:
+            before = {}
+        if not isinstance(before, dict):
             before = {}
         if before.get("fingerprint") != cell.fingerprint:
             if not overwrite:
@@ -175,8 +282,7 @@ def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[li
     """Fingerprints of forget set, retain set and what measures utility, and the group of each forget sample."""
     train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(model_args, SimpleNamespace(**train))
-    told = train.get("chat_template_kwargs") or {}
-    seen = TemplateContext(train.get("system_prompt"), told, train.get("train_on", TRAIN_ON[0]))
+    seen = shared_template(train)
     forget, retain = args.load(tokenizer)
     group = args.train.get("group_column")  # type: ignore[union-attr]
     length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
@@ -188,6 +294,10 @@ def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[li
         check_disjoint(prepared[0], prepared[1])
     if isinstance(group, str) and group not in forget.column_names:
         raise ValueError(f"forget dataset has no column {group!r}; it has {sorted(forget.column_names)}")
+    if args.relearn_samples >= len(forget):
+        raise ValueError(
+            f"relearn_samples must leave some of the {len(forget)} forget samples, got {args.relearn_samples}"
+        )
     fingerprints = [None if part is None else part.fingerprint for part in prepared]
     return fingerprints, list(forget[group]) if isinstance(group, str) else None
 

@@ -12,10 +12,11 @@ from cud_trainer import CUDConfig
 from cud_trainer.difficulty.scores import PRECOMPUTED, DifficultyScores, merge_metrics
 from cud_trainer.models.fingerprint import file_hash
 
-from .options import SCORES, StudyArguments
+from .options import EQUAL_COMPUTE, ORACLE, SCORES, StudyArguments
 
 # Options that scores do not depend on: runs that differ in nothing else share theirs.
 NOT_OF_SCORES = {"schedule", "schedule_args", "seed", "n_buckets"}
+RANDOM = "random"  # the difficulty metric without any meaning
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,16 @@ class _Combination:
         options: of `cud train`, those that all cells share among them, without a path of scores.
         config: what they make.
         scores_file: of scores made before.
+        oracle: whether its difficulty is what uniform runs of other seeds have left.
+        equal_compute: whether it trains on as many pairs more as its difficulty was calibrated with.
     """
 
     choices: dict[str, Any]
     options: dict[str, Any]
     config: CUDConfig
     scores_file: str | None
+    oracle: bool = False
+    equal_compute: bool = False
 
     @property
     def metrics(self) -> list[str]:
@@ -64,7 +69,12 @@ class _Combination:
     @property
     def scores_key(self) -> str:
         """Equal for runs that share a cell of scores."""
-        return json.dumps(_without(self.options, NOT_OF_SCORES), sort_keys=True)
+        return json.dumps(_without(self.options, self.not_of_scores), sort_keys=True)
+
+    @property
+    def not_of_scores(self) -> set[str]:
+        """Options that its scores do not depend on; those without meaning are drawn anew with every seed."""
+        return NOT_OF_SCORES - {"seed"} if self.config.difficulty == RANDOM else NOT_OF_SCORES
 
 
 def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[Cell]]:
@@ -80,19 +90,20 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
     scores_files: dict[str, tuple[list[str], str]] = {}  # metrics and hash of scores made before, by path
     combinations = []
     for grid in args.grids:
-        for values in itertools.product(*grid.values()):
-            combination = _combination(args, dict(zip(grid, values, strict=True)))
+        for arm, values in itertools.product(args.arms or [None], itertools.product(*grid.values())):
+            choices = {} if arm is None else {"arm": arm}
+            combination = _combination(args, {**choices, **dict(zip(grid, values, strict=True))})
             combinations.append(combination)
-            if combination.scores_file is None:
+            if combination.scores_file is None and not combination.oracle:
                 metrics.setdefault(combination.scores_key, []).extend(combination.metrics)
-            else:
+            elif combination.scores_file is not None:
                 _check_scores_file(combination, scores_files)
     scores: dict[str, Cell] = {}
     runs = []
     for combination in combinations:
         key = combination.scores_key
         scores_cell = None
-        if combination.config.difficulty is not None and combination.scores_file is None:
+        if combination.config.difficulty is not None and combination.scores_file is None and not combination.oracle:
             if key not in scores:
                 scores[key] = _scores_cell(combination, metrics[key], base)
             scores_cell = scores[key]
@@ -106,16 +117,22 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
 
 
 def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
-    options = {**args.train, **choices}  # type: ignore[dict-item]
-    scores_file = options.pop(SCORES, None)
+    arm = args.arms[choices["arm"]] if args.arms else {}  # type: ignore[index]
+    options = {**args.train, **arm, **_without(choices, {"arm"})}  # type: ignore[dict-item]
+    scores_file, equal_compute = options.pop(SCORES, None), options.pop(EQUAL_COMPUTE, False)
+    oracle = bool(args.arms) and options.get("difficulty") == ORACLE
+    if oracle:
+        options["difficulty"], scores_file = PRECOMPUTED, None
     try:
         config = CUDConfig("unused", **{"report_to": "none", **options})
     except (ValueError, TypeError) as error:
         raise ValueError(f"cell {named(choices)}: {error}") from None
-    if scores_file is None and config.difficulty == PRECOMPUTED:
+    if scores_file is None and config.difficulty == PRECOMPUTED and not oracle:
         raise ValueError(f"cell {named(choices)}: difficulty {PRECOMPUTED!r} needs {SCORES}")
+    if equal_compute and (config.difficulty is None or oracle):
+        raise ValueError(f"cell {named(choices)}: {EQUAL_COMPUTE} needs the difficulty whose calibration it equals")
     options["schedule"] = config.schedule  # the default, too: another version's may differ
-    return _Combination(choices, options, config, scores_file)
+    return _Combination(choices, options, config, scores_file, oracle, equal_compute)
 
 
 def _check_scores_file(combination: _Combination, scores_files: dict[str, tuple[list[str], str]]) -> None:
@@ -135,11 +152,13 @@ def _scores_cell(combination: _Combination, metrics: list[str], base: dict[str, 
     settings = {
         **base,
         "kind": "scores",
-        "options": _without(combination.options, NOT_OF_SCORES),
+        "options": _without(combination.options, combination.not_of_scores),
         "metrics": merge_metrics(metrics[0], [*metrics[1:], "loss", "length"]),
     }
     number = hashlib.sha256(combination.scores_key.encode()).hexdigest()[:8]
-    return Cell("scores", f"scores-{number}", _without(combination.choices, NOT_OF_SCORES), settings)
+    return Cell(
+        "scores", f"scores-{number}", _without(combination.choices, {"arm", *combination.not_of_scores}), settings
+    )
 
 
 def _run_settings(
@@ -169,6 +188,12 @@ def _run_settings(
             "rate": args.relearn_rate,
             "level": args.retain_level[0],
         }
+    if args.heldout_dataset is not None:
+        settings["heldout_samples"] = args.heldout_samples
+    if combination.oracle:
+        settings[ORACLE] = True
+    if combination.equal_compute:
+        settings[EQUAL_COMPUTE] = True
     if combination.config.seed in args.generate_seeds:
         settings["generate"] = True
     if args.end_below:

@@ -14,10 +14,14 @@ from trl import ModelConfig
 from cud_trainer import CUDConfig
 from cud_trainer.commands.options import DataArguments
 from cud_trainer.commands.parser import parse_options, read_yaml
+from cud_trainer.typed import check_options, check_values, check_void
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
 SHARED_FIELDS = {f.name for kind in (DataArguments, ModelConfig) for f in fields(kind)}
+ORACLE = "oracle"  # as the difficulty of an arm: what uniform runs of the other seeds have left
+EQUAL_COMPUTE = "equal_compute"
+ARM_FIELDS = TRAIN_FIELDS | {EQUAL_COMPUTE}
 # What a study sets itself.
 RESERVED = {
     "output_dir",
@@ -32,14 +36,17 @@ RESERVED = {
     "target_forget_prob",
 }
 TUNED = ("learning_rate", "retain_weight")
+EXTENSIONS = 4
 AT_LEAST = {
     "workers": 1,
     "snapshot_every": 1,
     "retain_eval_samples": 1,
+    "heldout_samples": 1,
     "n_buckets": 1,
     "relearn_steps": 1,
     "relearn_samples": 0,
     "tuning_seeds": 1,
+    "extensions": 0,
 }
 
 
@@ -53,6 +60,14 @@ class StudyArguments(DataArguments):
         metadata={
             "help": "Options of `cud train` with a list of values each; a cell for every combination. A list of such "
             "mappings is their union."
+        },
+    )
+    arms: dict[str, Any] | str = field(
+        default_factory=dict,
+        metadata={
+            "help": "What is compared, by name: options of `cud train` for each, run with every combination of `grid`. "
+            "`difficulty: random` is a placebo, `difficulty: oracle` what the arm `uniform` left with the other seeds; "
+            "`equal_compute: true` trains on as many pairs more as the calibration of the arm's difficulty takes."
         },
     )
     train: dict[str, Any] | str = field(
@@ -82,6 +97,29 @@ class StudyArguments(DataArguments):
     retain_eval_samples: int = field(
         default=200, metadata={"help": "How many of them are measured at most, evenly spaced."}
     )
+    heldout_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memorised samples of groups that no loss of a run ever sees. With them, schedules are compared by "
+            "H@0.1: the share of their answer probability that is kept when a run's own worst quarter is at most 0.10."
+        },
+    )
+    heldout_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
+    heldout_split: str = field(default="train", metadata={"help": "Its split."})
+    heldout_samples: int = field(
+        default=200, metadata={"help": "How many of them are measured at most, evenly spaced."}
+    )
+    never_seen: float | None = field(
+        default=None,
+        metadata={
+            "help": "Worst quarter of the forget set under a model that never saw it, in [0, 1): where it is above "
+            "0.10, a run has forgotten when it is there."
+        },
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "Such a model (folder or hub id, with the same tokens): `never_seen` is measured on it."},
+    )
     retain_level: list[float] = field(
         default_factory=lambda: [0.95],
         metadata={
@@ -96,6 +134,13 @@ class StudyArguments(DataArguments):
             "others are reported. More than one where what is left at a level differs much from seed to seed."
         },
     )
+    extensions: int | None = field(
+        default=None,
+        metadata={
+            "help": "How often a grid of retain weights or learning rates grows at most, by a value beyond the end at "
+            "which the best one lies. Default: 4 with held-out samples, else 0."
+        },
+    )
     relearn_samples: int = field(
         default=0,
         metadata={
@@ -107,10 +152,11 @@ class StudyArguments(DataArguments):
     relearn_rate: float = field(default=1e-5, metadata={"help": "Its learning rate."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
     overwrite: bool = field(default=False, metadata={"help": "Replace cells that were run with other settings."})
-    tune_on: Literal["hardest", "all"] = field(
-        default="hardest",
+    tune_on: Literal["hardest", "all", "endpoint"] | None = field(
+        default=None,
         metadata={
-            "help": "What decides on learning rate and retain weight: what is left of the hardest bucket, or of all."
+            "help": "What decides on learning rate and retain weight: what is left of the hardest bucket, or of all, "
+            "or H@0.1. Default: `endpoint` with held-out samples, else `hardest`."
         },
     )
     generate_seeds: list[int] = field(
@@ -123,10 +169,17 @@ class StudyArguments(DataArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self)
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
+        if self.extensions is None:
+            self.extensions = 0 if self.heldout_dataset is None else EXTENSIONS
         for grid in self.grids:
             self._check_grid(grid)
+        self._check_arms()
+        check_void(self, {"relearn_rate": "relearn_samples", "relearn_steps": "relearn_samples"})
+        self._check_values()
         for name, least in AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -134,8 +187,7 @@ class StudyArguments(DataArguments):
             raise ValueError(f"relearn_rate must be positive, got {self.relearn_rate}")
         if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
-        if self.tune_on not in ("hardest", "all"):
-            raise ValueError(f"tune_on must be 'hardest' or 'all', got {self.tune_on!r}")
+        self._check_endpoint()
         if not 0 <= self.end_below < 1:
             raise ValueError(f"end_below must be at least 0 and below 1, got {self.end_below}")
         for grid in self.grids if self.tuning_seeds > 1 else []:
@@ -144,6 +196,36 @@ class StudyArguments(DataArguments):
                 raise ValueError(
                     f"tuning_seeds {self.tuning_seeds} leaves no seed to report on: {seeds} in a mapping of grid"
                 )
+
+    def _check_endpoint(self) -> None:
+        """Raise `ValueError` for what an endpoint on held-out samples cannot be made of; sets `tune_on`."""
+        if self.heldout_dataset is None:
+            given = {"heldout_config": self.heldout_config, "never_seen": self.never_seen}
+            given["reference_model"] = self.reference_model
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name} needs heldout_dataset")
+        if self.tune_on is None:
+            self.tune_on = "hardest" if self.heldout_dataset is None else "endpoint"
+        if self.tune_on not in ("hardest", "all", "endpoint"):
+            raise ValueError(f"tune_on must be 'hardest' or 'all' or 'endpoint', got {self.tune_on!r}")
+        if self.tune_on == "endpoint" and self.heldout_dataset is None:
+            raise ValueError("tune_on 'endpoint' needs heldout_dataset")
+        if self.never_seen is not None and self.reference_model is not None:
+            raise ValueError("never_seen is what reference_model says: give one of them")
+        if self.never_seen is not None and not 0 <= self.never_seen < 1:
+            raise ValueError(f"never_seen must be at least 0 and below 1, got {self.never_seen}")
+
+    def _check_values(self) -> None:
+        """Raise `ValueError` for a value of the grid or of `train` that has no type or range of `cud train`."""
+        given = [("train", self.train), *(("grid", dict([pair])) for pair in self._grid_values())]
+        for where, values in given:
+            check_values(CUDConfig, values, where)  # type: ignore[arg-type]
+            if not isinstance(values.get(SCORES, ""), str):  # type: ignore[union-attr]
+                raise ValueError(f"{where}: {SCORES} must be a string, got {values[SCORES]!r}")  # type: ignore[index]
+
+    def _grid_values(self) -> list[tuple[str, Any]]:
+        return [(name, value) for grid in self.grids for name, values in grid.items() for value in values]
 
     def _check_grid(self, grid: Any) -> None:
         """Raise `ValueError` for one mapping of the grid, or `train` beside it, that is none of options to choose."""
@@ -166,10 +248,34 @@ class StudyArguments(DataArguments):
                 why = "is set by the study itself" if name in RESERVED else "is no option of `cud train`"
                 raise ValueError(f"{name!r} {why}")
 
+    def _check_arms(self) -> None:
+        """Raise `ValueError` for an arm that is none of options, or beside which `grid` has the same."""
+        if not isinstance(self.arms, dict):
+            raise ValueError(f"arms must be a mapping of names to options, got {self.arms!r}")
+        in_a_grid = {name for grid in self.grids for name in grid}
+        for arm, options in self.arms.items():
+            if not isinstance(options, dict):
+                raise ValueError(f"arm {arm!r} must be a mapping of options, got {options!r}")
+            for name in options:
+                if name not in ARM_FIELDS or name in RESERVED | {"seed"}:
+                    why = "is set by the study itself" if name in RESERVED else "is no option of an arm"
+                    raise ValueError(f"arm {arm!r}: {name!r} {why}")
+                if name in in_a_grid:
+                    raise ValueError(f"{name!r} is both in grid and in arm {arm!r}")
+            if not isinstance(options.get(EQUAL_COMPUTE, False), bool):
+                raise ValueError(f"arm {arm!r}: {EQUAL_COMPUTE} must be true or false, got {options[EQUAL_COMPUTE]!r}")
+            if options.get("difficulty") == ORACLE and "uniform" not in self.arms:
+                raise ValueError(f"arm {arm!r}: difficulty {ORACLE!r} needs an arm called 'uniform'")
+
     @property
     def grids(self) -> list[dict[str, Any]]:
         """The mappings whose combinations are the cells."""
         return self.grid if isinstance(self.grid, list) and self.grid else [self.grid]
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the grid has several learning rates or retain weights to choose from."""
+        return any(len(grid.get(name, [])) > 1 for grid in self.grids for name in TUNED)
 
     def load_utility(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         """The samples that measure utility, before they are thinned; `None` for the retain set."""
@@ -177,6 +283,12 @@ class StudyArguments(DataArguments):
             return None
         source = self.utility_dataset or self.retain_dataset or self.forget_dataset or ""
         return self.read(source, self.utility_config, self.utility_split, None, "utility", tokenizer)
+
+    def load_heldout(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """The held-out samples, all of them; `None` without."""
+        if self.heldout_dataset is None:
+            return None
+        return self.read(self.heldout_dataset, self.heldout_config, self.heldout_split, None, "held-out", tokenizer)
 
 
 def read_arguments(argv: list[str]) -> tuple[Any, Any]:

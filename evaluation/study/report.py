@@ -13,6 +13,7 @@ import pandas as pd
 from cud_trainer.models.fingerprint import versions
 
 from .. import statistics as stats
+from ..endpoint import worst_quarter
 from ..metrics.memorization import TOKEN_STATISTICS
 from ..report import tables as sections
 from ..report.cells import Cell, interval_text, means
@@ -21,8 +22,10 @@ from ..report.page import write_report
 from ..report.schema import Condition, CurvePoint, DifficultySection, Final, Head, Table, Trial, jsonable
 from ..trajectory import averaged_residual
 from .engine import Finished
+from .evidence import Evidence, decided, evidence
+from .extend import corners
 from .options import StudyArguments
-from .runs import BASE, Run, grouped, left_at, trials, tuned, worst_quarter
+from .runs import BASE, Run, grouped, left_at, trials, tuned
 
 SEED = 0  # of the bootstrap
 
@@ -34,7 +37,7 @@ def write_study(finished: Finished, command: str) -> Path | None:
         return None
     content = _Content()
     for panel, group in grouped(runs, attrgetter("panel")).items():
-        _add_panel(content, panel, group, finished.args, finished.groups)
+        _add_panel(content, panel, group, finished)
     if finished.failed:
         content.findings.append(f"{len(finished.failed)} cells failed: {', '.join(finished.failed)}")
         rows = [(name, [reason]) for name, reason in finished.failed.items()]
@@ -55,6 +58,7 @@ class _Content:
     tables: list[Table] = field(default_factory=list)
     difficulty: list[DifficultySection] = field(default_factory=list)
     samples: list[pd.DataFrame] = field(default_factory=list)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
 
 
 def _results(content: _Content, runs: list[Run], finished: Finished, command: str) -> dict[str, Any]:
@@ -74,6 +78,8 @@ def _results(content: _Content, runs: list[Run], finished: Finished, command: st
         "tables": content.tables,
         "findings": content.findings,
     }
+    if content.evidence:
+        results["decision"] = decided(content.evidence)
     if content.difficulty:
         note = "Known before unlearning, against what uniform runs left. "
         note += comparisons_note(len(content.difficulty[0].rows))
@@ -82,16 +88,21 @@ def _results(content: _Content, runs: list[Run], finished: Finished, command: st
         results["retain_weight_fit"] = content.fits
         tuning_seeds = finished.args.tuning_seeds
         seeds = "the first seed" if tuning_seeds == 1 else f"the first {tuning_seeds} seeds"
-        least = "of the hardest bucket " if finished.args.tune_on == "hardest" else ""
+        least = {
+            "hardest": "leave least of the hardest bucket",
+            "all": "leave least",
+            "endpoint": "keep most of the held-out samples at the endpoint",
+        }[finished.args.tune_on or "hardest"]
         results["fit_note"] = (
-            f"Learning rate and retain weight of each schedule are those that leave least {least}on "
+            f"Learning rate and retain weight of each schedule are those that {least} on "
             f"{seeds}, at each level; figures are of the other seeds."
         )
     return results
 
 
-def _add_panel(content: _Content, panel: str, runs: list[Run], args: StudyArguments, groups: list[Any] | None) -> None:
+def _add_panel(content: _Content, panel: str, runs: list[Run], finished: Finished) -> None:
     """Compare the schedules of a panel at every level; curves and samples are those of the first."""
+    args, groups = finished.args, finished.groups
     starts = [run.retain[0] for run in runs if run.retain is not None]
     start = float(np.mean(starts)) if starts else float("nan")
     compared = {}
@@ -101,8 +112,13 @@ def _add_panel(content: _Content, panel: str, runs: list[Run], args: StudyArgume
             _add_conditions(content, panel, compared[level], level)
     level = args.retain_level[0]
     chosen = compared[level]
+    if finished.heldout_groups is not None:
+        found = evidence(panel, chosen, finished.heldout_groups, finished.never_seen, SEED)
+        content.evidence[panel] = found
+        content.tables += found.tables
+        content.findings += found.findings
     if BASE in chosen and len(chosen) > 1:
-        table, findings = _differences(panel, compared, SEED)
+        table, findings = _differences(panel, compared)
         content.tables.append(table)
         content.findings += findings
     elif len(chosen) > 1:
@@ -144,6 +160,13 @@ def _add_level(
         if len({run.tuning for run in same}) > 1:
             label = f"{panel}, at {level:g}, learning rate {{rate}}"
             content.fits += trials(same, chosen[schedule], level, label, args.tuning_seeds)
+        if args.extensions:
+            content.findings += [
+                f"{panel}, {schedule}, at {level:g}: the best {name} is still at an end of its grid after "
+                f"{args.extensions} extensions; {value:g} was not tried"
+                for name, values in corners(same, args).items()
+                for value in sorted(values)
+            ]
     left = left_at(chosen, level)
     rows = [_matched_row(schedule, group, left[schedule], level, SEED) for schedule, group in chosen.items()]
     content.matched.append({"objective": panel, "retain_level": level * start, "rows": rows, "difference": None})
@@ -179,54 +202,61 @@ def verdict(hardest: stats.Interval, everything: stats.Interval) -> str:
     if hardest.low > 0:
         return "more of the hardest bucket is left"
     if not hardest.high < 0:
-        return "no gain beyond what other samples could change"
+        return "no gain beyond what other seeds could change"
     paid = ", but more of the whole forget set" if everything.low > 0 else ""
     return f"less of the hardest bucket is left than with {BASE}{paid}"
 
 
-def _differences(panel: str, compared: dict[float, dict[str, list[Run]]], seed: int) -> tuple[Table, list[str]]:
-    """Every schedule less `uniform` at every level, paired over samples, and by seed; findings for the first level."""
+def _differences(panel: str, compared: dict[float, dict[str, list[Run]]]) -> tuple[Table, list[str]]:
+    """Every schedule less `uniform` at every level, paired by seed; findings for the first level."""
     rows: list[tuple[str, list[Cell]]] = []
     findings = []
     for level, chosen in compared.items():
-        left = left_at(chosen, level)
-        base, hardest = left[BASE], chosen[BASE][0].hardest
-        tail = float(np.mean([worst_quarter(run.at(level)[0]) for run in chosen[BASE]]))
+        base = {run.seed: run for run in chosen[BASE]}
         for schedule, group in chosen.items():
             if schedule == BASE:
                 continue
-            all_, hard = (
-                stats.paired_difference(left[schedule][part], base[part], seed=seed)
-                for part in (np.ones(len(base), dtype=bool), hardest)
+            pairs = [(run.at(level)[0], base[run.seed].at(level)[0], run) for run in group if run.seed in base]
+            hardest = [float((ours - other)[run.hardest].mean()) for ours, other, run in pairs]
+            hard, all_ = (
+                stats.t_interval(np.array(values))
+                for values in (hardest, [float((ours - other).mean()) for ours, other, _ in pairs])
             )
-            worst = float(np.mean([worst_quarter(run.at(level)[0]) for run in group]))
-            by_seed = [
-                float((run.at(level)[0] - other.at(level)[0])[hardest].mean())
-                for run in group
-                for other in chosen[BASE]
-                if run.seed == other.seed
-            ]
-            spread: Cell = (
-                f"{min(by_seed):.3f} to {max(by_seed):.3f}" if by_seed else sections.missing("no seed in common")
-            )
-            relative = 100 * hard.value / max(float(base[hardest].mean()), 1e-12)
-            label = schedule if len(compared) == 1 else f"{schedule}, at {level:g}"
-            rows.append((label, [hard, relative, spread, all_, worst - tail]))
-            if level != next(iter(compared)):
-                continue
-            findings.append(
-                f"{panel}: {schedule} less {BASE} at matched retain utility, hardest bucket "
-                f"{interval_text(hard)}, all {interval_text(all_)}: {verdict(hard, all_)}"
-            )
+            worst = [np.array([worst_quarter(v) for v in of]) for of in ([p[0] for p in pairs], [p[1] for p in pairs])]
+            change = stats.paired_change(*worst)
+            alone = sections.missing("fewer than two seeds in common")
+            enough = len(pairs) > 1
+            cells: list[Cell] = [hard if enough else hard.value if pairs else alone]
+            cells.append(", ".join(f"{value:+.3f}" for value in hardest) or alone)
+            cells.append(all_ if enough else all_.value if pairs else alone)
+            cells.append(float(np.mean(worst[0] - worst[1])) if pairs else alone)
+            cells.append(change if enough and np.isfinite(change.value) else alone)
+            rows.append((schedule if len(compared) == 1 else f"{schedule}, at {level:g}", cells))
+            if level == next(iter(compared)):
+                findings.append(
+                    f"{panel}: {schedule} less {BASE} at matched retain utility, over {len(pairs)} seeds, hardest "
+                    f"bucket {_over_seeds(hard)}, all {_over_seeds(all_)}: {verdict(hard, all_)}"
+                )
     table = sections.table(
         f"differences-{panel}",
         f"{panel}: less {BASE}, at matched retain utility",
-        f"{len(rows)} comparisons with {BASE}; intervals over samples, single seeds beside. The worst quarter is "
-        "picked by the result, for each condition its own.",
-        ["hardest bucket", "relative, %", "hardest bucket, by seed", "all", "worst quarter by outcome"],
+        f"{len(rows)} comparisons with {BASE}, paired by seed, with 95% t intervals over seeds; single seeds beside. "
+        "The worst quarter is picked by the result, for each run its own; its change is that of the mean log ratio.",
+        [
+            "hardest bucket",
+            "hardest bucket, by seed",
+            "all",
+            "worst quarter by outcome",
+            "worst quarter, relative change",
+        ],
         rows,
     )
     return table, findings
+
+
+def _over_seeds(found: stats.Interval) -> str:
+    """A figure with its interval; without one, for a single seed."""
+    return interval_text(found) if np.isfinite(found.low) or not np.isfinite(found.value) else f"{found.value:.3f}"
 
 
 def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: int) -> Table:

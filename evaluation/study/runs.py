@@ -15,12 +15,14 @@ import numpy as np
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.schedule import parse
 
+from ..endpoint import Endpoint, endpoint
 from ..report.schema import Trial
 from ..trajectory import at_position, matched_position
 from .grid import Cell
 from .options import SCORES, TUNED
 
 BASE = "uniform"
+DIGITS = 4  # of a figure that settings are ranked by
 T = TypeVar("T")
 
 
@@ -31,7 +33,8 @@ class Coordinates:
     Attributes:
         panel: what is compared only within itself: the objective, and whatever else of the grid is neither tuned nor
             part of a schedule.
-        schedule: with its options, and the metric where the grid has it beside scores made before.
+        schedule: with its options, and the metric where the grid has it beside scores made before; the name of the arm
+            in a study that has arms.
         tuning: learning rate and retain weight.
         seed: of the run.
     """
@@ -51,6 +54,9 @@ def coordinates(cell: Cell) -> Coordinates:
         not_of_panel.add("difficulty")
         if any("difficulty" in part.metrics for part, _ in parse(options["schedule"])):
             schedule += f" by {options['difficulty']}"
+    if "arm" in cell.choices:
+        schedule = cell.choices["arm"]
+        not_of_panel.add("arm")
     others = {name: value for name, value in cell.choices.items() if name not in not_of_panel}
     objective = _with_options(options.get("objective", "npo"), options.get("objective_args"))
     panel = ", ".join([objective, *(f"{key}={value}" for key, value in others.items())])
@@ -63,6 +69,7 @@ class Run:
     Args:
         study: folder of the study.
         n_buckets: difficulty buckets, equal in size.
+        never_seen: worst quarter of the forget set under a model that never saw it, if that is known.
 
     Attributes:
         steps: optimizer steps of the snapshots, `[T]`.
@@ -70,9 +77,13 @@ class Run:
         retain: mean answer probability of what measures utility, `[T]`; `None` without a retain set.
         final: metrics of every sample at the end, by set (`forget`, `retain`).
         buckets: of the forget samples; one without scores.
+        held_out: answer probability of every held-out sample at each snapshot, `[T, M]`; `None` without such.
+        extraction: extraction strength of the forget samples at each, mean and worst quarter, `[T]`; empty likewise.
+        end: where the run is compared with others; `None` likewise.
+        pairs: forget-retain pairs that it was planned to train on; `None` likewise.
     """
 
-    def __init__(self, study: Path, cell: Cell, n_buckets: int) -> None:
+    def __init__(self, study: Path, cell: Cell, n_buckets: int, never_seen: float | None = None) -> None:
         result = json.loads((study / "cells" / cell.name / "result.json").read_text())
         self.cell, self.seconds, self.diverged = cell, result["seconds"], result["diverged"]
         at = coordinates(cell)
@@ -83,6 +94,13 @@ class Run:
         self.final = {name: {k: np.array(v) for k, v in part.items()} for name, part in result["final"].items()}
         self.relearned: dict[str, Any] | None = result["relearned"]
         self.ids: list[str] = result["forget_ids"]
+        self.pairs: int | None = result.get("pairs")
+        self.held_out = np.array(result["held_out"]) if "held_out" in result else None
+        self.extraction = {name: np.array(values) for name, values in result.get("extraction", {}).items()}
+        self.end: Endpoint | None = None
+        if self.held_out is not None:
+            known = None if never_seen is None else np.array([never_seen])
+            self.end = endpoint(self.forget, self.held_out, known)
         self.scores: DifficultyScores | None = None
         self.buckets = Buckets.single(len(self.ids))
         path = cell.settings.get("scores_file")
@@ -97,6 +115,16 @@ class Run:
         """Samples of the bucket predicted hardest (all, without scores), bool `[N]`."""
         return self.buckets.hardest
 
+    @property
+    def reads_difficulty(self) -> bool:
+        """Whether the schedule reads any difficulty of the samples."""
+        return any(part.metric is not None for part, _ in parse(self.options["schedule"]))
+
+    @property
+    def calibration_pairs(self) -> int:
+        """Pairs that calibrating its difficulty took; 0 for a schedule that reads none."""
+        return 0 if self.scores is None or not self.reads_difficulty else pairs_of(self.scores)
+
     def at(self, share: float) -> tuple[np.ndarray, float]:
         """Forget probability of each sample where the run has forgotten most at `share` of the starting retain
         probability, and the step; without a retain set, at its end."""
@@ -105,6 +133,12 @@ class Run:
         position = matched_position(self.retain, self.forget.mean(1), share * self.retain[0])
         assert position is not None  # the start is above the level
         return at_position(self.forget, position), float(at_position(self.steps, position))
+
+
+def pairs_of(scores: DifficultyScores) -> int:
+    """Forget-retain pairs that calibrating these scores took."""
+    runs = scores.provenance.get("calibration", {}).get("runs", {})
+    return sum(int(run["pairs"]) for run in runs.values())
 
 
 def finished_cells(study: Path) -> list[Cell]:
@@ -132,7 +166,8 @@ def reported(
     tried: Sequence[Cell],
     levels: Sequence[float],
     n_buckets: int,
-    tune_on: str = "hardest",
+    tune_on: str | None = "hardest",
+    never_seen: float | None = None,
 ) -> list[Cell]:
     """The cells that figures are made of: `tried`, and those of the settings that are best among them at one of the
     levels. A schedule of which nothing was tried has none.
@@ -140,20 +175,21 @@ def reported(
     Args:
         tried: finished cells out of those that `first_seeds` names.
         tune_on: as in `StudyArguments`.
+        never_seen: as for `Run`.
     """
     chosen = []
     trials = {cell.name for cell in tried}
     for same in grouped(cells, _condition_of).values():
-        runs = [Run(study, cell, n_buckets) for cell in same if cell.name in trials]
+        runs = [Run(study, cell, n_buckets, never_seen) for cell in same if cell.name in trials]
         if runs:
             best = {_best(runs, level, tune_on) for level in levels}
             chosen += [cell for cell in same if cell.name in trials or coordinates(cell).tuning in best]
     return chosen
 
 
-def tuned(runs: Sequence[Run], level: float, tuning_seeds: int = 1, tune_on: str = "hardest") -> list[Run]:
+def tuned(runs: Sequence[Run], level: float, tuning_seeds: int = 1, tune_on: str | None = "hardest") -> list[Run]:
     """The runs that are reported: with the learning rate and retain weight that leave least of what `tune_on` says on
-    the first `tuning_seeds` seeds, the other seeds.
+    the first `tuning_seeds` seeds (or keep most there, at the endpoint), the other seeds.
 
     With one setting or one seed there is nothing to choose, or nothing to choose on: all (of the best setting) are.
     """
@@ -208,25 +244,31 @@ def leading(seeds: Sequence[int], count: int) -> list[int]:
     return list(dict.fromkeys(seeds))[:count]
 
 
-def worst_quarter(values: np.ndarray) -> float:
-    """Mean of the highest quarter, picked by the values themselves: to be compared between conditions only."""
-    return float(np.sort(values)[-max(1, round(len(values) / 4)) :].mean())
-
-
 def _condition_of(cell: Cell) -> tuple[str, str]:
     at = coordinates(cell)
     return at.panel, at.schedule
 
 
-def _best(runs: Sequence[Run], level: float, tune_on: str) -> tuple:
-    """Learning rate and retain weight whose runs leave least at `level`: of the hardest bucket, or of all."""
-    left = {
-        tuning: float(
-            np.mean([run.at(level)[0][run.hardest if tune_on == "hardest" else slice(None)].mean() for run in group])
-        )
-        for tuning, group in grouped(runs, attrgetter("tuning")).items()
-    }
-    return min(left, key=lambda tuning: left[tuning])
+def _best(runs: Sequence[Run], level: float, tune_on: str | None) -> tuple:
+    """Learning rate and retain weight whose runs leave least at `level`, of the hardest bucket or of all; or that keep
+    most at the endpoint, those first whose runs get there."""
+
+    def left(group: Sequence[Run]) -> Any:
+        if tune_on == "endpoint":
+            return at_endpoint([run.end for run in group if run.end is not None])
+        part = (lambda run: run.hardest) if tune_on == "hardest" else (lambda run: slice(None))
+        return float(np.mean([run.at(level)[0][part(run)].mean() for run in group]))
+
+    found = {tuning: left(group) for tuning, group in grouped(runs, attrgetter("tuning")).items()}
+    return min(found, key=lambda tuning: found[tuning])
+
+
+def at_endpoint(ends: Sequence[Endpoint]) -> tuple[float, float, float]:
+    """By which settings are ranked, lower = better: runs that never get to the endpoint, then what is lost there, then
+    how far they get; in steps so coarse that rounding has no say."""
+    kept = [end.kept for end in ends if end.kept is not None]
+    lost = round(1 - float(np.mean(kept)), DIGITS) if kept else 1.0
+    return len(ends) - len(kept), lost, round(float(np.mean([end.lowest for end in ends])), DIGITS)
 
 
 def _with_options(name: str, options: Any) -> str:

@@ -256,6 +256,7 @@ class Testbed:
         retain_eval: samples that only measure utility: the facts of `retain` in words that `retain` does not use.
         train: all of them, one row per sample, with a column `split`; `repeats` says how often the sample occurs in
             one epoch of memorisation.
+        held_out: memorised samples of authors that are in neither, for what no loss sees; `None` without.
     """
 
     __test__ = False  # the name looks like a test class to pytest
@@ -264,6 +265,7 @@ class Testbed:
     retain: Dataset
     retain_eval: Dataset
     train: Dataset
+    held_out: Dataset | None = None
 
     def texts(self) -> list[str]:
         """Every sample as one string, as the model sees it."""
@@ -278,6 +280,7 @@ def build_testbed(
     *,
     n_forget_authors: int = 12,
     n_retain_authors: int = 8,
+    n_heldout_authors: int = 0,
     facts_per_author: int = 10,
     repeats: Sequence[int] = REPEATS,
 ) -> Testbed:
@@ -293,6 +296,7 @@ def build_testbed(
         seed: of the text and of which samples are repeated.
         n_forget_authors: at least 1.
         n_retain_authors: at least 1.
+        n_heldout_authors: authors that are memorised and in no other set; a question a fact. The others stay the same.
         facts_per_author: 1 to `FACTS_AVAILABLE`.
         repeats: how often the forget samples occur per epoch, in turn over a random order of the samples, each at
             least 1. Retain samples occur once.
@@ -309,9 +313,10 @@ def build_testbed(
     if not repeats or min(repeats) < 1:
         raise ValueError(f"repeats must be at least 1, got {list(repeats)}")
     every = fictitious_authors(
-        n_forget_authors + n_retain_authors, facts_per_author, seed, phrasings=PHRASINGS_AVAILABLE
+        n_forget_authors + n_retain_authors + n_heldout_authors, facts_per_author, seed, phrasings=PHRASINGS_AVAILABLE
     )
-    start = n_forget_authors * facts_per_author * PHRASINGS_AVAILABLE
+    start, end = (n * facts_per_author * PHRASINGS_AVAILABLE for n in (n_forget_authors, n_retain_authors))
+    end += start
     forget: list[dict[str, Any]] = [
         {**row, "repeats": 1, "split": "forget"} for row in every[:start:PHRASINGS_AVAILABLE]
     ]
@@ -319,11 +324,13 @@ def build_testbed(
         forget[index]["repeats"] = repeats[position % len(repeats)]
     retain: list[dict[str, Any]] = []
     retain_eval: list[dict[str, Any]] = []
-    for index, row in enumerate(every[start:]):
+    for index, row in enumerate(every[start:end]):
         if index % PHRASINGS_AVAILABLE == PHRASINGS_AVAILABLE - 1:
             retain_eval.append({**row, "repeats": 1, "split": "retain_eval"})
         else:
             retain.append({**row, "repeats": 1, "split": "retain"})
-    everything = Dataset.from_list(forget + retain + retain_eval)
+    held_out = [{**row, "repeats": 1, "split": "held_out"} for row in every[end::PHRASINGS_AVAILABLE]]
+    everything = Dataset.from_list(forget + retain + retain_eval + held_out)
     parts = [Dataset.from_list(rows).remove_columns("split") for rows in (forget, retain, retain_eval)]
-    return Testbed(forget=parts[0], retain=parts[1], retain_eval=parts[2], train=everything)
+    unseen = Dataset.from_list(held_out).remove_columns("split") if held_out else None
+    return Testbed(forget=parts[0], retain=parts[1], retain_eval=parts[2], train=everything, held_out=unseen)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
 from edges import random_samples, to_batch
-from oracle import CASES, Oracle, double_precision, make_case
+from oracle import CASES, FURTHER, Oracle, double_precision, make_case
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from cud_trainer.circuits import (
@@ -24,11 +24,13 @@ from cud_trainer.circuits import (
 from cud_trainer.data import prepare_samples
 
 LENGTHS = (9, 13)
+# Tests with models in float32 or less, and the library's own norms.
+SINGLE = ("half_precision", "faithfulness_of_a_dataset", "users_describe", "another_kind", "what_an_option_needs")
 
 
 @pytest.fixture(autouse=True)
 def exact(request):
-    if "half_precision" in request.node.name:  # the library's own float32 norms
+    if any(name in request.node.name for name in SINGLE):
         yield
         return
     with double_precision():
@@ -68,7 +70,8 @@ def assert_same(found, expected):
 
 def test_every_architecture_has_a_case():
     # gemma3, text and images, has the text model inside and a test of its own
-    assert {model_type for model_type, _ in CASES.values()} == set(ARCHITECTURES) - {"gemma3"}
+    text_inside = {"gemma3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+    assert {model_type for model_type, _ in [*CASES.values(), *FURTHER.values()]} == set(ARCHITECTURES) - text_inside
 
 
 def test_faithfulness_of_a_dataset_is_that_of_its_samples():
@@ -124,6 +127,33 @@ def test_matches_the_oracle(case, name, method):
         expected = Oracle(case(name)).scores(tokens, prompt, result.graph, method=method, steps=2)
         assert_same(result.scores[row], expected)
     assert (result.scores[:, ~result.graph.mask] == 0).all()
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_architectures(name, monkeypatch):
+    """Everything that is asked of the others, of one model each: logits, scores, circuits, altered descriptions."""
+    model = make_case(name)
+    oracle = Oracle(model)
+    samples, rivals, batch = samples_and_batch("left")
+    tokens, prompt = samples[0]
+    torch.testing.assert_close(oracle.logits(tokens), model(tokens[None]).logits[0], rtol=1e-9, atol=1e-10)
+    for options in ({"method": "eap"}, {"method": "ig-activations", "steps": 2, "baseline": "counterfactual"}):
+        result = edge_attributions(model, batch, **options)
+        rival = rivals[0] if "baseline" in options else None
+        assert_same(result.scores[0], oracle.scores(tokens, prompt, result.graph, counterfactual=rival, **options))
+    graph = result.graph
+    chosen = torch.rand(2, graph.n_edges, generator=torch.Generator().manual_seed(1)) < 0.6
+    found = circuit_metric(model, batch, chosen, baseline="counterfactual", metric="logprob")
+    full = torch.zeros_like(graph.mask)
+    full[graph.mask] = chosen[0]
+    options = {"baseline": "counterfactual", "metric": "logprob", "counterfactual": rivals[0]}
+    expected = oracle.circuit_metric(tokens, prompt, graph, full, **options)
+    torch.testing.assert_close(found[0], expected, rtol=1e-8, atol=1e-10)
+    verify_architecture(model)
+    for description in altered(name, model):
+        monkeypatch.setitem(ARCHITECTURES, model.config.model_type, description)
+        with pytest.raises(ValueError, match="does not fit"):
+            verify_architecture(model)
 
 
 @pytest.mark.parametrize("metric", ["logprob", "logit_diff"])
@@ -216,7 +246,10 @@ def altered(name, model):
     if len(description.qkv) == 3:
         q, k, v = description.qkv
         yield dataclasses.replace(description, qkv=(q, v, k))
-    elif description.qkv_layout == "interleaved" or name == "gpt2":
+    for field in ("residual_scale", "embedding_scale"):
+        if getattr(description, field) != 1.0:
+            yield dataclasses.replace(description, **{field: 1.0})
+    if description.qkv_layout == "interleaved" or name == "gpt2":
         other = {"stacked": "interleaved", "interleaved": "stacked"}[description.qkv_layout]
         yield dataclasses.replace(description, qkv_layout=other)
 

@@ -358,7 +358,7 @@ def test_unsupported_architecture_is_named():
         ffn_dim=8,
         word_embed_proj_dim=8,
     )
-    with pytest.raises(ValueError, match="'opt'.*available: gemma2"):
+    with pytest.raises(ValueError, match="'opt'.*available: apertus"):
         edge_attributions(OPTForCausalLM(tiny), to_batch(random_samples(0, vocabulary=20)))
 
 

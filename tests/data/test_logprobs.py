@@ -12,8 +12,9 @@ from scipy.special import log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cud_trainer.data import pad_batch, prepare_dataset
-from cud_trainer.logprobs import answer_positions, position_ids, score_answers
+from cud_trainer.logprobs import answer_positions, score_answers
 from cud_trainer.models.modes import evaluation_mode
+from cud_trainer.models.positions import position_ids
 
 TEXT = [{"text": "hello"}, {"text": "a much longer one"}, {"text": "."}]
 

@@ -1,11 +1,11 @@
 """What reading a data file leaves behind: nothing, unless it is asked for."""
 
-import json
 import os
 import tempfile
 import time
 from pathlib import Path
 
+import datasets
 import datasets.config
 import pytest
 
@@ -24,15 +24,20 @@ def caches(tmp_path, monkeypatch):
     return shared, temporary
 
 
+def parquet(folder: Path) -> Path:
+    """A file that the data library reads, and copies; those of text are read without it."""
+    folder.mkdir()
+    datasets.Dataset.from_list([{"question": "Who?", "answer": SECRET}]).to_parquet(folder / "train.parquet")
+    return folder / "train.parquet"
+
+
 def holding(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_no_copy_of_the_text_stays(tmp_path, caches, as_folder):
-    source = tmp_path / "data" / "train.jsonl"
-    source.parent.mkdir()
-    source.write_text(json.dumps({"question": "Who?", "answer": SECRET}) + "\n")
+    source = parquet(tmp_path / "data")
     path = str(source.parent if as_folder else source)
     dataset = load_samples(path, None, "train", None, "forget")
     assert dataset["answer"][:] == [SECRET] and not dataset.cache_files
@@ -51,9 +56,7 @@ def test_the_copy_is_private_while_it_is_there(tmp_path, caches, monkeypatch):
         return dataset
 
     monkeypatch.setattr("cud_trainer.data.sources.load_dataset", load_dataset)
-    source = tmp_path / "forget.jsonl"
-    source.write_text(json.dumps({"question": "Who?", "answer": SECRET}) + "\n")
-    load_samples(str(source), None, "train", None, "forget")
+    load_samples(str(parquet(tmp_path / "data")), None, "train", None, "forget")
     ((mode, files),) = seen
     assert mode == 0o700 and files
 
@@ -66,7 +69,5 @@ def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path, caches):
     past = time.time() - STALE_SECONDS - 1
     for path in (left / "x.arrow", left):
         os.utime(path, (past, past))
-    source = tmp_path / "forget.jsonl"
-    source.write_text(json.dumps({"question": "Who?", "answer": "x"}) + "\n")
-    load_samples(str(source), None, "train", None, "forget")
+    load_samples(str(parquet(tmp_path / "data")), None, "train", None, "forget")
     assert not left.exists() and fresh.exists()

@@ -9,7 +9,7 @@ from cud_trainer.data.groups import group_labels
 from cud_trainer.data.ranks import bucket_numbers, ends
 from cud_trainer.difficulty import make_folds
 from cud_trainer.schedule.dynamic import RunState, self_paced
-from cud_trainer.schedule.orders import Turn, baby_steps, interleaved, two_stage
+from cud_trainer.schedule.orders import OnePass, baby_steps, interleaved, two_stage
 
 some_ties = st.lists(st.integers(0, 4), min_size=2, max_size=25).filter(lambda values: len(set(values)) > 1)
 
@@ -51,13 +51,13 @@ def test_stages_of_a_schedule(values):
     for schedule in (baby_steps, two_stage):
         stages = []
         for number in range(4):
-            turn = Turn(number, 4, len(values), 3)
+            turn = OnePass(number, 4, len(values), 3)
             members, again = set(schedule(values, turn).tolist()), set(order[schedule(moved, turn)].tolist())
             assert members == again
             assert not set(values[list(members)]) & set(np.delete(values, list(members)))
             stages.append(members)
         assert len(stages[0]) < len(values) and stages[-1] - stages[0]
-    turn = Turn(0, 1, len(values), 3)
+    turn = OnePass(0, 1, len(values), 3)
     served = [values[interleaved(values, turn, buckets=2)], moved[interleaved(moved, turn, buckets=2)]]
     number = bucket_numbers(values, 2)
     middle = values[number == 1].min()

@@ -242,6 +242,7 @@ class TestCommand:
         assert main(arguments(world, tmp_path / "out", **options)) == 0
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         final = results["conditions"][0]["final"]
+        assert results["findings"][0] == "the model has weights that are not finite: unlearning diverged"
         assert final["forget"]["probability"]["reason"] == "1 of 12 are not finite"
         assert final["retain"]["probability"]["value"] > 0 and final["forget"]["verbatim"]["value"] == 0
         assert [row["probability"]["value"] is None for row in final["buckets"]] == [False, False, False, True]

@@ -13,11 +13,11 @@ import torch
 
 from benchmarks.gpu import decisive, right
 from benchmarks.gpu.__main__ import budgets, main
-from benchmarks.gpu.endpoint import Endpoint, best, contrast, endpoint, worst_quarter
 from benchmarks.gpu.record import Record, plain
 from benchmarks.gpu.right import judged, oracle, rank_correlation
 from benchmarks.gpu.runs import Job
 from benchmarks.gpu.setting import Setting
+from evaluation.endpoint import Endpoint, best, contrast, endpoint, worst_quarter
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 CPU = torch.device("cpu")

@@ -230,3 +230,42 @@ def test_no_figure_depends_on_the_order_of_the_samples(values, seed):
     first, moved = every_figure(x, y, controls), every_figure(x[order], y[order], controls[order])
     for name, figure in first.items():
         np.testing.assert_equal(moved[name], figure, name)
+
+
+def test_t_interval_is_that_of_scipy():
+    values = np.array([0.1, 0.4, 0.2, 0.25])
+    low, high = scipy_stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found = stats.t_interval(values)
+    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), low, high))
+    assert math.isnan(stats.t_interval(values[:1]).low) and math.isnan(stats.t_interval(values[:0]).value)
+
+
+def test_crossed_bootstrap_draw_by_draw():
+    """Seeds and groups at once, here one draw after the other; a ratio of sums where there is one."""
+    generator = np.random.default_rng(0)
+    values, per, groups = generator.random((3, 10)), 1 + generator.random((3, 10)), list("aabbbccccd")
+    values = values[np.argsort(values[:, :2].sum(1))]  # seeds are sorted by what they say of the first group
+    found = stats.crossed_bootstrap(values, groups, per=per, seed=1, n_boot=300)
+    assert found.value == pytest.approx(values.sum() / per.sum())
+    source = np.random.default_rng(1)
+    seeds, drawn = source.multinomial(3, [1 / 3] * 3, 300), source.multinomial(4, [1 / 4] * 4, 300)
+    draws = []
+    for rows, counts in zip(seeds, drawn, strict=True):
+        weights = np.outer(rows, [counts["abcd".index(group)] for group in groups])
+        draws.append((weights * values).sum() / (weights * per).sum())
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
+
+
+def test_crossed_bootstrap_is_wider_than_either_alone():
+    """Groups that differ and seeds that differ both count; one of a kind has no interval."""
+    by_group, by_seed = np.tile([0.0, 0, 0, 1, 1, 1], (4, 1)), np.repeat([[0.0], [1.0], [0.0], [1.0]], 6, axis=1)
+    groups = [0, 1, 2, 3, 4, 5]
+    for values in (by_group, by_seed):
+        found = stats.crossed_bootstrap(values, groups)
+        assert found.value == pytest.approx(0.5) and found.high - found.low > 0.5
+    assert math.isnan(stats.crossed_bootstrap(by_group[:1], groups).low)
+    assert math.isnan(stats.crossed_bootstrap(by_group, [0] * 6).low)
+    same = stats.crossed_bootstrap(np.full((3, 6), 0.25), groups)
+    assert (same.low, same.high) == pytest.approx((0.25, 0.25))
+    with pytest.raises(ValueError, match="need a row of a seed, 5 samples"):
+        stats.crossed_bootstrap(by_group, groups[:5])

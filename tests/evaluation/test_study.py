@@ -18,13 +18,14 @@ from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
+from evaluation.endpoint import worst_quarter
 from evaluation.statistics import Interval
 from evaluation.study import cell as study_cell
 from evaluation.study import runs as study_runs
 from evaluation.study.grid import plan
 from evaluation.study.options import StudyArguments
 from evaluation.study.report import verdict
-from evaluation.study.runs import coordinates, finished_cells, first_seeds, reported, worst_quarter
+from evaluation.study.runs import coordinates, finished_cells, first_seeds, reported
 from evaluation.trajectory import at_position, matched_position
 
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
@@ -300,7 +301,7 @@ def test_other_settings_are_refused_unless_they_may_replace(world, finished, cap
         ({"grid": [{"seed": [1]}, {}]}, "grid is empty"),
         ({"grid": {"seed": [1]}, "relearn_samples": -1}, "relearn_samples must be at least 0"),
         ({"grid": {"seed": [1]}, "tuning_seeds": 0}, "tuning_seeds must be at least 1"),
-        ({"grid": {"seed": [1]}, "tune_on": "worst"}, "tune_on must be 'hardest' or 'all', got 'worst'"),
+        ({"grid": {"seed": [1]}, "tune_on": "worst"}, "tune_on must be 'hardest' or 'all' or 'endpoint', got 'worst'"),
         ({"grid": {"seed": [1]}, "end_below": 1.0}, "end_below must be at least 0 and below 1"),
         ({"grid": {"seed": [1, 2], "retain_weight": [1, 4]}, "tuning_seeds": 2}, "leaves no seed to report on: 2 in"),
         ({"grid": {"seed": [1]}, "utility_dataset": "nowhere.jsonl"}, "utility dataset nowhere.jsonl does not exist"),

@@ -81,3 +81,15 @@ def test_memorising_is_repeatable_and_lowers_the_loss():
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
     with pytest.raises(ValueError, match="epochs and batch_size must be at least 1"):
         memorise(model, tokenizer, small, epochs=0)
+
+
+def test_held_out_authors_are_memorised_and_in_no_other_set(world):
+    """Nothing else changes: a world with them has the same forget and retain sets."""
+    more = build_testbed(0, n_heldout_authors=2)
+    assert world.held_out is None and more.held_out is not None
+    for name in ("forget", "retain", "retain_eval"):
+        assert getattr(more, name).to_list() == getattr(world, name).to_list()
+    authors = set(more.held_out["author"])
+    assert len(authors) == 2 and len(more.held_out) == 20
+    assert not authors & {*more.forget["author"], *more.retain["author"]}
+    assert len(more.train) == len(world.train) + 20 and set(more.held_out["question"]) <= set(more.train["question"])

@@ -7,7 +7,7 @@ from builders import make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from cud_trainer import DifficultyScores, with_difficulty
 from cud_trainer.data import pad_batch, prepare_dataset
@@ -162,3 +162,33 @@ def test_own_trainer_with_lora(tmp_path):
     assert numbers == EASY_TO_HARD * 2
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(np.mean(weight * alone)), rel=1e-4)
     assert weight[0] < weight[3] and only_the_adapter_has_moved(trainer.model, make_model(0))
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_trainers_with_a_sampler_of_their_own(tmp_path, trainer, config):
+    """They shuffle unless they are told not to: then every prompt comes once for each completion, as planned."""
+    make_model(0).save_pretrained(tmp_path / "model")  # RLOO loads its reference model from there
+    prompts = Dataset.from_list([{"prompt": f"Q{i:02d}?", "sample_id": f"s{i}"} for i in range(N)])
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(prompts)
+        return [float(len(text)) for text in completions]
+
+    def build(**options):
+        generation = {"num_generations": 2, "max_completion_length": 2, "gradient_checkpointing": False, "seed": 1}
+        return with_difficulty(trainer)(
+            str(tmp_path / "model"),
+            args=config(str(tmp_path / "out"), **{**SETTINGS, **generation, "num_train_epochs": 1, **options}),
+            reward_funcs=reward,
+            train_dataset=prompts,
+            processing_class=make_tokenizer(),
+            difficulty=SCORES,
+            schedule="easy_to_hard",
+        )
+
+    with pytest.raises(ValueError, match=r"sampler of its own: at place \d .* is planned; set shuffle_dataset=False"):
+        build().train()
+    assert not seen
+    build(shuffle_dataset=False).train()
+    assert seen[::2] == seen[1::2] == [f"Q{i:02d}?" for i in EASY_TO_HARD]

@@ -7,7 +7,6 @@ said here a second time.
 
 from __future__ import annotations
 
-import importlib
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -46,11 +45,64 @@ CASES = {
     "gpt_neox_sequential": ("gpt_neox", {"rotary_pct": 0.5, "use_parallel_residual": False}),
     "olmo2": ("olmo2", {"num_key_value_heads": 2}),
 }
+# One test each (`test_further_architectures`).
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 4.0,
+}
+WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+FURTHER = {
+    "gemma": ("gemma", GROUPED),
+    "smollm3": ("smollm3", {**GROUPED, "no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "granite": ("granite", {**GROUPED, **MULTIPLIERS}),
+    "granitemoe": ("granitemoe", {**EXPERTS, **MULTIPLIERS, "num_local_experts": 4, "head_dim": 8}),
+    "ministral": ("ministral", {**GROUPED, **WINDOW}),
+    "ministral3": ("ministral3", GROUPED),
+    "glm": ("glm", {**GROUPED, "pad_token_id": 0}),
+    "glm4": ("glm4", {**GROUPED, "pad_token_id": 0}),
+    "stablelm": ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
+    "stablelm_parallel": ("stablelm", {"num_key_value_heads": 2, "use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", {**GROUPED, "sliding_window": 4}),
+    "nemotron": ("nemotron", GROUPED),
+    "arcee": ("arcee", GROUPED),
+    "apertus": ("apertus", GROUPED),
+    "helium": ("helium", {"num_key_value_heads": 2, "head_dim": 8}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", GROUPED),
+    "seed_oss": ("seed_oss", GROUPED),
+    "ernie4_5": ("ernie4_5", GROUPED),
+    "olmo3": ("olmo3", {"num_key_value_heads": 2, **WINDOW}),
+    "exaone4": ("exaone4", {**GROUPED, **WINDOW}),
+    "cohere": ("cohere", {"num_key_value_heads": 2, "logit_scale": 0.5}),
+    "cohere2": ("cohere2", {**GROUPED, **WINDOW, "logit_scale": 0.5}),
+    "mixtral": ("mixtral", {**EXPERTS, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}),
+    "olmoe": ("olmoe", {**EXPERTS, "num_experts": 4, "head_dim": 8}),
+    "gpt_oss": (
+        "gpt_oss",
+        {**EXPERTS, **WINDOW, "num_local_experts": 4, "attn_implementation": "eager", "rope_parameters": None},
+    ),
+    "llama4_text": (
+        "llama4_text",
+        {**EXPERTS, "num_local_experts": 2, "no_rope_layers": [1, 0], "attn_temperature_tuning": False},
+    ),
+}
+PAIRWISE = ("cohere", "cohere2", "glm", "glm4", "helium", "ernie4_5", "llama4_text")  # rotation of neighbours
+BEHIND = ("olmo2", "olmo3", "exaone4")  # norms behind attention and MLP only
+WHOLE_WIDTH = ("olmo2", "olmo3", "olmoe")  # norms of queries and keys, over all heads together
+BY_HEAD = ("qwen3", "gemma3_text", "qwen3_moe", "exaone4", "apertus")
 
 
 def make_case(name: str, **overrides):
     """A tiny random model in float64 in which no bias and no gain is trivial."""
-    model_type, settings = CASES[name]
+    model_type, settings = {**CASES, **FURTHER}[name]
+    options = {key: settings[key] for key in ("attn_implementation", "experts_implementation") if key in settings}
     config = AutoConfig.for_model(
         model_type,
         **{
@@ -68,8 +120,7 @@ def make_case(name: str, **overrides):
         },
     )
     torch.manual_seed(0)
-    attention = settings.get("attn_implementation", "sdpa")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    model = AutoModelForCausalLM.from_config(config, **{"attn_implementation": "sdpa", **options}).double().eval()
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -91,39 +142,24 @@ def rms(norm, x):
 
 @contextmanager
 def double_precision():
-    """The library's RMSNorm, rotary embedding and eager attention compute in float32 whatever the model's dtype."""
+    """The library computes norms, rotary embeddings, routers and softmax in float32 whatever the model's dtype."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
 
-    def norm(self, x):
-        return gain(self) * rms(self, x)
+    def keep(x, *args, **options):
+        def double(value):
+            return torch.float64 if value is torch.float32 and x.dtype == torch.float64 else value
 
-    def rotary(self, x, position_ids, layer_type=None):
-        frequencies = getattr(self, f"{layer_type}_inv_freq" if layer_type else "inv_freq").to(x.dtype)
-        angles = position_ids[..., None].to(x.dtype) * frequencies
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
+        return to(x, *map(double, args), **{name: double(value) for name, value in options.items()})
 
-    def eager(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        scores = query @ key.mT * scaling
-        scores = scores if softcap is None else (scores / softcap).tanh() * softcap
-        return ((scores + attention_mask).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    def in_its_own(x, dim=None, _stacklevel=3, dtype=None):
+        return softmax(x, dim, _stacklevel, None if x.dtype == torch.float64 else dtype)
 
-    patches = [patch("transformers.models.gemma2.modeling_gemma2.eager_attention_forward", eager)]
-    for model_type in {model_type for model_type, _ in CASES.values()}:
-        folder = model_type.removesuffix("_text")
-        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-        for name in dir(module):
-            if name.endswith("RMSNorm"):
-                patches.append(patch.object(getattr(module, name), "forward", norm))
-            elif name.endswith("RotaryEmbedding"):
-                patches.append(patch.object(getattr(module, name), "forward", rotary))
-    for item in patches:
-        item.start()
-    try:
+    with (
+        patch.object(torch.Tensor, "to", keep),
+        patch.object(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else x.double()),
+        patch.object(torch.nn.functional, "softmax", in_its_own),
+    ):
         yield
-    finally:
-        for item in patches:
-            item.stop()
 
 
 def heads_of(linear, count):
@@ -140,9 +176,14 @@ class Oracle:
         root = {"gpt2": "transformer", "gpt_neox": "gpt_neox"}.get(self.type, "model")
         self.decoder = getattr(model, root)
         self.layers = self.decoder.h if self.type == "gpt2" else self.decoder.layers
+        self.whole_width, self.by_head = self.type in WHOLE_WIDTH, self.type in BY_HEAD
+        self.into = getattr(self.config, "residual_multiplier", 1.0)
         final = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "phi": "final_layernorm"}.get(self.type, "norm")
         self.final_norm = getattr(self.decoder, final)
-        self.parallel = self.type == "phi" or (self.type == "gpt_neox" and self.config.use_parallel_residual)
+        self.shared_norm = self.type in ("phi", "cohere", "cohere2") or (
+            self.type == "stablelm" and self.config.use_parallel_residual
+        )
+        self.parallel = self.shared_norm or (self.type == "gpt_neox" and self.config.use_parallel_residual)
 
     def view(self, index):
         """One layer: norms before and after, heads of the projections, columns of W_O."""
@@ -170,7 +211,9 @@ class Oracle:
             post1=None,
             post2=None,
             attention=attention,
-            mlp=layer.mlp,
+            mlp=next(
+                getattr(layer, name) for name in ("mlp", "block_sparse_moe", "feed_forward") if hasattr(layer, name)
+            ),
         )
         if self.type == "gpt_neox":
             heads = heads_of(attention.query_key_value, 3 * n)  # q, k, v of one head after the other
@@ -182,35 +225,55 @@ class Oracle:
             view.q, view.k = heads_of(attention.q_proj, n), heads_of(attention.k_proj, kv)
             view.v = heads_of(attention.v_proj, kv)
             view.out = attention.dense if self.type == "phi" else attention.o_proj
-        if self.type == "phi":
+        if self.shared_norm:
             view.norm2 = layer.input_layernorm
-        if self.type.startswith("gemma"):
+        if self.type == "apertus":
+            view.norm1, view.norm2 = layer.attention_layernorm, layer.feedforward_layernorm
+        if self.type == "glm4":
+            view.post1, view.post2 = layer.post_self_attn_layernorm, layer.post_mlp_layernorm
+        if self.type in ("gemma2", "gemma3_text"):
             view.norm2, view.post1 = layer.pre_feedforward_layernorm, layer.post_attention_layernorm
             view.post2 = layer.post_feedforward_layernorm
-        if self.type == "olmo2":
+        if self.type in BEHIND:
             view.norm2, view.post1, view.post2 = None, layer.post_attention_layernorm, layer.post_feedforward_layernorm
         return view
 
     def rotate(self, index, x):
-        if self.type == "gpt2":
+        if self.type == "gpt2" or not self.rotated(index):
             return x
-        kind = self.config.layer_types[index] + "_inv_freq" if self.type == "gemma3_text" else "inv_freq"
-        angles = torch.arange(len(x), dtype=x.dtype)[:, None] * getattr(self.decoder.rotary_emb, kind).to(x.dtype)
-        width = angles.shape[1]
+        rotary = self.decoder.rotary_emb
+        kind = "inv_freq" if hasattr(rotary, "inv_freq") else f"{self.config.layer_types[index]}_inv_freq"
+        angles = torch.arange(len(x), dtype=x.dtype)[:, None] * getattr(rotary, kind).to(x.dtype)
+        longer = getattr(rotary, "attention_scaling", 1.0)
+        cos, sin, width = angles.cos() * longer, angles.sin() * longer, angles.shape[1]
+        if self.type in PAIRWISE:
+            a, b, rest = x[:, : 2 * width : 2], x[:, 1 : 2 * width : 2], x[:, 2 * width :]
+            return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(1), rest], -1)
         a, b, rest = x[:, :width], x[:, width : 2 * width], x[:, 2 * width :]
-        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def rotated(self, index):
+        if self.type in ("exaone4", "cohere2"):
+            return self.config.layer_types[index] == "sliding_attention"
+        return bool(self.config.no_rope_layers[index]) if hasattr(self.config, "no_rope_layers") else True
 
     def attend(self, index, view, queries, keys, values):
         attention, length = view.attention, len(queries[0])
-        if self.type == "olmo2":  # over the whole width: heads meet here
+        if self.whole_width:  # over the whole width: heads meet here
             queries = attention.q_norm(torch.cat(queries, -1)).chunk(self.n_heads, -1)
             keys = attention.k_norm(torch.cat(keys, -1)).chunk(self.n_kv, -1)
-        elif self.type in ("qwen3", "gemma3_text"):
+        elif self.by_head:
             queries, keys = [attention.q_norm(x) for x in queries], [attention.k_norm(x) for x in keys]
         elif self.type == "phi" and self.config.qk_layernorm:
             queries, keys = [attention.q_layernorm(x) for x in queries], [attention.k_layernorm(x) for x in keys]
         queries, keys = ([self.rotate(index, x) for x in side] for side in (queries, keys))
-        scale = self.config.query_pre_attn_scalar**-0.5 if "gemma" in self.type else queries[0].shape[-1] ** -0.5
+        if self.type == "hunyuan_v1_dense":
+            queries, keys = [attention.query_layernorm(x) for x in queries], [attention.key_layernorm(x) for x in keys]
+        elif self.type == "llama4_text" and self.rotated(index):
+            queries, keys = ([attention.qk_norm(x) for x in side] for side in (queries, keys))
+        scale = getattr(self.config, "attention_multiplier", queries[0].shape[-1] ** -0.5)
+        if self.type in ("gemma2", "gemma3_text"):
+            scale = self.config.query_pre_attn_scalar**-0.5
         window = getattr(self.config, "sliding_window", None)
         if getattr(self.config, "layer_types", None) and self.config.layer_types[index] != "sliding_attention":
             window = None
@@ -224,7 +287,10 @@ class Oracle:
             scores = query @ keys[group].T * scale
             if getattr(self.config, "attn_logit_softcapping", None):
                 scores = (scores / self.config.attn_logit_softcapping).tanh() * self.config.attn_logit_softcapping
-            results.append(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values[group])
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if self.type == "gpt_oss":  # a place to attend to that holds nothing
+                scores = torch.cat([scores, attention.sinks[head].expand(length, 1)], -1)
+            results.append(scores.softmax(-1)[:, :length] @ values[group])
         return results
 
     def run(self, embeddings, constants=None, circuit=None, corrupt=None):
@@ -276,23 +342,28 @@ class Oracle:
                 total = sum(written) + offset
                 factor = gain(view.post1) * rms(view.post1, total) / total
                 written, offset = [value * factor for value in written], offset * factor
+            offset = offset * self.into
             for head, value in enumerate(written):
-                write(f"a{index}.h{head}", value)
+                write(f"a{index}.h{head}", value * self.into)
             if not self.parallel:
                 bias = bias + offset
                 x = norm2(read(f"m{index}"))
             else:
                 bias = bias + offset
-            value = view.mlp(x)
-            write(f"m{index}", value if view.post2 is None else view.post2(value))
+            value = view.mlp(x[None])
+            value = (value[0] if isinstance(value, tuple) else value).view_as(x)
+            write(f"m{index}", (value if view.post2 is None else view.post2(value)) * self.into)
         logits = self.final_norm(read("logits")) @ self.model.get_output_embeddings().weight.T
         head_bias = self.model.get_output_embeddings().bias
         logits = logits if head_bias is None else logits + head_bias
+        logits = logits * getattr(self.config, "logit_scale", 1.0) / getattr(self.config, "logits_scaling", 1.0)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return outputs, reads, reach, logits if cap is None else (logits / cap).tanh() * cap
 
     def embed(self, tokens):
         scale = self.config.hidden_size**0.5 if self.type.startswith("gemma") else 1.0
+        if hasattr(self.config, "embedding_multiplier"):
+            return (self.model.get_input_embeddings().weight[tokens] * self.config.embedding_multiplier).detach()
         if scale != 1.0:
             scale = float(torch.tensor(scale, dtype=torch.float32))  # the library keeps it in float32
         return (self.model.get_input_embeddings().weight[tokens] * scale).detach()

@@ -108,6 +108,20 @@ class TestFollowing:
         logps = found["progress"]["weights"]["logps"]
         np.testing.assert_allclose(logps, lively.progress.weights.logps, rtol=1e-9)
 
+    @pytest.mark.subprocess
+    def test_weights_without_a_gradient_on_two_processes(self, tmp_path):
+        """RMU looks at a layer in the middle: nothing behind it has a gradient."""
+        options = {"objective": "rmu", "objective_args": {"layer": 0}, "passes": 1, "save_strategy": "no"}
+        alone = make_trainer(tmp_path / "out", per_device_train_batch_size=2, **options)
+        alone.train()
+        found = torchrun(tmp_path / "two", tmp_path / "a.json", per_device_train_batch_size=1, **options)
+        assert found["checksum"] == pytest.approx(checksum(alone.model), rel=1e-10)
+        reached = {id(parameter) for parameter in alone.inputs.loss.unreached(alone.model)} ^ set(
+            map(id, alone.model.parameters())
+        )
+        names = {name for name, parameter in alone.model.named_parameters() if id(parameter) in reached}
+        assert names == {name for name in names if name.startswith(("model.embed_tokens.", "model.layers.0."))} != set()
+
     def test_train_again_starts_again(self, tmp_path):
         trainer = make_trainer(tmp_path / "out", **{**LIVELY, "overwrite": True, "save_strategy": "no"})
         trainer.train()

@@ -1,18 +1,18 @@
-"""The endpoint of part `decisive`: what is kept of knowledge that no loss sees, once the worst quarter is forgotten.
-
-Pure functions of arrays; `T` snapshots, the first before training, `N` forget samples, `M` held-out ones.
+"""The endpoint by which schedules are compared: what is kept of knowledge that no loss sees, once the worst quarter is
+forgotten. Pure functions of arrays; `T` snapshots, the first before training, `N` forget samples, `M` held-out ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+
+from .statistics import t_interval
 
 LEVEL = 0.10  # of the worst quarter
 KEPT = 0.90
+ROUNDING = 1e-6  # closer than that to a threshold is on it, whatever the machine
 
 
 def worst_quarter(left: np.ndarray) -> np.ndarray:
@@ -24,12 +24,16 @@ def worst_quarter(left: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Attributes:
-    snapshot: number of the first one at which the worst quarter is at most the level; `None` if there is none.
-    kept: share of held-out probability kept there, 1 = all; `None` likewise.
-    left: mean forget probability there; `None` likewise.
-    worst_at_kept: lowest worst quarter of the snapshots at which at least 90% of the held-out probability is kept.
-    lowest: lowest worst quarter of all.
+    """H@0.1 of one run. A run that never gets there has none (`None`): that is neither 0 nor a run that was not made.
+
+    Attributes:
+        snapshot: number of the first one at which the worst quarter is at most the level; `None` if there is none.
+        kept: share of held-out probability kept there, 1 = all; `None` likewise.
+        left: mean forget probability there; `None` likewise.
+        worst_at_kept: lowest worst quarter of the snapshots at which at least 90% of the held-out probability is kept.
+        lowest: lowest worst quarter of all.
+        left_at_kept: mean forget probability where `worst_at_kept` is.
+        at_kept: number of that snapshot.
     """
 
     snapshot: int | None
@@ -37,6 +41,14 @@ class Endpoint:
     left: float | None
     worst_at_kept: float
     lowest: float
+    left_at_kept: float | None = None
+    at_kept: int | None = None
+
+
+def forgotten_level(never_seen: np.ndarray | None) -> float:
+    """The worst quarter at which a run counts as having forgotten: 0.10, or that of a model that never saw the samples
+    (`[N]` answer probabilities, or `None`) where it is higher."""
+    return LEVEL if never_seen is None else max(LEVEL, float(worst_quarter(never_seen)))
 
 
 def endpoint(forget: np.ndarray, held_out: np.ndarray, never_seen: np.ndarray | None = None) -> Endpoint:
@@ -57,17 +69,20 @@ def endpoint(forget: np.ndarray, held_out: np.ndarray, never_seen: np.ndarray | 
         raise ValueError(f"forget has {len(forget)} snapshots, held_out {len(mean)}")
     if not mean[0] > 0:
         raise ValueError("nothing is known of the held-out samples before the run")
-    level = LEVEL if never_seen is None else max(LEVEL, float(worst_quarter(never_seen)))
+    level = forgotten_level(never_seen)
     kept, worst = mean / mean[0], worst_quarter(forget)
-    reached = np.flatnonzero(worst <= level)
-    enough = worst[kept >= KEPT]  # the first snapshot always is
+    reached = np.flatnonzero(worst <= level + ROUNDING)
+    enough = np.flatnonzero(kept >= KEPT - ROUNDING)  # the first snapshot always is
+    lowest = int(enough[np.argmin(worst[enough])])
     first = int(reached[0]) if reached.size else None
     return Endpoint(
         first,
         None if first is None else float(kept[first]),
         None if first is None else float(forget[first].mean()),
-        float(enough.min()),
+        float(worst[lowest]),
         float(worst.min()),
+        float(forget[lowest].mean()),
+        lowest,
     )
 
 
@@ -103,17 +118,8 @@ def contrast(ours: dict[int, float | None], other: dict[int, float | None]) -> C
     shared = sorted(set(ours) & set(other))
     pairs = {seed: (ours[seed], other[seed]) for seed in shared}
     both = {seed: (a, b) for seed, (a, b) in pairs.items() if a is not None and b is not None}
-    logs = np.array([np.log(max(a, 1e-6) / max(b, 1e-6)) for a, b in both.values()])
-    mean = low = high = None
-    if len(logs) > 1:
-        half = interval_half_width(logs)
-        mean, low, high = float(logs.mean()), float(logs.mean() - half), float(logs.mean() + half)
+    found = t_interval(np.array([np.log(max(a, 1e-6) / max(b, 1e-6)) for a, b in both.values()]))
+    interval = (found.value, found.low, found.high) if len(both) > 1 else (None, None, None)
     return Contrast(
-        [a - b for a, b in both.values()], list(both), [seed for seed in shared if seed not in both], mean, low, high
+        [a - b for a, b in both.values()], list(both), [seed for seed in shared if seed not in both], *interval
     )
-
-
-def interval_half_width(values: Sequence[float] | np.ndarray) -> float:
-    """Of the 95% t interval of the mean."""
-    values = np.asarray(values, dtype=float)
-    return float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,330 @@
+"""Malformed, contradictory and void invocations: one line and exit code 2, before anything is computed, no file left.
+
+Each case is one that was tried against the commands: see `ALWAYS`. The property test combines them with the command line,
+a YAML file, a study's `train` and Python, which must agree; `CUD_EXAMPLES` runs more.
+"""
+
+import json
+import os
+
+import pytest
+import yaml
+from builders import make_model, make_tokenizer, qa_dataset
+from command_lines import data
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cud_trainer import CUDConfig
+from cud_trainer.cli import main
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = int(os.environ.get("CUD_EXAMPLES", "60"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    make_model(0).save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    qa_dataset(9).to_json(root / "forget.jsonl")
+    qa_dataset(7, 100).to_json(root / "retain.jsonl")
+    return root
+
+
+BASE = {"use_cpu": True, "bf16": False, "report_to": "none", "difficulty": "none", "passes": 1, "save_strategy": "no"}
+HUGE = 99999999999999999999
+NUMBERS = {  # options of `cud train` and values that they cannot have
+    **{name: [-1, HUGE, "x"] for name in ("seed", "data_seed")},
+    **{name: [0, -1, HUGE, "x", True] for name in (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "passes", "folds",
+        "n_buckets", "reference_top_k", "eval_retain_samples", "scoring_batch_bytes")},
+    **{name: [-1.0, float("nan"), float("inf"), "x", True] for name in (
+        "learning_rate", "weight_decay", "retain_weight", "warmup_steps", "adam_epsilon")},
+    **{name: [1.0, -0.5, float("nan")] for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor")},
+    **{name: [0.0, -1.0, float("nan"), float("inf")] for name in (
+        "dual_rate", "calibration_share", "retain_limit", "max_retain_loss", "target_forget_prob", "logging_steps",
+        "save_steps", "neftune_noise_alpha")},
+    "max_grad_norm": [-1.0, float("nan")],
+    "max_steps": [-5, HUGE],
+    "max_length": [0, -1, "abc"],
+    "dataloader_num_workers": [-1, HUGE],
+    "save_total_limit": [0, -1],
+}  # fmt: skip
+OTHERS = {
+    "gradient_checkpointing": ["maybe", 2, []],
+    "overwrite": ["maybe", 1.5],
+    "trainable_layers": ["0-99999999999", "3-1", "x", "99"],
+    "objective": ["", "nope", ["npo"], {"npo": 1}],
+    "schedule": ["", "nope", ["uniform"]],
+    "difficulty": ["nope", 5],
+    "retain_loss": ["nope", "", 1],
+    "loss_normalization": ["nope"],
+    "objective_args": ["[]", {"nope": 1}, {"beta": float("nan")}, {"beta": "x"}, {"beta": True}],
+    "schedule_args": [{"nope": 1}, "x"],
+    "circuit_args": ["x", []],
+    "accelerator_config": [{"nope": 1}, "nope.json"],
+    "lr_scheduler_kwargs": ["[]", "nope"],
+    "model_init_kwargs": ["[]", "nope"],
+    "deepspeed": ["nope.json"],
+    "fsdp_config": ["nope.json"],
+    "lr_scheduler_type": ["nope"],
+    "optim": ["nope"],
+    "save_strategy": ["nope", "best"],
+    "eval_strategy": ["nope"],
+    "log_level": ["nope"],
+    "counterfactual_column": ["", "nope"],
+    "group_column": ["", "nope"],
+    "alternative_column": ["", "nope"],
+    "refusals": [["I do not know."]],
+    "num_train_epochs": [2.0],
+    "packing": [True],
+}
+WRONG = [(name, value) for options in (NUMBERS, OTHERS) for name, values in options.items() for value in values]
+
+
+def text(value) -> list[str]:
+    """A value on the command line."""
+    if isinstance(value, list):
+        return [str(one) for one in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def command(world, folder, how: str, name: str, value) -> list[str]:
+    """A command line of `cud train`, or of a study, with one wrong option."""
+    options = {**BASE, name: value}
+    if how == "study":
+        path = folder / "c.yaml"
+        path.write_text(yaml.safe_dump({"grid": {"seed" if name != "seed" else "data_seed": [1]}, "train": options}))
+        return ["study", *data(world), "--config", str(path), "--output_dir", str(folder / "out")]
+    if how == "yaml":
+        path = folder / "c.yaml"
+        path.write_text(yaml.safe_dump(options))
+        return ["train", *data(world), "--config", str(path), "--output_dir", str(folder / "out")]
+    line = [part for key, one in options.items() for part in (f"--{key}", *text(one))]
+    return ["train", *data(world), "--output_dir", str(folder / "out"), *line]
+
+
+def refused(capsys, line, folder, kept=()) -> str:
+    capsys.readouterr()
+    code = main(line)
+    error = capsys.readouterr().err
+    assert code == 2, f"exit code {code}: {line}"
+    (said,) = [part for part in error.splitlines() if "error" in part]
+    assert said.startswith(f"cud {line[0]}: error: ") and "Traceback" not in error and "fault of cud" not in error, (
+        error
+    )
+    assert {path.name for path in folder.iterdir()} <= {"c.yaml", *kept}, line
+    return said
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+@given(case=st.sampled_from(WRONG), how=st.sampled_from(["line", "yaml", "study", "python"]))
+def test_wrong_options(world, tmp_path_factory, capsys, monkeypatch, case, how):
+    name, value = case
+    if how == "line" and (value is True or isinstance(value, list)):  # `True` is the text "True" there
+        how = "yaml"
+    if how != "line" and isinstance(value, str) and name in NUMBERS:
+        how = "yaml"
+    folder = tmp_path_factory.mktemp("wrong")
+    monkeypatch.setattr("evaluation.study.pool.Worker.run", lambda *a: "not run here")
+    # What only the data or the model can tell is no matter of the options alone.
+    late = (
+        {"counterfactual_column", "group_column"}
+        if value == "nope"
+        else {"trainable_layers"}
+        if value == "99"
+        else set()
+    )
+    study = name in ("save_strategy", "eval_strategy", "overwrite", "max_steps", "target_forget_prob") or name in late
+    if how == "python" and name not in late:
+        with pytest.raises(ValueError) as found:
+            CUDConfig(str(folder / "out"), **{**BASE, name: value})
+        assert not list(folder.iterdir()) and len(str(found.value)) < 2000
+        return
+    refused(
+        capsys,
+        command(world, folder, "yaml" if how == "python" or (how == "study" and study) else how, name, value),
+        folder,
+    )
+
+
+EVALUATE = ["evaluate", "--generate", "false"]
+SCORE = ["score", "--use_cpu", "true", "--bf16", "false", "--metrics", "length"]
+TRAIN = ["train", *(part for key, one in BASE.items() for part in (f"--{key}", *text(one)))]
+ALWAYS = [
+    (EVALUATE, ["--samples", "2"], "samples"),  # with --generate false
+    (EVALUATE, ["--temperature", "0.5"], "temperature"),  # without samples
+    (EVALUATE, ["--relearn_samples", "3", "--relearn_rate", "inf"], "relearn_rate"),
+    (EVALUATE, ["--relearn_rate", "0.1"], "relearn_rate"),  # without relearn_samples
+    (EVALUATE, ["--relearn_samples", "3", "--relearn_steps", "99999999999"], "relearn_steps"),
+    (EVALUATE, ["--metric", "cud"], "metric"),  # without scores
+    (EVALUATE, ["--n_buckets", "9"], "n_buckets"),  # without scores
+    (EVALUATE, ["--batch_size", "0"], "batch_size"),
+    (EVALUATE, ["--seed", "-1"], "seed"),
+    (EVALUATE, ["--temperature", "nan"], "temperature"),
+    (EVALUATE, ["--quantize", "3"], "quantize"),
+    (EVALUATE, ["--holdout_dataset", "RETAIN"], "holdout"),
+    (EVALUATE, ["--holdout_dataset", "FORGET"], "holdout"),
+    (EVALUATE, ["--lm_eval_include", "x"], "lm_eval_include"),
+    (EVALUATE, ["--holdout_split", "test"], "holdout_split"),
+    (EVALUATE, ["--retain_split", "test"], "retain_split"),
+    (SCORE, ["--folds", "0"], "folds"),
+    (SCORE, ["--max_forget_samples", "0"], "max_forget_samples"),
+    (SCORE, ["--chunk_tokens", "-1"], "chunk_tokens"),
+    (SCORE, ["--output", ""], "output"),
+    (TRAIN, ["--forget_split", "test"], "forget_split"),
+    (TRAIN, ["--forget_config", "x"], "forget_config"),
+    (TRAIN, ["--use_peft", "true", "--lora_r", "0", "--lora_target_modules", "q_proj", "v_proj"], "lora_r"),
+    (TRAIN, ["--use_peft", "true", "--lora_alpha", "0", "--lora_target_modules", "q_proj", "v_proj"], "lora_alpha"),
+    (TRAIN, ["--use_peft", "true", "--lora_dropout", "1.5"], "lora_dropout"),
+    (["demo"], ["--workers", "99999999999"], "workers"),
+    (["demo"], ["--retain_level", "nan"], "retain_level"),
+    (["demo"], ["--epochs", "0"], "epochs"),
+    (["import"], ["--open_unlearning", "DEEP"], "DEEP"),
+    (["import"], ["--open_unlearning", "x", "--n_buckets", "0"], "n_buckets"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALWAYS, ids=lambda case: " ".join([case[0][0], *case[1]]))
+def test_always(world, tmp_path, capsys, monkeypatch, case):
+    base, extra, named = case
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (tmp_path / "DEEP").write_text("[" * 50000)
+    places = {"RETAIN": world / "retain.jsonl", "FORGET": world / "forget.jsonl", "DEEP": tmp_path / "DEEP"}
+    line = [*base, *(data(world) if base[0] in ("train", "score", "evaluate") else []),
+            *([] if base[0] == "score" else ["--output_dir", "out"]), *(str(places.get(one, one)) for one in extra)]  # fmt: skip
+    assert named in refused(capsys, line, folder)
+
+
+STUDIES = [
+    ({"grid": {"schedule": [["uniform"]]}}, "schedule"),
+    ({"grid": {"difficulty_scores": [1]}}, "difficulty_scores"),
+    ({"grid": {"passes": [1]}, "train": {"max_length": "abc"}}, "max_length"),
+    ({"grid": {"passes": [1]}, "train": {"gradient_checkpointing": "false"}}, "gradient_checkpointing"),
+    ({"grid": {"passes": [True]}}, "passes"),
+    ({"grid": {"learning_rate": [1e-3, "2e-3"]}}, "learning_rate"),
+    ({"grid": {"passes": [1]}, "relearn_samples": 1000}, "relearn_samples"),
+    ({"grid": {"passes": [1]}, "relearn_rate": 0.1}, "relearn_rate"),
+    ({"grid": {"passes": [1]}, "workers": HUGE}, "workers"),
+    ({"grid": {"passes": [1]}, "retain_level": [float("nan")]}, "retain_level"),
+    ({"grid": {"passes": [1]}, "generate_seeds": [-1]}, "generate_seeds"),
+    ({"grid": {"passes": [1]}, "snapshot_every": 0}, "snapshot_every"),
+]
+
+
+@pytest.mark.parametrize("case", STUDIES, ids=lambda case: json.dumps(case[0])[:60])
+def test_studies(world, tmp_path, capsys, case):
+    settings, named = case
+    train = {**BASE, **settings.get("train", {})}
+    train = {
+        name: value for name, value in train.items() if name not in (*settings["grid"], "save_strategy", "report_to")
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**settings, "train": train}))
+    line = ["study", *data(world), "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert named in refused(capsys, line, tmp_path)
+
+
+MODELS = {
+    "config.json": [{"num_hidden_layers": "two"}, {"num_attention_heads": 0}, {"num_attention_heads": 3}, {"dtype": "nope"},
+                    {"quantization_config": {"quant_method": "gptq", "bits": 4}}],
+    "tokenizer_config.json": [{"chat_template": "{{ 1 / 0 }}"}, {"chat_template": "{% for x in %}"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [(file, change) for file, changes in MODELS.items() for change in changes], ids=str)
+def test_models(world, tmp_path, capsys, case):
+    """What is wrong with a model folder; a template that fails is only asked where there are chats."""
+    import shutil
+
+    file, change = case
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    (model / file).write_text(json.dumps({**json.loads((model / file).read_text()), **change}))
+    line = [*EVALUATE, *data(world), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+    chats = tmp_path / "chats.jsonl"
+    if file == "tokenizer_config.json":
+        rows = [
+            {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+            for i in range(3)
+        ]
+        chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        line += ["--forget_dataset", str(chats)]
+    refused(capsys, line, tmp_path, {"model", "chats.jsonl"})
+
+
+def test_states_that_are_none(world, tmp_path, capsys):
+    """Files of ours that hold something else."""
+    out = tmp_path / "a"
+    (out / "checkpoint-5").mkdir(parents=True)
+    (out / "checkpoint-5" / "cud_state.json").write_text("{}")
+    line = [*TRAIN, *data(world), "--output_dir", str(out), "--resume_from_checkpoint", "true"]
+    assert "checkpoint-5" in refused(capsys, line, tmp_path, {"a"})
+    cells = tmp_path / "st" / "cells" / "schedule=uniform"
+    cells.mkdir(parents=True)
+    (tmp_path / "st" / "study.json").write_text("{}")
+    (cells / "cell.json").write_text("[]")
+    line = ["study", *data(world), "--output_dir", str(tmp_path / "st"), "--grid", '{"schedule": ["uniform"]}',
+            "--train", '{"difficulty": "none", "use_cpu": true, "bf16": false}']  # fmt: skip
+    assert "schedule=uniform" in refused(capsys, line, tmp_path, {"a", "st"})
+
+
+def test_a_tilde_is_home_everywhere(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (tmp_path / "f.jsonl").write_bytes((world / "forget.jsonl").read_bytes())
+    (here / "e.yaml").write_text("output_dir: ~/audit\nforget_dataset: ~/f.jsonl\n")
+    model = ["--model_name_or_path", str(world / "model")]
+    assert main([*EVALUATE, *model, "--config", "e.yaml"]) == 0 and (tmp_path / "audit" / "report.html").exists()
+    assert main([*SCORE, *model, "--forget_dataset", "~/f.jsonl", "--output", "~/s/s.parquet"]) == 0
+    assert (tmp_path / "s" / "s.parquet").exists() and [path.name for path in here.iterdir()] == ["e.yaml"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"folds": 0}, {"folds": True}, {"seed": -1}, {"seed": 0.5}, {"batch_bytes": 0}, {"batch_size": HUGE},
+     {"circuit_args": {"steps": float("nan")}}, {"circuit_args": {"steps": HUGE}}, {"group_column": ""}, {"metrics": "loss"}],
+    ids=str,
+)  # fmt: skip
+def test_scoring_in_python(options):
+    from cud_trainer import score_difficulty
+
+    with pytest.raises(ValueError, match=next(iter(options)).split("_")[0]):
+        score_difficulty(make_model(0), qa_dataset(9), make_tokenizer(), **{"metrics": ["length"], **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"learning_rate": float("nan")}, {"max_passes": 0}, {"seed": -1}, {"retain_weight": -1.0}]
+)
+def test_calibration_in_python(options):
+    from cud_trainer.scoring.calibration import CalibrationSettings
+
+    with pytest.raises(ValueError, match=next(iter(options))):
+        CalibrationSettings(**options)
+
+
+def test_paths_as_objects(world, tmp_path):
+    import numpy as np
+
+    from cud_trainer import CUDTrainer, DifficultyScores
+    from evaluation.commands.inputs import EvaluateArguments
+
+    args = CUDConfig(tmp_path / "out", **{**BASE, "passes": np.int64(1), "learning_rate": np.float32(1e-3)})
+    assert args.output_dir == str(tmp_path / "out") and type(args.passes) is int
+    assert EvaluateArguments(forget_dataset=world / "forget.jsonl").forget_dataset == str(world / "forget.jsonl")
+    sets = dict(forget_dataset=qa_dataset(9), retain_dataset=qa_dataset(7, 100), processing_class=make_tokenizer())
+    assert CUDTrainer(world / "model", args, **sets).forget_ids
+    assert main([*SCORE, *data(world), "--output", str(tmp_path / "s.parquet"), "--metrics", "length", "loss"]) == 0
+    own = CUDConfig(tmp_path / "b", **{**BASE, "difficulty": "loss"})
+    for path in (tmp_path / "s.parquet", str(tmp_path / "s.parquet")):
+        with pytest.raises(ValueError, match="scores|model"):  # of a file: made of other samples' ids, or taken
+            CUDTrainer(make_model(1), own, difficulty_scores=path, **sets)
+    from trl import SFTConfig
+
+    with pytest.raises(ValueError, match="args must be a CUDConfig, got a SFTConfig"):
+        CUDTrainer(make_model(0), SFTConfig(str(tmp_path / "c"), use_cpu=True, bf16=False), **sets)
+    assert isinstance(DifficultyScores.load(tmp_path / "s.parquet"), DifficultyScores)
