@@ -22,8 +22,11 @@ def on_page_markdown(markdown, page, config, files):
     """Links that GitHub follows out of `docs` stay inside of the site; the options of `CUDConfig` become a table."""
     markdown = markdown.replace(f"](../{RESULTS}/", f"]({RESULTS}/")
     if OPTIONS in markdown:
-        source = Path(config.config_file_path).parent / "cud_trainer" / "config.py"
-        markdown = markdown.replace(OPTIONS, options_table(source.read_text(encoding="utf-8")))
+        package = Path(config.config_file_path).parent / "cud_trainer"
+        sources = [package / "config.py", package / "data" / "template.py"]
+        tables = [options_table(path.read_text(encoding="utf-8")) for path in sources]
+        rest = [table.split("\n", 2)[2] for table in tables[1:]]  # without their heads
+        markdown = markdown.replace(OPTIONS, "\n".join([tables[0], *rest]))
     return markdown
 
 
@@ -33,6 +36,8 @@ def options_table(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.value.keywords}
+            if "metadata" not in given:
+                continue  # no option
             default = (
                 ast.unparse(given["default"]) if "default" in given else f"{ast.unparse(given['default_factory'])}()"
             )

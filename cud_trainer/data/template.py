@@ -135,7 +135,7 @@ class TemplateArguments:
         },
     )
     train_on: str = field(
-        default=TRAIN_ON[0],
+        default="reasoning+answer",
         metadata={
             "help": "What is forgotten of an assistant's message: 'reasoning+answer', or 'answer', what stands behind "
             "its reasoning (`<think>...</think>`, `reasoning_content`)."
