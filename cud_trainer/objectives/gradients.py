@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.layers import widest_float
+from ..models.layers import widest_float
 from ..registry import Registry, check_options
 from .registry import positive
 
@@ -67,7 +69,9 @@ def register_step(
 
 def product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Inner product over all parameters, float64."""
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+    return torch.stack(
+        [(x.to(widest_float(x.device)) * y.to(widest_float(y.device))).sum() for x, y in zip(a, b, strict=True)]
+    ).sum()
 
 
 @register_step("plain")
