@@ -6,14 +6,14 @@ import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
 from command_lines import data, train
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cud_trainer import score_difficulty
 from cud_trainer.cli import main
 from cud_trainer.models.loading import load_causal_lm
-from cud_trainer.models.whole import LEFT_OUT, check_finite, listed
+from cud_trainer.models.whole import LEFT_OUT, check_adapter, check_finite, listed
 
 HEAD, NORM = "lm_head.weight", "model.norm.weight"
 
@@ -113,7 +113,6 @@ def test_every_command(world, tmp_path, capsys, command):
             lambda weights: weights.update({"base_model.model.model.layers.7.x": torch.zeros(2)}),
             "no place for.*layers.7.x",
         ),
-        (lambda weights: weights[next(iter(weights))].fill_(float("nan")), "not finite"),
     ],
 )
 def test_an_adapter(world, tmp_path, capsys, change, message):
@@ -131,6 +130,14 @@ def test_an_adapter(world, tmp_path, capsys, change, message):
     folder = changed(world / "adapter", tmp_path / "adapter", change, "adapter_model.safetensors")
     assert main([*command, str(folder)]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_adapter_that_is_not_finite(world, tmp_path):
+    """`cud evaluate` reports on one; whatever trains it further is refused."""
+    change = lambda weights: weights[next(iter(weights))].fill_(float("nan"))  # noqa: E731
+    folder = str(changed(world / "adapter", tmp_path / "adapter", change, "adapter_model.safetensors"))
+    with pytest.raises(ValueError, match="not finite: .*lora_A"):
+        check_adapter(folder, AutoPeftModelForCausalLM.from_pretrained(folder))
 
 
 @pytest.mark.slow
