@@ -445,14 +445,14 @@ class TestRefusals:
             ({"objective_args": {"beta": -1}}, "'beta' of objective 'npo' must be positive"),
             ({"objective": "graddiff", "retain_loss": "none"}, "'graddiff' needs a retain loss"),
             ({"retain_loss": "l2"}, "unknown retain_loss 'l2'; choose one of"),
-            ({"retain_weight": -1.0}, "retain_weight must not be negative"),
+            ({"retain_weight": -1.0}, "retain_weight must (not be negative|be at least 0)"),
             ({"schedule": "random"}, "unknown schedule 'random'; choose one of.*uniform"),
             ({"schedule": "inverse_mass", "schedule_args": {"cap": 3}}, "no option 'cap'; it has \\['high', 'low'\\]"),
             ({"schedule": "inverse_mass", "schedule_args": {"low": 2}}, "needs 0 <= low <= 1"),
             ({"difficulty": "magic"}, "unknown difficulty metric 'magic'; choose one of.*cud"),
             ({"difficulty": "cud", "difficulty_args": {"variant": "old"}}, "unknown CUD variant 'old'"),
             ({"difficulty": "none"}, "schedule 'easy_to_hard' needs a difficulty metric"),
-            ({"passes": 0}, "passes must be an integer of at least 1"),
+            ({"passes": 0}, "passes must be (an integer of )?at least 1"),
             ({"num_train_epochs": 3}, "num_train_epochs must be 1.*passes"),
             ({"packing": True}, "packing is not supported"),
             ({"train_sampling_strategy": "group_by_length"}, "would undo the schedule"),
@@ -499,7 +499,7 @@ class TestRefusals:
         tiny = OPTConfig(
             vocab_size=258, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, word_embed_proj_dim=8
         )
-        with pytest.raises(ValueError, match="'opt'.*available: gemma2"):
+        with pytest.raises(ValueError, match="'opt'.*available: .*gemma2"):
             make_trainer(tmp_path / "out", model=OPTForCausalLM(tiny), difficulty="cud")
 
 
