@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
 from .data import BATCH_BYTES
@@ -20,7 +20,10 @@ from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
+from .stack_options import OVERRIDABLE, check_stack_options, higher_is_better
 from .typed import check_numbers_within, check_options
+
+logger = logging.get_logger(__name__)
 
 # Being re-examined: chosen on the seeds that are reported, and most of its gain needs no difficulty (docs/results.md).
 DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
@@ -50,6 +53,10 @@ class CUDConfig(TemplateArguments, SFTConfig):
     > Parameters that control when a run ends and what it logs
 
     target_forget_prob, max_retain_loss, eval_retain_samples, log_update_share
+
+    > Parameters that control what a run goes on from and what it may replace
+
+    override, overwrite
 
     > Parameters that control what leaves the machine
 
@@ -241,6 +248,13 @@ class CUDConfig(TemplateArguments, SFTConfig):
             "has a text can tell from them that it was to be forgotten."
         },
     )
+    override: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Options that may differ from those of the checkpoint to resume from, by name, for example "
+            "'learning_rate' or 'retain_weight'. By default all that a step depends on must be the same."
+        },
+    )
     keep_reference: bool = field(
         default=False,
         metadata={
@@ -256,6 +270,10 @@ class CUDConfig(TemplateArguments, SFTConfig):
             self.bf16 = is_torch_bf16_gpu_available()  # TRL's default, True, is an error on a machine without
         if self.load_best_model_at_end and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "balance"
+        # Before anything is derived from them.
+        idle = check_stack_options(self, fields(SFTConfig))
+        if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
+            self.greater_is_better = higher_is_better(self.metric_for_best_model)
         self._check_mappings()
         try:
             super().__post_init__()
@@ -263,6 +281,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise
         except Exception as error:  # what the stack does not foresee
             raise ValueError(f"options: {type(error).__name__}: {error}") from error
+        for line in idle:
+            logger.warning(line)
         names = (
             "objective_args",
             "step_args",
@@ -314,8 +334,13 @@ class CUDConfig(TemplateArguments, SFTConfig):
         for name in ("retain_weight", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must not be negative, nor infinite, got {getattr(self, name)!r}")
+        fixed = [name for name in self.override or () if name not in OVERRIDABLE]
+        if fixed:
+            raise ValueError(
+                f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"
+            )
         self._check_step(loss)
-        self._refuse_what_breaks_the_order()
+        self._check_accelerator()
 
     def _check_step(self, loss: UnlearningLoss) -> None:
         step = STEPS.find(self.step)
@@ -385,26 +410,14 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise ValueError(f"refusals belong to 'idk_dpo' and 'idk_nll', not to {self.objective!r}")
         if self.trainable_layers is not None:
             layer_range(self.trainable_layers)
-
-    def _refuse_what_breaks_the_order(self) -> None:
-        if self.num_train_epochs != 1:
-            raise ValueError(f"num_train_epochs must be 1, got {self.num_train_epochs}: set `passes` instead")
-        if self.train_sampling_strategy != "sequential":
+        follows = any(part.kind == "dynamic" for part, _ in self.schedule_parts) or self.target_forget_prob
+        if self.neftune_noise_alpha is not None and (loss.uses_reference or follows):
             raise ValueError(
-                f"train_sampling_strategy {self.train_sampling_strategy!r} would undo the schedule: "
-                "it must stay 'sequential'"
+                "neftune_noise_alpha draws noise at every step: the model could not be compared with what it said "
+                "before, as this objective, retain loss, schedule or stop does"
             )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay False: the schedule's columns are part of a batch")
-        for name in (
-            "packing",
-            "padding_free",
-            "auto_find_batch_size",
-            "ignore_data_skip",
-            "assistant_only_loss",
-        ):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported: samples must stay whole and in the order of the schedule")
+
+    def _check_accelerator(self) -> None:
         if self.accelerator_config is not None and getattr(self.accelerator_config, "dispatch_batches", None):
             raise ValueError("accelerator_config.dispatch_batches is not supported: batches differ in length")
         if self.accelerator_config is not None and getattr(self.accelerator_config, "split_batches", None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +14,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_utils import PredictionOutput
-from trl.trainer import disable_dropout_in_model
 
 from .config import CUDConfig
 from .difficulty import DifficultyScores
@@ -23,7 +21,6 @@ from .files import remove_leftovers
 from .models.layers import widest_float
 from .models.modes import on_device
 from .objectives import STEPS
-from .objectives.alternatives import alternatives_fingerprint
 from .ownership import clear, owned
 from .schedule import DynamicWeights
 from .training.callback import RunCallback
@@ -39,15 +36,18 @@ from .training.checkpoints import (
     last_checkpoint,
     read_state,
     remove_cut_short,
+    save_base,
 )
 from .training.gradients import SplitGradients
 from .training.hooks import SFTTrainerHooks
+from .training.identity import check_same_run, run_identity
 from .training.inputs import RunInputs, prepare_evaluated, record_template
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
 from .training.recorder import StepRecorder
-from .training.reference import run_reference
+from .training.reference import check_training_mode, run_reference
 from .training.residual import ResidualMemorisation
+from .training.stack import check_best_metric
 from .training.void import VoidWatch
 
 __all__ = ["CUDTrainer", "DivergenceError"]
@@ -97,8 +97,11 @@ class CUDTrainer(SFTTrainerHooks):
         optimizers: tuple[Any, Any] = (None, None),
         compute_metrics: Callable | None = None,
     ) -> None:
+        args = CUDConfig("cud-output") if args is None else args
+        own = compute_metrics is not None
+        check_best_metric(args, eval_dataset, retain=retain_dataset is not None, own_metrics=own)
         inputs = RunInputs.checked(
-            CUDConfig("cud-output") if args is None else args,
+            args,
             model,
             processing_class,
             forget=forget_dataset,
@@ -106,10 +109,13 @@ class CUDTrainer(SFTTrainerHooks):
             evaluated=eval_dataset,
             peft_config=peft_config,
             scores=difficulty_scores,
+            own_optimizer=optimizers[0] is not None,
         )
         clear_before(inputs.args)
         record_template(inputs)
         plan = RunPlan.of(inputs)
+        if inputs.merged:
+            save_base(inputs.model, inputs.args)
         # The rows are ready to train on; the base class must not look for text in them.
         inputs.args.dataset_kwargs = {**(inputs.args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(
@@ -131,8 +137,6 @@ class CUDTrainer(SFTTrainerHooks):
         """Hang the run on the wrapped model: what it said before, and what follows it from step to step."""
         args = inputs.args
         self.inputs, self.plan, self._started = inputs, plan, False
-        # NPO's log-ratio must be 0 at the first step; only after wrapping are an adapter's dropouts there to be found.
-        disable_dropout_in_model(self.model)
         if args.world_size > 1:  # which waits for a gradient of every weight that is trained
             for parameter in inputs.loss.unreached(self.model):
                 parameter.requires_grad_(False)
@@ -140,6 +144,8 @@ class CUDTrainer(SFTTrainerHooks):
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
         with on_device(self.model, args.device, put_back=inputs.shards_model):
+            if self.stepwise or inputs.loss.uses_reference:
+                check_training_mode(self, inputs)
             self.reference = run_reference(self, inputs, plan)
             self.residual = ResidualMemorisation(self, inputs, plan.buckets, stepwise=self.stepwise)
         start = self.residual.at_start
@@ -187,7 +193,8 @@ class CUDTrainer(SFTTrainerHooks):
 
         Raises:
             ValueError: when `output_dir` holds earlier results and neither `overwrite` nor a checkpoint is given, or
-                when the checkpoint belongs to another schedule or global batch.
+                when the checkpoint belongs to another run: model, data, schedule, objective, adapter, optimizer,
+                rates and weights must be the same, but for what `args.override` names.
             DivergenceError: when a loss is no longer finite.
         """
         output = Path(self.args.output_dir)
@@ -197,7 +204,9 @@ class CUDTrainer(SFTTrainerHooks):
     def _train(self, output: Path, checkpoint: Path | None, options: dict[str, Any]) -> Any:
         state = {"served": [], "progress": self._start_state, "began": False}
         if checkpoint is not None:
-            state = {"began": True, **read_state(checkpoint, self.run_identity())}
+            read = read_state(checkpoint)
+            check_same_run(checkpoint, read, self.run_identity(), self.args)
+            state = {"began": True, **read}
         elif self.is_world_process_zero() and not self._started:
             if self.args.overwrite:
                 clear(output, [CHECKPOINTS])
@@ -210,12 +219,14 @@ class CUDTrainer(SFTTrainerHooks):
         self.recorder.restart(state["served"])
         self.void.restart(resumed=checkpoint is not None, began=state["began"])
         self.progress.restore(state["progress"])
+        if checkpoint is not None and "retain_weight" in (self.args.override or ()):
+            self.progress.retain_weight = self.args.retain_weight
         if self.is_world_process_zero():
             self.schedule.save(output / SCHEDULE_FILE, overwrite=True)
             if self.difficulty_scores is not None:
                 self.difficulty_scores.save(output / SCORES_FILE, overwrite=True)
         try:
-            result = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **options)
+            result = self.train_loop(None if checkpoint is None else str(checkpoint), **options)
         except DivergenceError as error:
             raise DivergenceError(f"{error} {self._back_to_the_last_checkpoint()}") from None
         if self.is_world_process_zero() and not self.args.keep_reference:
@@ -248,24 +259,13 @@ class CUDTrainer(SFTTrainerHooks):
 
     def run_identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it."""
-        objective = f"{self.args.objective} {json.dumps(self.args.objective_args, sort_keys=True)}"
-        if self.args.step != "plain":
-            objective += f" step {self.args.step} {json.dumps(self.args.step_args, sort_keys=True)}"
-        scale = self.reference.option_scale
-        if scale is not None:
-            objective += f" by sample {hashlib.sha256(scale.numpy().tobytes()).hexdigest()[:16]}"
-        identity = {
-            "schedule": self.schedule.hash,
-            "global_batch": self.inputs.global_batch,
-            "objective": objective,
-            "alternative_answers": alternatives_fingerprint(self.forget),
-        }
-        return identity if self.forget.template is None else {**identity, "template": self.forget.template}
+        return run_identity(self.inputs, self.plan, self.model, self.reference)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What goes into a checkpoint beside weights and optimizer, as plain JSON values."""
         return {
             **self.run_identity(),
+            "optimizer_state": not self.args.save_only_model,
             "served": self.recorder.served,
             "progress": self.progress.state(),
             "began": self.void.began,
@@ -294,7 +294,8 @@ class CUDTrainer(SFTTrainerHooks):
     ):
         """Weighted forget loss plus retain loss of a paired batch; the ordinary loss of any other batch."""
         if "forget_index" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self.ordinary_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.draw_nothing(model)
         side = inputs.get(SIDE)
         if side is None:
             terms = self.inputs.loss(model, inputs, self.reference)

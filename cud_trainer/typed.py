@@ -150,7 +150,8 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, int) and abs(value) > 2**63 - 1:
         raise ValueError(f"{name} must be at most {most if most != math.inf else 2**63 - 1:g}, got {shown(value)}")
     if value < least or (value == least and ends == ["("]):
-        raise ValueError(f"{name} must be {'above' if ends == ['('] else 'at least'} {least:g}, got {value!r}")
+        bound = f"at least {least:g}" if ends != ["("] else "positive" if least == 0 else f"above {least:g}"
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
     if value > most or (value == most and ends == [")"]):
         raise ValueError(f"{name} must be {'below' if ends == [')'] else 'at most'} {most:.10g}, got {value!r}")
 

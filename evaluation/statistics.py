@@ -128,7 +128,7 @@ def difference_of_means(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: 
 
 def t_interval(values: np.ndarray) -> Interval:
     """Mean of `values [S]`, one of each seed, with its 95% t interval; the ends are NaN with fewer than two seeds."""
-    values = np.asarray(values, dtype=float)
+    values = np.sort(np.asarray(values, dtype=float))
     if reason := why_undefined(values):
         return undefined(reason)
     middle = float(values.mean())
@@ -180,6 +180,8 @@ def crossed_bootstrap(
     names, place = np.unique(np.array([str(group) for group in groups]), return_inverse=True)
     inside = np.eye(len(names))[place]  # [N, G]
     above, below = values @ inside, per @ inside
+    order = np.lexsort(np.concatenate([above, below], axis=1).T[::-1])  # of the seeds
+    above, below = above[order], below[order]
     value = float(above.sum() / below.sum()) if below.sum() else float("nan")
     if len(values) < 2 or len(names) < 2:
         return Interval(value, float("nan"), float("nan"))

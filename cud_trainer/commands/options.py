@@ -16,9 +16,11 @@ from ..circuits import run_description
 from ..config import CUDConfig
 from ..data import FORMATS, ready_tokenizer, standardised
 from ..data.chunks import DOCUMENT, chunk_texts
+from ..data.columns import use_id_key
 from ..data.formats import FOREIGN
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
+from ..models.loading import tokenizer_home
 from .parser import parse_options
 
 # Options of all commands that name what is read.
@@ -91,6 +93,14 @@ class DataArguments:
         },
     )
 
+    id_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with a key for the ids of samples that have none of their own: without it, whoever nearly "
+            "knows a text can find the rest from its id by trying. Made with a random key if it is not there; give the "
+            "same one to every command on the same data."
+        },
+    )
     keep_cache: bool = field(
         default=False,
         metadata={
@@ -100,6 +110,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        use_id_key(self.id_key)
         if self.architecture is not None:  # here: wherever options are read, in whatever process
             run_description(self.architecture)
 
@@ -203,9 +214,10 @@ def load_tokenizer(model_args: ModelConfig, args: Any = None) -> PreTrainedToken
     if not model_args.model_name_or_path:
         raise ValueError("model is missing: give --model_name_or_path")
     try:
+        name, revision = tokenizer_home(model_args.model_name_or_path, model_args.model_revision)
         tokenizer = AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
+            name,
+            revision=revision,
             trust_remote_code=bool(getattr(model_args, "trust_remote_code", False)),
         )
     except Exception as error:  # a damaged folder makes the libraries raise nearly anything

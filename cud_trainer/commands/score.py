@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from ..config import CUDConfig
 from ..data import Samples, check_vocabulary, prepare_samples
 from ..difficulty import METRICS, DifficultyScores
 from ..files import check_new_file
-from ..models.loading import load_causal_lm
+from ..models.loading import load_causal_lm, load_config
 from ..models.trainable import train_only
 from ..objectives.alternatives import with_alternatives
 from ..ownership import check_no_input, check_output_file, owned, same_file
@@ -33,13 +33,17 @@ def score_model(
 ) -> DifficultyScores:
     """Load the model and score it as `args` say; `options` are further ones of `score_difficulty`."""
     trust = bool(getattr(model_args, "trust_remote_code", False))
-    model = load_causal_lm(str(model_args.model_name_or_path), trust_remote_code=trust, **model_options(model_args)).to(
-        args.device
-    )
+    adapter = get_peft_config(model_args)
+    model = load_causal_lm(
+        str(model_args.model_name_or_path),
+        merge_adapter=adapter is not None,
+        trust_remote_code=trust,
+        **model_options(model_args),
+    ).to(args.device)
     if args.trainable_layers is not None:  # what calibration trains
         train_only(model, args.trainable_layers)
     check_vocabulary(tokenizer, model)
-    options = {**args.scoring_options(get_peft_config(model_args)), **options}
+    options = {**args.scoring_options(adapter), **options}
     options.setdefault("template", args.template_context())
     samples: Dataset | Samples = forget
     source = args.unlearning_loss.spec.alternative
@@ -89,7 +93,8 @@ def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, 
     forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
     if any(METRICS[name].needs_circuits for name in data_args.metrics):
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=trust)
+        name, revision = str(model_args.model_name_or_path), model_args.model_revision
+        config = load_config(name, revision=revision, trust_remote_code=trust)
         check_metrics(data_args.metrics, metric_args, config)
     scores = score_model(
         args,

@@ -71,8 +71,8 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
 class GradientRecorder:
     """Turns inputs and output gradients of modules into norms and products as the backward pass meets them.
 
-    While it is `attached`, one forward and one backward pass run; rows of the batch are told apart. What gradient
-    checkpointing repeats inside the backward pass does not count: hang `begin_backward` on the loss.
+    While it is `attached`, one forward and one backward pass run; rows of the batch are told apart. Of what gradient
+    checkpointing runs twice, the first run with a graph counts: hang `begin_backward` on the loss.
     """
 
     def __init__(self, matrices: list[WeightMatrix], direction: list[Tensor] | None = None) -> None:
@@ -102,9 +102,11 @@ class GradientRecorder:
 
     def _hook(self, index: int) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.backward_began:
+            if not torch.is_grad_enabled():  # reentrant checkpointing: the pass with a graph comes in the backward pass
                 return
             if module in self.seen:
+                if self.backward_began:
+                    return
                 raise ValueError(
                     f"{self.matrices[index].name} is used more than once in a pass: its gradient cannot be taken by "
                     "sample"

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors
-from transformers import AutoModelForCausalLM
 
 from ..data.groups import group_labels
 from ..models.fingerprint import model_fingerprint
+from ..models.loading import load_causal_lm
 from ..models.matrices import weight_matrices
 from ..registry import check_numbers
 from .context import DifficultyContext
@@ -71,9 +71,10 @@ def memorization(
     """
     _check_reference("difficulty metric 'memorization'", reference_model=reference_model)
     model = context.model
+    assert reference_model is not None
     try:
-        reference = AutoModelForCausalLM.from_pretrained(reference_model, revision=revision, dtype=model.dtype)
-    except (OSError, ValueError) as error:
+        reference: Any = load_causal_lm(reference_model, revision=revision, dtype=model.dtype)
+    except ValueError as error:
         raise ValueError(f"cannot load the reference model {reference_model!r}: {error}") from None
     sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
     if sizes[0] != sizes[1]:
@@ -145,8 +146,8 @@ def mrd(context: DifficultyContext, *, sigma: float = 0.05, draws: int = 10, rel
     """
     effects = context.noise(float(sigma), draws)
     if relative:
-        return -effects["relative_drop"].double().abs().numpy()
-    return -effects["drop"].double().numpy()
+        return -effects["relative_drop"].cpu().double().abs().numpy()
+    return -effects["drop"].cpu().double().numpy()
 
 
 @register_metric("noise_stability", check=_check_noise)
@@ -156,7 +157,7 @@ def noise_stability(context: DifficultyContext, *, sigma: float = 0.05, draws: i
     (Li et al. 2022, Deep Active Learning with Noise Stability, arXiv 2205.13340.) Options as for `mrd`, and with the
     same ones no further pass.
     """
-    return -context.noise(float(sigma), draws)["deviation"].double().numpy()
+    return -context.noise(float(sigma), draws)["deviation"].cpu().double().numpy()
 
 
 def _check_neighbours(owner: str, *, k: int) -> None:
@@ -168,7 +169,7 @@ def _check_neighbours(owner: str, *, k: int) -> None:
 def atypicality(context: DifficultyContext, *, k: int = 5) -> np.ndarray:
     """Mean cosine distance to the `k` nearest retain samples in hidden space, in [0, 2]: what is unlike all else is
     known by heart, not inferred ("Instance-Level Difficulty: A Missing Perspective in Machine Unlearning", 2024)."""
-    forget, retain = _hidden(context), context.retain_outputs["hidden"].double().numpy()
+    forget, retain = _hidden(context), context.retain_outputs["hidden"].cpu().double().numpy()
     nearest = NearestNeighbors(n_neighbors=min(k, len(retain)), metric="cosine").fit(retain)
     return nearest.kneighbors(forget)[0].mean(1)
 
@@ -180,7 +181,7 @@ def retain_similarity(context: DifficultyContext, *, k: int = 20) -> np.ndarray:
     (Entanglement of forget and retain set: Zhao et al. 2024, What makes unlearning hard and what to do about it, arXiv
     2406.01257.)
     """
-    forget, retain = _hidden(context), context.retain_outputs["hidden"].double().numpy()
+    forget, retain = _hidden(context), context.retain_outputs["hidden"].cpu().double().numpy()
     k = min(k, len(forget) + len(retain) - 1)
     nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(np.concatenate([forget, retain]))
     neighbours = nearest.kneighbors(forget, return_distance=False)
@@ -240,4 +241,4 @@ def random(context: DifficultyContext) -> np.ndarray:
 
 
 def _hidden(context: DifficultyContext) -> np.ndarray:
-    return context.forget_outputs["hidden"].double().numpy()
+    return context.forget_outputs["hidden"].cpu().double().numpy()

@@ -28,9 +28,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def base_causal_lm(model: Any) -> Any:
-    """The transformers model inside wrappers (PEFT, distributed)."""
-    while hasattr(model, "module"):
-        model = model.module
+    """The transformers model inside wrappers (PEFT, distributed, compiled)."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

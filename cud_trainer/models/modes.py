@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -9,9 +10,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 # LoRA initialisations that leave the model's own weights alone; others (PiSSA, OLoRA, ...) take something out of them.
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+# How modules and configurations name the rate at which they drop something in training.
+DROPS = re.compile("drop")
+
+
+@contextmanager
+def drawing_nothing(model: nn.Module) -> Iterator[None]:
+    """A model in training mode draws nothing at random, inside: it says what it says in evaluation mode.
+
+    Modules are in evaluation mode, but for those that checkpointing needs in training mode: of these, and in the
+    configuration, the rates of dropout and of layers that are left out are 0. Switching off `nn.Dropout` would not be
+    enough: most architectures drop out by a function, some draw in their router. All is as it was afterwards.
+    """
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        if module is not model and not hasattr(module, "gradient_checkpointing"):
+            module.training = False
+    rates = list(_rates(model))
+    try:
+        for table, name, _ in rates:
+            table[name] = 0.0
+        yield
+    finally:
+        for table, name, rate in rates:
+            table[name] = rate
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _rates(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, float]]:
+    """Every rate at which a module in training mode may drop something: the table it is in, its name, its value."""
+    for table in [*(vars(module) for module in model.modules() if module.training), *_configs(model)]:
+        yield from ((table, name, rate) for name, rate in table.items() if DROPS.search(name) and _is_rate(rate))
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 @contextmanager
@@ -24,6 +63,39 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+# What a training loop leaves on modules, and on configurations.
+LEFT_ON_MODULES = ("training", "forward", "_original_forward", "gradient_checkpointing", "_gradient_checkpointing_func")
+LEFT_ON_CONFIGS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """What a training loop sets on a model is as it was afterwards: modes, checkpointing, wrapped forward functions,
+    and entries of the configuration. Weights, and modules that were put in, stay."""
+    tables: list[tuple[dict[str, Any], tuple[str, ...]]]
+    tables = [(vars(module), LEFT_ON_MODULES) for module in model.modules()]
+    tables += [(config, LEFT_ON_CONFIGS) for config in _configs(model)]
+    before = [{name: table[name] for name in names if name in table} for table, names in tables]
+    try:
+        yield
+    finally:
+        for (table, names), values in zip(tables, before, strict=True):
+            for name in names:
+                table.pop(name, None)
+            table.update(values)
+
+
+def _configs(model: nn.Module) -> list[dict[str, Any]]:
+    """The tables of all configurations of a model and its parts."""
+    configs: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig):
+            for one in (config, config.get_text_config()):
+                configs[id(one)] = one
+    return [vars(config) for config in configs.values()]
 
 
 @contextmanager

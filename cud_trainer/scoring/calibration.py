@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..data import PairedCollator, Samples
 from ..logprobs import answer_probability
 from ..models.modes import restored_afterwards
+from ..models.trainable import check_trained
 from ..objectives import Reference, UnlearningLoss
 from ..typed import check_options
 
@@ -154,9 +155,11 @@ def calibrate(
         retain: those to keep; without them the objective runs without its retain term.
 
     Raises:
+        ValueError: when it could train nothing.
         CalibrationDiverged: when the run diverges.
     """
     settings = settings.for_data(retain)
+    check_trained(model, settings.peft_config)
     with restored_afterwards(model, settings.peft_config) as trained:
         return _run(trained, forget, retain, settings, progress)
 

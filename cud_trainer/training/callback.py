@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..files import DiskFullError, write_json
+from ..models.trainable import check_gradients
 from .checkpoints import STATE_FILE
 from .progress import DivergenceError
 
@@ -25,14 +26,21 @@ class RunCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+        self.trainer, self._moved = trainer, False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.void.before_step(state.global_step):
-            logger.warning(str(self.trainer.void.reason))
+        trainer, void = self.trainer, self.trainer.void
+        looks = not (self._moved or void.sharded) and void.batch_has_weight(state.global_step)
+        if looks:
+            check_gradients(trainer.model, every_layer=False)
+        if void.before_step(state.global_step):
+            logger.warning(str(void.reason))
             control.should_training_stop = True
+        elif looks and void.began:  # the first gradient that means something: all that is trained must get some of it
+            check_gradients(trainer.model, every_layer=not trainer.inputs.loss.uses_hidden)
+            self._moved = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.stepwise:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from ..config import CUDConfig
 from ..files import LOCK, DiskFullError, check_output_dir, full_disk_named, holds_something
 from ..ownership import MODEL_FILES, REPORT_FILES, check_no_input, clear
@@ -19,6 +21,7 @@ STATE_FILE = "cud_state.json"
 SCORES_FILE = "difficulty.parquet"
 SCHEDULE_FILE = "schedule.parquet"
 REFERENCE_FILE = "reference.safetensors"
+BASE_DIR = "base_model"  # what a new adapter stands on, where an earlier adapter was folded into it
 TEMPLATE_FILE = "template.json"  # what the chat template sees beside the messages, its date above all
 WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
 # What does not go to the hub with a model: `reference.safetensors` has the likely tokens of memorised answers; what a
@@ -36,6 +39,7 @@ RUN_FILES = (
     REFERENCE_FILE,
     TEMPLATE_FILE,
     WORK_DIR,
+    BASE_DIR,
     "trainer_state.json",
     "*_results.json",
     "runs",
@@ -65,7 +69,7 @@ def begun(output: str | Path) -> set[str]:
     """Names in `output` of what a run leaves that ended before its first checkpoint was whole; the trainer checks
     that it was the same run."""
     output = Path(output)
-    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE, TEMPLATE_FILE}
+    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE, TEMPLATE_FILE, BASE_DIR}
     if (output / SCHEDULE_FILE).exists():
         cut_short = {path.name for path in output.glob("checkpoint-*") if not (path / STATE_FILE).exists()}
         names |= {"README.md", *cut_short}
@@ -107,7 +111,7 @@ def remove_cut_short(output: Path) -> None:
 
 def check_starts_anew(output: Path, schedule: Schedule) -> None:
     """Raise `ValueError` when `output` holds more than the same run leaves before its first checkpoint."""
-    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, TEMPLATE_FILE}
+    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, TEMPLATE_FILE, BASE_DIR}
     if _holds_schedule(output / SCHEDULE_FILE, schedule):  # a run that was killed before its first checkpoint
         own_names = begun(output)
     if holds_something(output, own_names):
@@ -158,21 +162,39 @@ def template_to_go_on_with(args: CUDConfig, scores: Any) -> dict[str, Any] | Non
     return getattr(args, "recorded_template", None) if found is None else found
 
 
-def read_state(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """State at `checkpoint`; `ValueError` unless it continues the run of this identity."""
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """State at `checkpoint`; `ValueError` where there is none."""
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
     state = json.loads(path.read_text())
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state of a run")
-    for key, value in identity.items():
-        if state.get(key) != value:
-            raise ValueError(
-                f"cannot resume from {checkpoint}: its {key.replace('_', ' ')} is {state.get(key)}, here it is "
-                f"{value}; model, data, schedule, seed and global batch must be those of the interrupted run"
-            )
     return state
+
+
+def saved_names(folder: str | Path) -> set[str]:
+    """Names of the weights in the files of a model; none where it has no such files."""
+    names: set[str] = set()
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def save_base(model: Any, args: CUDConfig) -> None:
+    """Write the model that a new adapter stands on into the output directory, and let it say so: an adapter names its
+    base model, and where an earlier adapter was folded into that, no other folder holds it."""
+    target = Path(args.output_dir).resolve() / BASE_DIR
+    if args.process_index == 0 and not target.is_dir():
+        staging = target.with_name(f".{BASE_DIR}.{os.getpid()}.tmp")
+        try:
+            with full_disk_named(target):
+                model.save_pretrained(staging)
+                os.replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    model.name_or_path = str(target)
 
 
 @contextmanager

@@ -28,10 +28,11 @@ from ..data.tokenizers import tokenizer_options
 from ..difficulty import DifficultyScores
 from ..difficulty.scores import PRECOMPUTED, merge_metrics
 from ..files import write_json
-from ..models.loading import load_causal_lm
+from ..models.fingerprint import model_fingerprint
+from ..models.loading import adapter_file, load_causal_lm, tokenizer_home
 from ..models.modes import on_device
 from ..models.positions import check_sets
-from ..models.trainable import train_only
+from ..models.trainable import check_trained, train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
@@ -43,6 +44,7 @@ from .checkpoints import (
     recorded_template,
     template_to_go_on_with,
 )
+from .stack import check_stack, warn_of_still_weights
 
 Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
 
@@ -62,6 +64,7 @@ class RunInputs:
         template: what a chat template sees beside the messages.
         scores: difficulty scores made before, in the order of `forget`; `None` when they are to be computed, or when
             the run needs none.
+        merged: whether an earlier adapter was folded into the model, to put `peft_config` on top.
     """
 
     args: CUDConfig
@@ -74,6 +77,7 @@ class RunInputs:
     evaluated: Evaluated
     scores: DifficultyScores | None
     template: TemplateContext
+    merged: bool
 
     @classmethod
     def checked(
@@ -87,6 +91,7 @@ class RunInputs:
         evaluated: Evaluated,
         peft_config: Any,
         scores: DifficultyScores | str | Path | None,
+        own_optimizer: bool = False,
     ) -> RunInputs:
         """The inputs of `CUDTrainer`.
 
@@ -104,11 +109,7 @@ class RunInputs:
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
-        if tokenizer is None:
-            if not isinstance(model, str):
-                raise ValueError("pass the tokenizer as processing_class")
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-        tokenizer = ready_tokenizer(tokenizer, **tokenizer_options(args))
+        tokenizer = _ready_tokenizer(args, model, tokenizer)
         args.chat_template_path = None  # used up; TRL would add its tokens to the model
         template = _template(args, scores)
         forget = standardised(forget, "forget")
@@ -142,11 +143,12 @@ class RunInputs:
                 f"max_steps={args.max_steps} goes beyond the schedule ({steps} steps for {args.passes} passes): "
                 "raise passes"
             )
+        merged = isinstance(model, str) and peft_config is not None and _is_adapter(model, args)
         model = _checked_model(model, args, loss, peft_config)
         check_vocabulary(tokenizer, model)
         check_sets(model, forget=forget_samples, retain=retain_samples)
         inputs = cls(
-            args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, template
+            args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, template, merged
         )
         inputs = replace(inputs, scores=inputs._checked_scores(scores))
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -154,7 +156,15 @@ class RunInputs:
                 "the model's weights are already partitioned by DeepSpeed: difficulty and reference quantities are "
                 "computed before that. Load it without zero.Init (`zero3_init_flag: false`)"
             )
+        check_stack(args, model, own_optimizer=own_optimizer)
+        if peft_config is None:
+            warn_of_still_weights(args, model)
         return replace(inputs, forget=inputs._with_alternatives(forget))
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        """Fingerprint of the model before unlearning; to be read before it is trained."""
+        return model_fingerprint(self.model)
 
     @property
     def paired_retain(self) -> Samples | None:
@@ -285,10 +295,43 @@ def _check_options(
         )
     if peft_config is not None and args.trainable_layers is not None:
         raise ValueError("trainable_layers is for training without an adapter; use layers_to_transform of the adapter")
+    _check_adapter(args, peft_config)
     if loss.uses_retain and retain is None:
         raise ValueError(
             f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
         )
+
+
+def _ready_tokenizer(
+    args: CUDConfig, model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, by default that of the model, as the options of the run want it."""
+    if tokenizer is None:
+        if not isinstance(model, str):
+            raise ValueError("pass the tokenizer as processing_class")
+        home, revision = tokenizer_home(model, dict(args.model_init_kwargs or {}).get("revision"))  # type: ignore[arg-type]
+        tokenizer = AutoTokenizer.from_pretrained(home, revision=revision, trust_remote_code=args.trust_remote_code)
+    return ready_tokenizer(tokenizer, **tokenizer_options(args))
+
+
+def _is_adapter(model: str, args: CUDConfig) -> bool:
+    return adapter_file(model, dict(args.model_init_kwargs or {}).get("revision")) is not None  # type: ignore[arg-type]
+
+
+def _check_adapter(args: CUDConfig, peft_config: Any) -> None:
+    """Raise `ValueError` for an adapter that cannot be trained here, whatever the model is."""
+    if peft_config is None:
+        return
+    if getattr(peft_config, "inference_mode", False):
+        raise ValueError("nothing would be trained: the peft_config has inference_mode=True")
+    if getattr(peft_config, "is_prompt_learning", False):
+        if peft_config.peft_type != "PREFIX_TUNING":
+            raise ValueError(
+                f"adapters of type {str(peft_config.peft_type).rpartition('.')[2]} are not supported: their virtual "
+                "tokens shift the answer; use LoRA or another adapter that leaves the input as it is"
+            )
+        if args.gradient_checkpointing:
+            raise ValueError("prefix tuning needs gradient_checkpointing=False: it works through the cache")
 
 
 def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss, peft_config: Any) -> nn.Module:
@@ -296,15 +339,27 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
     if isinstance(model, str):
         options = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         # As in TRL: full precision weights unless asked otherwise, mixed precision comes from `bf16`.
-        options.setdefault("dtype", "float32")
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", "float32")
         options.setdefault("trust_remote_code", args.trust_remote_code)
-        model = load_causal_lm(model, **options)
+        # A new adapter goes on top of what is there.
+        model = load_causal_lm(model, merge_adapter=peft_config is not None, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
     else:
         check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
+    # Of a compiled model the one that was compiled, whose weights it has: `torch_compile` compiles the training step.
+    model = getattr(model, "_orig_mod", model)
     loss.check_model(model.config)
     if getattr(model, "is_quantized", False) and peft_config is None and not hasattr(model, "peft_config"):
         raise ValueError("the model's weights are quantised and cannot be trained: give a peft_config (QLoRA)")
     if args.trainable_layers is not None:
+        if hasattr(model, "peft_config"):
+            raise ValueError("trainable_layers is for training without an adapter, but the model has one")
         train_only(model, args.trainable_layers)
+    if peft_config is not None and hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model has an adapter, and peft_config asks for another one: merge it first (merge_and_unload), or "
+            "leave out peft_config to train the one that is there"
+        )
+    check_trained(model, peft_config)
     return model

@@ -14,7 +14,6 @@ from transformers.utils import logging
 
 from ..data import PairedCollator
 from ..difficulty import Buckets, DifficultyScores
-from ..models.fingerprint import model_fingerprint
 from ..models.modes import on_device
 from ..objectives.alternatives import alternatives_fingerprint
 from ..resumable import process_state, remove_work
@@ -38,6 +37,7 @@ class RunPlan:
     """What a run will do: equal inputs, equal plan, on every process.
 
     Attributes:
+        model: fingerprint of the model before unlearning.
         scores: difficulty of the forget samples, in their order; `None` without.
         buckets: difficulty buckets of the primary metric; `None` without scores.
         schedule: what is trained, in order.
@@ -48,6 +48,7 @@ class RunPlan:
         weight_within_batches: see `Schedule.weight_within_batches`.
     """
 
+    model: str
     scores: DifficultyScores | None
     buckets: Buckets | None
     schedule: Schedule
@@ -93,7 +94,9 @@ class RunPlan:
         if batch == 1 and np.isfinite(within) and args.max_grad_norm:
             logger.warning(VOID_WEIGHTS.format(what="With one pair per optimizer step"))
         position = {sample_id: row for row, sample_id in enumerate(inputs.forget.ids)}
+        computed_on = None if scores is None else scores.provenance.get("model")
         return cls(
+            str(computed_on or inputs.model_fingerprint),
             scores,
             buckets,
             schedule,
@@ -156,7 +159,7 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
 
 def _origin(inputs: RunInputs) -> dict[str, Any]:
     """What scores must have been made of."""
-    origin = {"model": model_fingerprint(inputs.model), "dataset": inputs.forget.fingerprint}
+    origin = {"model": inputs.model_fingerprint, "dataset": inputs.forget.fingerprint}
     return origin if inputs.forget.template is None else {**origin, "template": inputs.forget.template}
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..logprobs import score_answers
 from ..models.fingerprint import model_fingerprint
+from ..models.modes import drawing_nothing, evaluation_mode, left_as_found
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
 from ..schedule.orders import rank
@@ -60,6 +62,42 @@ def _reference(trainer: Any, inputs: RunInputs, plan: RunPlan) -> Reference:
     if trainer.is_world_process_zero():
         reference.save(path, fingerprint)
     return reference
+
+
+# Nats of a mean answer log-probability that may lie between two forward passes of the same model: rounding.
+SAME = {torch.float64: 1e-6, torch.float32: 0.01}
+SAME_IN_HALF_PRECISION = 0.1
+
+
+@torch.no_grad()
+def check_training_mode(trainer: Any, inputs: RunInputs) -> None:
+    """Raise `ValueError` when the model says something else in training mode than in evaluation mode.
+
+    The log-ratio to the reference would not be 0 at the first step, and what a run follows would be noise. Dropout and
+    its like are off, see `drawing_nothing`; a model's own code may draw in a way of its own.
+    """
+    model, row = trainer.model, min(range(len(inputs.forget)), key=inputs.forget.lengths.__getitem__)
+    device = model.get_input_embeddings().weight.device
+    batch = {key: value.to(device) for key, value in inputs.forget.pad([row]).items()}
+    devices = [device] if device.type == "cuda" else []
+
+    def said() -> float:
+        return float(score_answers(model, dict(batch)).mean_logps)
+
+    with trainer.accelerator.autocast(), torch.random.fork_rng(devices=devices), left_as_found(model):
+        with evaluation_mode(model):
+            before = said()
+        model.train()
+        with drawing_nothing(model):
+            apart = max(abs(said() - before) for _ in range(2))
+    half = inputs.args.bf16 or inputs.args.fp16
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    if apart > (SAME_IN_HALF_PRECISION if half else SAME.get(dtype, SAME_IN_HALF_PRECISION)):
+        raise ValueError(
+            f"the model says something else in training mode than in evaluation mode (by {apart:.3g} nats a token, "
+            "with dropout off): it cannot be compared with what it said before. Use an objective without a reference, "
+            "a retain_loss other than 'kl', and a schedule that does not follow the run"
+        )
 
 
 def _fingerprint(trainer: Any, inputs: RunInputs, served: list[int]) -> str:

@@ -57,10 +57,10 @@ class VoidWatch:
         self._idle = idle
         if self.began:
             return False
-        if (idle or not self._batch_has_weight(step)) and self.retain_loss in ("none", "kl", "activations"):
+        if (idle or not self.batch_has_weight(step)) and self.retain_loss in ("none", "kl", "activations"):
             self.reason = "nothing was unlearned: no forget sample that was served had a weight"
         elif self._is_noise():
-            self.reason = "nothing was unlearned: the gradient is rounding noise, or 0"
+            self.reason = "nothing was unlearned: the gradient is rounding noise"
         else:
             self.began, self.reason = True, None
             return False
@@ -107,7 +107,8 @@ class VoidWatch:
             return None
         return f"nothing was forgotten: the mean forget probability was {start:.4g} and is {end:.4g}"
 
-    def _batch_has_weight(self, step: int) -> bool:
+    def batch_has_weight(self, step: int) -> bool:
+        """Whether a forget sample of the next batch has a weight."""
         rows = slice(step * self.global_batch, (step + 1) * self.global_batch)
         weights = np.array(self.plan.rows["weight"][rows])
         return bool((weights * self.progress.factor[self.plan.rows["forget_index"][rows]]).any())

@@ -105,6 +105,8 @@ def evaluate(argv: list[str]) -> int:
 def measure_models(inputs: EvaluateInputs) -> Measurements:
     """Measure one model after the other; each is gone before the next one comes."""
     args = inputs.args
+    if args.straight_line:
+        check_line(inputs)
     original = measure_original(inputs, args.original_model) if args.original_model else None
     fingerprints = {} if original is None else {"original": original.fingerprint}
     reference = None
@@ -124,9 +126,16 @@ def measure_models(inputs: EvaluateInputs) -> Measurements:
         fingerprint=fingerprint,
         fingerprints=fingerprints,
         faithfulness=None if original is None else original.faithfulness,
-        robustness=measure_robustness(inputs, merged(model), weights, after.sets["forget"]["probability"]),
+        robustness=measure_robustness(inputs, model, weights, after.sets["forget"]["probability"]),
         diverged=diverged,
     )
+
+
+def check_line(inputs: EvaluateInputs) -> None:
+    """Raise `ValueError`, before anything is measured, when no straight line joins the two models."""
+    assert inputs.args.original_model is not None
+    ends = [inputs.load_model(path) for path in (inputs.args.original_model, inputs.model_name_or_path)]
+    robustness.check_same_weights(ends[1], dict(ends[0].named_parameters()))
 
 
 def measure_one(inputs: EvaluateInputs, model: Any, what: str) -> Measured:
@@ -170,7 +179,7 @@ def measure_original(inputs: EvaluateInputs, path: str) -> Original:
             ungroup_kv=circuits.settings.get("ungroup_kv", False),
         )
     if args.straight_line:
-        weights = {name: value.detach().cpu().clone() for name, value in merged(model).named_parameters()}
+        weights = {name: value.detach().cpu().clone() for name, value in model.named_parameters()}
     return Original(measured, fingerprint, faithfulness, weights)
 
 
@@ -217,11 +226,6 @@ def measure_robustness(
             model, inputs.tokenizer, args.lm_eval_tasks, args.lm_eval_include, args.batch_size
         )
     return made
-
-
-def merged(model: Any) -> Any:
-    """The model itself, an adapter folded into its weights."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) -> Results:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -22,9 +21,8 @@ from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
-from cud_trainer.models.loading import load_causal_lm
+from cud_trainer.models.loading import load_causal_lm, merged_adapter
 from cud_trainer.models.positions import check_positions
-from cud_trainer.models.whole import check_adapter
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
@@ -128,6 +126,11 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
     max_length: int | None = field(default=1024, metadata={"help": "The longest sample in tokens."})
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
+    @property
+    def works_on_weights(self) -> bool:
+        """Whether anything is done to the weights of a model, beside measuring it."""
+        return bool(self.quantize or self.straight_line or self.relearn_samples or self.lm_eval_tasks)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_options(self)
@@ -179,8 +182,14 @@ class EvaluateInputs:
         return self.sets["forget"]
 
     def load_model(self, path: str, *, finite: bool = True) -> Any:
-        """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings."""
+        """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings.
+
+        What works on weights later (`works_on_weights`) has to work on the model that was measured: an adapter is
+        folded in first, or refused.
+        """
         model = load_model(path, self.model_options, finite=finite)
+        if self.args.works_on_weights:
+            model = merged_adapter(model, repr(path))
         try:
             check_vocabulary(self.tokenizer, model)
         except ValueError as error:
@@ -304,16 +313,7 @@ def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) ->
     Args:
         finite: refuse weights that are no numbers.
     """
-    try:
-        if (Path(path) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
-            check_adapter(path, model, finite=finite)
-        else:
-            model = load_causal_lm(path, finite=finite, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: one of another base model
-        raise ValueError(f"cannot load a model from {path!r}: {str(error)[:500]}") from None
+    model: Any = load_causal_lm(path, finite=finite, **options)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,14 @@ def quantised(model: nn.Module, bits: int) -> Iterator[nn.Module]:
                 weight.copy_(values)
 
 
+def check_same_weights(model: nn.Module, other: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` naming the first parameter that a model and the weights `other` do not share."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name in [*shapes, *other]:
+        if name not in shapes or name not in other or other[name].shape != shapes[name]:
+            raise ValueError(f"the models differ in {name}: there is no straight line between them")
+
+
 @contextmanager
 def between(model: nn.Module, other: dict[str, Tensor], share: float) -> Iterator[nn.Module]:
     """The model at `(1 - share) * other + share * model`, weight by weight; put back bit for bit.
@@ -113,10 +121,8 @@ def between(model: nn.Module, other: dict[str, Tensor], share: float) -> Iterato
     Raises:
         ValueError: naming the first parameter that the two do not share.
     """
+    check_same_weights(model, other)
     parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if name not in other or other[name].shape != parameter.shape:
-            raise ValueError(f"the models differ in {name}: there is no straight line between them")
     before = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
     try:
         with torch.no_grad():

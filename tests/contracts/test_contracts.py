@@ -110,12 +110,11 @@ def test_uploads_go_through_one_function():
     assert "hf_api" not in base and "upload" not in base and "def push_to_hub" not in base
 
 
-def test_dropout_can_be_disabled():
-    from trl.trainer import disable_dropout_in_model
-
-    module = torch.nn.Sequential(torch.nn.Dropout(0.5))
-    disable_dropout_in_model(module)
-    assert module[0].p == 0
+def test_the_fused_head_hangs_on_the_model_alone(sft):
+    """What the trainer takes off, and puts on where the base class computes its loss."""
+    trainer = sft()
+    assert "forward" in vars(trainer.model) and "fused_lm_head" in inspect.getsource(SFTTrainer.compute_loss)
+    assert "self.compute_loss(" in inspect.getsource(Trainer.training_step)
 
 
 def test_checkpoint_folders(tmp_path):
@@ -131,6 +130,15 @@ def test_everything_is_saved_through_two_methods():
     assert list(inspect.signature(Trainer._save).parameters) == ["self", "output_dir", "state_dict"]
     assert list(inspect.signature(SFTTrainer._save_checkpoint).parameters) == ["self", "model", "trial"]
     assert "self._save(output_dir" in inspect.getsource(Trainer.save_model)
+
+
+def test_checkpoints_are_loaded_through_three_methods():
+    assert list(inspect.signature(Trainer._load_from_checkpoint).parameters)[:2] == ["self", "resume_from_checkpoint"]
+    assert list(inspect.signature(Trainer._load_best_model).parameters) == ["self"]
+    assert list(inspect.signature(Trainer._load_optimizer_and_scheduler).parameters) == ["self", "checkpoint"]
+    loop = inspect.getsource(Trainer)
+    for name in ("_load_from_checkpoint(", "_load_best_model()", "_load_optimizer_and_scheduler("):
+        assert f"self.{name}" in loop
 
 
 def test_taking_an_adapter_off_needs_what_calibration_puts_back():

@@ -36,3 +36,8 @@ def test_a_trainer_drops_columns_of_a_given_dataset(tmp_path):
 
 def test_the_wandb_callback_keeps_its_module():
     assert "self._wandb = wandb" in inspect.getsource(WandbCallback)
+
+
+def test_a_compiled_model_keeps_the_model():
+    model = torch.nn.Linear(1, 1)
+    assert torch.compile(model, backend="eager")._orig_mod is model and not hasattr(model, "_orig_mod")

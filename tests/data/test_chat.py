@@ -10,6 +10,7 @@ from builders import make_model, make_tokenizer, qa_dataset
 from command_lines import data, train
 from datasets import Dataset
 
+from cud_trainer import CUDConfig
 from cud_trainer.cli import main
 from cud_trainer.data import (
     TemplateContext,
@@ -21,6 +22,7 @@ from cud_trainer.data import (
 )
 from cud_trainer.data import template as template_module
 from cud_trainer.logprobs import answer_probability, score_answers
+from cud_trainer.training.checkpoints import template_to_go_on_with
 
 TURNS = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}<eos>\n"
@@ -199,8 +201,8 @@ def test_one_day_from_scores_to_report(tmp_path, monkeypatch):
     assert main(train(tmp_path, out, *options)) == 0
     assert json.loads((out / "template.json").read_text())["date"] == "2026-11-26"
     evaluate = ["evaluate", "--model_name_or_path", str(out), "--forget_dataset", str(tmp_path / "forget.jsonl")]
-    evaluate += ["--generate", "false", "--n_buckets", "2"]
-    for name, more in (("a", ["--scores", str(scores)]), ("b", [])):  # the model's folder says it, too
+    evaluate += ["--generate", "false"]
+    for name, more in (("a", ["--scores", str(scores), "--n_buckets", "2"]), ("b", [])):  # the model's folder says it, too
         assert main([*evaluate, *more, "--output_dir", str(tmp_path / name)]) == 0
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert "2026-11-26" in json.dumps(results)
@@ -233,3 +235,25 @@ def test_a_tokenizer_as_the_options_want_it(tmp_path):
         tokenizer = make_tokenizer()
         tokenizer.add_tokens(["<new>"])
         check_vocabulary(tokenizer, make_model())
+
+
+def test_a_study_has_one_day(tmp_path):
+    """The one on which it began, also for cells that run after midnight."""
+    from evaluation.study.engine import _day_of
+
+    assert _day_of(tmp_path) == datetime.date.today().isoformat() or datetime.datetime.now().hour == 0
+    (tmp_path / "study.json").write_text(json.dumps({"shared": {"day": "2026-11-26"}}))
+    assert _day_of(tmp_path) == "2026-11-26"
+    args = CUDConfig(str(tmp_path / "run"), use_cpu=True, bf16=False)
+    args.recorded_template = {"date": "2026-11-26"}
+    assert args.template_context(template_to_go_on_with(args, None)).day == FIRST
+
+
+def test_a_resumed_run_goes_on_with_its_day(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "cud_state.json").write_text(json.dumps({"template": {"date": "2026-11-26"}}))
+    for resume in ("true", str(tmp_path / "checkpoint-2")):
+        args = CUDConfig(str(tmp_path), use_cpu=True, bf16=False, overwrite=True, resume_from_checkpoint=resume)
+        assert args.template_context(template_to_go_on_with(args, None)).day == FIRST
+    args = CUDConfig(str(tmp_path), use_cpu=True, bf16=False, chat_template_kwargs={"date_string": "1 May 2020"})
+    assert args.template_context({"date": "2026-11-26"}).day == datetime.date(2020, 5, 1)  # what is asked for

@@ -82,7 +82,7 @@ def test_arms_run_and_are_judged(world, tmp_path, cells_in_process):
         ({"a": {"max_steps": 1}}, "arm 'a': 'max_steps' is set by the study itself"),
         ({"a": {"seed": 1}}, "arm 'a': 'seed' is no option of an arm"),
         ({"a": ["uniform"]}, "arm 'a' must be a mapping of options"),
-        (["uniform"], "arms must be a mapping of names to options"),
+        (["uniform"], "arms must be a mapping"),
         ({"a": {"difficulty": "oracle"}}, "arm 'a': difficulty 'oracle' needs an arm called 'uniform'"),
         ({"a": {"equal_compute": "yes"}}, "arm 'a': equal_compute must be true or false, got 'yes'"),
     ],

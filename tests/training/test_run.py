@@ -308,7 +308,8 @@ class TestTrainablePart:
 
 
 class TestWeights:
-    def test_share_of_the_update_against_gradients_one_by_one(self, tmp_path):
+    @pytest.mark.parametrize("reentrant", [False, True], ids=["a graph at once", "reentrant"])
+    def test_share_of_the_update_against_gradients_one_by_one(self, tmp_path, reentrant):
         """Norm of each sample's own part of the step's gradient, taken by autograd."""
         options = {
             "schedule": "upweight_hard",
@@ -320,7 +321,10 @@ class TestWeights:
             "log_update_share": True,
             "save_strategy": "no",
         }
-        trainer = make_trainer(tmp_path / "out", gradient_checkpointing=True, **options)
+        kind = {"use_reentrant": reentrant}
+        trainer = make_trainer(
+            tmp_path / "out", gradient_checkpointing=True, gradient_checkpointing_kwargs=kind, **options
+        )
         matrices = [p for p in trainer.model.parameters() if p.ndim > 1]
         order, buckets = trainer.schedule.order, trainer.buckets
         kept = {sample["sample_id"]: sample for sample in trainer.retain}

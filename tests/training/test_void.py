@@ -34,13 +34,13 @@ def test_where_only_the_retain_loss_trains_it_is_said(tmp_path, caplog):
     )
 
 
-@pytest.fixture(params=[0.0, 1e-18])
-def flat(request):
-    """An objective whose gradient is as large as asked: nothing, or rounding noise."""
+@pytest.fixture
+def flat():
+    """An objective whose gradient is rounding noise."""
 
     @register_objective("flat", retain_loss="none")
     def flat(mean_logps):
-        return mean_logps * request.param
+        return mean_logps * 1e-18
 
     yield "flat"
     OBJECTIVES.pop("flat")
@@ -51,7 +51,7 @@ def test_rounding_noise_is_no_gradient(tmp_path, flat):
     before = checksum(trainer.model)
     trainer.train()
     assert checksum(trainer.model) == before
-    assert trainer.void_reason() == "nothing was unlearned: the gradient is rounding noise, or 0"
+    assert trainer.void_reason() == "nothing was unlearned: the gradient is rounding noise"
 
 
 def test_a_learning_rate_of_zero_moves_nothing(tmp_path):

@@ -1,0 +1,131 @@
+"""What TRL, transformers and the machine would refuse in a run, refused before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from ..config import CUDConfig
+from ..models.layers import base_causal_lm
+from ..models.matrices import weight_matrices
+from ..models.trainable import movable_share
+from .hooks import make_repository
+
+logger = logging.get_logger(__name__)
+MOST = 0.9  # of the weights: fewer that can move are worth a word
+# What packages raise that lack another one, or an option.
+REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+
+
+def check_stack(args: CUDConfig, model: nn.Module, *, own_optimizer: bool) -> None:
+    """Raise `ValueError` naming the option that this model or machine cannot have.
+
+    Args:
+        own_optimizer: whether the user brings optimizer and scheduler.
+    """
+    _check_trackers(args)
+    if not own_optimizer:
+        _check_optimizer(args, model)
+    devices = getattr(model, "hf_device_map", None) or {}
+    if args.n_gpu > 1 and len(set(devices.values())) < 2:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process: start with `accelerate launch` or `torchrun`, or make one "
+            "visible (CUDA_VISIBLE_DEVICES)"
+        )
+    checkpointed = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+    base = base_causal_lm(model)
+    if checkpointed and not getattr(base, "supports_gradient_checkpointing", True):
+        raise ValueError(f"{type(base).__name__} has no gradient checkpointing: set gradient_checkpointing to False")
+    if args.log_update_share:
+        try:
+            weight_matrices(model)
+        except ValueError as error:
+            raise ValueError(f"log_update_share cannot be: {error}") from None
+    if args.push_to_hub and args.process_index == 0:
+        try:
+            make_repository(args)
+        except Exception as error:  # of the network, the hub, or a token
+            raise ValueError(f"push_to_hub: cannot make the repository: {str(error)[:300]}") from error
+
+
+def warn_of_still_weights(args: CUDConfig, model: nn.Module) -> None:
+    """Say how many of the weights can move, where they are in bfloat16 and most are too large for such steps."""
+    share = movable_share(model, args.learning_rate)
+    if share is not None and share < MOST and args.learning_rate:
+        logger.warning(
+            f"the weights to train are bfloat16, and {share:.0%} of them can move at learning_rate="
+            f"{args.learning_rate:g}: in the others a step of that size rounds to nothing. Load them in float32 "
+            "(dtype float32; bf16 keeps the speed), train an adapter (LoRA), or raise the rate"
+        )
+
+
+def _check_trackers(args: CUDConfig) -> None:
+    for name in args.report_to or ():
+        try:
+            for tracker in get_reporting_integration_callbacks([name]):
+                tracker()
+        except REFUSALS as error:
+            raise ValueError(f"report_to {name!r}: {str(error)[:300]}") from error
+
+
+def _check_optimizer(args: CUDConfig, model: nn.Module) -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    try:
+        kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(args, base_causal_lm(model))
+        if kind.__module__.startswith("torch.optim"):
+            kind([weight], **options)
+    except REFUSALS as error:
+        raise ValueError(f"optim {getattr(args.optim, 'value', args.optim)!r}: {str(error)[:300]}") from error
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if name == "constant" and args.lr_scheduler_kwargs:
+        raise ValueError(f"lr_scheduler_type 'constant' has no options, got {args.lr_scheduler_kwargs}")
+    steps = 10  # of a run that is not made
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([weight], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+    except REFUSALS as error:
+        raise ValueError(f"lr_scheduler_type {name!r}: {str(error)[:300]}") from error
+
+
+def check_best_metric(args: CUDConfig, evaluated: Any, *, retain: bool, own_metrics: bool) -> None:
+    """Raise `ValueError` when checkpoints are to be compared by a metric that no evaluation of this run has.
+
+    Args:
+        evaluated: the user's datasets for an evaluation loss, if any.
+        retain: whether there is a retain set.
+        own_metrics: whether the user computes metrics, whose names are not known.
+    """
+    compares = args.load_best_model_at_end or str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
+    plateau = "plateau" in str(args.lr_scheduler_type)
+    if args.metric_for_best_model is None or not (compares or plateau) or own_metrics:
+        return
+    name = args.metric_for_best_model.removeprefix("eval_")
+    known = ["balance", "forget_prob", *(["retain_prob"] if retain else [])]
+    if args.difficulty is not None:
+        known += [f"forget_prob/bucket_{number}" for number in range(1, args.n_buckets + 1)]
+    if isinstance(evaluated, dict):
+        known += [f"{part}_loss" for part in evaluated]
+    elif evaluated is not None:
+        known.append("loss")
+    prefixes = [f"{part}_" for part in evaluated] if isinstance(evaluated, dict) else [""]
+    of_trl = evaluated is not None and any(
+        name.startswith(prefix) and re.fullmatch("entropy|mean_token_accuracy|aux_loss", name.removeprefix(prefix))
+        for prefix in prefixes
+    )
+    if name not in known and not of_trl:
+        raise ValueError(
+            f"metric_for_best_model {args.metric_for_best_model!r} is measured by no evaluation of this run; choose "
+            f"one of {known}"
+        )
