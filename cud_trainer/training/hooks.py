@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers.trainer
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from ..config import CUDConfig
@@ -141,35 +139,6 @@ class SFTTrainerHooks(SFTTrainer):
     def load_weights(self, checkpoint: str) -> None:
         """Put the weights of a checkpoint into the model."""
         self._load_from_checkpoint(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As in the base class, and what that leaves out."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_renamed(resume_from_checkpoint, self.model if model is None else model)
-
-    def _load_best_model(self) -> None:
-        """As in the base class, and what that leaves out."""
-        super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
-            self._load_renamed(self.state.best_model_checkpoint, self.model)
-
-    def _load_renamed(self, checkpoint: str, model: Any) -> None:
-        """Load what is saved under other names than the model's own: experts, the output projection of GPT-NeoX.
-
-        Files have the names of old; only `from_pretrained` translates them. The base class drops such weights.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(model, PreTrainedModel):
-            return
-        saved: set[str] = set()
-        for path in Path(checkpoint).glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                saved |= set(file.keys())
-        state = model.state_dict()
-        known = {tensor.data_ptr() for name, tensor in state.items() if name in saved}  # tied weights are saved once
-        if not saved or all(name in saved or tensor.data_ptr() in known for name, tensor in state.items()):
-            return
-        loaded = type(model).from_pretrained(checkpoint, config=model.config, dtype="auto")
-        model.load_state_dict(loaded.state_dict())
 
     # -- saving ----------------------------------------------------------------------------------------------------
 

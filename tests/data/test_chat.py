@@ -202,7 +202,10 @@ def test_one_day_from_scores_to_report(tmp_path, monkeypatch):
     assert json.loads((out / "template.json").read_text())["date"] == "2026-11-26"
     evaluate = ["evaluate", "--model_name_or_path", str(out), "--forget_dataset", str(tmp_path / "forget.jsonl")]
     evaluate += ["--generate", "false"]
-    for name, more in (("a", ["--scores", str(scores), "--n_buckets", "2"]), ("b", [])):  # the model's folder says it, too
+    for name, more in (
+        ("a", ["--scores", str(scores), "--n_buckets", "2"]),
+        ("b", []),
+    ):  # the model's folder says it, too
         assert main([*evaluate, *more, "--output_dir", str(tmp_path / name)]) == 0
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert "2026-11-26" in json.dumps(results)
