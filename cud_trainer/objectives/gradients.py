@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..models.layers import widest_float
-from ..models.layers import widest_float
 from ..registry import Registry, check_options
 from .registry import positive
 
