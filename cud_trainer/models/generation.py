@@ -60,11 +60,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return set()
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}]
     try:
-<<<<<<< HEAD
         (text,) = apply_chat_template(tokenizer, [chat], tokenize=False)
-=======
-        text = apply_chat_template(tokenizer, [chat], tokenize=False)[0]
->>>>>>> house
     except Exception:  # a template may raise anything, and this chat need not suit it
         return set()
     _, found, rest = str(text).rpartition(MARK)
