@@ -76,6 +76,8 @@ RANGES: dict[str, tuple[float, float] | tuple[float, float, str]] = {
     "lora_alpha": (1, MANY),
     "lora_dropout": (0, 1, ")"),
 }
+# Values that the stack takes, or makes itself, beside the type that it gives the field: one name of several as it is.
+ALSO: dict[str, type] = {"lora_target_modules": str, "fsdp": bool}
 # Where an empty text says something.
 MAY_BE_EMPTY = {"difficulty", "debug", "fsdp"}
 
@@ -98,6 +100,7 @@ def check_options(options: Any, *, strict: bool = True) -> None:
             value = plain
         # The types that the stack gives its fields leave out what it makes of them itself.
         unsaid = not strict and (not _is_plain(value) or (value is None and name not in RANGES))
+        unsaid = unsaid or isinstance(value, ALSO.get(name, ()))
         if not fits(value, hint) and not unsaid:
             raise ValueError(f"{name} must be {described(hint)}, got {shown(value)}")
         if value == "" and name not in MAY_BE_EMPTY:
@@ -116,7 +119,8 @@ def check_values(kind: type, values: dict[str, Any], where: str) -> None:
         hint = _hints(kind).get(name)
         if hint is None:
             continue
-        if _is_plain(value) and not fits(value, hint) and not (value is None and name not in RANGES):
+        unsaid = isinstance(value, ALSO.get(name, ())) or (value is None and name not in RANGES)
+        if _is_plain(value) and not fits(value, hint) and not unsaid:
             raise ValueError(f"{where}: {name} must be {described(hint)}, got {shown(value)}")
         try:
             check_number(name, value)

@@ -53,6 +53,7 @@ def _positions(base: nn.Module) -> Positions:
             isinstance(module, nn.Embedding)
             and ("position" in last or last in ("wpe", "pos_emb"))
             and "relative" not in last
+            and "vision" not in name
         ):
             offset = getattr(module, "offset", 0)
             if module.padding_idx is not None and not offset:

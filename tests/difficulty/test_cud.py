@@ -195,7 +195,7 @@ class TestFormula:
             ({"variant": "paper", "k": True}, "or 'all', got True"),
             ({"anchor_share": "0.3"}, "'anchor_share' of CUD must be a number, got '0.3'"),
             ({"anchor_share": 0}, "anchor_share must be in \\(0, 0.5\\], got 0"),
-            ({"anchor_share": float("nan")}, "anchor_share must be in"),
+            ({"anchor_share": float("nan")}, "'anchor_share' of CUD must be a finite number"),
         ],
     )
     def test_refusals(self, options, message):

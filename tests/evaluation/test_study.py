@@ -301,8 +301,11 @@ def test_other_settings_are_refused_unless_they_may_replace(world, finished, cap
         ({"grid": [{"seed": [1]}, {}]}, "grid is empty"),
         ({"grid": {"seed": [1]}, "relearn_samples": -1}, "relearn_samples must be at least 0"),
         ({"grid": {"seed": [1]}, "tuning_seeds": 0}, "tuning_seeds must be at least 1"),
-        ({"grid": {"seed": [1]}, "tune_on": "worst"}, "tune_on must be 'hardest' or 'all' or 'endpoint', got 'worst'"),
-        ({"grid": {"seed": [1]}, "end_below": 1.0}, "end_below must be at least 0 and below 1"),
+        (
+            {"grid": {"seed": [1]}, "tune_on": "worst"},
+            "tune_on must be one of ['hardest', 'all', 'endpoint'], got 'worst'",
+        ),
+        ({"grid": {"seed": [1]}, "end_below": 1.0}, "end_below must be below 1, got 1.0"),
         ({"grid": {"seed": [1, 2], "retain_weight": [1, 4]}, "tuning_seeds": 2}, "leaves no seed to report on: 2 in"),
         ({"grid": {"seed": [1]}, "utility_dataset": "nowhere.jsonl"}, "utility dataset nowhere.jsonl does not exist"),
         ({"grid": {"difficulty_scores": ["no.parquet"]}}, "cannot read difficulty scores from no.parquet"),

@@ -498,7 +498,7 @@ class TestStep:
             ({"objective_args": {"gamma": 1}}, "objective 'npo' has no option 'gamma'; it has \\['beta', 'beta_by'\\]"),
             ({"objective": "ga", "objective_args": {"beta": 1}}, "it has none"),
             ({"objective_args": {"beta": 0}}, "'beta' of objective 'npo' must be positive, got 0"),
-            ({"objective_args": {"beta": float("nan")}}, "must be positive"),
+            ({"objective_args": {"beta": float("nan")}}, "must be a finite number"),
             ({"objective_args": {"beta": "0.1"}}, "must be a number, got '0.1'"),
             ({"objective_args": {"beta": True}}, "must be a number, got True"),
             ({"objective": "simnpo", "objective_args": {"gamma": None}}, "must be a number, got None"),
