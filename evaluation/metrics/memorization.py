@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,7 +49,7 @@ def extraction_strength(correct: Sequence[bool], *, corrected: bool = False) -> 
 @torch.no_grad()
 def teacher_forced(
     model: PreTrainedModel,
-    prepared: Samples,
+    prepared: Samples | Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
@@ -65,7 +66,7 @@ def teacher_forced(
     """
     device = model.get_input_embeddings().weight.device
     stop = torch.tensor(stop_tokens(tokenizer, model), device=device, dtype=torch.long)
-    prepared = prepared.measured
+    prepared = with_pad_token(prepared, tokenizer).measured
     values = {name: np.zeros(len(prepared)) for name in (*TEACHER_FORCED, *TOKEN_STATISTICS)}
     with evaluation_mode(model):
         for rows, batch in prepared.batches(batch_size, device=device, desc=desc):
@@ -88,7 +89,7 @@ def teacher_forced(
 
 def generate_answers(
     model: PreTrainedModel,
-    prepared: Samples,
+    prepared: Samples | Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
@@ -108,7 +109,7 @@ def generate_answers(
         seed: of sampling.
     """
     stop = stop_tokens(tokenizer, model)
-    prompts, limits, prepared = [], [], prepared.measured
+    prompts, limits, prepared = [], [], with_pad_token(prepared, tokenizer).measured
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
         start = answer_start(labels)
         prompts.append(list(tokens[:start]))
@@ -127,18 +128,31 @@ def generate_answers(
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in written]
 
 
+def with_pad_token(prepared: Samples | Dataset, tokenizer: PreTrainedTokenizerBase) -> Samples:
+    """The samples as they are, or those of a prepared dataset (`prepare_dataset`)."""
+    if isinstance(prepared, Samples):
+        return prepared
+    missing = [column for column in ("sample_id", "input_ids", "labels") if column not in prepared.column_names]
+    if missing:
+        raise ValueError(f"the dataset is not prepared: it has no column {missing[0]!r} (see prepare_dataset)")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Samples(prepared, int(pad))  # type: ignore[arg-type]
+
+
 def answer_start(labels: Sequence[int]) -> int:
     """Where the answer's first token that can be predicted stands: the first token of a sequence cannot."""
     return max(1, next(place for place, label in enumerate(labels) if label != IGNORE_INDEX))
 
 
-def true_answers(prepared: Samples, tokenizer: PreTrainedTokenizerBase, stop: Collection[int] = ()) -> list[str]:
+def true_answers(
+    prepared: Samples | Dataset, tokenizer: PreTrainedTokenizerBase, stop: Collection[int] = ()
+) -> list[str]:
     """Text of the answer of each sample from `answer_start` on, without special tokens, `[N]`.
 
     Args:
         stop: tokens that end an answer: nothing behind the first of them counts.
     """
-    texts, prepared = [], prepared.measured
+    texts, prepared = [], with_pad_token(prepared, tokenizer).measured
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
         last = next(place for place in reversed(range(len(labels))) if labels[place] != IGNORE_INDEX)
         answer = list(tokens[answer_start(labels) : last + 1])
@@ -149,7 +163,7 @@ def true_answers(prepared: Samples, tokenizer: PreTrainedTokenizerBase, stop: Co
 
 def evaluate_memorization(
     model: PreTrainedModel,
-    prepared: Samples,
+    prepared: Samples | Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,

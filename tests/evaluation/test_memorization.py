@@ -5,7 +5,7 @@ import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
 
-from cud_trainer.data import prepare_samples
+from cud_trainer.data import prepare_dataset, prepare_samples
 from cud_trainer.logprobs import answer_probability
 from evaluation.metrics.memorization import (
     GENERATED,
@@ -106,3 +106,12 @@ class TestOnAModel:
         model, tokenizer, data = memorised
         expected = teacher_forced(model, data, tokenizer)["probability"]
         np.testing.assert_allclose(answer_probability(model, data, batch_size=5), expected, rtol=1e-4)
+
+
+def test_a_prepared_dataset_does_as_samples_do(model, tokenizer):
+    """`prepare_dataset` returns a dataset: the measures take it, too, and name what is not prepared."""
+    dataset, samples = (kind(qa_dataset(3), tokenizer) for kind in (prepare_dataset, prepare_samples))
+    ours, same = (evaluate_memorization(model, part, tokenizer) for part in (dataset, samples))
+    assert {name: values.tolist() for name, values in ours.items()} == {n: v.tolist() for n, v in same.items()}
+    with pytest.raises(ValueError, match="not prepared: it has no column 'sample_id'"):
+        evaluate_memorization(model, qa_dataset(3), tokenizer)
