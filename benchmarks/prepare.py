@@ -84,7 +84,10 @@ def main() -> None:
     )
     few = data.select(range(min(1000, len(data))))
     for tokenizer in (plain, chat):
-        assert prepare_dataset(few, tokenizer).to_dict() == row_by_row(few, tokenizer).to_dict()
+        assert (
+            prepare_dataset(few, tokenizer).select_columns(["sample_id", "input_ids", "labels"]).to_dict()
+            == row_by_row(few, tokenizer).to_dict()
+        )
     prepared = prepare_dataset(data, plain)
     assert dataset_fingerprint(prepared) == listed_fingerprint(prepared)
     halves = [prepared.select(range(half, args.rows, 2)) for half in (0, 1)]
