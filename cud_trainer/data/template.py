@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .timeout import apply_chat_template
@@ -190,14 +191,17 @@ class Renderer:
         if "strftime_now" in template:
             template = OWN_CLOCK + template
             given["clock"] = self._clock()
-        return apply_chat_template(
-            self.tokenizer,
-            conversations,
-            chat_template=template,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **given,
-        )
+        try:
+            return apply_chat_template(
+                self.tokenizer,
+                conversations,
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **given,
+            )
+        except (ValueError, LookupError, AttributeError, ArithmeticError) as error:  # of the template's own code
+            raise TemplateError(f"{type(error).__name__}: {error}") from None
 
     def _clock(self) -> list[tuple[str, str]]:
         """What every directive of `strftime` is at noon of the day, those with a sign first."""

@@ -260,3 +260,10 @@ def test_a_resumed_run_goes_on_with_its_day(tmp_path):
         assert args.template_context(template_to_go_on_with(args, None)).day == FIRST
     args = CUDConfig(str(tmp_path), use_cpu=True, bf16=False, chat_template_kwargs={"date_string": "1 May 2020"})
     assert args.template_context({"date": "2026-11-26"}).day == datetime.date(2020, 5, 1)  # what is asked for
+
+
+def test_whatever_a_template_raises_names_the_sample():
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ messages[0]['content'].index('nowhere') }}"
+    with pytest.raises(ValueError, match="forget sample 0: the chat template refuses it: ValueError: substring"):
+        prepare_samples(qa_dataset(2), tokenizer, name="forget")
