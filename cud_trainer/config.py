@@ -20,7 +20,7 @@ from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
-from .stack_options import OVERRIDABLE, check_stack_options, higher_is_better
+from .stack_options import check_stack_options, higher_is_better
 from .typed import check_numbers_within, check_options
 
 logger = logging.get_logger(__name__)
@@ -318,27 +318,6 @@ class CUDConfig(TemplateArguments, SFTConfig):
         elif self.schedule_metrics:
             raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")
         self._check_objective(loss)
-        for name, smallest in (
-            ("passes", 1),
-            ("n_buckets", 1),
-            ("folds", 2),
-            ("reference_top_k", 1),
-            ("eval_retain_samples", 1),
-            ("scoring_batch_bytes", 1),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
-        if not 0 < self.calibration_share <= 1:
-            raise ValueError(f"calibration_share must be in (0, 1], got {self.calibration_share!r}")
-        for name in ("retain_weight", "learning_rate"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must not be negative, nor infinite, got {getattr(self, name)!r}")
-        fixed = [name for name in self.override or () if name not in OVERRIDABLE]
-        if fixed:
-            raise ValueError(
-                f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"
-            )
         self._check_step(loss)
         self._check_accelerator()
 

@@ -69,6 +69,8 @@ RANGES: dict[str, tuple[float, float] | tuple[float, float, str]] = {
     "snapshot_every": (1, MANY),
     "retain_eval_samples": (1, MANY),
     "tuning_seeds": (1, MANY),
+    "heldout_samples": (1, MANY),
+    "extensions": (0, MANY),
     "end_below": (0, 1, ")"),
     "epochs": (1, 100_000),
     "report_seeds": (2, 1024),

@@ -76,14 +76,8 @@ class DemoArguments:
         check_options(self)
         if not self.retain_weights or any(not weight > 0 for weight in self.retain_weights):
             raise ValueError(f"retain_weights must be positive, got {self.retain_weights}")
-        if self.report_seeds < 2:
-            raise ValueError(f"report_seeds must be at least 2 (the ceiling compares seeds), got {self.report_seeds}")
         if not 0 < self.retain_level < 1:
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
 
 
 def main(argv: list[str]) -> int:

@@ -173,14 +173,25 @@ def _joined(lists: pa.ListArray) -> pa.StringArray:
 
 def check_disjoint(forget: Samples, retain: Samples) -> None:
     """Raise `ValueError` naming the first forget sample that is also a retain sample, by id or by content."""
-    retain_ids = set(retain.ids)
-    retain_content = dict(zip(_contents(retain), retain.ids, strict=True))
-    for sample_id, content in zip(forget.ids, _contents(forget), strict=True):
-        if sample_id in retain_ids:
-            raise ValueError(f"sample {sample_id!r} is in both the forget and the retain dataset")
-        if content in retain_content:
-            other = retain_content[content]
-            raise ValueError(f"forget sample {sample_id!r} has the same content as retain sample {other!r}")
+    sample_id, other = first_shared(forget, retain)
+    if other is not None:
+        raise ValueError(f"forget sample {sample_id!r} has the same content as retain sample {other!r}")
+    if sample_id is not None:
+        raise ValueError(f"sample {sample_id!r} is in both the forget and the retain dataset")
+
+
+def first_shared(ours: Samples, others: Samples) -> tuple[str | None, str | None]:
+    """The first of our samples that is also in `others`, and the id that it has there if only the content is the same.
+
+    Both are `None` where no sample is shared.
+    """
+    ids, contents = set(others.ids), dict(zip(_contents(others), others.ids, strict=True))
+    for sample_id, content in zip(ours.ids, _contents(ours), strict=True):
+        if sample_id in ids:
+            return sample_id, None
+        if content in contents:
+            return sample_id, contents[content]
+    return None, None
 
 
 def _contents(samples: Samples) -> Iterator[bytes]:

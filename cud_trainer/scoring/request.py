@@ -90,10 +90,6 @@ class ScoringRequest:
         check_numbers_within("circuit_args", self.circuit_args)
         check_metrics(self.metrics, self.metric_args, model)
         check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
-        batch_size = 1 if self.batch_size is None else self.batch_size
-        for name, value in (("batch_size", batch_size), ("batch_bytes", self.batch_bytes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.save_circuits is not None:
             if self.work_dir is not None and _within(self.save_circuits, self.work_dir):
                 raise ValueError(f"save_circuits {self.save_circuits} lies in work_dir, which is removed at the end")

@@ -37,7 +37,6 @@ RUN_FILES = (
     SCHEDULE_FILE,
     TEMPLATE_FILE,
     REFERENCE_FILE,
-    TEMPLATE_FILE,
     WORK_DIR,
     BASE_DIR,
     "trainer_state.json",

@@ -61,8 +61,6 @@ class ImportArguments:
         check_void(self, {"metric": "scores", "n_buckets": "scores"})
         if not self.open_unlearning:
             raise ValueError("there is nothing to import: give --open_unlearning TOFU_EVAL.json")
-        if self.n_buckets < 1:
-            raise ValueError(f"n_buckets must be at least 1, got {self.n_buckets}")
 
 
 def import_results(

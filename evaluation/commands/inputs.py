@@ -22,7 +22,7 @@ from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.models.loading import load_causal_lm, merged_adapter
-from cud_trainer.models.positions import check_positions
+from cud_trainer.models.positions import check_sets
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
@@ -135,14 +135,9 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
         super().__post_init__()
         check_options(self)
         check_void(self, NEEDS)
-        for name, least in (("n_buckets", 1), ("batch_size", 1), ("samples", 0), ("relearn_samples", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.temperature > 0 or not self.relearn_rate > 0:
-            raise ValueError("temperature and relearn_rate must be positive")
         if any(bits not in (4, 8) for bits in self.quantize):
             raise ValueError(f"quantize takes 8 and 4 bits, got {self.quantize}")
-        if self.relearn_samples and (not self.relearn_steps or min(self.relearn_steps) < 1):
+        if self.relearn_samples and not self.relearn_steps:
             raise ValueError(f"relearn_steps must be at least 1, got {self.relearn_steps}")
         if self.straight_line and not self.original_model:
             raise ValueError("the straight line starts at the original model: give --original_model")
@@ -194,8 +189,7 @@ class EvaluateInputs:
             check_vocabulary(self.tokenizer, model)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
-        for name, samples in self.sets.items():
-            check_positions(model, name, samples.ids, samples.lengths)
+        check_sets(model, **self.sets)
         return model
 
 

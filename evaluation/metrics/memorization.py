@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cud_trainer.data import IGNORE_INDEX, Samples
+from cud_trainer.data import IGNORE_INDEX, PREPARED, Samples
 from cud_trainer.logprobs import AnswerScores, score_answers, wide
 from cud_trainer.models.generation import Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
@@ -132,7 +132,7 @@ def with_pad_token(prepared: Samples | Dataset, tokenizer: PreTrainedTokenizerBa
     """The samples as they are, or those of a prepared dataset (`prepare_dataset`)."""
     if isinstance(prepared, Samples):
         return prepared
-    missing = [column for column in ("sample_id", "input_ids", "labels") if column not in prepared.column_names]
+    missing = [column for column in PREPARED if column not in prepared.column_names]
     if missing:
         raise ValueError(f"the dataset is not prepared: it has no column {missing[0]!r} (see prepare_dataset)")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

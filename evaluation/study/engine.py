@@ -14,22 +14,21 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from trl import ModelConfig
 
-from cud_trainer.commands.options import DataArguments, inputs_of, load_tokenizer
-from cud_trainer.data import check_disjoint, prepare_samples
+from cud_trainer.commands.options import DataArguments, inputs_of
 from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
 from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
 
 from ..endpoint import worst_quarter
+from .data import StudyData
 from .extend import grow, is_wanted
 from .grid import Cell, plan
-from .heldout import identity_of_heldout, reference_cell, shared_template
+from .heldout import identity_of_heldout, reference_cell
 from .options import StudyArguments
 from .oracle import is_oracle, with_outcome
 from .pool import Pool
@@ -80,11 +79,11 @@ class Study:
         check_output_dir(self.folder, overwrite=True)
         if holds_something(self.folder) and not (self.folder / "study.json").exists():
             raise ValueError(f"output directory {self.folder} is not empty and holds no study; choose another one")
-        data, self.groups = _identity_of_data(args, model_args)
-        heldout = identity_of_heldout(args, model_args)
-        self.heldout_groups = None if heldout is None else heldout.groups
-        data += [] if heldout is None else [heldout.fingerprint]
-        base = {"model": _identity_of_model(model_args), "data": data, "versions": versions()}
+        data = StudyData.read(args, model_args)
+        heldout = identity_of_heldout(args, data)
+        self.groups, self.heldout_groups = data.groups, None if heldout is None else heldout.groups
+        fingerprints = data.fingerprints + ([] if heldout is None else [heldout.fingerprint])
+        base = {"model": _identity_of_model(model_args), "data": fingerprints, "versions": versions()}
         self.reference = reference_cell(args, base)
         self.base = base
         self.scores, self.cells = plan(args, base)
@@ -276,30 +275,6 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
             f"options.{n}" for n in sorted(inner) if old.get("options", {}).get(n) != new.get("options", {}).get(n)
         ]
     return ", ".join(changed) or "unreadable"
-
-
-def _identity_of_data(args: StudyArguments, model_args: ModelConfig) -> tuple[list[str | None], list[Any] | None]:
-    """Fingerprints of forget set, retain set and what measures utility, and the group of each forget sample."""
-    train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(model_args, SimpleNamespace(**train))
-    seen = shared_template(train)
-    forget, retain = args.load(tokenizer)
-    group = args.train.get("group_column")  # type: ignore[union-attr]
-    length = args.train.get("max_length", 1024)  # type: ignore[union-attr]
-    prepared = [
-        None if part is None else prepare_samples(part, tokenizer, max_length=length, name=name, template=seen)
-        for name, part in (("forget", forget), ("retain", retain), ("utility", args.load_utility(tokenizer)))
-    ]
-    if prepared[0] is not None and prepared[1] is not None:
-        check_disjoint(prepared[0], prepared[1])
-    if isinstance(group, str) and group not in forget.column_names:
-        raise ValueError(f"forget dataset has no column {group!r}; it has {sorted(forget.column_names)}")
-    if args.relearn_samples >= len(forget):
-        raise ValueError(
-            f"relearn_samples must leave some of the {len(forget)} forget samples, got {args.relearn_samples}"
-        )
-    fingerprints = [None if part is None else part.fingerprint for part in prepared]
-    return fingerprints, list(forget[group]) if isinstance(group, str) else None
 
 
 def _identity_of_model(model_args: ModelConfig) -> dict[str, Any]:

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
-from trl import ModelConfig
 
-from cud_trainer.commands.options import load_tokenizer
 from cud_trainer.data import Samples, evenly_spaced, prepare_samples
-from cud_trainer.data.template import TRAIN_ON, TemplateContext
+from cud_trainer.data.samples import first_shared
 from cud_trainer.models.fingerprint import file_hash
 
+from .data import OPTIONS_OF_TEXT, StudyData, preparation
 from .grid import Cell
 from .options import StudyArguments
 
 REFERENCE = "never-seen"
-# Options of `cud train` that decide which tokens a sample becomes.
-OPTIONS_OF_TEXT = (
-    "max_length",
-    "system_prompt",
-    "chat_template_kwargs",
-    "train_on",
-    "chat_template_path",
-    "pad_token",
-    "eos_token",
-)
-
-
-def shared_template(train: Mapping[str, Any]) -> TemplateContext:
-    """What a chat template sees in all cells, by the options that they share."""
-    told = train.get("chat_template_kwargs") or {}
-    return TemplateContext(train.get("system_prompt"), told, train.get("train_on", TRAIN_ON[0]))
 
 
 @dataclass(frozen=True)
@@ -49,44 +30,34 @@ class HeldOut:
     fingerprint: str
 
 
-def identity_of_heldout(args: StudyArguments, model_args: ModelConfig) -> HeldOut | None:
+def identity_of_heldout(args: StudyArguments, data: StudyData) -> HeldOut | None:
     """The held-out samples of a study, checked; `None` without.
 
     Raises:
         ValueError: naming a sample or a group that a loss sees, too.
     """
-    if args.heldout_dataset is None:
+    held_out, raw, column = data.samples.get("held-out"), data.raw, data.group_column
+    if held_out is None:
         return None
-    train: dict[str, Any] = dict(args.train)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(model_args, SimpleNamespace(**train))
-    column = train.get("group_column")
-    how: dict[str, Any] = {"max_length": train.get("max_length") or 1024, "template": shared_template(train)}
-    held_out, (forget, retain) = args.load_heldout(tokenizer), args.load(tokenizer)
-    assert held_out is not None
-    sets = {"held-out": held_out, "forget": forget, **({} if retain is None else {"retain": retain})}
-    prepared = {name: prepare_samples(part, tokenizer, name=name, **how) for name, part in sets.items()}
-    if isinstance(column, str) and column not in held_out.column_names:
-        raise ValueError(f"held-out dataset has no column {column!r}; it has {sorted(held_out.column_names)}")
-    for name in list(sets)[1:]:
-        check_unseen(prepared["held-out"], prepared[name], name)
-        if isinstance(column, str) and column in sets[name].column_names:
-            check_groups(held_out[column], sets[name][column], column, name)
-    part = evenly_spaced(held_out, args.heldout_samples)
-    measured = prepare_samples(part, tokenizer, name="held-out", **how)
-    groups = list(part[column]) if isinstance(column, str) else list(measured.ids)
-    return HeldOut(groups, measured.fingerprint)
+    if column is not None and column not in raw["held-out"].column_names:
+        raise ValueError(f"held-out dataset has no column {column!r}; it has {sorted(raw['held-out'].column_names)}")
+    for name in ("forget", "retain"):
+        if name in raw:
+            check_unseen(held_out, data.samples[name], name)
+            if column is not None and column in raw[name].column_names:
+                check_groups(raw["held-out"][column], raw[name][column], column, name)
+    measured = evenly_spaced(held_out, args.heldout_samples)
+    groups = measured.ids if column is None else evenly_spaced(raw["held-out"], args.heldout_samples)[column]
+    return HeldOut(list(groups), measured.fingerprint)
 
 
 def check_unseen(held_out: Samples, seen: Samples, name: str) -> None:
     """Raise `ValueError` naming the first held-out sample that is also in the set `name`, by id or by content."""
-    ids = set(seen.ids)
-    contents = {tuple(tokens): sample_id for sample_id, tokens in zip(seen.ids, seen["input_ids"], strict=True)}
-    for sample_id, tokens in zip(held_out.ids, held_out["input_ids"], strict=True):
-        if sample_id in ids:
-            raise ValueError(f"held-out sample {sample_id!r} is in the {name} dataset: a loss sees it")
-        if tuple(tokens) in contents:
-            other = contents[tuple(tokens)]
-            raise ValueError(f"held-out sample {sample_id!r} has the same content as {name} sample {other!r}")
+    sample_id, other = first_shared(held_out, seen)
+    if other is not None:
+        raise ValueError(f"held-out sample {sample_id!r} has the same content as {name} sample {other!r}")
+    if sample_id is not None:
+        raise ValueError(f"held-out sample {sample_id!r} is in the {name} dataset: a loss sees it")
 
 
 def check_groups(held_out: Any, seen: Any, column: str, name: str) -> None:
@@ -118,9 +89,6 @@ def ask_reference(settings: dict[str, Any], forget: Dataset, tokenizer: Any, day
     from cud_trainer.logprobs import answer_probability
     from cud_trainer.models.loading import load_causal_lm
 
-    options = settings["options"]
-    template = shared_template(options).on({"date": day})
-    length = options.get("max_length") or 1024
-    samples = prepare_samples(forget, tokenizer, max_length=length, name="forget", template=template)
+    samples = prepare_samples(forget, tokenizer, name="forget", **preparation(settings["options"], day))
     model = load_causal_lm(settings["reference_model"], dtype="float32")
     return {"forget": answer_probability(model, samples).tolist()}

@@ -37,17 +37,6 @@ RESERVED = {
 }
 TUNED = ("learning_rate", "retain_weight")
 EXTENSIONS = 4
-AT_LEAST = {
-    "workers": 1,
-    "snapshot_every": 1,
-    "retain_eval_samples": 1,
-    "heldout_samples": 1,
-    "n_buckets": 1,
-    "relearn_steps": 1,
-    "relearn_samples": 0,
-    "tuning_seeds": 1,
-    "extensions": 0,
-}
 
 
 @dataclass
@@ -180,16 +169,9 @@ class StudyArguments(DataArguments):
         self._check_arms()
         check_void(self, {"relearn_rate": "relearn_samples", "relearn_steps": "relearn_samples"})
         self._check_values()
-        for name, least in AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.relearn_rate > 0:
-            raise ValueError(f"relearn_rate must be positive, got {self.relearn_rate}")
         if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
         self._check_endpoint()
-        if not 0 <= self.end_below < 1:
-            raise ValueError(f"end_below must be at least 0 and below 1, got {self.end_below}")
         for grid in self.grids if self.tuning_seeds > 1 else []:
             seeds, settings = len(grid.get("seed", [0])), math.prod(len(grid.get(name, [0])) for name in TUNED)
             if settings > 1 and seeds <= self.tuning_seeds:

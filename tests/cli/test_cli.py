@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import make_model, make_tokenizer, qa_dataset
-from command_lines import data, train
+from command_lines import data, make_world, train
 
 from cud_trainer.cli import COMMANDS, main
 from cud_trainer.difficulty import DifficultyScores
@@ -18,10 +17,7 @@ pytestmark = pytest.mark.slow
 def world(tmp_path_factory):
     """A model folder and two JSON Lines files."""
     root = tmp_path_factory.mktemp("world")
-    make_model(0).save_pretrained(root / "model")
-    make_tokenizer().save_pretrained(root / "model")
-    qa_dataset(9).to_json(root / "forget.jsonl")
-    qa_dataset(7, 100).to_json(root / "retain.jsonl")
+    make_world(root)
     return root
 
 

@@ -10,7 +10,7 @@ import os
 import pytest
 import yaml
 from builders import make_model, make_tokenizer, qa_dataset
-from command_lines import data
+from command_lines import data, make_world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,10 +25,7 @@ EXAMPLES = int(os.environ.get("CUD_EXAMPLES", "60"))
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    make_model(0).save_pretrained(root / "model")
-    make_tokenizer().save_pretrained(root / "model")
-    qa_dataset(9).to_json(root / "forget.jsonl")
-    qa_dataset(7, 100).to_json(root / "retain.jsonl")
+    make_world(root)
     return root
 
 

@@ -5,8 +5,8 @@ import os
 import shutil
 
 import pytest
-from builders import make_model, make_tokenizer, qa_dataset
-from command_lines import data, train
+from builders import make_tokenizer, qa_dataset
+from command_lines import data, make_world, train
 from filelock import FileLock
 from huggingface_hub.utils import filter_repo_objects
 
@@ -21,10 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    make_model(0).save_pretrained(root / "model")
-    make_tokenizer().save_pretrained(root / "model")
-    qa_dataset(9).to_json(root / "forget.jsonl")
-    qa_dataset(7, 100).to_json(root / "retain.jsonl")
+    make_world(root)
     return root
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from builders import ROOT, make_model, make_tokenizer, qa_dataset
-from command_lines import data, train
+from command_lines import data, make_world, train
 from studies import config
 
 import cud_trainer.commands.score
@@ -38,10 +38,7 @@ def modes_below(folder: Path) -> dict[str, int]:
 def left(tmp_path_factory):
     """Path and mode of what the commands left in their folders, with a umask that forbids nothing."""
     root = tmp_path_factory.mktemp("files")
-    make_model(0).save_pretrained(root / "model")
-    make_tokenizer().save_pretrained(root / "model")
-    qa_dataset(9).to_json(root / "forget.jsonl")
-    qa_dataset(7, 100).to_json(root / "retain.jsonl")
+    make_world(root)
     out, found = root / "out", {}
     patch, before = pytest.MonkeyPatch(), os.umask(0)
     original = cud_trainer.commands.score.remove_work

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
-from command_lines import data, train
+from command_lines import data, make_world, train
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -21,10 +21,7 @@ HEAD, NORM = "lm_head.weight", "model.norm.weight"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    make_model(0).save_pretrained(root / "model")
-    make_tokenizer().save_pretrained(root / "model")
-    qa_dataset(9).to_json(root / "forget.jsonl")
-    qa_dataset(7, 100).to_json(root / "retain.jsonl")
+    make_world(root)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(root / "model"), LoraConfig(r=2, target_modules=["q_proj"])
     )

@@ -1,5 +1,15 @@
 """Command lines of `cud` for the files in a folder."""
 
+from builders import make_model, make_tokenizer, qa_dataset
+
+
+def make_world(root) -> None:
+    """A model folder and two JSON Lines files in `root`."""
+    make_model(0).save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    qa_dataset(9).to_json(root / "forget.jsonl")
+    qa_dataset(7, 100).to_json(root / "retain.jsonl")
+
 
 def data(world) -> list[str]:
     return [
