@@ -20,7 +20,7 @@ from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
-from .stack_options import check_stack_options, higher_is_better
+from .stack_options import OVERRIDABLE, check_stack_options, higher_is_better
 from .typed import check_numbers_within, check_options
 
 logger = logging.get_logger(__name__)
@@ -318,6 +318,11 @@ class CUDConfig(TemplateArguments, SFTConfig):
         elif self.schedule_metrics:
             raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")
         self._check_objective(loss)
+        fixed = [name for name in self.override or () if name not in OVERRIDABLE]
+        if fixed:
+            raise ValueError(
+                f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"
+            )
         self._check_step(loss)
         self._check_accelerator()
 
