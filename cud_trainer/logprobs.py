@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .data import COUNTED, IGNORE_INDEX, Samples
 from .models.modes import evaluation_mode
 from .models.positions import own_positions, position_ids, positions_of
+from .models.precision import exact
 
 
 def wide(x: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def answer_probability(
     if device is None:
         device = model.get_input_embeddings().weight.device
     values = torch.zeros(len(samples), dtype=torch.float64)
-    with evaluation_mode(model):
+    with evaluation_mode(model), exact(model):
         for rows, batch in samples.measured.batches(batch_size, device=device):
             values[rows] = score_answers(model, batch).mean_logps.exp().cpu().double()
     return values.numpy()

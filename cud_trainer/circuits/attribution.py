@@ -31,6 +31,7 @@ from ..logprobs import AnswerScores, score_answers, wide
 from ..models.layers import base_causal_lm, embedding_device, widest_float
 from ..models.modes import evaluation_without_gradients
 from ..models.positions import own_positions, position_ids
+from ..models.precision import nearly_exact
 from ..resumable import WorkDir, run_batches
 from .contraction import GradientSums, contract
 from .graph import Graph
@@ -186,8 +187,8 @@ def edge_attributions(
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     counterfactual = batch.get(COUNTERFACTUAL)
-    with evaluation_without_gradients(model), Recorder(parts, ungroup_kv) as recorder:
-        embeddings, precision = embedded(model, batch["input_ids"])
+    with evaluation_without_gradients(model), nearly_exact(model), Recorder(parts, ungroup_kv) as recorder:
+        embeddings = embedded(model, batch["input_ids"])
         corrupt = means
         if baseline == "counterfactual":
             assert counterfactual is not None
@@ -197,8 +198,7 @@ def edge_attributions(
             start = corrupt.embedding.to(embeddings) / parts.description.embedding_scale
 
         def evaluate(inputs: Tensor) -> Point:
-            with precision():
-                return metric_point(metric, score_answers(model, batch, inputs_embeds=inputs), counterfactual)
+            return metric_point(metric, score_answers(model, batch, inputs_embeds=inputs), counterfactual)
 
         sums = GradientSums(recorder)
         with torch.enable_grad():
@@ -257,7 +257,7 @@ def mean_outputs(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -
     device = embedding_device(model)
     totals: list[Tensor] | None = None
     positions = 0
-    with evaluation_without_gradients(model), Recorder(parts) as recorder:
+    with evaluation_without_gradients(model), nearly_exact(model), Recorder(parts) as recorder:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             outputs = forward_outputs(model, recorder, batch, batch["input_ids"])
@@ -282,10 +282,10 @@ def forward_outputs(
     model: PreTrainedModel, recorder: Recorder, batch: dict[str, Tensor], tokens: Tensor
 ) -> SourceOutputs:
     """What sources write when the model reads `tokens` in place of the batch's."""
-    embeddings, precision = embedded(model, tokens)
+    embeddings = embedded(model, tokens)
     record = recorder.start()
     mask = batch["attention_mask"]
-    with torch.no_grad(), precision(), own_positions(model):
+    with torch.no_grad(), own_positions(model):
         model(
             inputs_embeds=embeddings,
             attention_mask=mask,

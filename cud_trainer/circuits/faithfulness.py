@@ -16,6 +16,7 @@ from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
 from ..logprobs import score_answers, wide
 from ..models.layers import embedding_device
 from ..models.modes import evaluation_without_gradients, ungrouped
+from ..models.precision import nearly_exact
 from .attribution import (
     bytes_per_token,
     check_batch,
@@ -177,14 +178,14 @@ def circuit_metric(
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     corrupt = means
-    with evaluation_without_gradients(model):
+    with evaluation_without_gradients(model), nearly_exact(model):
         if baseline == "counterfactual":
             with Recorder(parts) as recorder:
                 corrupt = forward_outputs(model, recorder, batch, batch[COUNTERFACTUAL])
-        embeddings, precision = embedded(model, batch["input_ids"])
+        embeddings = embedded(model, batch["input_ids"])
         missing = torch.zeros(len(circuits), *graph.mask.shape, dtype=torch.bool)
         missing[:, graph.mask] = ~circuits.cpu()
-        with _EdgePatching(parts, graph, missing.to(device), embeddings, corrupt, ungroup_kv), precision():
+        with _EdgePatching(parts, graph, missing.to(device), embeddings, corrupt, ungroup_kv):
             scores = score_answers(model, batch, inputs_embeds=embeddings)
             return metric_point(metric, scores, batch.get(COUNTERFACTUAL)).value.cpu()
 

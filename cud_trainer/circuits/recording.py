@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..logprobs import wide
-from ..models.modes import lifted, ungrouped
+from ..models.modes import ungrouped
 from .maps import NormMap, linear_map, norm_map
 from .parts import DecoderParts, LayerParts
 
@@ -285,12 +284,9 @@ class Recorder:
 
 
 @torch.no_grad()
-def embedded(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Callable[[], AbstractContextManager]]:
-    """Embeddings of `tokens`, at least float32, and the context in which the model reads them."""
-    embeddings = model.get_input_embeddings()(tokens)
-    if embeddings.dtype in (torch.bfloat16, torch.float16):
-        return embeddings.float(), partial(lifted, model, embeddings.dtype)
-    return embeddings, nullcontext
+def embedded(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Embeddings of `tokens`, at least float32: what a model reads in `nearly_exact`."""
+    return wide(model.get_input_embeddings()(tokens))
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from ..logprobs import wide
 from ..models.layers import base_causal_lm, embedding_device
 from ..models.modes import evaluation_without_gradients
+from ..models.precision import can_be_exact, float32_products, nearly_exact
 from .architectures import BUILT_IN, Architecture
 from .contraction import GradientSums, contract
 from .maps import linear_map
 from .parts import DecoderParts, decoder_parts
 from .recording import Pass, Recorder, embedded, scaled
 
-# Largest error relative to the largest value: in float32 or wider, and with rounded weights.
+# Largest error relative to the largest value: in float32 or wider, and where products are in half precision.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
 
 _verified: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
@@ -36,14 +37,14 @@ def verify_architecture(model: PreTrainedModel, *, seed: int = 0, tolerance: flo
     that query, key and value heads lie where the description puts them.
 
     Args:
-        tolerance: largest error, relative to the largest value; by default 1e-3, and 0.2 with weights in half
-            precision, where sums of gradients are rounded.
+        tolerance: largest error, relative to the largest value; by default 1e-3, and 0.2 with quantised weights and
+            others that cannot be read in float32 (`exact`), where sums of gradients are rounded.
 
     Raises:
         ValueError: naming every part that does not fit and by how much, or as `edge_attributions` for one that is
             missing.
     """
-    _verify(model, decoder_parts(model), seed, tolerance, thorough=True)
+    _tried(model, decoder_parts(model), seed, tolerance, thorough=True)
 
 
 def verified_parts(model: PreTrainedModel) -> DecoderParts:
@@ -56,18 +57,29 @@ def verified_parts(model: PreTrainedModel) -> DecoderParts:
     """
     parts, causal_lm = decoder_parts(model), base_causal_lm(model)
     if _verified.get(causal_lm) != parts.description:
-        _verify(model, parts, 0, None, thorough=parts.registered is not BUILT_IN.get(parts.model_type))
+        _tried(model, parts, 0, None, thorough=parts.registered is not BUILT_IN.get(parts.model_type))
         _verified[causal_lm] = parts.description
     return parts
+
+
+def _tried(model: PreTrainedModel, parts: DecoderParts, seed: int, tolerance: float | None, *, thorough: bool) -> None:
+    """`_verify`; what a model says against a description that takes its parts for others is a `ValueError`, too."""
+    try:
+        _verify(model, parts, seed, tolerance, thorough=thorough)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the description of architecture {parts.model_type!r} does not fit the model: it cannot be tried on it: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _verify(model: PreTrainedModel, parts: DecoderParts, seed: int, tolerance: float | None, *, thorough: bool) -> None:
     vocabulary = base_causal_lm(model).config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(seed))
-    embeddings, precision = embedded(model, tokens.to(embedding_device(model)))
     if tolerance is None:
-        rounded = any(p.dtype.itemsize < 4 or not p.is_floating_point() for p in model.parameters())
-        tolerance = HALF_TOLERANCE if rounded else TOLERANCE
+        tolerance = TOLERANCE if can_be_exact(model) else HALF_TOLERANCE
     problems: list[str] = []
 
     def check(what: str, actual: Tensor, expected: Tensor) -> None:
@@ -75,15 +87,21 @@ def _verify(model: PreTrainedModel, parts: DecoderParts, seed: int, tolerance: f
         if not float(error) <= tolerance:
             problems.append(f"{what} (off by {float(error):.2g} of the largest value)")
 
-    with evaluation_without_gradients(model), Recorder(parts) as recorder:
-        probe = _probe(model, recorder, embeddings, precision)
-    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
+    with (
+        evaluation_without_gradients(model),
+        nearly_exact(model),
+        float32_products("highest"),
+        Recorder(parts) as recorder,
+    ):
+        embeddings = embedded(model, tokens.to(embedding_device(model)))
+        probe = _probe(model, recorder, embeddings)
+    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False), float32_products("highest"):
         for index in range(len(parts.layers)):
             _check_layer(check, recorder, probe, index)
         _check_stream(check, recorder, probe)
         _check_gradients(check, recorder, probe)
         if thorough:
-            problems += _misplaced_heads(model, recorder, embeddings, precision)
+            problems += _misplaced_heads(model, recorder, embeddings)
     if problems:
         shown = problems if len(problems) <= 6 else [*problems[:6], f"and {len(problems) - 6} more"]
         raise ValueError(
@@ -109,9 +127,7 @@ class _Probe:
     mlp_gradients: list[Tensor]
 
 
-def _probe(
-    model: PreTrainedModel, recorder: Recorder, embeddings: Tensor, precision: Callable[[], AbstractContextManager]
-) -> _Probe:
+def _probe(model: PreTrainedModel, recorder: Recorder, embeddings: Tensor) -> _Probe:
     """Run the model forward and backward; `ValueError` naming the parts that never ran."""
     mlp_reads: dict[int, Tensor] = {}
 
@@ -126,8 +142,7 @@ def _probe(
     with ExitStack() as stack, torch.enable_grad():
         for index, layer in enumerate(recorder.parts.layers):
             stack.callback(layer.mlp_input.register_forward_pre_hook(keep(index)).remove)
-        with precision():
-            logits = wide(model(inputs_embeds=inputs, use_cache=False).logits)
+        logits = wide(model(inputs_embeds=inputs, use_cache=False).logits)
         silent = [
             f"layer {index} never ran its {name}"
             for index, layer in enumerate(record.layers)
@@ -229,9 +244,7 @@ def _check_layer(check: Callable[[str, Tensor, Tensor], None], recorder: Recorde
     )
 
 
-def _misplaced_heads(
-    model: PreTrainedModel, recorder: Recorder, embeddings: Tensor, precision: Callable[[], AbstractContextManager]
-) -> list[str]:
+def _misplaced_heads(model: PreTrainedModel, recorder: Recorder, embeddings: Tensor) -> list[str]:
     """Whether the last q, k and v head of the first layer are what the description takes them for.
 
     Each is changed at the first position, and at all: only the heads that it belongs to may move. What the first
@@ -241,14 +254,13 @@ def _misplaced_heads(
     parts, maps = recorder.parts, recorder.maps[0]
     groups = parts.n_heads // parts.n_kv_heads
     problems = []
-    with evaluation_without_gradients(model), recorder:
+    with evaluation_without_gradients(model), nearly_exact(model), float32_products("highest"), recorder:
 
         def heads(module: nn.Module | None = None, change: Callable | None = None) -> Tensor:
             handle = module.register_forward_hook(change) if module is not None and change is not None else None
             record = recorder.start()
             try:
-                with precision():
-                    model(inputs_embeds=embeddings, use_cache=False)
+                model(inputs_embeds=embeddings, use_cache=False)
             finally:
                 if handle is not None:
                     handle.remove()

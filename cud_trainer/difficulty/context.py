@@ -17,6 +17,7 @@ from ..data import BATCH_BYTES, Samples
 from ..logprobs import score_answers
 from ..models.layers import embedding_device, widest_float
 from ..models.modes import evaluation_mode
+from ..models.precision import exact
 from ..resumable import Compute, WorkDir, run_batches
 from .folds import make_folds
 from .gradients import mean_gradient, sample_gradients
@@ -121,7 +122,7 @@ class DifficultyContext:
         """Mean answer log-probabilities of the forget set under `model`, and answer lengths, each `[N]`."""
 
         def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            with torch.no_grad(), evaluation_mode(model):
+            with torch.no_grad(), evaluation_mode(model), exact(model):
                 scores = score_answers(model, batch)
             return {"mean_logps": scores.mean_logps.float(), "lengths": scores.lengths}
 

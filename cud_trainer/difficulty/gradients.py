@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..logprobs import score_answers, wide
 from ..models.matrices import WeightMatrix, columns_out, embedding_scale, multiply, weight_matrices
 from ..models.modes import evaluation_without_gradients
+from ..models.precision import exact
 
 
 def sample_gradients(
@@ -37,7 +38,7 @@ def sample_gradients(
         ValueError: for a model with weights that cannot be told by sample, see `weight_matrices`.
     """
     recorder = GradientRecorder(weight_matrices(model), direction)
-    with evaluation_without_gradients(model), torch.enable_grad(), recorder.attached():
+    with evaluation_without_gradients(model), exact(model), torch.enable_grad(), recorder.attached():
         scores = score_answers(model, batch)
         (-scores.mean_logps).sum().backward()
     return recorder.results(len(batch["input_ids"]))
@@ -53,7 +54,7 @@ def mean_gradient(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
     before = {weight: weight.grad for weight in weights}
     samples = 0
     try:
-        with evaluation_without_gradients(model), torch.enable_grad():
+        with evaluation_without_gradients(model), exact(model), torch.enable_grad():
             for weight in weights:
                 weight.requires_grad_(True)
                 weight.grad = None

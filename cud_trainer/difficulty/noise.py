@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..logprobs import score_answers
 from ..models.matrices import WeightMatrix, multiply, weight_matrices
 from ..models.modes import evaluation_mode
+from ..models.precision import exact
 from .outputs import last_hidden
 
 
@@ -35,7 +36,7 @@ def noise_effects(
         `relative_drop`: the same divided by the mean log-probability's size;
         `deviation`: distance of the last hidden state, mean over the answer, relative to its length.
     """
-    with evaluation_mode(model):
+    with evaluation_mode(model), exact(model):
         clean = score_answers(model, batch, output_hidden_states=True)
         feature = last_hidden(clean)
         drop = torch.zeros_like(clean.mean_logps)

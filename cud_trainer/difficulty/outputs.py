@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..logprobs import AnswerScores, score_answers
 from ..models.modes import evaluation_mode
+from ..models.precision import exact
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def output_features(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[st
         state, mean over all tokens, and `output`, the last layer's, mean over the positions that predict the answer,
         `[B, d]` each.
     """
-    with evaluation_mode(model):
+    with evaluation_mode(model), exact(model):
         scores = score_answers(model, batch, output_hidden_states=True)
     return {
         "mean_logps": scores.mean_logps.float(),

@@ -14,6 +14,7 @@ from cud_trainer.data import IGNORE_INDEX, PREPARED, Samples
 from cud_trainer.logprobs import AnswerScores, score_answers, wide
 from cud_trainer.models.generation import Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
+from cud_trainer.models.precision import exact
 
 from .words import rouge_l_recall, verbatim
 
@@ -68,7 +69,7 @@ def teacher_forced(
     stop = torch.tensor(stop_tokens(tokenizer, model), device=device, dtype=torch.long)
     prepared = with_pad_token(prepared, tokenizer).measured
     values = {name: np.zeros(len(prepared)) for name in (*TEACHER_FORCED, *TOKEN_STATISTICS)}
-    with evaluation_mode(model):
+    with evaluation_mode(model), exact(model):
         for rows, batch in prepared.batches(batch_size, device=device, desc=desc):
             scores = score_answers(model, batch)
             mean_logps = scores.mean_logps.cpu().double()

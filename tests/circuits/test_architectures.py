@@ -19,9 +19,11 @@ from cud_trainer.circuits import (
     mean_outputs,
     model_graph,
     register_architecture,
+    verification,
     verify_architecture,
 )
 from cud_trainer.data import prepare_samples
+from cud_trainer.models import precision
 
 LENGTHS = (9, 13)
 # Tests with models in float32 or less, and the library's own norms.
@@ -327,13 +329,22 @@ def test_a_norm_of_another_kind_is_refused():
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_ranks_edges_alike(name, dtype):
+def test_half_precision_weights_are_read_in_float32(name, dtype):
+    _, _, batch = samples_and_batch("left")
+    half = edge_attributions(make_case(name).to(dtype), batch).edges
+    same_weights = edge_attributions(make_case(name).to(dtype).float(), batch).edges
+    torch.testing.assert_close(half, same_weights, rtol=1e-4, atol=1e-5 * float(same_weights.abs().max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_ranks_edges_alike_where_there_can_be_no_copies(name, monkeypatch):
     from scipy.stats import spearmanr
 
     _, _, batch = samples_and_batch("left")
-    model = make_case(name).float()
-    full = edge_attributions(model, batch).edges
-    half = edge_attributions(model.to(dtype), batch).edges
+    full = edge_attributions(make_case(name).float(), batch).edges
+    for module in (precision, verification):
+        monkeypatch.setattr(module, "can_be_exact", lambda model: False)
+    half = edge_attributions(make_case(name).bfloat16(), batch).edges
     assert half.dtype == torch.float32
     for a, b in zip(full, half, strict=True):
         assert spearmanr(a.abs(), b.abs()).statistic > 0.99
@@ -348,6 +359,17 @@ def test_offloaded_weights(case, name):
     model = cpu_offload(make_case(name), execution_device="cpu")
     assert next(model.parameters()).device.type == "meta"
     assert_same(edge_attributions(model, batch, method="ig-activations", steps=2).scores, expected)
+
+
+def test_offloaded_half_precision_weights():
+    from accelerate import cpu_offload
+    from scipy.stats import spearmanr
+
+    _, _, batch = samples_and_batch()
+    full = edge_attributions(make_case("llama").float(), batch).edges
+    half = edge_attributions(cpu_offload(make_case("llama").bfloat16(), execution_device="cpu"), batch).edges
+    for a, b in zip(full, half, strict=True):
+        assert spearmanr(a.abs(), b.abs()).statistic > 0.99
 
 
 def test_gradient_checkpointing_and_training_mode_change_nothing(case):

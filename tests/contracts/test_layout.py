@@ -44,11 +44,14 @@ FORBIDDEN = {"objectives": {"circuits", "difficulty", "schedule"}, "schedule": {
 # when it goes away.
 CONTRACTS = {
     "_VALID_DICT_FIELDS": "contracts/test_contracts.py::test_prepared_rows_are_taken_as_they_are",
+    "_attn_implementation": "contracts/test_private_names.py::test_a_configuration_says_which_attention_runs",
+    "_buffers": "contracts/test_private_names.py::test_a_module_computes_with_what_its_tables_hold",
     "_forward_hooks": "contracts/test_contracts.py::test_taking_an_adapter_off_needs_what_calibration_puts_back",
     "_hf_hook": "contracts/test_private_names.py::test_an_offloaded_module_says_where_it_runs",
     "_instances": "contracts/test_private_names.py::test_open_progress_bars_are_listed",
     "_modules": "contracts/test_contracts.py::test_taking_an_adapter_off_needs_what_calibration_puts_back",
     "_orig_mod": "contracts/test_private_names.py::test_a_compiled_model_keeps_the_model",
+    "_parameters": "contracts/test_private_names.py::test_a_module_computes_with_what_its_tables_hold",
     "_register_trainer": "integrations/test_open_unlearning.py::test_configurations_name_what_is_registered",
     "_remove_unused_columns": "contracts/test_private_names.py::test_a_trainer_drops_columns_of_a_given_dataset",
     "_wandb": "contracts/test_private_names.py::test_the_wandb_callback_keeps_its_module",

@@ -5,6 +5,7 @@ import inspect
 
 import torch
 from accelerate import cpu_offload
+from builders import make_model
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
@@ -36,6 +37,18 @@ def test_a_trainer_drops_columns_of_a_given_dataset(tmp_path):
 
 def test_the_wandb_callback_keeps_its_module():
     assert "self._wandb = wandb" in inspect.getsource(WandbCallback)
+
+
+def test_a_configuration_says_which_attention_runs():
+    model = make_model(0)
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_module_computes_with_what_its_tables_hold():
+    norm = torch.nn.BatchNorm1d(2).eval()
+    norm._parameters["weight"], norm._buffers["running_mean"] = torch.full((2,), 3.0), torch.ones(2)
+    torch.testing.assert_close(norm(torch.full((1, 2), 2.0)), torch.full((1, 2), 3.0), rtol=1e-4, atol=0)
 
 
 def test_a_compiled_model_keeps_the_model():
