@@ -53,6 +53,16 @@ MULTIPLIERS = {
     "attention_multiplier": 0.2,
     "logits_scaling": 4.0,
 }
+ONE_DENSE = {
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 FURTHER = {
     "gemma": ("gemma", GROUPED),
@@ -92,11 +102,27 @@ FURTHER = {
         "llama4_text",
         {**EXPERTS, "num_local_experts": 2, "no_rope_layers": [1, 0], "attn_temperature_tuning": False},
     ),
+    "cwm": ("cwm", GROUPED),
+    "internlm3": ("internlm3", GROUPED),
+    "jais2": ("jais2", GROUPED),
+    "phimoe": ("phimoe", {**EXPERTS, "num_local_experts": 4}),
+    "minimax_m2": ("minimax_m2", {**EXPERTS, "num_local_experts": 4}),
+    "flex_olmo": ("flex_olmo", {**EXPERTS, "num_experts": 4, "head_dim": 8, "pad_token_id": 0}),
+    "aria_text": ("aria_text", {**EXPERTS, "moe_num_experts": 4, "moe_topk": 2, "head_dim": 8}),
+    "ernie4_5_moe": ("ernie4_5_moe", {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, **ONE_DENSE}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**EXPERTS, "num_experts": 4, "moe_topk": 2}),
+    "dots1": ("dots1", {**EXPERTS, "n_routed_experts": 4, **ONE_DENSE}),
+    "glm4_moe": ("glm4_moe", {**EXPERTS, "n_routed_experts": 4, **ONE_DENSE}),
+    "solar_open": ("solar_open", {**EXPERTS, "n_routed_experts": 4, **ONE_DENSE}),
+    "exaone_moe": ("exaone_moe", {**EXPERTS, "num_experts": 4, **ONE_DENSE, **WINDOW}),
+    "cohere2_moe": ("cohere2_moe", {**EXPERTS, "num_experts": 4, **ONE_DENSE, **WINDOW, "logit_scale": 0.5}),
 }
-PAIRWISE = ("cohere", "cohere2", "glm", "glm4", "helium", "ernie4_5", "llama4_text")  # rotation of neighbours
-BEHIND = ("olmo2", "olmo3", "exaone4")  # norms behind attention and MLP only
-WHOLE_WIDTH = ("olmo2", "olmo3", "olmoe")  # norms of queries and keys, over all heads together
-BY_HEAD = ("qwen3", "gemma3_text", "qwen3_moe", "exaone4", "apertus")
+# rotation of neighbours
+PAIRWISE = ("cohere", "cohere2", "cohere2_moe", "glm", "glm4", "helium", "ernie4_5", "ernie4_5_moe", "llama4_text")
+BEHIND = ("olmo2", "olmo3", "exaone4", "flex_olmo")  # norms behind attention and MLP only
+# norms of queries and keys, over all heads together
+WHOLE_WIDTH = ("olmo2", "olmo3", "olmoe", "flex_olmo", "minimax_m2")
+BY_HEAD = ("qwen3", "gemma3_text", "qwen3_moe", "exaone4", "exaone_moe", "apertus", "dots1")
 
 
 def make_case(name: str, **overrides):
@@ -156,6 +182,7 @@ def double_precision():
 
     with (
         patch.object(torch.Tensor, "to", keep),
+        patch.object(torch.Tensor, "type", keep),
         patch.object(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else x.double()),
         patch.object(torch.nn.functional, "softmax", in_its_own),
     ):
@@ -180,7 +207,7 @@ class Oracle:
         self.into = getattr(self.config, "residual_multiplier", 1.0)
         final = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "phi": "final_layernorm"}.get(self.type, "norm")
         self.final_norm = getattr(self.decoder, final)
-        self.shared_norm = self.type in ("phi", "cohere", "cohere2") or (
+        self.shared_norm = self.type in ("phi", "cohere", "cohere2", "cohere2_moe") or (
             self.type == "stablelm" and self.config.use_parallel_residual
         )
         self.parallel = self.shared_norm or (self.type == "gpt_neox" and self.config.use_parallel_residual)
@@ -253,7 +280,7 @@ class Oracle:
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
     def rotated(self, index):
-        if self.type in ("exaone4", "cohere2"):
+        if self.type in ("exaone4", "exaone_moe", "cohere2", "cohere2_moe"):
             return self.config.layer_types[index] == "sliding_attention"
         return bool(self.config.no_rope_layers[index]) if hasattr(self.config, "no_rope_layers") else True
 
@@ -267,7 +294,7 @@ class Oracle:
         elif self.type == "phi" and self.config.qk_layernorm:
             queries, keys = [attention.q_layernorm(x) for x in queries], [attention.k_layernorm(x) for x in keys]
         queries, keys = ([self.rotate(index, x) for x in side] for side in (queries, keys))
-        if self.type == "hunyuan_v1_dense":
+        if self.type.startswith("hunyuan_v1"):
             queries, keys = [attention.query_layernorm(x) for x in queries], [attention.key_layernorm(x) for x in keys]
         elif self.type == "llama4_text" and self.rotated(index):
             queries, keys = ([attention.qk_norm(x) for x in side] for side in (queries, keys))
