@@ -232,6 +232,24 @@ def _given_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> T
     return Tokens(start, tokens)
 
 
+def check_one_document(dataset: Dataset, name: str) -> None:
+    """Raise `ValueError` naming the first tokenised row that is packed or padded.
+
+    Nothing here keeps the documents of a packed row from reading each other, or its padding from being read.
+    """
+    for column in dataset.column_names:
+        if column not in ("position_ids", "seq_lengths", "attention_mask"):
+            continue
+        for row, values in enumerate(dataset.with_format(None)[column]):
+            where = f"{name} sample {row}"
+            if column == "seq_lengths" and isinstance(values, list) and len(values) > 1:
+                raise ValueError(f"{where}: it is {len(values)} documents packed into one row: unpack them")
+            if column == "position_ids" and values is not None and values != [*range(len(values))]:
+                raise ValueError(f"{where}: its position_ids are not 0, 1, 2, ... as of one document: unpack the rows")
+            if column == "attention_mask" and values is not None and not all(values):
+                raise ValueError(f"{where}: its attention_mask hides tokens: give the row without its padding")
+
+
 def check_tokens(tokens: Any, column: str, tokenizer: PreTrainedTokenizerBase, where: str, *also: int) -> None:
     """Raise `ValueError` unless `tokens` are a list of the tokenizer's token ids, or of what else is allowed."""
     if not isinstance(tokens, list):

@@ -35,6 +35,7 @@ from .formats import (
     FORMATS,
     TEMPLATE_COLUMNS,
     Row,
+    check_one_document,
     check_tokens,
     counterfactuals,
     detect_format,
@@ -113,6 +114,8 @@ def _prepare(
     dataset = standardised(dataset, name)
     _check_columns(dataset, name, keep_columns, counterfactual_column)
     kind = detect_format(dataset.column_names, name)
+    if kind == "tokenised":
+        check_one_document(dataset, name)
     preparation = _Preparation(
         kind,
         tokenizer,

@@ -65,6 +65,21 @@ class TestFormats:
         sample = prepare([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])[0]
         assert sample["input_ids"] == [5, 6, 7] and sample["labels"] == [-100, 6, 7]
 
+    @pytest.mark.parametrize(
+        ("beside", "message"),
+        [
+            ({"seq_lengths": [2, 3]}, "2 documents packed into one row"),
+            ({"position_ids": [0, 1, 0, 1, 2]}, "position_ids are not 0, 1, 2"),
+            ({"attention_mask": [0, 1, 1, 1, 1]}, "attention_mask hides tokens"),
+        ],
+    )
+    def test_packed_and_padded_tokens_are_refused(self, beside, message):
+        row = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, -100, 9]}
+        whole = {"seq_lengths": [5], "position_ids": [0, 1, 2, 3, 4], "attention_mask": [1] * 5}
+        assert prepare([{**row, **{name: whole[name] for name in beside}}])[0]["input_ids"] == row["input_ids"]
+        with pytest.raises(ValueError, match=f"forget sample 1: .*{message}"):
+            prepare([{**row, **{name: whole[name] for name in beside}}, {**row, **beside}])
+
     def test_a_token_that_spans_prompt_and_answer_belongs_to_the_answer(self):
         """'s b' is one token: the prompt tokenised alone ends differently from the whole."""
         from tokenizers import Tokenizer, models
