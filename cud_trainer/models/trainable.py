@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -118,10 +119,12 @@ def check_gradients(model: nn.Module, *, every_layer: bool) -> None:
         every_layer: whether the loss depends on all decoder layers.
     """
     parts: dict[str, list[nn.Parameter]] = {}
-    prefix = f"{decoder_layers(model)[0]}."
+    prefix = ""
+    with suppress(ValueError):  # an architecture without one list of layers is all "the rest"
+        prefix = f"{decoder_layers(model)[0]}."
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            number = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+            number = name.removeprefix(prefix).split(".")[0] if prefix and name.startswith(prefix) else ""
             parts.setdefault(f"layer {number}" if number else "the rest", []).append(parameter)
     moved = {name: any(bool(p.grad.any()) for p in part if p.grad is not None) for name, part in parts.items()}
     if not any(moved.values()):

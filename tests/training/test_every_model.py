@@ -9,7 +9,7 @@ from runs import make_trainer
 RUN = {"objective": "npo", "passes": 1, "n_buckets": 2, "save_steps": 1}
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_neox", "roberta"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_neox", "roberta", "hrm_text"])
 def test_a_resumed_run_ends_with_the_same_weights(model_type, tmp_path):
     """Files keep old names of experts and of GPT-NeoX's output; the base class leaves out what it does not find."""
     data = {"forget": qa_dataset(8), "retain": qa_dataset(4, 100), "tokenizer": make_tokenizer()}
