@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .data import COUNTED, IGNORE_INDEX, Samples
+from .models.layers import base_causal_lm, embedding_device
 from .models.modes import evaluation_mode
 from .models.positions import own_positions, position_ids, positions_of
 from .models.precision import exact
@@ -155,6 +156,35 @@ def answer_probability(
         for rows, batch in samples.measured.batches(batch_size, device=device):
             values[rows] = score_answers(model, batch).mean_logps.exp().cpu().double()
     return values.numpy()
+
+
+# Nats of a mean answer log-probability that may lie between a sample alone and beside a longer one: rounding.
+SAME_PADDED = 0.01
+
+
+@torch.no_grad()
+def check_padding(model: torch.nn.Module, name: str, samples: Samples) -> None:
+    """Raise `ValueError` when the shortest sample scores something else beside the longest than alone.
+
+    Such a model reads the padding, or shares something among the samples of a batch: no figure would be of one sample.
+    """
+    shortest, longest = (pick(range(len(samples)), key=samples.lengths.__getitem__) for pick in (min, max))
+    if samples.lengths[shortest] == samples.lengths[longest]:
+        return
+    device = embedding_device(model)
+
+    def said(rows: list[int]) -> float:
+        batch = {key: value.to(device) for key, value in samples.pad(rows).items()}
+        return float(score_answers(model, batch).mean_logps[0])
+
+    with evaluation_mode(model), exact(model):
+        alone, beside = said([shortest]), said([shortest, longest])
+    if abs(alone - beside) > SAME_PADDED:
+        raise ValueError(
+            f"{name} sample {samples.ids[shortest]!r} has {alone:.3g} nats a token alone and {beside:.3g} in a batch "
+            f"with a longer one: {type(base_causal_lm(model)).__name__} reads the padding, or shares something in a "
+            "batch, so that figures would depend on the batch size"
+        )
 
 
 def _predictable(labels: Tensor, attention_mask: Tensor) -> Tensor:

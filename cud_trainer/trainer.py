@@ -18,6 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 from .config import CUDConfig
 from .difficulty import DifficultyScores
 from .files import remove_leftovers
+from .logprobs import check_padding
 from .models.layers import widest_float
 from .models.modes import on_device
 from .objectives import STEPS
@@ -144,6 +145,7 @@ class CUDTrainer(SFTTrainerHooks):
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
         with on_device(self.model, args.device, put_back=inputs.shards_model):
+            check_padding(self.model, "forget", inputs.forget)
             if self.stepwise or inputs.loss.uses_reference:
                 check_training_mode(self, inputs)
             self.reference = run_reference(self, inputs, plan)

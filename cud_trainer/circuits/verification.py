@@ -157,6 +157,16 @@ def _probe(model: PreTrainedModel, recorder: Recorder, embeddings: Tensor) -> _P
         live = [tensor for layer in record.layers for tensor in (layer.attention_live, layer.mlp_live)]
         objective = logits.log_softmax(-1).diagonal(dim1=1, dim2=2).sum()  # of some token at every place
         gradients = torch.autograd.grad(objective, [inputs, *live], allow_unused=True)  # type: ignore[arg-type]
+    lost = [
+        index
+        for index, layer in enumerate(record.layers)
+        if layer.mlp_gradient is None or any(gradient is None for gradient in layer.gradients)
+    ]
+    if lost:
+        raise ValueError(
+            f"no gradient reaches what attention and MLP of layer {lost[0]} read ({len(lost)} of {len(record.layers)} "
+            "layers): circuits are made of it. Quantised weights may pass no gradient on this device"
+        )
     found = [
         torch.zeros_like(tensor) if gradient is None else gradient  # type: ignore[arg-type]
         for tensor, gradient in zip([inputs, *live], gradients, strict=True)

@@ -25,6 +25,7 @@ from ..data import (
     prepare_samples,
 )
 from ..difficulty import METRICS, DifficultyContext, DifficultyScores
+from ..logprobs import check_padding
 from ..models.fingerprint import model_fingerprint, versions
 from ..models.positions import check_sets
 from ..objectives import UnlearningLoss
@@ -113,8 +114,14 @@ def score_difficulty(
     request.check(model)
     options = {"max_length": max_length, "template": template or TemplateContext()}
     forget, retain = _samples(request, dataset, retain_dataset, processing_class, counterfactual_column, options)
-    check_sets(model, forget=forget, retain=retain)
+    _check_read(model, forget, retain)
     return _Scoring(model, forget, retain, request).run()
+
+
+def _check_read(model: PreTrainedModel, forget: Samples, retain: Samples | None) -> None:
+    """Raise `ValueError` for samples that the model cannot read as they are."""
+    check_sets(model, forget=forget, retain=retain)
+    check_padding(model, "forget", forget)
 
 
 def _samples(

@@ -21,6 +21,7 @@ from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
+from cud_trainer.logprobs import check_padding
 from cud_trainer.models.loading import load_causal_lm, merged_adapter
 from cud_trainer.models.positions import check_sets
 from cud_trainer.training.checkpoints import recorded_template
@@ -190,6 +191,8 @@ class EvaluateInputs:
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
         check_sets(model, **self.sets)
+        name, samples = next(iter(self.sets.items()))
+        check_padding(model, name, samples)
         return model
 
 

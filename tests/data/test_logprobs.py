@@ -11,8 +11,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from scipy.special import log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cud_trainer.data import pad_batch, prepare_dataset
-from cud_trainer.logprobs import answer_positions, score_answers
+from cud_trainer.data import pad_batch, prepare_dataset, prepare_samples
+from cud_trainer.logprobs import answer_positions, check_padding, score_answers
 from cud_trainer.models.modes import evaluation_mode
 from cud_trainer.models.positions import position_ids
 
@@ -202,3 +202,24 @@ def test_evaluation_mode_puts_every_module_back(fails):
     except KeyError:
         assert fails
     assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_model_that_reads_the_padding_is_refused(tmp_path):
+    from every_model import tiny
+    from runs import make_trainer
+
+    from cud_trainer import score_difficulty
+
+    tokenizer, data = make_tokenizer(), qa_dataset(6)
+    for model in (make_model(0), make_model(0).bfloat16()):
+        check_padding(model, "forget", prepare_samples(data, tokenizer))
+    # counts the tokens that are not 0, wherever they stand
+    model = tiny("cpmant")
+    for refused in (
+        lambda: score_difficulty(model, data, tokenizer, metrics=["loss"], progress=False),
+        lambda: make_trainer(
+            tmp_path, model=model, difficulty="none", schedule="uniform", gradient_checkpointing=False
+        ),
+    ):
+        with pytest.raises(ValueError, match="CpmAntForCausalLM reads the padding"):
+            refused()

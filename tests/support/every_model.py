@@ -30,7 +30,19 @@ SIZES = {
     **_same(0, "pad_token_id", "moe_layer_start_index"),
     "initializer_range": 0.2,
 }
-# Where these sizes do not go together.
+_PER_LAYER = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": 258,
+    "hidden_size_per_layer_input": 8,
+}
+_SMALL_EYES = {
+    "vision_config": {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{"image_size": 28, "patch_size": 14},
+    }
+}
+# Where these sizes do not go together, or there are others.
 OWN = {
     "codegen": {"rotary_dim": 4, "head_dim": None},
     "gptj": {"rotary_dim": 4, "head_dim": None},
@@ -39,8 +51,40 @@ OWN = {
     "jamba": {"num_hidden_layers": 8},
     "qwen3_next": {"num_hidden_layers": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 48},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "gemma3": _SMALL_EYES,
+    "gemma3n_text": {
+        **_PER_LAYER,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    **_same({**_PER_LAYER, "global_head_dim": 16, **_SMALL_EYES}, "gemma4"),
+    **_same({**_PER_LAYER, "global_head_dim": 16}, "gemma4_text", "gemma4_unified_text"),
+    "longcat_flash": {
+        "num_key_value_heads": 4,
+        "expert_ffn_hidden_size": 16,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
+    "reformer": {
+        **{"is_decoder": True, "attention_head_size": 8, "attn_layers": ["local", "local"], "feed_forward_size": 48},
+        **{"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16], "local_attn_chunk_length": 16},
+    },
+    "roc_bert": {
+        **{"is_decoder": True, "concat_input": False, "shape_vocab_size": 64, "shape_embed_dim": 16},
+        **{"pronunciation_vocab_size": 64, "pronunciation_embed_dim": 16},
+    },
+    # latent attention has as many key as query heads
+    **_same({"num_key_value_heads": 4}, "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"),
+    **_same({"num_key_value_heads": 4}, "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"),
     **_same({"is_decoder": True}, "bert", "roberta", "xlm-roberta", "camembert", "data2vec-text", "electra", "ernie"),
-    **_same({"is_decoder": True}, "roberta-prelayernorm", "xlm-roberta-xl", "rembert", "roc_bert", "roformer"),
+    **_same({"is_decoder": True}, "roberta-prelayernorm", "xlm-roberta-xl", "rembert", "roformer"),
     **_same({"is_decoder": True}, "bert-generation", "megatron-bert", "big_bird"),
 }
 
@@ -54,9 +98,11 @@ def tiny(model_type: str, **settings):
     try:
         plain = AutoConfig.for_model(model_type)
         text = plain.get_text_config()
-        wanted = {**SIZES, **OWN.get(model_type, {}), **settings}
-        wanted = {name: value for name, value in wanted.items() if name in text.to_dict() and value is not None}
-        config = AutoConfig.for_model(model_type, **(wanted if text is plain else {"text_config": wanted}))
+        wanted = {name: value for name, value in SIZES.items() if name in text.to_dict()}
+        wanted |= {**OWN.get(model_type, {}), **settings}
+        apart = {name: wanted.pop(name) for name in ("vision_config",) if name in wanted}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        config = AutoConfig.for_model(model_type, **apart, **(wanted if text is plain else {"text_config": wanted}))
         with torch.device("meta"):
             size = AutoModelForCausalLM.from_config(config).num_parameters()
         if size > LARGEST:
