@@ -206,8 +206,8 @@ class Recorder:
         if record.live:
             record.final_residual = args[0]
 
-        def store(gradient: Tensor) -> None:
-            record.final_gradient = gradient.detach()
+        def store(gradient: Tensor | None) -> None:
+            record.final_gradient = detached(gradient)
 
         return own_copy(args, store)
 
@@ -244,8 +244,8 @@ class Recorder:
         def tap_mlp(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             record = self.current.layers[index]
 
-            def store(gradient: Tensor) -> None:
-                record.mlp_gradient = gradient.detach()
+            def store(gradient: Tensor | None) -> None:
+                record.mlp_gradient = detached(gradient)
 
             return own_copy(args, store)
 
@@ -273,8 +273,8 @@ class Recorder:
                 output = heads[..., maps.expansion[number].to(output.device), :].flatten(-2)
             record.projections[number] = output.detach()
 
-            def store(gradient: Tensor) -> None:
-                record.gradients[number] = gradient.detach()
+            def store(gradient: Tensor | None) -> None:
+                record.gradients[number] = detached(gradient)
 
             if output.requires_grad:
                 output.register_hook(store)
@@ -287,6 +287,11 @@ class Recorder:
 def embedded(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Embeddings of `tokens`, at least float32: what a model reads in `nearly_exact`."""
     return wide(model.get_input_embeddings()(tokens))
+
+
+def detached(gradient: Tensor | None) -> Tensor | None:
+    """A gradient without its history; `None` where none came, as of quantised weights on some devices."""
+    return None if gradient is None else gradient.detach()
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -303,7 +308,7 @@ def hidden_states_of(output: Tensor | tuple[Tensor, ...], like: Tensor) -> Tenso
     return output if output.shape == like.shape else output.view_as(like)
 
 
-def own_copy(args: tuple[Tensor, ...], store: Callable[[Tensor], None]) -> tuple[Tensor, ...]:
+def own_copy(args: tuple[Tensor, ...], store: Callable[[Tensor | None], None]) -> tuple[Tensor, ...]:
     """Arguments in which the first tensor is a view of its own, whose gradient goes to `store`.
 
     The skip connection keeps the original tensor, so the gradient is that of the branch alone.

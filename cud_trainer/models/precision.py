@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .layers import base_causal_lm, decoder_layers
-from .modes import answering
+from .layers import base_causal_lm, decoder_layers, embedding_device
+from .modes import answering, evaluation_mode
 
 HALF = (torch.bfloat16, torch.float16)
+
+_takes_copies: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -31,6 +34,12 @@ def exact(model: nn.Module) -> Iterator[None]:
     if not (has_half_weights(model) and can_be_exact(model)):
         yield
         return
+    with _with_copies_of_weights(model):
+        yield
+
+
+@contextmanager
+def _with_copies_of_weights(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device.type
     copies: dict[int, Tensor] = {}  # storage of a float32 copy -> the weight that it is of
 
@@ -88,14 +97,30 @@ def can_be_exact(model: nn.Module) -> bool:
     """Whether a model computes in float32 or wider in `exact`.
 
     Kernels of flash attention take half precision only; for quantised weights, and those that are offloaded or cut over
-    several processes, no copy can stand in.
+    several processes, no copy can stand in; nor where a model's own code reads weights past its layers (Mamba). That
+    is tried once, on four tokens.
     """
     if not has_half_weights(model):
         return all(weight.is_floating_point() and weight.dtype.itemsize >= 4 for weight in model.parameters())
     inner = base_causal_lm(model)
     if getattr(inner, "hf_quantizer", None) is not None or "flash" in str(inner.config._attn_implementation):
         return False
-    return all(type(weight.data) is Tensor and weight.device.type != "meta" for weight in model.parameters())
+    if not all(type(weight.data) is Tensor and weight.device.type != "meta" for weight in model.parameters()):
+        return False
+    if inner not in _takes_copies:
+        _takes_copies[inner] = _tried(inner)
+    return _takes_copies[inner]
+
+
+@torch.no_grad()
+def _tried(model: nn.Module) -> bool:
+    tokens = torch.arange(2, 6, device=embedding_device(model))[None]
+    with evaluation_mode(model), _with_copies_of_weights(model):
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    return True
 
 
 def _units(model: nn.Module) -> list[nn.Module]:

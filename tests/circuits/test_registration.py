@@ -152,3 +152,24 @@ def test_a_file_of_descriptions(registry, tmp_path):
             run_description(other)
     with pytest.raises(ValueError, match="no file"):
         run_description(tmp_path / "none.py")
+
+
+def test_parts_that_no_gradient_reaches_are_named():
+    """As with quantised weights on devices whose kernels have no backward pass."""
+    model = make_model(0)
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x, forward=mlp.forward: WithoutGradient.apply(forward(x))
+    with pytest.raises(
+        ValueError, match="no gradient reaches what attention and MLP of layer 1 read \\(1 of 2 layers\\)"
+    ):
+        edge_attributions(model, to_batch(random_samples(0)))
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return None

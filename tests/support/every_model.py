@@ -55,6 +55,8 @@ OWN = {
         "ffn_config": {"ffn_hidden_size": 48},
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
+    "xlm": {"emb_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
     "falcon_h1": {"mamba_d_ssm": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "gemma3": _SMALL_EYES,
