@@ -52,13 +52,13 @@ def test_scores_rank_as_in_float32_on_a_model_that_knows_its_answers(by_heart, s
     assert full.min() > 0.9
     found = answer_probability(half, samples)
     np.testing.assert_allclose(found, answer_probability(rounded, samples), rtol=1e-6)
-    assert spearmanr(found, full).statistic > 0.99
+    assert spearmanr(found, full).statistic > 0.95  # what rounding the weights does; none of it is the computation's
     with torch.no_grad():  # what the same model answers in bfloat16
         plain = score_answers(half, batch).mean_logps
     assert abs(plain.numpy() / np.log(found) - 1).max() > 0.01
     edges = {name: edge_attributions(model, batch).edges for name, model in (("full", by_heart), ("half", half))}
     for a, b in zip(edges["full"], edges["half"], strict=True):
-        assert spearmanr(a.abs(), b.abs()).statistic > 0.99
+        assert spearmanr(a.abs(), b.abs()).statistic > 0.95
     torch.testing.assert_close(edges["half"], edge_attributions(rounded, batch).edges)
 
 
