@@ -16,8 +16,8 @@ from ..circuits import run_description
 from ..config import CUDConfig
 from ..data import FORMATS, ready_tokenizer, standardised
 from ..data.chunks import DOCUMENT, chunk_texts
-from ..data.columns import use_id_key
 from ..data.formats import FOREIGN
+from ..data.ids import use_id_key
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
 from ..models.loading import tokenizer_home
@@ -96,9 +96,9 @@ class DataArguments:
     id_key: str | None = field(
         default=None,
         metadata={
-            "help": "File with a key for the ids of samples that have none of their own: without it, whoever nearly "
-            "knows a text can find the rest from its id by trying. Made with a random key if it is not there; give the "
-            "same one to every command on the same data."
+            "help": "File with the key of the ids of samples that have none of their own, instead of the file ids.key "
+            "that every command keeps beside what it writes: without the key nobody can find a text from its id by "
+            "trying. Made with a random key if it is not there. Needed where ids.key is missing."
         },
     )
     keep_cache: bool = field(

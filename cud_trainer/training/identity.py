@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from ..config import CUDConfig
+from ..data.ids import IdKey
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
 from ..stack_options import OVERRIDABLE
@@ -34,12 +35,15 @@ NO_PART_OF_AN_ADAPTER = ("auto_mapping", "base_model_name_or_path", "inference_m
 SHOWN = 120
 
 
-def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Reference) -> dict[str, Any]:
+def run_identity(
+    inputs: RunInputs, plan: RunPlan, model: Any, reference: Reference, key: IdKey | None
+) -> dict[str, Any]:
     """Everything that the next step depends on and a checkpoint does not hold, as plain JSON values.
 
     Args:
         model: as it is trained, with its adapter.
         reference: with the options of the objective by sample, if there are some.
+        key: of the ids in the checkpoint; `None` for hashes as they are in memory.
     """
     args = inputs.args
     objective = f"{args.objective} {json.dumps(args.objective_args, sort_keys=True)}"
@@ -51,7 +55,7 @@ def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Refere
     # Where the rate falls, it falls over all steps.
     settings["max_steps"] = args.max_steps if "constant" not in str(settings["lr_scheduler_type"]) else -1
     identity = {
-        "schedule": plan.schedule.hash,
+        "schedule": (plan.schedule if key is None else plan.schedule.keyed(key)).hash,
         "global_batch": inputs.global_batch,
         "objective": objective,
         "alternative_answers": alternatives_fingerprint(inputs.forget),
@@ -64,7 +68,8 @@ def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Refere
     }
     if inputs.forget.template is not None:
         identity["template"] = inputs.forget.template
-    return json.loads(json.dumps(identity, default=_plain, sort_keys=True))
+    identity = json.loads(json.dumps(identity, default=_plain, sort_keys=True))
+    return identity if key is None else key.keyed_values(identity)
 
 
 def check_same_run(checkpoint: Any, state: Mapping[str, Any], identity: Mapping[str, Any], args: CUDConfig) -> None:

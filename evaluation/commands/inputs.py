@@ -17,6 +17,7 @@ from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
 from cud_trainer.data import Samples, TemplateContext, check_vocabulary, prepare_samples
 from cud_trainer.data.groups import group_labels
+from cud_trainer.data.ids import IdKey, key_in
 from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
@@ -175,6 +176,13 @@ class EvaluateInputs:
     @property
     def forget(self) -> Samples:
         return self.sets["forget"]
+
+    @property
+    def keys(self) -> tuple[IdKey, ...]:
+        """Of the ids in the scores, or else in the folder of the model."""
+        model = Path(self.model_name_or_path)
+        found = () if self.scores is None else self.scores.keys
+        return (*found, *(key for key in map(key_in, (model, model.parent)) if key is not None))
 
     def load_model(self, path: str, *, finite: bool = True) -> Any:
         """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings.

@@ -1,0 +1,200 @@
+"""Commands killed at random moments and started again: the same bits as without a kill.
+
+    python benchmarks/kills.py --output benchmarks/results/kills.json
+
+A moment is any change of a file in the output, or a forward pass (tests/support/dies.py), drawn evenly over those of an
+uninterrupted run. The process that comes to it is killed, or all of the command. Then the user does what anyone would:
+goes on from the last checkpoint if there is one, else gives the same command again. Half of the runs overwrite an older
+run with other settings. Compared: the names of all files, and the bits of weights, scores, schedules and tables of
+samples; of reports all figures. Processes: one, or two (gloo).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
+sys.path[:0] = [str(SUPPORT), str(ROOT)]
+
+from builders import make_model, make_tokenizer, qa_dataset
+
+from cud_trainer.files import write_json
+
+# What may differ between two runs: times, paths, and random numbers of libraries in what they write of themselves.
+BYTES = (".parquet", ".safetensors", ".csv")
+LEFT_OUT = ("training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json", ".pth", "log.txt", "README.md")
+
+
+@dataclass
+class Case:
+    """A command line without its output, which is `{output}`; the same with other settings, for what is overwritten."""
+
+    name: str
+    command: list[str]
+    other: list[str]
+    kills: int
+    processes: int = 1
+    resumes: bool = False
+    moments: int = field(default=0, init=False)
+
+
+def cases(world: Path) -> list[Case]:
+    data = ["--model_name_or_path", f"{world}/model", "--forget_dataset", f"{world}/forget.jsonl"]
+    data += ["--retain_dataset", f"{world}/retain.jsonl", "--id_key", f"{world}/key"]
+    few = ["--bf16", "false", "--use_cpu", "true", "--folds", "3", "--learning_rate", "1e-3"]
+    score = ["score", *data, *few, "--metrics", "cud", "loss", "random", "--passes", "4"]
+    score += ["--output", "{output}/s.parquet", "--save_circuits", "{output}/c.safetensors"]
+    train = ["train", *data, *few, "--output_dir", "{output}", "--passes", "3", "--per_device_train_batch_size", "2"]
+    train += ["--difficulty", "cud", "--schedule", "easy_to_hard", "--objective", "npo", "--retain_loss", "kl"]
+    train += ["--report_to", "none", "--save_strategy", "steps", "--save_steps", "4", "--disable_tqdm", "true"]
+    evaluate = ["evaluate", *data, "--scores", f"{world}/s/s.parquet", "--output_dir", "{output}", "--batch_size", "3"]
+    evaluate += ["--max_length", "128", "--quantize", "8"]
+    options = {"passes": 2, "learning_rate": 0.003, "difficulty": "cud", "folds": 3, "bf16": False, "use_cpu": True}
+    study = ["study", *data, "--output_dir", "{output}", "--grid", '{"schedule": ["uniform", "easy_to_hard"]}']
+    study += ["--train", json.dumps({**options, "per_device_train_batch_size": 4})]
+    changed = json.dumps({**options, "per_device_train_batch_size": 4, "learning_rate": 0.01})
+    return [
+        Case("score", score, [*score, "--seed", "9"], 6),
+        Case("score", score, [*score, "--seed", "9"], 3, processes=2),
+        Case("train", train, [*train, "--seed", "9"], 8, resumes=True),
+        Case("train", train, [*train, "--seed", "9"], 4, processes=2, resumes=True),
+        Case("evaluate", evaluate, [*evaluate, "--seed", "9"], 4),
+        Case("study", study, [*study[:-1], changed], 5),
+    ]
+
+
+def start(command: list[str], output: Path, scratch: Path, *extra: str, processes: int = 1, die: dict | None = None):
+    """Run a command to its end, or its death; exit codes and what it said."""
+    argv = [
+        sys.executable,
+        "-m",
+        "cud_trainer.cli",
+        *(word.replace("{output}", str(output)) for word in command),
+        *extra,
+    ]
+    count = scratch / "count"
+    count.unlink(missing_ok=True)
+    variables = {**os.environ, "PYTHONPATH": f"{SUPPORT / 'dying'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    if die is not None:
+        variables["CUD_DIE"] = json.dumps({"folder": str(output), "count": str(count), **die})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started: list[subprocess.Popen] = []
+    for rank in range(processes):
+        own = dict(variables)
+        if processes > 1:
+            own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port}
+            own |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+        group = started[0].pid if started else 0
+        log = (scratch / f"log{rank}").open("w")
+        started.append(subprocess.Popen(argv, env=own, stdout=log, stderr=log, process_group=group))
+    codes = [process.wait() for process in started]
+    return codes, "".join((scratch / f"log{rank}").read_text() for rank in range(processes))
+
+
+def finish(case: Case, output: Path, scratch: Path, overwrite: bool) -> list[str]:
+    """What the user does after a kill, until the command has ended well; what was given, in words."""
+    tried = []
+    ways = [["--resume_from_checkpoint", "true"]] if case.resumes else []
+    ways += [["--overwrite", "true"]] if overwrite else [[], ["--overwrite", "true"]]
+    for extra in ways:
+        codes, said = start(case.command, output, scratch, *extra, processes=case.processes)
+        tried.append(f"{' '.join(extra) or 'again'}: {codes[0]}")
+        if set(codes) == {0}:
+            return tried
+        if set(codes) - {2}:
+            raise RuntimeError(f"{case.name}: {tried}: {said[-2000:]}")
+    raise RuntimeError(f"{case.name}: refused in every way, {tried}: {said[-2000:]}")
+
+
+def bits(folder: Path) -> dict[str, str]:
+    """Every file with a hash of what must be the same."""
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def content(path: Path) -> str:
+    if path.name == "results.json" or path.name == "result.json":
+        found = json.loads(path.read_text())
+        for name in ("created", "run", "seconds", "head"):
+            found.pop(name, None)
+        for entry in found.get("matched") or []:
+            for row in entry["rows"]:
+                row.pop("seconds", None)
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix in BYTES else ""
+
+
+def differences(have: dict[str, str], expected: dict[str, str]) -> list[str]:
+    names = sorted(name for name in {**have, **expected} if have.get(name) != expected.get(name))
+    return [name for name in names if not (name in have and name in expected and name.endswith(LEFT_OUT))]
+
+
+def make_world(world: Path) -> None:
+    make_model(0).save_pretrained(world / "model")
+    make_tokenizer().save_pretrained(world / "model")
+    qa_dataset(9).to_json(world / "forget.jsonl")
+    qa_dataset(7, 100).to_json(world / "retain.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="a case")
+    args = parser.parse_args()
+    draw, rows = random.Random(args.seed), []
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        make_world(root)
+        made = cases(root)
+        codes, said = start(made[0].command, root / "s", root)  # what evaluations read
+        assert codes == [0], said
+        for case in made:
+            if args.only and args.only != f"{case.name}{case.processes}":
+                continue
+            straight, old = root / f"{case.name}{case.processes}", root / f"{case.name}{case.processes}-old"
+            codes, said = start(case.command, straight, root, processes=case.processes, die={"at": 0})
+            assert set(codes) == {0}, said[-3000:]
+            case.moments = (root / "count").stat().st_size
+            codes, said = start(case.other, old, root, processes=case.processes)
+            assert set(codes) == {0}, said[-3000:]
+            expected = bits(straight)
+            for number in range(case.kills):
+                output, overwrite, together = root / "out", number % 2 == 1, draw.random() < 0.5
+                at = draw.randint(1, case.moments)
+                shutil.rmtree(output, ignore_errors=True)
+                if overwrite:
+                    shutil.copytree(old, output)
+                extra = ["--overwrite", "true"] if overwrite else []
+                die = {"at": at, "all": together}
+                codes, _ = start(case.command, output, root, *extra, processes=case.processes, die=die)
+                reached = (root / "count").stat().st_size >= at
+                try:
+                    tried = finish(case, output, root, overwrite) if codes != [0] * case.processes else ["ended"]
+                    wrong = differences(bits(output), expected)
+                except RuntimeError as error:
+                    tried, wrong = [str(error)[-1500:]], ["it did not end"]
+                row = {"command": case.name, "processes": case.processes, "overwrite": overwrite, "moment": at}
+                row |= {"of": case.moments, "killed": "all" if together else "one", "reached": reached}
+                rows.append({**row, "exit_codes": codes, "then": tried, "differs": wrong})
+                print(json.dumps(rows[-1]), flush=True)
+    same = sum(not row["differs"] for row in rows)
+    print(f"{same} of {len(rows)} the same")
+    if args.output:
+        found = {"kills": len(rows), "same": same, "seed": args.seed, "rows": rows}
+        write_json(args.output, found)
+
+
+if __name__ == "__main__":
+    main()
