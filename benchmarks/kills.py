@@ -12,21 +12,27 @@ samples; of reports all figures. Processes: one, or two (gloo).
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import socket
-import subprocess
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
 sys.path[:0] = [str(SUPPORT), str(ROOT)]
 
+# ruff: noqa: E402
 from builders import make_model, make_tokenizer, qa_dataset
+from dies import watch
 
 from cud_trainer.files import write_json
 
@@ -73,34 +79,61 @@ def cases(world: Path) -> list[Case]:
     ]
 
 
-def start(command: list[str], output: Path, scratch: Path, *extra: str, processes: int = 1, die: dict | None = None):
-    """Run a command to its end, or its death; exit codes and what it said."""
-    argv = [
-        sys.executable,
-        "-m",
-        "cud_trainer.cli",
-        *(word.replace("{output}", str(output)) for word in command),
-        *extra,
-    ]
-    count = scratch / "count"
-    count.unlink(missing_ok=True)
-    variables = {**os.environ, "PYTHONPATH": f"{SUPPORT / 'dying'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+@cache
+def server() -> multiprocessing.context.BaseContext:
+    """A context whose processes are forked from one that has imported what commands need: a start costs nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "datasets", "transformers", "peft", "trl", "cud_trainer.trainer"])
+    return context
+
+
+def command_in_a_process(argv: list[str], variables: dict[str, str], log: str, die: dict | None) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(variables)
     if die is not None:
-        variables["CUD_DIE"] = json.dumps({"folder": str(output), "count": str(count), **die})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started: list[subprocess.Popen] = []
-    for rank in range(processes):
-        own = dict(variables)
-        if processes > 1:
-            own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port}
-            own |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-        group = started[0].pid if started else 0
-        log = (scratch / f"log{rank}").open("w")
-        started.append(subprocess.Popen(argv, env=own, stdout=log, stderr=log, process_group=group))
-    codes = [process.wait() for process in started]
-    return codes, "".join((scratch / f"log{rank}").read_text() for rank in range(processes))
+        watch(**die)
+    from cud_trainer.cli import main as cud
+
+    sys.exit(cud(argv))
+
+
+def start(
+    command: list[str],
+    output: Path,
+    scratch: Path,
+    *extra: str,
+    processes: int = 1,
+    at: int | None = None,
+    together: bool = False,
+) -> tuple[list[int], str]:
+    """Run a command to its end, or its death at moment `at`; exit codes, and what it said.
+
+    Args:
+        at: 0 only counts, in `scratch`/count.
+        together: whether all processes die where one does; else the others have to end by themselves.
+    """
+    argv = [*(word.replace("{output}", str(output)) for word in command), *extra]
+    (scratch / "count").unlink(missing_ok=True)
+    die = None if at is None else {"folder": str(output), "count": str(scratch / "count"), "at": at}
+    variables = {"PYTHONPATH": f"{SUPPORT / 'dying'}:{ROOT}", "OMP_NUM_THREADS": "1", "CUD_DIE": json.dumps(die)}
+    if processes > 1:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+        variables |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started, logs = [], [scratch / f"log{rank}" for rank in range(processes)]
+    for rank, log in enumerate(logs):
+        log.unlink(missing_ok=True)
+        own = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else variables
+        started.append(server().Process(target=command_in_a_process, args=(argv, own, str(log), die)))
+        started[-1].start()
+    wait([process.sentinel for process in started])  # for the first one
+    if together and any(process.exitcode == -signal.SIGKILL for process in started):
+        for process in started:
+            process.kill()
+    for process in started:
+        process.join()
+    return [int(process.exitcode) for process in started], "".join(log.read_text() for log in logs if log.exists())
 
 
 def finish(case: Case, output: Path, scratch: Path, overwrite: bool) -> list[str]:
@@ -164,7 +197,7 @@ def main() -> None:
             if args.only and args.only != f"{case.name}{case.processes}":
                 continue
             straight, old = root / f"{case.name}{case.processes}", root / f"{case.name}{case.processes}-old"
-            codes, said = start(case.command, straight, root, processes=case.processes, die={"at": 0})
+            codes, said = start(case.command, straight, root, processes=case.processes, at=0)
             assert set(codes) == {0}, said[-3000:]
             case.moments = (root / "count").stat().st_size
             codes, said = start(case.other, old, root, processes=case.processes)
@@ -177,8 +210,7 @@ def main() -> None:
                 if overwrite:
                     shutil.copytree(old, output)
                 extra = ["--overwrite", "true"] if overwrite else []
-                die = {"at": at, "all": together}
-                codes, _ = start(case.command, output, root, *extra, processes=case.processes, die=die)
+                codes, _ = start(case.command, output, root, *extra, processes=case.processes, at=at, together=together)
                 reached = (root / "count").stat().st_size >= at
                 try:
                     tried = finish(case, output, root, overwrite) if codes != [0] * case.processes else ["ended"]

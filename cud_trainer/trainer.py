@@ -42,7 +42,7 @@ from .training.checkpoints import (
 )
 from .training.gradients import SplitGradients
 from .training.hooks import SFTTrainerHooks
-from .training.identity import check_same_run, run_identity
+from .training.identity import check_goes_on, check_same_run, run_identity
 from .training.inputs import RunInputs, prepare_evaluated, record_template
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
@@ -113,6 +113,7 @@ class CUDTrainer(SFTTrainerHooks):
             scores=difficulty_scores,
             own_optimizer=optimizers[0] is not None,
         )
+        check_goes_on(inputs)
         clear_before(inputs.args)
         record_template(inputs)
         plan = RunPlan.of(inputs)

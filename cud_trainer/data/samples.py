@@ -176,9 +176,15 @@ def check_disjoint(forget: Samples, retain: Samples) -> None:
     """Raise `ValueError` naming the first forget sample that is also a retain sample, by id or by content."""
     sample_id, other = first_shared(forget, retain)
     if other is not None:
-        raise ValueError(f"forget sample {sample_id!r} has the same content as retain sample {other!r}")
+        raise ValueError(
+            f"forget sample {sample_id!r} has the same content as retain sample {other!r} (row "
+            f"{forget.ids.index(str(sample_id))} of the forget dataset)"
+        )
     if sample_id is not None:
-        raise ValueError(f"sample {sample_id!r} is in both the forget and the retain dataset")
+        row = forget.ids.index(sample_id)
+        raise ValueError(
+            f"sample {sample_id!r} is in both the forget and the retain dataset (row {row} of the forget dataset)"
+        )
 
 
 def first_shared(ours: Samples, others: Samples) -> tuple[str | None, str | None]:

@@ -79,6 +79,10 @@ def _check_wrapped(model: Any) -> None:
             "the weights to train are float16: steps of the size of the learning rate round to nothing or overflow in "
             "it. Load them in float32 (with fp16 or bf16 for mixed precision) or in bfloat16, or train an adapter"
         )
+    for config in getattr(model, "peft_config", {}).values():
+        for name in getattr(config, "modules_to_save", None) or ():
+            if not any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules()):
+                raise ValueError(f"the model has no module {name!r}, which modules_to_save of the adapter names")
     if hasattr(model, "peft_config"):
         from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -181,8 +181,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
-    state = json.loads(path.read_text())
-    if not isinstance(state, dict):
+    try:
+        state = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(state, dict) or "schedule" not in state:
         raise ValueError(f"{path} holds no state of a run")
     return state
 

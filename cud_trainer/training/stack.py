@@ -6,9 +6,11 @@ import re
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import ParallelMode
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -31,6 +33,7 @@ def check_stack(args: CUDConfig, model: nn.Module, *, own_optimizer: bool) -> No
         own_optimizer: whether the user brings optimizer and scheduler.
     """
     _check_trackers(args)
+    _check_backends(args)
     if not own_optimizer:
         _check_optimizer(args, model)
     devices = getattr(model, "hf_device_map", None) or {}
@@ -64,6 +67,19 @@ def warn_of_still_weights(args: CUDConfig, model: nn.Module) -> None:
             f"{args.learning_rate:g}: in the others a step of that size rounds to nothing. Load them in float32 "
             "(dtype float32; bf16 keeps the speed), train an adapter (LoRA), or raise the rate"
         )
+
+
+def _check_backends(args: CUDConfig) -> None:
+    """What the libraries only refuse when they are set up."""
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError("fsdp splits a model over processes: start with `accelerate launch` or `torchrun`")
+    if args.torch_compile and args.torch_compile_backend:
+        known = [backend.value.lower() for backend in DynamoBackend]
+        if args.torch_compile_backend.lower() not in known:
+            raise ValueError(f"torch_compile_backend must be one of {known}, got {args.torch_compile_backend!r}")
+    takes_modules = any(name in str(getattr(args.optim, "value", args.optim)) for name in ("galore", "apollo"))
+    if args.optim_target_modules and not takes_modules:
+        raise ValueError("optim_target_modules has no effect without an optim of the kinds galore and apollo")
 
 
 def _check_trackers(args: CUDConfig) -> None:
@@ -109,6 +125,8 @@ def check_best_metric(args: CUDConfig, evaluated: Any, *, retain: bool, own_metr
     """
     compares = args.load_best_model_at_end or str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
     plateau = "plateau" in str(args.lr_scheduler_type)
+    if args.metric_for_best_model is None and compares:
+        raise ValueError("save_strategy 'best' and load_best_model_at_end compare by metric_for_best_model: give it")
     if args.metric_for_best_model is None or not (compares or plateau) or own_metrics:
         return
     name = args.metric_for_best_model.removeprefix("eval_")

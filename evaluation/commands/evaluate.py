@@ -12,7 +12,7 @@ from torch import Tensor
 from trl import ModelConfig
 
 from cud_trainer.circuits import Faithfulness, dataset_faithfulness
-from cud_trainer.commands.options import inputs_of
+from cud_trainer.commands.options import check_model_options, inputs_of
 from cud_trainer.commands.parser import parse_options
 from cud_trainer.data.groups import group_labels
 from cud_trainer.data.ids import without_hashes
@@ -89,6 +89,7 @@ def evaluate(argv: list[str]) -> int:
     from ..report.page import write_report
 
     args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate")
+    check_model_options(model_args, trains=False)
     read = inputs_of(args, model_args)
     with output_directory(args.output_dir, REPORT_FILES, inputs=read, overwrite=args.overwrite) as folder:
         inputs = read_inputs(args, model_args)

@@ -1,10 +1,10 @@
 """Lets a process die at a chosen moment, for tests and benchmarks of kills.
 
 A moment is a change of a file below a folder (opened to write, moved, deleted, a folder made) or a forward pass of a
-language model. Moments are counted over all processes of a command, in a file; at number N the process that comes to it
-is killed, or all are. Python runs `sitecustomize` at every start: with this folder's `sitecustomize.py` in the path, and
+language model. Moments are counted over all processes of a command, in a file; the process that comes to number N is
+killed. Call `watch` in a process that has started; for those that it starts, Python runs `sitecustomize` at every start: with this folder's `sitecustomize.py` in the path, and
 
-    CUD_DIE='{"folder": ..., "count": ..., "at": N, "all": false}'
+    CUD_DIE='{"folder": ..., "count": ..., "at": N}'
 
 in the environment, every process of a command takes part. With `at` 0 moments are only counted.
 """
@@ -17,7 +17,7 @@ import sys
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def watch(folder: str, count: str, at: int, all: bool = False) -> None:
+def watch(folder: str, count: str, at: int) -> None:
     """Count moments below `folder` in the file `count`; die at number `at`."""
     folder, busy = os.path.realpath(folder), []
 
@@ -29,7 +29,7 @@ def watch(folder: str, count: str, at: int, all: bool = False) -> None:
             with open(count, "ab", buffering=0) as file:
                 file.write(b".")
             if at and os.path.getsize(count) == at:
-                os.killpg(0, signal.SIGKILL) if all else os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
         finally:
             busy.clear()
 
@@ -60,8 +60,11 @@ def watch(folder: str, count: str, at: int, all: bool = False) -> None:
                 sys.modules["torch.nn.modules.module"].register_module_forward_pre_hook(forward)
                 sys.meta_path.remove(self)
 
-    sys.meta_path.insert(0, Torch())
+    if "torch.nn.parallel" in sys.modules:
+        sys.modules["torch.nn.modules.module"].register_module_forward_pre_hook(forward)
+    else:
+        sys.meta_path.insert(0, Torch())
 
 
-if os.environ.get("CUD_DIE"):
+if os.environ.get("CUD_DIE", "null") != "null":
     watch(**json.loads(os.environ["CUD_DIE"]))
