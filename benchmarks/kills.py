@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import TCPStore
 
@@ -173,6 +174,32 @@ def differences(have: dict[str, str], expected: dict[str, str]) -> list[str]:
     return [name for name in names if not (name in have and name in expected and name.endswith(LEFT_OUT))]
 
 
+def one_kill(
+    case: Case, old: Path | None, expected: dict[str, str], root: Path, at: int, together: bool
+) -> dict[str, Any]:
+    """Kill a command at moment `at`, finish it, and compare.
+
+    Args:
+        old: the run that is overwritten, if one is.
+        expected: `bits` of the command without a kill.
+    """
+    output, overwrite = root / "out", old is not None
+    shutil.rmtree(output, ignore_errors=True)
+    if old is not None:
+        shutil.copytree(old, output)
+    extra = ["--overwrite", "true"] if overwrite else []
+    codes, _ = start(case.command, output, root, *extra, processes=case.processes, at=at, together=together)
+    reached = (root / "count").stat().st_size >= at
+    try:
+        tried = finish(case, output, root, overwrite) if codes != [0] * case.processes else ["ended"]
+        wrong = differences(bits(output), expected)
+    except RuntimeError as error:
+        tried, wrong = [str(error)[-1500:]], ["it did not end"]
+    row = {"command": case.name, "processes": case.processes, "overwrite": overwrite, "moment": at, "of": case.moments}
+    row |= {"killed": "all" if together else "one", "reached": reached}
+    return {**row, "exit_codes": codes, "then": tried, "differs": wrong}
+
+
 def make_world(world: Path) -> None:
     make_model(0).save_pretrained(world / "model")
     make_tokenizer().save_pretrained(world / "model")
@@ -204,22 +231,8 @@ def main() -> None:
             assert set(codes) == {0}, said[-3000:]
             expected = bits(straight)
             for number in range(case.kills):
-                output, overwrite, together = root / "out", number % 2 == 1, draw.random() < 0.5
-                at = draw.randint(1, case.moments)
-                shutil.rmtree(output, ignore_errors=True)
-                if overwrite:
-                    shutil.copytree(old, output)
-                extra = ["--overwrite", "true"] if overwrite else []
-                codes, _ = start(case.command, output, root, *extra, processes=case.processes, at=at, together=together)
-                reached = (root / "count").stat().st_size >= at
-                try:
-                    tried = finish(case, output, root, overwrite) if codes != [0] * case.processes else ["ended"]
-                    wrong = differences(bits(output), expected)
-                except RuntimeError as error:
-                    tried, wrong = [str(error)[-1500:]], ["it did not end"]
-                row = {"command": case.name, "processes": case.processes, "overwrite": overwrite, "moment": at}
-                row |= {"of": case.moments, "killed": "all" if together else "one", "reached": reached}
-                rows.append({**row, "exit_codes": codes, "then": tried, "differs": wrong})
+                at, together = draw.randint(1, case.moments), draw.random() < 0.5
+                rows.append(one_kill(case, old if number % 2 else None, expected, root, at, together))
                 print(json.dumps(rows[-1]), flush=True)
     same = sum(not row["differs"] for row in rows)
     print(f"{same} of {len(rows)} the same")
