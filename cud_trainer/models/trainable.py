@@ -63,7 +63,7 @@ def check_trained(model: nn.Module, peft_config: Any = None) -> None:
         try:
             with restored_afterwards(model, peft_config) as wrapped:
                 _check_wrapped(wrapped)
-        except (TypeError, AttributeError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+        except (TypeError, AttributeError, KeyError, NotImplementedError, ImportError, RuntimeError, re.error) as error:
             raise ValueError(f"the adapter cannot be put on this model: {str(error)[:500]}") from error
 
 
