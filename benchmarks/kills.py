@@ -6,7 +6,8 @@ A moment is any change of a file in the output, or a forward pass (tests/support
 uninterrupted run. The process that comes to it is killed, or all of the command. Then the user does what anyone would:
 goes on from the last checkpoint if there is one, else gives the same command again. Half of the runs overwrite an older
 run with other settings. Compared: the names of all files, and the bits of weights, scores, schedules and tables of
-samples; of reports all figures. Processes: one, or two (gloo).
+samples; of reports all figures. Processes: one, or two (gloo); a study runs its cells in its own
+(tests/evaluation/test_study_reliability.py kills those with theirs).
 """
 
 import argparse
@@ -95,6 +96,10 @@ def command_in_a_process(argv: list[str], variables: dict[str, str], log: str, d
     if die is not None:
         watch(**die)
     from cud_trainer.cli import main as cud
+    from evaluation.study import pool
+
+    # Cells run in this process: one of their own takes longer to start than to do all of its work.
+    pool.Worker.run = lambda worker, study, cell, work: pool.complete(study, cell, work)
 
     sys.exit(cud(argv))
 

@@ -225,6 +225,7 @@ LATE = [
     (["--chat_template_path", "nope"], "chat_template_path 'nope'"),
     (["--use_peft", "true", "--lora_target_modules", "nope"], "nope not found in the base model"),
     (["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj", "--lora_modules_to_save", "zzz"], "'zzz'"),
+    (["--use_peft", "true", "--lora_target_parameters", "zzz"], "'zzz', which target_parameters"),
     (["--use_peft", "true", "--lora_task_type", "SEQ_CLS"], "lora_task_type"),
     (["--lora_r", "8"], "lora_r has no effect without use_peft"),
     (["--lora_target_modules", "q_proj"], "lora_target_modules has no effect without use_peft"),
