@@ -136,8 +136,6 @@ def check_best_metric(args: CUDConfig, evaluated: Any, *, retain: bool, own_metr
     """
     compares = args.load_best_model_at_end or str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
     plateau = "plateau" in str(args.lr_scheduler_type)
-    if args.metric_for_best_model is None and compares:
-        raise ValueError("save_strategy 'best' and load_best_model_at_end compare by metric_for_best_model: give it")
     if args.metric_for_best_model is None or not (compares or plateau) or own_metrics:
         return
     name = args.metric_for_best_model.removeprefix("eval_")
