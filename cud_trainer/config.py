@@ -319,6 +319,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")
         self._check_objective(loss)
         fixed = [name for name in self.override or () if name not in OVERRIDABLE]
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            raise ValueError("save_strategy 'best' compares checkpoints by metric_for_best_model: give it")
         if fixed:
             raise ValueError(
                 f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"

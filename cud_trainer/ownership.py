@@ -81,8 +81,8 @@ def output_directory(
 ) -> Iterator[Path]:
     """The output directory of a command, its own while it runs; leftovers of kills are removed at once.
 
-    A command that is refused (`ValueError`) where nothing was takes away what it made: the corrected one starts as if
-    it had never been.
+    A command that is refused (`ValueError`, or a package is missing) where nothing was takes away what it made: the
+    corrected one starts as if it had never been.
 
     Args:
         files: patterns of what a command of this kind writes.
@@ -101,7 +101,7 @@ def output_directory(
         anew = not holds_something(folder)
         try:
             yield folder
-        except ValueError:
+        except (ValueError, ImportError):
             if anew:
                 clear(folder, files)
             raise

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data import Samples
+from .data.ids import KEY_FILE, keyed_for, keys_beside
 from .files import atomic_write, holds_something, private_folder, remove_leftovers, write_json
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,8 @@ class WorkDir:
                 return f"cannot read {record}: {error}"
             if not isinstance(recorded, dict):
                 return f"{record} holds no settings; remove the work directory or choose another one"
+            for key in keys_beside(record):
+                identity = key.keyed_values(identity)
             differs = [key for key in {**recorded, **identity} if recorded.get(key) != identity.get(key)]
             if differs:
                 differences = "; ".join(
@@ -93,11 +96,11 @@ class WorkDir:
                     f"work directory {self.path} belongs to another run ({differences}); "
                     "remove it or choose another one"
                 )
-        elif holds_something(self.path):
+        elif holds_something(self.path, [KEY_FILE]):
             return f"work directory {self.path} holds something else; choose another one"
         else:
             private_folder(self.path)
-            write_json(record, identity, private=True)
+            write_json(record, keyed_for(record, identity), private=True)
             self.is_new = True
         return None
 
@@ -122,7 +125,7 @@ class WorkDir:
 def remove_work(path: str | Path) -> None:
     """Delete what a `WorkDir` has written to `path`, and the directory if nothing else is in it."""
     path = Path(path).expanduser()
-    for file in [*path.glob("*.safetensors"), path / "run.json"]:
+    for file in [*path.glob("*.safetensors"), path / "run.json", path / KEY_FILE]:
         file.unlink(missing_ok=True)
     remove_leftovers(path)
     if path.is_dir() and not any(path.iterdir()):

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PredictionOutput
 
 from .config import CUDConfig
+from .data.ids import IdKey, key_for
 from .difficulty import DifficultyScores
 from .files import remove_leftovers
 from .logprobs import check_padding
@@ -34,6 +35,7 @@ from .training.checkpoints import (
     check_starts_anew,
     checkpoint_to_resume,
     clear_before,
+    key_of_checkpoint,
     last_checkpoint,
     read_state,
     remove_cut_short,
@@ -41,7 +43,7 @@ from .training.checkpoints import (
 )
 from .training.gradients import SplitGradients
 from .training.hooks import SFTTrainerHooks
-from .training.identity import check_same_run, run_identity
+from .training.identity import check_goes_on, check_same_run, run_identity
 from .training.inputs import RunInputs, prepare_evaluated, record_template
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
@@ -112,6 +114,7 @@ class CUDTrainer(SFTTrainerHooks):
             scores=difficulty_scores,
             own_optimizer=optimizers[0] is not None,
         )
+        check_goes_on(inputs)
         clear_before(inputs.args)
         record_template(inputs)
         plan = RunPlan.of(inputs)
@@ -207,7 +210,7 @@ class CUDTrainer(SFTTrainerHooks):
         state = {"served": [], "progress": self._start_state, "began": False}
         if checkpoint is not None:
             read = read_state(checkpoint)
-            check_same_run(checkpoint, read, self.run_identity(), self.args)
+            check_same_run(checkpoint, read, self.run_identity(key_of_checkpoint(checkpoint)), self.args)
             state = {"began": True, **read}
         elif self.is_world_process_zero() and not self._started:
             if self.args.overwrite:
@@ -259,14 +262,14 @@ class CUDTrainer(SFTTrainerHooks):
         self.load_weights(last)
         return f"The model is back at the last checkpoint, {last}."
 
-    def run_identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree in with the run that goes on from it."""
-        return run_identity(self.inputs, self.plan, self.model, self.reference)
+    def run_identity(self, key: IdKey | None = None) -> dict[str, Any]:
+        """What a checkpoint must agree in with the run that goes on from it; with a key as it stands there."""
+        return run_identity(self.inputs, self.plan, self.model, self.reference, key)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What goes into a checkpoint beside weights and optimizer, as plain JSON values."""
         return {
-            **self.run_identity(),
+            **self.run_identity(key_for(self.args.output_dir)),
             "optimizer_state": not self.args.save_only_model,
             "served": self.recorder.served,
             "progress": self.progress.state(),

@@ -28,6 +28,7 @@ import torch
 
 from cud_trainer.circuits import CircuitTable, Faithfulness, dataset_faithfulness
 from cud_trainer.data import prepare_samples
+from cud_trainer.data.ids import KEY_FILE
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from .testbed import Testbed
 
 CIRCUITS_FILE = "circuits.safetensors"
-DEMO_FILES = ("model", "data", "study", "difficulty-*.parquet", CIRCUITS_FILE, *REPORT_FILES)
+DEMO_FILES = ("model", "data", "study", "difficulty-*.parquet", CIRCUITS_FILE, KEY_FILE, *REPORT_FILES)
 SETS = ("forget", "retain", "retain_eval", "held_out")
 HELD_OUT_AUTHORS = 6
 DIFFICULTY_METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length", "random")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data import rows_by_id
+from ..data.ids import IdKey, as_written, keyed_for, keys_beside
 from ..files import atomic_write, check_new_file
 from .graph import Graph
 
@@ -27,12 +28,14 @@ class CircuitTable:
         edges: scores of the existing edges, float32 `[N, n_edges]`, in row-major order of `graph.mask`.
         graph: of the model.
         settings: how the edges were scored (method, steps, baseline, metric).
+        keys: that the ids may be made with, where they come from a file (`cud_trainer.data.ids`).
     """
 
     ids: list[str]
     edges: Tensor
     graph: Graph
     settings: dict[str, Any] = field(default_factory=dict)
+    keys: tuple[IdKey, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.edges.shape != (len(self.ids), self.graph.n_edges):
@@ -43,13 +46,14 @@ class CircuitTable:
 
     def aligned(self, ids: Sequence[str]) -> CircuitTable:
         """The rows for `ids`, in that order; `ValueError` naming an id that has no circuit."""
-        rows = rows_by_id(self.ids, ids, "circuits")
-        return CircuitTable(list(ids), self.edges[rows], self.graph, self.settings)
+        rows = rows_by_id(self.ids, ids, "circuits", keys=self.keys)
+        return CircuitTable(list(ids), self.edges[rows], self.graph, self.settings, self.keys)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a safetensors file, atomically; `ValueError` if it exists."""
         check_new_file(path, overwrite)
-        header = {"ids": self.ids, "graph": asdict(self.graph), "settings": self.settings}
+        ids = keyed_for(path, self.ids, self.keys)
+        header = {"ids": ids, "graph": asdict(self.graph), "settings": self.settings}
         # One entry: of several the library writes them in an order of its own, different every time.
         metadata = {"circuits": json.dumps(header, sort_keys=True)}
         tensors = {"edges": self.edges.float().contiguous()}
@@ -60,7 +64,8 @@ class CircuitTable:
         if not Path(path).exists():
             return False
         other = CircuitTable.load(path)
-        same = (self.ids, self.graph, self.settings) == (other.ids, other.graph, other.settings)
+        ids = as_written(other.ids, self.ids, other.keys)
+        same = (ids, self.graph, self.settings) == (other.ids, other.graph, other.settings)
         return same and torch.equal(self.edges.float(), other.edges)
 
     @classmethod
@@ -77,6 +82,6 @@ class CircuitTable:
                 raise ValueError(f"its graph is {graph}")
             if not bool(torch.isfinite(edges).all()):
                 raise ValueError("an edge score is not finite")
-            return cls(header["ids"], edges, graph, header["settings"])
+            return cls(header["ids"], edges, graph, header["settings"], keys_beside(path))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"cannot read circuits from {path}: {str(error)[:300]}") from None

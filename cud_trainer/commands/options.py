@@ -16,11 +16,12 @@ from ..circuits import run_description
 from ..config import CUDConfig
 from ..data import FORMATS, ready_tokenizer, standardised
 from ..data.chunks import DOCUMENT, chunk_texts
-from ..data.columns import use_id_key
 from ..data.formats import FOREIGN
+from ..data.ids import use_id_key
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
 from ..models.loading import tokenizer_home
+from ..typed import check_void
 from .parser import parse_options
 
 # Options of all commands that name what is read.
@@ -96,9 +97,9 @@ class DataArguments:
     id_key: str | None = field(
         default=None,
         metadata={
-            "help": "File with a key for the ids of samples that have none of their own: without it, whoever nearly "
-            "knows a text can find the rest from its id by trying. Made with a random key if it is not there; give the "
-            "same one to every command on the same data."
+            "help": "File with the key of the ids of samples that have none of their own, instead of the file ids.key "
+            "that every command keeps beside what it writes: without the key nobody can find a text from its id by "
+            "trying. Made with a random key if it is not there. Needed where ids.key is missing."
         },
     )
     keep_cache: bool = field(
@@ -237,7 +238,30 @@ def model_options(model_args: ModelConfig) -> dict[str, Any]:
     return options
 
 
+# Of these nothing else would read them.
+OF_AN_ADAPTER = [name for name in ModelConfig.__dataclass_fields__ if name.startswith(("lora_", "use_rs", "use_dora"))]
+OF_FOUR_BITS = [name for name in ModelConfig.__dataclass_fields__ if "bnb_" in name]
+
+
+def check_model_options(model_args: ModelConfig, *, trains: bool = True) -> None:
+    """Raise `ValueError` naming an option of the model that has no effect, or cannot be.
+
+    Args:
+        trains: whether the command trains anything, so that an adapter can be asked for.
+    """
+    if model_args.use_peft and not trains:
+        raise ValueError("use_peft has no effect here: nothing is trained; an adapter is loaded from its folder")
+    needs = dict.fromkeys(OF_AN_ADAPTER, "use_peft") | dict.fromkeys(OF_FOUR_BITS, "load_in_4bit")
+    check_void(model_args, needs)
+    if model_args.lora_task_type != "CAUSAL_LM":
+        raise ValueError(f"lora_task_type must be 'CAUSAL_LM', got {model_args.lora_task_type!r}")
+    name = str(model_args.model_name_or_path)
+    if model_args.model_revision != "main" and Path(name).is_dir():
+        raise ValueError(f"model_revision has no effect: {name} is a folder, which has no revisions")
+
+
 def parse_command(first: type, argv: list[str], program: str) -> tuple[Any, CUDConfig, ModelConfig]:
     data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program)
+    check_model_options(model_args)
     args.group_column = args.group_column or data_args.natural_group
     return data_args, args, model_args

@@ -34,9 +34,6 @@ from .columns import (
     check_unique as check_unique,
 )
 from .columns import (
-    content_id as content_id,
-)
-from .columns import (
     id_column as id_column,
 )
 from .columns import (
@@ -62,6 +59,9 @@ from .formats import (
 )
 from .formats import (
     tokenise_answer as tokenise_answer,
+)
+from .ids import (
+    content_id as content_id,
 )
 from .pairs import (
     PairedCollator,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .columns import IGNORE_INDEX, check_unique, content_id, id_column
+from .columns import IGNORE_INDEX, check_unique, id_column
 from .formats import detect_format, text_tokens
+from .ids import content_id
 from .tokenizers import check_tokenizer
 
 # Which row a chunk comes from: the group column of folds, so that no document helps to score itself.

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+
+from .ids import KEYED, PLAIN, IdKey, as_written
 
 IGNORE_INDEX = -100
 PREPARED = ("sample_id", "input_ids", "labels")
@@ -41,52 +37,6 @@ def id_column(columns: Sequence[str]) -> str | None:
     return next((name for name in ("sample_id", "id") if name in columns), None)
 
 
-def content_id(tokens: list[int], prompt: int = 0) -> str:
-    """Hash of tokens and of where the answer starts, 16 hex digits: the id of a sample that has no other.
-
-    With a key (see `use_id_key`) nobody who lacks it can find a text by trying.
-    """
-    content = f"{prompt}|{tokens}".encode()
-    if _key is not None:
-        return hmac.new(_key, content, hashlib.sha256).hexdigest()[:16]
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-_key: bytes | None = None
-
-
-def use_id_key(path: str | Path | None) -> None:
-    """Make ids of contents with the key in this file from now on, in this process; with `None` without a key.
-
-    A file that is not there is made, with a random key and for its owner alone. Scores, checkpoints and reports only
-    fit together that were made with one key.
-
-    Raises:
-        ValueError: for a file that cannot be read or made, or holds less than 16 bytes.
-    """
-    global _key
-    if path is None:
-        _key = None
-        return
-    path = Path(path).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        if not path.exists():
-            new.unlink(missing_ok=True)
-            with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-                file.write(secrets.token_hex(32).encode())
-            with suppress(FileExistsError):  # another process was faster
-                os.link(new, path)
-            new.unlink()
-        key = path.read_bytes().strip()
-    except OSError as error:
-        raise ValueError(f"cannot read id_key {path}: {error.strerror or error}") from None
-    if len(key) < 16:
-        raise ValueError(f"id_key {path} holds no key: a key has at least 16 bytes")
-    _key = key
-
-
 def check_unique(ids: Sequence[str], name: str) -> None:
     """Raise `ValueError` naming the first id that is there twice."""
     first: dict[str, int] = {}
@@ -99,18 +49,31 @@ def check_unique(ids: Sequence[str], name: str) -> None:
         first[sample_id] = index
 
 
-def rows_by_id(have: Sequence[str], wanted: Sequence[str], what: str, whose: str = "samples") -> list[int]:
+def rows_by_id(
+    have: Sequence[str],
+    wanted: Sequence[str],
+    what: str,
+    whose: str = "samples",
+    keys: Sequence[IdKey] = (),
+) -> list[int]:
     """Where each of the ids `wanted` stands in `have`; `ValueError` naming one that is not there.
 
     Args:
         what: what is looked up, for the error.
         whose: for whom.
+        keys: that ids in `have` may be made with.
     """
+    wanted = as_written(have, wanted, keys)
     position = {sample_id: row for row, sample_id in enumerate(have)}
     missing = [sample_id for sample_id in wanted if sample_id not in position]
     if missing:
+        if not keys and any(map(PLAIN.match, missing)) and any(map(KEYED.match, have)):
+            raise ValueError(
+                f"the key that the ids of the {what} were made with is missing: give its file as id_key, or put it "
+                "beside them as ids.key"
+            )
         raise ValueError(
             f"{what} lack {len(missing)} of {len(wanted)} {whose}, the first is {missing[0]!r}: "
-            "they were made for another dataset"
+            "they were made for another dataset" + (", or with another id_key" if any(map(KEYED.match, have)) else "")
         )
     return [position[sample_id] for sample_id in wanted]

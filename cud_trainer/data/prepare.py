@@ -28,7 +28,6 @@ from .columns import (
     IGNORE_INDEX,
     PREPARED,
     check_unique,
-    content_id,
     id_column,
 )
 from .formats import (
@@ -42,6 +41,7 @@ from .formats import (
     standardised,
     tokenise,
 )
+from .ids import content_id
 from .samples import Samples
 from .template import TemplateContext
 from .tokenizers import check_tokenizer

@@ -149,7 +149,8 @@ def evenly_spaced(samples: Rows, count: int) -> Rows:
 
 
 def dataset_fingerprint(prepared: Dataset) -> str:
-    """Hash of ids, tokens and answer masks (16 hex digits): same samples in the same order, same fingerprint.
+    """Hash of ids, tokens and answer masks (`sha256:` and 16 hex digits): same samples in the same order, same
+    fingerprint. Files hold it as they hold ids, see `cud_trainer.data.ids`.
 
     Where a chat template writes the date, of ids and tokens as they would be on no day in particular.
     """
@@ -157,14 +158,14 @@ def dataset_fingerprint(prepared: Dataset) -> str:
     if CONTENT in prepared.column_names:
         pairs = zip(prepared["sample_id"], prepared[CONTENT], strict=True)
         digest.update("".join(f"{name}|{content}\n" for name, content in pairs).encode())
-        return digest.hexdigest()[:16]
+        return f"sha256:{digest.hexdigest()[:16]}"
     for table in prepared.select_columns(list(PREPARED)).with_format("arrow").iter(CHUNK):
         ids, tokens, labels = (table[name].combine_chunks() for name in PREPARED)
         # one line a sample, as Python would write it: id|[5, 6, 7]|[-100, 6, 7]
         parts = (ids, "|[", _joined(tokens), "]|[", _joined(labels), "]\n")
         lines = pc.binary_join_element_wise(*parts, "")
         digest.update("".join(lines.to_pylist()).encode())
-    return digest.hexdigest()[:16]
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _joined(lists: pa.ListArray) -> pa.StringArray:
@@ -175,9 +176,15 @@ def check_disjoint(forget: Samples, retain: Samples) -> None:
     """Raise `ValueError` naming the first forget sample that is also a retain sample, by id or by content."""
     sample_id, other = first_shared(forget, retain)
     if other is not None:
-        raise ValueError(f"forget sample {sample_id!r} has the same content as retain sample {other!r}")
+        raise ValueError(
+            f"forget sample {sample_id!r} has the same content as retain sample {other!r} (row "
+            f"{forget.ids.index(str(sample_id))} of the forget dataset)"
+        )
     if sample_id is not None:
-        raise ValueError(f"sample {sample_id!r} is in both the forget and the retain dataset")
+        row = forget.ids.index(sample_id)
+        raise ValueError(
+            f"sample {sample_id!r} is in both the forget and the retain dataset (row {row} of the forget dataset)"
+        )
 
 
 def first_shared(ours: Samples, others: Samples) -> tuple[str | None, str | None]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..data import id_column, rows_by_id
+from ..data.ids import IdKey, keyed_for, keys_beside
 from ..files import atomic_write, check_new_file, read_parquet, write_parquet
 from .buckets import Buckets
 from .exchange import TABLES, read_published, read_table, write_table
@@ -32,6 +33,7 @@ class DifficultyScores:
         columns: metric name -> float64 `[N]`, all finite; the first is the primary metric.
         fold: cross-fitting fold of each sample, int `[N]`, or `None`.
         provenance: fingerprints of model and dataset, metric settings, versions, seed.
+        keys: that the ids may be made with, where they come from a file (`cud_trainer.data.ids`).
 
     Raises:
         ValueError: when lengths differ, ids repeat, or a score is not finite (named by sample and metric).
@@ -41,6 +43,7 @@ class DifficultyScores:
     columns: dict[str, np.ndarray]
     fold: np.ndarray | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    keys: tuple[IdKey, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.ids = [str(sample_id) for sample_id in self.ids]
@@ -87,15 +90,15 @@ class DifficultyScores:
 
     def aligned(self, ids: Sequence[str]) -> DifficultyScores:
         """The rows for `ids`, in that order; `ValueError` naming an id that has no score."""
-        rows = rows_by_id(self.ids, ids, "difficulty scores", "forget samples")
+        rows = rows_by_id(self.ids, ids, "difficulty scores", "forget samples", self.keys)
         fold = None if self.fold is None else self.fold[rows]
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return DifficultyScores(list(ids), columns, fold, self.provenance)
+        return DifficultyScores(list(ids), columns, fold, self.provenance, self.keys)
 
     def with_given(self) -> DifficultyScores:
         """The same with the primary metric under the name `"given"`, too, in front."""
         columns = {PRECOMPUTED: self[self.metrics[0]], **self.columns}
-        return DifficultyScores(self.ids, columns, self.fold, self.provenance)
+        return DifficultyScores(self.ids, columns, self.fold, self.provenance, self.keys)
 
     def buckets(self, metric: str | None = None, n: int = 4) -> np.ndarray:
         """Equal-count bucket of each sample by rank, 0 (easiest) to `n - 1` (hardest), int `[N]` (`Buckets.by_rank`).
@@ -118,7 +121,8 @@ class DifficultyScores:
         differs = [
             difference
             for key, value in expected.items()
-            if key in self.provenance and self.provenance[key] != value
+            if key in self.provenance
+            and self.provenance[key] not in (value, *(one.keyed_values(value) for one in self.keys))
             for difference in _differences(key, self.provenance[key], value)
         ]
         if differs:
@@ -137,14 +141,16 @@ class DifficultyScores:
         """Write a parquet file (readable by `datasets` and pandas), atomically; `ValueError` if it exists.
 
         A path that ends in `.csv` or `.jsonl` gets a table of that kind; these have no place for the provenance.
+        Hashes of contents become keyed ids, with the key beside the file (`cud_trainer.data.ids`).
         """
         check_new_file(path, overwrite)
         suffix = Path(path).suffix.lower()
         if suffix in TABLES:
-            frame = self.to_pandas()
+            frame = self.to_pandas().assign(sample_id=keyed_for(path, self.ids, self.keys))
             return atomic_write(path, lambda temporary: write_table(frame, temporary, suffix), private=True)
-        table = pa.Table.from_pandas(self.to_pandas(), preserve_index=False)
-        header = {"format": FORMAT_VERSION, "metrics": self.metrics, "provenance": self.provenance}
+        ids, provenance = keyed_for(path, self.ids, self.keys), keyed_for(path, self.provenance)
+        table = pa.Table.from_pandas(self.to_pandas().assign(sample_id=ids), preserve_index=False)
+        header = {"format": FORMAT_VERSION, "metrics": self.metrics, "provenance": provenance}
         return write_parquet(path, table, header)
 
     @classmethod
@@ -184,10 +190,17 @@ class DifficultyScores:
         return scores
 
     @classmethod
-    def _read(cls, path: str | Path, *parts: Any) -> DifficultyScores:
+    def _read(
+        cls,
+        path: str | Path,
+        ids: list[str],
+        columns: dict[str, np.ndarray],
+        fold: np.ndarray | None,
+        provenance: dict[str, Any],
+    ) -> DifficultyScores:
         """From what stands in a file; an error names it."""
         try:
-            return cls(*parts)
+            return cls(ids, columns, fold, provenance, keys_beside(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -222,7 +235,7 @@ class DifficultyScores:
             ids = [str(value) for value in dataset[column]]
         if len(ids) != len(dataset):
             raise ValueError(f"ids are {len(ids)} for {len(dataset)} samples")
-        rows = rows_by_id(self.ids, list(map(str, ids)), "difficulty scores", "samples")
+        rows = rows_by_id(self.ids, list(map(str, ids)), "difficulty scores", "samples", self.keys)
         for name, values in self.columns.items():
             if f"difficulty_{name}" in dataset.column_names:
                 raise ValueError(f"the dataset has a column 'difficulty_{name}' already")

@@ -57,6 +57,7 @@ def check_trained(model: nn.Module, peft_config: Any = None) -> None:
     if peft_config is None:
         _check_wrapped(model)
         return
+    _check_names(model, peft_config)
     peft_config = deepcopy(peft_config)
     if hasattr(peft_config, "init_lora_weights"):
         peft_config.init_lora_weights = True  # others take long
@@ -64,8 +65,21 @@ def check_trained(model: nn.Module, peft_config: Any = None) -> None:
         try:
             with restored_afterwards(model, peft_config) as wrapped:
                 _check_wrapped(wrapped)
-        except (TypeError, AttributeError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+        except (TypeError, AttributeError, KeyError, NotImplementedError, ImportError, RuntimeError, re.error) as error:
             raise ValueError(f"the adapter cannot be put on this model: {str(error)[:500]}") from error
+
+
+def _check_names(model: nn.Module, peft_config: Any) -> None:
+    """Raise `ValueError` for a part of the model that an adapter names and that is not there: PEFT drops some."""
+    parts = {
+        "modules_to_save": [name for name, _ in model.named_modules()],
+        "target_parameters": [name for name, _ in model.named_parameters()],
+    }
+    for option, there in parts.items():
+        given = getattr(peft_config, option, None) or ()
+        for name in [given] if isinstance(given, str) else given:
+            if not any(part == name or part.endswith(f".{name}") for part in there):
+                raise ValueError(f"the model has no {name!r}, which {option} of the adapter names")
 
 
 def _check_wrapped(model: Any) -> None:

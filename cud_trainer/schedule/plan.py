@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..data.ids import IdKey, keyed_for, keys_beside
 from ..files import check_new_file, read_parquet, write_parquet
 from .orders import OnePass
 from .registry import ScheduleRule, parse
@@ -36,6 +37,7 @@ class Schedule:
             `cud_trainer.schedule.DynamicWeights`).
         values: metrics that those parts read, by name, `[N]` each, in the order of the forget samples.
         retain_weight: weight of each retain partner, float64 `[passes * N]`; `None` for equal ones.
+        keys: that the ids may be made with, where they come from a file (`cud_trainer.data.ids`).
 
     With `budget`, or an order that repeats samples, `passes * N` is what it comes to about.
     """
@@ -48,6 +50,7 @@ class Schedule:
     dynamic: tuple[tuple[str, dict[str, Any]], ...] = ()
     values: dict[str, np.ndarray] = field(default_factory=dict)
     retain_weight: np.ndarray | None = None
+    keys: tuple[IdKey, ...] = field(default=(), repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -140,15 +143,26 @@ class Schedule:
         Columns: `forget_id`, `weight`, and with a retain set `retain_id`, with weights of its own `retain_weight`.
         """
         check_new_file(path, overwrite)
-        columns: dict[str, Any] = {"forget_id": self.order.tolist(), "weight": self.weight}
-        if self.retain_id is not None:
-            columns["retain_id"] = self.retain_id.tolist()
+        ids = [self.order.tolist(), None if self.retain_id is None else self.retain_id.tolist()]
+        written = self._named(*keyed_for(path, ids, self.keys))
+        columns: dict[str, Any] = {"forget_id": written.order.tolist(), "weight": self.weight}
+        if written.retain_id is not None:
+            columns["retain_id"] = written.retain_id.tolist()
         if self.retain_weight is not None:
             columns["retain_weight"] = self.retain_weight
-        header = {"name": self.name, "settings": self.settings, "hash": self.hash, "dynamic": self.dynamic}
+        header = {"name": self.name, "settings": self.settings, "hash": written.hash, "dynamic": self.dynamic}
         if self.values:
             header["values"] = self._values()
         return write_parquet(path, pa.table(columns), header)
+
+    def _named(self, order: list[str], retain: list[str] | None) -> Schedule:
+        """The same with other names for the samples."""
+        return replace(self, order=np.array(order), retain_id=None if retain is None else np.array(retain))
+
+    def keyed(self, key: IdKey) -> Schedule:
+        """As it stands in a file, with ids of this key."""
+        retain = None if self.retain_id is None else key.keyed_values(self.retain_id.tolist())
+        return self._named(key.keyed_values(self.order.tolist()), retain)
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -165,6 +179,7 @@ class Schedule:
                 tuple((name, options) for name, options in header.get("dynamic", [])),
                 {name: np.array(column, dtype=np.float64) for name, column in header.get("values", {}).items()},
                 table["retain_weight"].to_numpy() if "retain_weight" in table.column_names else None,
+                keys_beside(path),
             )
             actual, recorded = schedule.hash, header["hash"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # columns or entries of another kind

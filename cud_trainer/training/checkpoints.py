@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..config import CUDConfig
+from ..data.ids import KEY_FILE, IdKey, keys_beside
 from ..files import LOCK, DiskFullError, check_output_dir, full_disk_named, holds_something
 from ..ownership import MODEL_FILES, REPORT_FILES, check_no_input, clear
 from ..schedule import Schedule
@@ -27,7 +28,7 @@ WORK_DIR = "difficulty.work"  # finished parts of scores that are being computed
 # What does not go to the hub with a model: `reference.safetensors` has the likely tokens of memorised answers; what a
 # kill left unfinished is only removed at the next start.
 LEFTOVERS = tuple(f"{above}{name}{inner}" for name in (".*.tmp", LOCK) for above in ("", "*/") for inner in ("", "/*"))
-NEVER_UPLOADED = (REFERENCE_FILE, f"{WORK_DIR}/*", *LEFTOVERS)
+NEVER_UPLOADED = (REFERENCE_FILE, KEY_FILE, f"*/{KEY_FILE}", f"{WORK_DIR}/*", *LEFTOVERS)
 UPLOADED_IF_ASKED = (SCORES_FILE, SCHEDULE_FILE)
 CHECKPOINTS = "checkpoint-*"
 # All that a run leaves, and the report of an audit that was put beside it.
@@ -39,6 +40,7 @@ RUN_FILES = (
     REFERENCE_FILE,
     WORK_DIR,
     BASE_DIR,
+    KEY_FILE,
     "trainer_state.json",
     "*_results.json",
     "runs",
@@ -68,7 +70,7 @@ def begun(output: str | Path) -> set[str]:
     """Names in `output` of what a run leaves that ended before its first checkpoint was whole; the trainer checks
     that it was the same run."""
     output = Path(output)
-    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE, TEMPLATE_FILE, BASE_DIR}
+    names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, SCHEDULE_FILE, TEMPLATE_FILE, BASE_DIR, KEY_FILE}
     if (output / SCHEDULE_FILE).exists():
         cut_short = {path.name for path in output.glob("checkpoint-*") if not (path / STATE_FILE).exists()}
         names |= {"README.md", *cut_short}
@@ -98,7 +100,8 @@ def clear_before(args: CUDConfig) -> None:
     output = Path(args.output_dir)
     if args.overwrite and args.process_index == 0 and any(any(output.glob(mark)) for mark in MARKS):
         anew = args.resume_from_checkpoint is False
-        clear(output, (*RUN_FILES, CHECKPOINTS) if anew else RUN_FILES)
+        kept = () if anew else (KEY_FILE,)  # what the checkpoints were made with
+        clear(output, [*(name for name in RUN_FILES if name not in kept), *([CHECKPOINTS] if anew else [])])
 
 
 def remove_cut_short(output: Path) -> None:
@@ -110,7 +113,7 @@ def remove_cut_short(output: Path) -> None:
 
 def check_starts_anew(output: Path, schedule: Schedule) -> None:
     """Raise `ValueError` when `output` holds more than the same run leaves before its first checkpoint."""
-    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, TEMPLATE_FILE, BASE_DIR}
+    own_names = {SCORES_FILE, WORK_DIR, REFERENCE_FILE, TEMPLATE_FILE, BASE_DIR, KEY_FILE}
     if _holds_schedule(output / SCHEDULE_FILE, schedule):  # a run that was killed before its first checkpoint
         own_names = begun(output)
     if holds_something(output, own_names):
@@ -119,7 +122,8 @@ def check_starts_anew(output: Path, schedule: Schedule) -> None:
 
 def _holds_schedule(path: Path, schedule: Schedule) -> bool:
     try:
-        return Schedule.load(path).hash == schedule.hash
+        found = Schedule.load(path)
+        return found.hash in (schedule.hash, *(schedule.keyed(key).hash for key in found.keys))
     except ValueError:
         return False
 
@@ -161,13 +165,27 @@ def template_to_go_on_with(args: CUDConfig, scores: Any) -> dict[str, Any] | Non
     return getattr(args, "recorded_template", None) if found is None else found
 
 
+def key_of_checkpoint(checkpoint: Path) -> IdKey:
+    """The key of what a checkpoint says of the samples; `ValueError` where it is missing."""
+    keys = keys_beside(checkpoint)
+    if not keys:
+        raise ValueError(
+            f"cannot resume from {checkpoint}: the key that its ids were made with is missing; give its file as "
+            f"id_key, or put it back as {checkpoint.parent / KEY_FILE}"
+        )
+    return keys[0]
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """State at `checkpoint`; `ValueError` where there is none."""
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise ValueError(f"{checkpoint} is no complete checkpoint of CUDTrainer: {STATE_FILE} is missing")
-    state = json.loads(path.read_text())
-    if not isinstance(state, dict):
+    try:
+        state = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(state, dict) or "schedule" not in state:
         raise ValueError(f"{path} holds no state of a run")
     return state
 

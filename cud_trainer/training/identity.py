@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from ..config import CUDConfig
+from ..data.ids import IdKey
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
 from ..stack_options import OVERRIDABLE
+from .checkpoints import checkpoint_to_resume, key_of_checkpoint, read_state
 from .inputs import RunInputs
 from .plan import RunPlan
 
@@ -34,12 +37,15 @@ NO_PART_OF_AN_ADAPTER = ("auto_mapping", "base_model_name_or_path", "inference_m
 SHOWN = 120
 
 
-def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Reference) -> dict[str, Any]:
+def run_identity(
+    inputs: RunInputs, plan: RunPlan, model: Any, reference: Reference, key: IdKey | None
+) -> dict[str, Any]:
     """Everything that the next step depends on and a checkpoint does not hold, as plain JSON values.
 
     Args:
         model: as it is trained, with its adapter.
         reference: with the options of the objective by sample, if there are some.
+        key: of the ids in the checkpoint; `None` for hashes as they are in memory.
     """
     args = inputs.args
     objective = f"{args.objective} {json.dumps(args.objective_args, sort_keys=True)}"
@@ -47,24 +53,44 @@ def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Refere
         objective += f" step {args.step} {json.dumps(args.step_args, sort_keys=True)}"
     if reference.option_scale is not None:
         objective += f" by sample {hashlib.sha256(reference.option_scale.numpy().tobytes()).hexdigest()[:16]}"
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    # Where the rate falls, it falls over all steps.
-    settings["max_steps"] = args.max_steps if "constant" not in str(settings["lr_scheduler_type"]) else -1
     identity = {
-        "schedule": plan.schedule.hash,
-        "global_batch": inputs.global_batch,
+        "schedule": (plan.schedule if key is None else plan.schedule.keyed(key)).hash,
         "objective": objective,
         "alternative_answers": alternatives_fingerprint(inputs.forget),
         "model": plan.model,
+        "adapter": _adapters(model),
+        **_given(inputs),
+    }
+    identity = json.loads(json.dumps(identity, default=_plain, sort_keys=True))
+    return identity if key is None else key.keyed_values(identity)
+
+
+def _given(inputs: RunInputs) -> dict[str, Any]:
+    """The part of it that nothing has to be computed for."""
+    args = inputs.args
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    # Where the rate falls, it falls over all steps.
+    settings["max_steps"] = args.max_steps if "constant" not in str(settings["lr_scheduler_type"]) else -1
+    given = {
+        "global_batch": inputs.global_batch,
         # Of tokens: the template, its date and its system prompt are in them.
         "forget_set": inputs.forget.fingerprint,
         "retain_set": None if inputs.retain is None else inputs.retain.fingerprint,
-        "adapter": _adapters(model),
         **settings,
     }
-    if inputs.forget.template is not None:
-        identity["template"] = inputs.forget.template
-    return json.loads(json.dumps(identity, default=_plain, sort_keys=True))
+    return given if inputs.forget.template is None else {**given, "template": inputs.forget.template}
+
+
+def check_goes_on(inputs: RunInputs) -> None:
+    """Raise `ValueError`, before anything is computed, when the checkpoint that is to be resumed from is none, or of
+    a run with other data or settings."""
+    asked = {"true": True, "false": False}.get(str(inputs.args.resume_from_checkpoint).lower())
+    asked = inputs.args.resume_from_checkpoint if asked is None else asked
+    checkpoint = checkpoint_to_resume(Path(inputs.args.output_dir), asked)
+    if checkpoint is not None:
+        given = json.loads(json.dumps(_given(inputs), default=_plain, sort_keys=True))
+        state = read_state(checkpoint)
+        check_same_run(checkpoint, state, key_of_checkpoint(checkpoint).keyed_values(given), inputs.args)
 
 
 def check_same_run(checkpoint: Any, state: Mapping[str, Any], identity: Mapping[str, Any], args: CUDConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,11 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
     if args.difficulty is None:
         return None
     if inputs.scores is not None:
-        inputs.scores.check_provenance(**_origin(inputs))
-        return inputs.scores
+        origin = _origin(inputs)
+        inputs.scores.check_provenance(**origin)
+        # In this run's words: its folder may have another key than that of the scores.
+        same = {name: value for name, value in origin.items() if name in inputs.scores.provenance}
+        return replace(inputs.scores, provenance={**inputs.scores.provenance, **same})
     request = _request(inputs)
     path = Path(args.output_dir) / SCORES_FILE
     if path.exists() and not args.overwrite:

@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import logging
+from transformers.training_args import ParallelMode
+from transformers.utils import is_liger_kernel_available, logging
 from trl import SFTTrainer
 
 from ..config import CUDConfig
@@ -31,6 +33,7 @@ def check_stack(args: CUDConfig, model: nn.Module, *, own_optimizer: bool) -> No
         own_optimizer: whether the user brings optimizer and scheduler.
     """
     _check_trackers(args)
+    _check_backends(args)
     if not own_optimizer:
         _check_optimizer(args, model)
     devices = getattr(model, "hf_device_map", None) or {}
@@ -64,6 +67,30 @@ def warn_of_still_weights(args: CUDConfig, model: nn.Module) -> None:
             f"{args.learning_rate:g}: in the others a step of that size rounds to nothing. Load them in float32 "
             "(dtype float32; bf16 keeps the speed), train an adapter (LoRA), or raise the rate"
         )
+
+
+def _check_backends(args: CUDConfig) -> None:
+    """What the libraries only refuse when they are set up."""
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError("fsdp splits a model over processes: start with `accelerate launch` or `torchrun`")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("use_liger_kernel needs the package liger-kernel (pip install liger-kernel)")
+    if args.torch_compile and args.torch_compile_backend:
+        known = [backend.value.lower() for backend in DynamoBackend]
+        if args.torch_compile_backend.lower() not in known:
+            raise ValueError(f"torch_compile_backend must be one of {known}, got {args.torch_compile_backend!r}")
+        if args.torch_compile_mode:
+            try:
+                torch.compile(
+                    torch.nn.Identity(), mode=args.torch_compile_mode, backend=args.torch_compile_backend.lower()
+                )
+            except REFUSALS as error:
+                raise ValueError(f"torch_compile_mode {args.torch_compile_mode!r}: {str(error)[:300]}") from error
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError("activation_offloading needs an accelerator: on the CPU activations are there already")
+    takes_modules = any(name in str(getattr(args.optim, "value", args.optim)) for name in ("galore", "apollo"))
+    if args.optim_target_modules and not takes_modules:
+        raise ValueError("optim_target_modules has no effect without an optim of the kinds galore and apollo")
 
 
 def _check_trackers(args: CUDConfig) -> None:

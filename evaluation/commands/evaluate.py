@@ -12,9 +12,10 @@ from torch import Tensor
 from trl import ModelConfig
 
 from cud_trainer.circuits import Faithfulness, dataset_faithfulness
-from cud_trainer.commands.options import inputs_of
+from cud_trainer.commands.options import check_model_options, inputs_of
 from cud_trainer.commands.parser import parse_options
 from cud_trainer.data.groups import group_labels
+from cud_trainer.data.ids import without_hashes
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.models.fingerprint import model_fingerprint, versions
 from cud_trainer.models.whole import not_finite
@@ -88,6 +89,7 @@ def evaluate(argv: list[str]) -> int:
     from ..report.page import write_report
 
     args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate")
+    check_model_options(model_args, trains=False)
     read = inputs_of(args, model_args)
     with output_directory(args.output_dir, REPORT_FILES, inputs=read, overwrite=args.overwrite) as folder:
         inputs = read_inputs(args, model_args)
@@ -95,9 +97,9 @@ def evaluate(argv: list[str]) -> int:
             clear(folder, REPORT_FILES)
         measurements = measure_models(inputs)
         results = report_on(inputs, measurements, "cud evaluate " + " ".join(argv))
-        written = write_report(results, folder, sample_table(inputs, measurements))
+        written = write_report(results, folder, sample_table(inputs, measurements), keys=inputs.keys)
     for line in results.findings:
-        print(f"- {line}")
+        print(f"- {without_hashes(line)}")
     print(f"report: {written.resolve()}")
     return 0
 

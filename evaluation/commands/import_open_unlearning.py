@@ -12,6 +12,7 @@ from datasets import Dataset
 from cud_trainer.commands.options import inputs_of
 from cud_trainer.commands.parser import parse_options
 from cud_trainer.data import id_column
+from cud_trainer.data.ids import without_hashes
 from cud_trainer.data.sources import load_samples
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.models.fingerprint import versions
@@ -167,9 +168,9 @@ def _import(args: ImportArguments, folder: Path, argv: list[str]) -> int:
         frame = with_texts(frame, after, dataset)
     if args.overwrite:
         clear(folder, REPORT_FILES)
-    written = write_report(results, folder, frame)
+    written = write_report(results, folder, frame, keys=() if scores is None else scores.keys)
     for line in results.findings:
-        print(f"- {line}")
+        print(f"- {without_hashes(line)}")
     skipped = [name for name, _, _ in after.others()]
     if skipped:
         print(f"- taken over with their single value only: {', '.join(sorted(skipped))}")

@@ -17,6 +17,7 @@ from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
 from cud_trainer.data import Samples, TemplateContext, check_vocabulary, prepare_samples
 from cud_trainer.data.groups import group_labels
+from cud_trainer.data.ids import IdKey, as_written, key_in
 from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
@@ -177,6 +178,13 @@ class EvaluateInputs:
     def forget(self) -> Samples:
         return self.sets["forget"]
 
+    @property
+    def keys(self) -> tuple[IdKey, ...]:
+        """Of the ids in the scores, or else in the folder of the model."""
+        model = Path(self.model_name_or_path)
+        found = () if self.scores is None else self.scores.keys
+        return (*found, *(key for key in map(key_in, (model, model.parent)) if key is not None))
+
     def load_model(self, path: str, *, finite: bool = True) -> Any:
         """The model at `path`, ready to be measured; `ValueError` if it is none, or has too few embeddings.
 
@@ -225,6 +233,7 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     if scores is not None:
         if forget.template is not None:
             scores.check_provenance(template=forget.template)
+        check_same_samples(scores, forget)
         scores = scores.aligned(forget.ids)
         check_score_names(scores)
         buckets = scores.bucketed(args.metric, args.n_buckets)
@@ -249,6 +258,16 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     )
 
 
+def check_same_samples(scores: DifficultyScores, forget: Samples) -> None:
+    """Raise `ValueError` where samples of the same names have another content than those that were scored.
+
+    That shows where all of them are there, in whatever order.
+    """
+    position = {name: row for row, name in enumerate(as_written(scores.ids, forget.ids, scores.keys))}
+    if len(scores) == len(position) and position.keys() == set(scores.ids):
+        scores.check_provenance(dataset=forget.select([position[name] for name in scores.ids]).fingerprint)
+
+
 def template_of(model: str, scores: DifficultyScores | None) -> dict[str, Any] | None:
     """What a chat template saw when the scores were made, or when the model was trained; `None` if nobody says."""
     recorded = None if scores is None else scores.provenance.get("template")
@@ -261,7 +280,11 @@ def _check_disjoint(first: str, one: Samples, second: str, other: Samples) -> No
     """Raise `ValueError` for a sample that is in both sets, with their names."""
     both = set(one.ids) & set(other.ids)
     if both:
-        raise ValueError(f"sample {min(both)!r} is in both the {first} and the {second} dataset ({len(both)} are)")
+        row = next(row for row, name in enumerate(one.ids) if name in both)
+        raise ValueError(
+            f"sample {one.ids[row]!r} is in both the {first} and the {second} dataset ({len(both)} are; it "
+            f"is row {row} of the {first} dataset)"
+        )
 
 
 def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from cud_trainer.data.ids import IdKey, keyed_for
 from cud_trainer.files import atomic_write, write_json
 from cud_trainer.markdown import markdown_text
 
@@ -29,22 +30,30 @@ from .schema import Results, jsonable, read_results
 
 
 def write_report(
-    results: Results | Mapping[str, Any], out_dir: str | Path, per_sample: pd.DataFrame | None = None
+    results: Results | Mapping[str, Any],
+    out_dir: str | Path,
+    per_sample: pd.DataFrame | None = None,
+    *,
+    keys: tuple[IdKey, ...] = (),
 ) -> Path:
     """Write everything into `out_dir` and return the path of `report.html`.
 
     Args:
         results: `Results`, or the same as plain values.
         per_sample: one row per forget sample, without text.
+        keys: of the ids of other files that this is written for, if there are some; see `cud_trainer.data.ids`.
 
     Raises:
         ValueError: naming a required entry that is missing.
     """
-    plain = jsonable(results)
-    read = read_results(plain)  # nothing but what stands in the file is shown
     out_dir = Path(out_dir)
+    plain = keyed_for(out_dir / "results.json", jsonable(results), keys)  # names of groups may be hashes, too
+    read = read_results(plain)  # nothing but what stands in the file is shown
     write_json(out_dir / "results.json", plain)
     if per_sample is not None:
+        names = [name for name in ("sample_id", "group") if name in per_sample]
+        path = out_dir / "per_sample.parquet"
+        per_sample = per_sample.assign(**{name: keyed_for(path, per_sample[name].tolist(), keys) for name in names})
         atomic_write(
             out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False), private=True
         )

@@ -17,6 +17,7 @@ from trl import ModelConfig
 
 from cud_trainer import CUDConfig
 from cud_trainer.data import Samples
+from cud_trainer.data.ids import id_key_kept_in, keyed_for
 from cud_trainer.files import private_folder
 
 from ..endpoint import worst_quarter
@@ -51,6 +52,11 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
     set_verbosity(logging.ERROR)
     folder = study / "cells" / cell.name
     world = _world(study, cell.settings.get("options", {}))
+    with id_key_kept_in(study):
+        return _work_on(study, folder, cell, world)
+
+
+def _work_on(study: Path, folder: Path, cell: Cell, world: _World) -> dict[str, Any]:
     if cell.kind == REFERENCE:
         return ask_reference(cell.settings, world.forget, world.tokenizer, world.day)
     if cell.kind == OUTCOME:
@@ -159,7 +165,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         "retain": [path.retain[i] for i in finite] if utility is not None else None,
         "final": final,
         "diverged": diverged,
-        "forget_ids": list(forget.ids),
+        "forget_ids": keyed_for(study / "study.json", list(forget.ids)),
         **_endpoint_results(path, finite),
         **({"pairs": args.passes * len(forget)} if path.held_out else {}),
     }

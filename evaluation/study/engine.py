@@ -20,6 +20,7 @@ import numpy as np
 from trl import ModelConfig
 
 from cud_trainer.commands.options import DataArguments, inputs_of
+from cud_trainer.data.ids import IdKey, given_key
 from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
 from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
@@ -29,6 +30,7 @@ from .data import StudyData
 from .extend import grow, is_wanted
 from .grid import Cell, plan
 from .heldout import identity_of_heldout, reference_cell
+from .keys import key_of_study
 from .options import StudyArguments
 from .oracle import is_oracle, with_outcome
 from .pool import Pool
@@ -83,6 +85,8 @@ class Study:
         heldout = identity_of_heldout(args, data)
         self.groups, self.heldout_groups = data.groups, None if heldout is None else heldout.groups
         fingerprints = data.fingerprints + ([] if heldout is None else [heldout.fingerprint])
+        self.key = key_of_study(args, self.folder)
+        fingerprints = self.key.keyed_values(fingerprints)
         base = {"model": _identity_of_model(model_args), "data": fingerprints, "versions": versions()}
         self.reference = reference_cell(args, base)
         self.base = base
@@ -120,6 +124,8 @@ class Study:
             "data": {name: getattr(args, name) for name in names},
             "day": _day_of(folder),
         }
+        if given_key() is None:
+            IdKey.made(self.key.path, self.key.secret)
         write_json(folder / "study.json", json.loads(json.dumps({"argv": list(argv), "shared": shared}, default=str)))
         started = time.time()
         with nullcontext(pool) if pool is not None else Pool(args.workers, args.devices) as pool:

@@ -57,7 +57,8 @@ def check_unseen(held_out: Samples, seen: Samples, name: str) -> None:
     if other is not None:
         raise ValueError(f"held-out sample {sample_id!r} has the same content as {name} sample {other!r}")
     if sample_id is not None:
-        raise ValueError(f"held-out sample {sample_id!r} is in the {name} dataset: a loss sees it")
+        row = held_out.ids.index(sample_id)
+        raise ValueError(f"held-out sample {sample_id!r} (row {row}) is in the {name} dataset: a loss sees it")
 
 
 def check_groups(held_out: Any, seen: Any, column: str, name: str) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from cud_trainer import CUDConfig
-from cud_trainer.commands.options import DataArguments
+from cud_trainer.commands.options import DataArguments, check_model_options
 from cud_trainer.commands.parser import parse_options, read_yaml
 from cud_trainer.typed import check_options, check_values, check_void
 
@@ -293,6 +293,7 @@ def read_arguments(argv: list[str]) -> tuple[Any, Any]:
         shared = {name: value for name, value in recipe.items() if name in SHARED_FIELDS}
         args, model_args = parse_options(kinds, argv, "cud study", shared)
         _as_defaults(args, {name: value for name, value in recipe.items() if name not in SHARED_FIELDS | RESERVED})
+    check_model_options(model_args)
     if args.natural_group is not None:
         _as_defaults(args, {"group_column": args.natural_group})
     return args, model_args

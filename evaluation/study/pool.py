@@ -26,6 +26,7 @@ from loky import BrokenProcessPool, ProcessPoolExecutor
 from tqdm.auto import tqdm
 
 from cud_trainer.cli import one_line
+from cud_trainer.data.ids import without_hashes
 from cud_trainer.files import create_private, disk_full, write_json
 
 from .cell import work_on
@@ -169,7 +170,7 @@ def _told(error: Exception) -> int:
     full = disk_full(error)
     try:
         if full or isinstance(error, (ValueError, OSError)):
-            print(one_line(error), flush=True)
+            print(without_hashes(one_line(error)), flush=True)
         else:
             traceback.print_exception(error)
         sys.stdout.flush()

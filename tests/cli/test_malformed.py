@@ -4,6 +4,7 @@ Each case is one that was tried against the commands: see `ALWAYS`. The property
 a YAML file, a study's `train` and Python, which must agree; `CUD_EXAMPLES` runs more.
 """
 
+import importlib.util
 import json
 import os
 
@@ -151,6 +152,9 @@ EVALUATE = ["evaluate", "--generate", "false"]
 SCORE = ["score", "--use_cpu", "true", "--bf16", "false", "--metrics", "length"]
 TRAIN = ["train", *(part for key, one in BASE.items() for part in (f"--{key}", *text(one)))]
 ALWAYS = [
+    (EVALUATE, ["--use_peft", "true"], "use_peft"),
+    (EVALUATE, ["--lora_r", "3"], "lora_r"),
+    (SCORE, ["--lora_r", "3"], "lora_r"),
     (EVALUATE, ["--samples", "2"], "samples"),  # with --generate false
     (EVALUATE, ["--temperature", "0.5"], "temperature"),  # without samples
     (EVALUATE, ["--relearn_samples", "3", "--relearn_rate", "inf"], "relearn_rate"),
@@ -195,6 +199,73 @@ def test_always(world, tmp_path, capsys, monkeypatch, case):
     line = [*base, *(data(world) if base[0] in ("train", "score", "evaluate") else []),
             *([] if base[0] == "score" else ["--output_dir", "out"]), *(str(places.get(one, one)) for one in extra)]  # fmt: skip
     assert named in refused(capsys, line, folder)
+
+
+# With difficulty to compute: each of these used to be found after it, or never.
+LATE = [
+    (["--resume_from_checkpoint", "nope"], "nope is no complete checkpoint"),
+    (["--resume_from_checkpoint", "MODEL"], "is no complete checkpoint"),
+    (["--resume_from_checkpoint", "true"], "no complete checkpoint to resume from"),
+    (
+        ["--save_strategy", "best", "--eval_strategy", "steps", "--metric_for_best_model", "nope"],
+        "metric_for_best_model",
+    ),
+    (["--save_strategy", "best"], "metric_for_best_model"),
+    (["--fsdp", "full_shard"], "fsdp"),
+    (["--torch_compile", "true", "--torch_compile_backend", "nope"], "torch_compile_backend"),
+    (["--deepspeed", "nope.json"], "deepspeed nope.json"),
+    (["--report_to", "wandb"], "report_to 'wandb'"),
+    (["--optim", "galore_adamw", "--optim_target_modules", "q_proj"], "optim 'galore_adamw'"),
+    (["--torch_compile_mode", "nope"], "torch_compile_mode 'nope'"),
+    (["--activation_offloading", "true"], "activation_offloading needs"),
+    (["--use_liger_kernel", "true"], "use_liger_kernel needs"),
+    (["--use_peft", "true", "--lora_target_modules", "("], "the adapter cannot be put on this model"),
+    (["--optim_target_modules", "zzz"], "optim_target_modules has no effect"),
+    (["--lr_scheduler_kwargs", '{"nope": 1}'], "lr_scheduler_type"),
+    (["--chat_template_path", "nope"], "chat_template_path 'nope'"),
+    (["--use_peft", "true", "--lora_target_modules", "nope"], "nope not found in the base model"),
+    (["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj", "--lora_modules_to_save", "zzz"], "'zzz'"),
+    (["--use_peft", "true", "--lora_target_parameters", "zzz"], "'zzz', which target_parameters"),
+    (["--use_peft", "true", "--lora_task_type", "SEQ_CLS"], "lora_task_type"),
+    (["--lora_r", "8"], "lora_r has no effect without use_peft"),
+    (["--lora_target_modules", "q_proj"], "lora_target_modules has no effect without use_peft"),
+    (["--use_dora", "true"], "use_dora has no effect without use_peft"),
+    (["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type has no effect without load_in_4bit"),
+    (["--model_revision", "nope"], "model_revision has no effect"),
+]
+
+
+@pytest.mark.parametrize("case", LATE, ids=lambda case: " ".join(case[0]))
+def test_before_difficulty_is_computed(world, tmp_path, capsys, monkeypatch, case):
+    extra, named = case
+
+    def computed(*args, **options):
+        raise AssertionError("difficulty is computed")
+
+    monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", computed)
+    options = {**BASE, "difficulty": "loss", "schedule": "easy_to_hard"}
+    line = [part for key, one in options.items() for part in (f"--{key}", *text(one))]
+    line = ["train", *data(world), "--output_dir", str(tmp_path / "out"), *line]
+    if any(importlib.util.find_spec(name) for name in ("wandb", "liger_kernel") if named.find(name[:5]) >= 0):
+        pytest.skip("the package is here")
+    assert named in refused(
+        capsys, [*line, *(str(world / "model") if one == "MODEL" else one for one in extra)], tmp_path
+    )
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_difficulty_is_computed(world, tmp_path, capsys, monkeypatch):
+    options = {**BASE, "difficulty": "loss", "schedule": "easy_to_hard", "save_strategy": "steps", "save_steps": 1}
+    line = [part for key, one in options.items() for part in (f"--{key}", *text(one))]
+    line = ["train", *data(world), *line, "--output_dir"]
+    assert main([*line, str(tmp_path / "a")]) in (0, 3)
+    (checkpoint, *_) = (tmp_path / "a").glob("checkpoint-*")
+    monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed"))
+    resumed = [*line, str(tmp_path / "b"), "--resume_from_checkpoint", str(checkpoint)]
+    assert "its weight decay is" in refused(capsys, [*resumed, "--weight_decay", "0.5"], tmp_path, {"a"})
+    fewer = [*resumed, "--max_forget_samples", "8"]
+    assert "its forget set is hmac:" in refused(capsys, fewer, tmp_path, {"a"})
+    (tmp_path / "a" / "ids.key").unlink()
+    assert "the key that its ids were made with is missing" in refused(capsys, resumed, tmp_path, {"a"})
 
 
 STUDIES = [

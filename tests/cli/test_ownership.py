@@ -155,7 +155,7 @@ def test_an_overwritten_report_leaves_nothing(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr("evaluation.commands.evaluate.measure_models", stop)
     assert main(evaluate(world, output, "--overwrite", "true")) == 130
-    assert not names(output)
+    assert names(output) == {"ids.key"}  # a folder keeps its key
 
 
 def test_leftovers_go_at_the_next_start(world, tmp_path):
@@ -226,7 +226,7 @@ class TestRefusedThenCorrected:
         assert "retain" in refusal(capsys, without)
         assert not names(tmp_path)
         assert main(command) == 0
-        assert names(tmp_path) == {"s.parquet"}
+        assert names(tmp_path) == {"s.parquet", "ids.key"}
 
     def test_a_calibration_that_diverges(self, world, tmp_path, capsys):
         command = score(world, tmp_path / "s.parquet", "--folds", "3")

@@ -172,7 +172,8 @@ def test_every_command_reads_chunks(tmp_path, capsys, cells_in_process):
     where = tmp_path / "study"
     assert main(["study", *data, "--config", str(tmp_path / "study.yaml"), "--output_dir", str(where)]) == 0
     run = json.loads((where / "cells" / "schedule=uniform" / "result.json").read_text())
-    assert run["forget_ids"] == list(table.ids)
+    (own,) = where.glob("cells/scores-*/scores.parquet")
+    assert run["forget_ids"] == DifficultyScores.load(own).ids and len(run["forget_ids"]) == len(table)
     cell = json.loads((where / "cells" / "schedule=uniform" / "cell.json").read_text())
     assert cell["settings"]["options"]["group_column"] == "document"
     capsys.readouterr()

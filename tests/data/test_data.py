@@ -173,7 +173,7 @@ class TestIds:
     def test_from_the_content_whatever_the_order(self):
         first, reverse = prepare(qa_dataset(4)), prepare(qa_dataset(4).select([3, 2, 1, 0]))
         assert list(first["sample_id"]) == list(reverse["sample_id"])[::-1]
-        assert first["sample_id"][0] == "106ef231441914ce"  # the same on every machine
+        assert first["sample_id"][0] == "sha256:106ef231441914ce"  # the same on every machine
         assert dataset_fingerprint(first) != dataset_fingerprint(reverse)
         assert dataset_fingerprint(first) == dataset_fingerprint(prepare(qa_dataset(4)))
 

@@ -196,7 +196,7 @@ class TestSamples:
         counts = [sum(label != -100 for label in row["labels"][1:]) for row in rows]
         assert samples.answer_lengths.tolist() == counts
         lines = [f"{row['sample_id']}|{row['input_ids']}|{row['labels']}\n" for row in rows]
-        assert samples.fingerprint == hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+        assert samples.fingerprint == f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}"
         assert list(samples) == rows and samples[7] == rows[7] and len(samples) == len(rows)
 
     def test_some_of_them(self, rows):

@@ -5,6 +5,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from builders import ROOT, make_model, make_tokenizer, qa_dataset
 from command_lines import data, make_world, train
@@ -12,6 +13,7 @@ from studies import config
 
 import cud_trainer.commands.score
 from cud_trainer.cli import main
+from cud_trainer.data import prepare_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +94,37 @@ def test_text_is_where_it_was_asked_for_and_nowhere_else(left):
     assert holds == {"per_sample.parquet"}
 
 
+def hashes_below(folder: Path) -> set[str]:
+    """Files that hold what an id could be found from by trying."""
+    hashes = [name.split(":")[1] for size, start in ((9, 0), (7, 100)) for name in content_ids(qa_dataset(size, start))]
+
+    def read(path: Path) -> str:
+        text = path.read_bytes().decode(errors="replace")
+        return text + pd.read_parquet(path).to_csv() if path.suffix == ".parquet" else text
+
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(p.relative_to(folder)) for p in files if any(h in (text := read(p)) for h in hashes) or "sha256:" in text
+    }
+
+
+def content_ids(dataset) -> list[str]:
+    return prepare_dataset(dataset, make_tokenizer())["sample_id"][:]
+
+
+def test_no_file_leads_back_without_its_key(left):
+    _, out = left
+    assert not hashes_below(out)
+    assert {f"{folder}/ids.key" for folder in ("score", "train", "evaluate")} == {
+        str(path.relative_to(out)) for path in out.rglob("ids.key")
+    }
+    keys = {path.read_bytes() for path in out.rglob("ids.key")}
+    assert len(keys) == 2  # the report has that of the scores it was given, so that the two can be joined
+    scored = pd.read_parquet(out / "score" / "scores.parquet")["sample_id"].tolist()
+    assert scored == pd.read_parquet(out / "evaluate" / "per_sample.parquet")["sample_id"].tolist()
+    assert all(name.startswith("hmac:") for name in scored)
+
+
 def test_files_of_a_study(tmp_path, cells_in_process):
     make_model(0).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
@@ -109,3 +142,5 @@ def test_files_of_a_study(tmp_path, cells_in_process):
         rows = [(p, m) for p, m in row_of(name) if "/" in p or "/" not in name]
         assert rows, f"{name} is not in docs/files.md"
         assert mode == (rows[-1][1] or mode), f"{name} has mode {mode:o}"
+    assert not hashes_below(tmp_path / "out")
+    assert found["ids.key"] == 0o600

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
+from cud_trainer.data.ids import KEY_FILE, key_in
 from cud_trainer.training.checkpoints import NEVER_UPLOADED, UPLOADED_IF_ASKED
 
 FORGET = qa_dataset(9)
@@ -47,8 +48,9 @@ def hub(monkeypatch):
 
 
 def tells_about_samples(upload: dict[str, bytes], ids: list[str]) -> list[str]:
-    """Files of an upload that hold an id, or a text, of a forget sample."""
-    needles = [text.encode() for text in [*ids, *FORGET["question"], *FORGET["answer"]]]
+    """Files of an upload that hold an id, as in memory or in files, or a text of a forget sample."""
+    hashes = [name.removeprefix("sha256:") for name in ids]
+    needles = [text.encode() for text in [*hashes, "hmac:", *FORGET["question"], *FORGET["answer"]]]
     return [name for name, content in upload.items() if any(needle in content for needle in needles)]
 
 
@@ -95,9 +97,10 @@ def test_model_and_card_are_uploaded_and_nothing_about_samples(hub, tmp_path, lo
 def test_scores_are_uploaded_if_asked(hub, tmp_path):
     trainer = run(tmp_path / "model", hub_difficulty=True)
     trainer.push_to_hub()
-    assert set(UPLOADED_IF_ASKED) <= set(hub[0]) and "reference.safetensors" not in hub[0]
+    assert set(UPLOADED_IF_ASKED) <= set(hub[0]) and not {"reference.safetensors", KEY_FILE} & set(hub[0])
     (tmp_path / "copy.parquet").write_bytes(hub[0]["difficulty.parquet"])
-    assert DifficultyScores.load(tmp_path / "copy.parquet").ids == trainer.forget_ids
+    key = key_in(tmp_path / "model")
+    assert DifficultyScores.load(tmp_path / "copy.parquet").ids == [key.keyed(name) for name in trainer.forget_ids]
 
 
 def test_checkpoints_during_training(hub, tmp_path):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...data.ids import KEYED, PLAIN, IdKey, given_key, keyed_for, keys_beside
 from ...data.ranks import ends
 from ...files import atomic_write, check_new_file
 
@@ -63,11 +64,15 @@ def given_sides(anchors: dict[str, Any], ids: list[str]) -> np.ndarray:
     if set(anchors) != {"easy", "hard"}:
         raise ValueError(f"anchors must have exactly the keys 'easy' and 'hard', got {sorted(anchors)}")
     position = {sample_id: row for row, sample_id in enumerate(ids)}
+    key = given_key()
+    if key is not None:  # as they stand in files
+        position |= {key.keyed(sample_id): row for row, sample_id in enumerate(ids)}
     rows = []
     for side in ("easy", "hard"):
         unknown = [str(sample_id) for sample_id in anchors[side] if str(sample_id) not in position]
         if unknown:
-            raise ValueError(f"{side} anchor {unknown[0]!r} is not a forget sample")
+            hint = "; give the key of these ids as id_key" if KEYED.match(unknown[0]) and key is None else ""
+            raise ValueError(f"{side} anchor {unknown[0]!r} is not a forget sample{hint}")
         rows.append(np.array([position[str(sample_id)] for sample_id in anchors[side]], dtype=int))
     if set(rows[0]) & set(rows[1]):
         both = ids[next(iter(set(rows[0]) & set(rows[1])))]
@@ -90,6 +95,7 @@ class AnchorBank:
         graph: fingerprint of the edge graph.
         settings: how the edges were scored (method, steps, baseline, metric).
         features: further features of the samples by name, `[n, p]` each, see `cud_trainer.difficulty.cud.FEATURES`.
+        keys: that the ids may be made with, where they come from a file (`cud_trainer.data.ids`).
     """
 
     ids: list[str]
@@ -99,6 +105,7 @@ class AnchorBank:
     graph: str
     settings: dict[str, Any]
     features: dict[str, Tensor] = field(default_factory=dict)
+    keys: tuple[IdKey, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def easy_ids(self) -> list[str]:
@@ -117,7 +124,9 @@ class AnchorBank:
         tensors |= {"edges": self.edges.float().contiguous(), "residual": self.residual.double().contiguous()}
         tensors["side"] = self.side.to(torch.int8).contiguous()
         # One entry: of several the library writes them in an order of its own, different every time.
-        metadata = {"anchors": json.dumps({name: getattr(self, name) for name in HEADER}, sort_keys=True)}
+        header = {name: getattr(self, name) for name in HEADER}
+        header["ids"] = keyed_for(path, self.ids, self.keys)
+        metadata = {"anchors": json.dumps(header, sort_keys=True)}
         return atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), private=True)
 
     @classmethod
@@ -128,7 +137,7 @@ class AnchorBank:
                 header = json.loads((file.metadata() or {})["anchors"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             features = {name.split("/")[1]: tensors.pop(name) for name in list(tensors) if name.startswith("features/")}
-            bank = cls(**tensors, **header, features=features)
+            bank = cls(**tensors, **header, features=features, keys=keys_beside(path))
             bank._check_shapes()
             return bank
         except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
@@ -161,7 +170,13 @@ class AnchorBank:
 
     def without(self, ids: set[str]) -> np.ndarray:
         """Rows of the samples that are not in `ids`: none scores itself. `ValueError` when that leaves no anchor."""
-        rows = np.array([row for row, sample_id in enumerate(self.ids) if sample_id not in ids], dtype=int)
+        left_out = ids.union(*({key.keyed(sample_id) for sample_id in ids} for key in self.keys))
+        if not self.keys and any(map(PLAIN.match, ids)) and any(map(KEYED.match, self.ids)):
+            raise ValueError(
+                "the key that the ids of the anchor bank were made with is missing, and no sample may score itself: "
+                "give its file as id_key, or put it beside the bank as ids.key"
+            )
+        rows = np.array([row for row, sample_id in enumerate(self.ids) if sample_id not in left_out], dtype=int)
         sides = set(self.side[torch.from_numpy(rows)].tolist())
         if not {-1, 1} <= sides:
             raise ValueError("leaving out the samples to be scored leaves no anchor sample; use fewer, larger anchors")

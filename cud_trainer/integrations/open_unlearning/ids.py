@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ...data import detect_format, id_column, prepare_dataset
+from ...data.ids import as_written
 from ...data.sources import load_samples
 from ...difficulty import DifficultyScores
 from ..trainers import own_draws
@@ -58,9 +59,10 @@ def forget_ids(
         except ValueError as error:
             tried.append(f"{way}: {error}")
             continue
-        if len(ids) == len(forget) and scored.issuperset(ids):
+        named = as_written(scored, ids, scores.keys)
+        if len(ids) == len(forget) and scored.issuperset(named):
             return ids
-        tried.append(f"{way}: {sum(name in scored for name in ids)} of {len(forget)} have scores")
+        tried.append(f"{way}: {sum(name in scored for name in named)} of {len(forget)} have scores")
     raise ValueError(
         f"the difficulty scores ({len(scores)} samples) are not those of this forget set ({len(forget)} samples) by "
         f"{'; by '.join(tried)}. Score what --export writes, or name the data that was scored in ids_from"

@@ -1,0 +1,7 @@
+"""See `dies`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import dies  # noqa: F401
