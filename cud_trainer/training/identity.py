@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+from torch import Tensor
+
 from ..config import CUDConfig
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
@@ -46,7 +48,9 @@ def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Refere
     if args.step != "plain":
         objective += f" step {args.step} {json.dumps(args.step_args, sort_keys=True)}"
     if reference.option_scale is not None:
-        objective += f" by sample {hashlib.sha256(reference.option_scale.numpy().tobytes()).hexdigest()[:16]}"
+        objective += f" by sample {_digest(reference.option_scale)}"
+    if reference.part is not None:
+        objective += f" by bucket {json.dumps(args.objective_by_bucket)} {_digest(reference.part)}"
     settings = {name: getattr(args, name) for name in SETTINGS}
     # Where the rate falls, it falls over all steps.
     settings["max_steps"] = args.max_steps if "constant" not in str(settings["lr_scheduler_type"]) else -1
@@ -93,6 +97,10 @@ def _adapters(model: Any) -> dict[str, Any] | None:
         name: {key: value for key, value in config.to_dict().items() if key not in NO_PART_OF_AN_ADAPTER}
         for name, config in configs.items()
     }
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -214,7 +214,7 @@ class RunInputs:
 
     def _with_alternatives(self, dataset: Dataset) -> Samples:
         """The forget set with the alternative answers that the objective asks for, the same on all processes."""
-        args, source = self.args, self.loss.spec.alternative
+        args, source = self.args, self.loss.alternative
         if source is None:
             return self.forget
         options = {**args.alternative_options(), "template": self.template}

@@ -46,6 +46,7 @@ class RunPlan:
         forget_row: forget sample of each position in the schedule, `[len(schedule)]`.
         steps: optimizer steps of the whole run.
         weight_within_batches: see `Schedule.weight_within_batches`.
+        part: which objective each forget sample has, see `UnlearningLoss.part_of`; `None` where all have the same.
     """
 
     model: str
@@ -57,6 +58,7 @@ class RunPlan:
     forget_row: np.ndarray
     steps: int
     weight_within_batches: float
+    part: np.ndarray | None = None
 
     @classmethod
     def of(cls, inputs: RunInputs) -> RunPlan:
@@ -82,6 +84,7 @@ class RunPlan:
         buckets = None
         if scores is not None:
             buckets = scores.bucketed(args.difficulty if args.difficulty in scores.columns else None, args.n_buckets)
+        part = None if buckets is None else inputs.loss.part_of(buckets.number, buckets.count)
         tokens = args.loss_normalization == "token"
         rows = schedule.rows(
             inputs.forget.ids,
@@ -111,6 +114,7 @@ class RunPlan:
             np.array([position[sample_id] for sample_id in schedule.order.tolist()]),
             len(rows["row"]) // batch,
             within,
+            part,
         )
 
 
