@@ -46,8 +46,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
 
     > Parameters that control the objective
 
-    objective, objective_args, objective_by_bucket, step, step_args, retain_loss, retain_weight, retain_limit,
-    dual_rate, loss_normalization, reference_top_k, alternative_column, refusals, trainable_layers
+    objective, objective_args, objective_by_bucket, step, step_args, retain_loss, retain_weight, retain_pairing,
+    retain_limit, dual_rate, loss_normalization, reference_top_k, alternative_column, refusals, trainable_layers
 
     > Parameters that control difficulty and schedule
 
@@ -141,6 +141,12 @@ class CUDConfig(TemplateArguments, SFTConfig):
     retain_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the retain loss. Tune it first: it decides more than the schedule does."},
+    )
+    retain_pairing: str = field(
+        default="random",
+        metadata={
+            "help": "Retain partner of a forget sample: 'random', or 'nearest' in turn (a forward pass of both sets)."
+        },
     )
     retain_limit: float | None = field(
         default=None,

@@ -23,6 +23,7 @@ from ..scoring import score_difficulty
 from ..scoring.calibration import adapter_identity
 from .checkpoints import SCORES_FILE, WORK_DIR
 from .inputs import RunInputs
+from .neighbours import retain_neighbours
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +81,7 @@ class RunPlan:
             passes=args.passes,
             seed=args.seed,
             options=args.schedule_args,  # type: ignore[arg-type]
+            neighbours=retain_neighbours(inputs),
         )
         buckets = None
         if scores is not None:
