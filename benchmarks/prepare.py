@@ -4,12 +4,14 @@
 
 Beside it: the same tokens and ids, every string given to the tokenizer by itself and every column a list; the
 fingerprint and the check for overlap on lists, too. Wall-clock time, because tokenizers use all cores for a batch, and
-CPU time of the process; alternated, `--repeats` times; median, lowest, highest. Both sides must agree.
+CPU time of the process; alternated, `--repeats` times; median, lowest, highest. Both sides must agree. The floor is the
+tokenizer alone: the same texts, all in lists, every one once.
 """
 
 import argparse
 import hashlib
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,13 @@ def row_by_row(dataset: Dataset, tokenizer) -> Dataset:
         columns["input_ids"].append(tokens)
         columns["labels"].append([IGNORE_INDEX] * shared + tokens[shared:])
     return Dataset.from_dict(columns)
+
+
+def bare(dataset: Dataset, tokenizer) -> None:
+    """The tokenizer alone, on texts as long as those of `row_by_row`; no template, no prompts, no columns."""
+    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in dataset]
+    for start in range(0, len(texts), 1000):
+        tokenizer(texts[start : start + 1000], return_attention_mask=False, return_token_type_ids=False)
 
 
 def listed_fingerprint(prepared: Dataset) -> str:
@@ -97,6 +106,7 @@ def main() -> None:
         "fingerprint": (lambda: listed_fingerprint(prepared), lambda: dataset_fingerprint(prepared)),
         "overlap": (lambda: listed_overlap(*halves), lambda: check_disjoint(*(Samples(half, 0) for half in halves))),
     }
+    tokenizers = {"question and answer": plain, "through a chat template": chat}
     table = []
     for name, (rowwise, ours) in work.items():
         pairs = np.array([[timed(rowwise), timed(ours)] for _ in range(args.repeats)])  # [repeats, 2 sides, 2 clocks]
@@ -114,6 +124,12 @@ def main() -> None:
                 f"{name}, {clock}: {middle:.1f} times ({low:.1f}-{high:.1f}), {before:.3f} -> {after:.3f} ms a row",
                 flush=True,
             )
+        if name in tokenizers:
+            alone = partial(bare, data, tokenizers[name])
+            floor = np.median([timed(alone) for _ in range(args.repeats)], axis=0)
+            over = dict(zip(("wall", "cpu"), np.median(pairs[:, 1], axis=0) / floor, strict=True))
+            print(f"{name}, times the floor: {over['wall']:.2f} wall, {over['cpu']:.2f} cpu", flush=True)
+            entry["times_the_floor"] = over
         table.append(entry)
     tokens = sum(len(row) for row in prepared["input_ids"]) / args.rows
     result = {

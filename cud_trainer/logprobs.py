@@ -73,7 +73,7 @@ class AnswerScores:
         """Mean log-probability of the tokens that figures are made of (`Samples.measured`), `[B]`."""
         return self.mean_logps if self.counted is None else answer_mean(self.token_logps, self.counted)
 
-    def __getitem__(self, rows: slice) -> AnswerScores:
+    def __getitem__(self, rows: slice | Tensor) -> AnswerScores:
         return AnswerScores(
             self.token_logps[rows],
             self.mask[rows],

@@ -28,11 +28,13 @@ BUDGET_S = 540.0
 ARMS: dict[str, dict[str, Any]] = {  # by name, what they set in CUDConfig
     "uniform": {"difficulty": "none", "schedule": "uniform"},
     "per_sample_stop": {"difficulty": "none", "schedule": "per_sample_stop"},
+    "tail": {"difficulty": "none", "schedule": "tail"},
     "default by cud": {"difficulty": "cud"},
     "default by random": {"difficulty": "given"},
 }
 CONTRASTS = [
     ("per_sample_stop", "uniform"),
+    ("tail", "per_sample_stop"),
     ("default by cud", "uniform"),
     ("default by cud", "per_sample_stop"),
     ("default by cud", "default by random"),

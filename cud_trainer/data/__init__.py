@@ -49,16 +49,16 @@ from .formats import (
     detect_format as detect_format,
 )
 from .formats import (
+    first_at_fault as first_at_fault,
+)
+from .formats import (
     question_and_answer as question_and_answer,
 )
 from .formats import (
     standardised as standardised,
 )
 from .formats import (
-    text_tokens as text_tokens,
-)
-from .formats import (
-    tokenise_answer as tokenise_answer,
+    tokenise_answers as tokenise_answers,
 )
 from .ids import (
     content_id as content_id,

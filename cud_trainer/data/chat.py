@@ -15,12 +15,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .columns import IGNORE_INDEX
+from .encode import Encoder, Span, covered, parts
 from .template import DATE_STRING, TRAIN_ON, Renderer, TemplateContext
 
 # Other names for what an assistant thinks before it answers.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+OPENERS = {"system", "developer"}
 THINKS, ANSWERS_NOW = "<think>", "</think>"
-Span = tuple[int, int]
 
 
 class Tokens(NamedTuple):
@@ -99,42 +100,63 @@ def chat_tokens(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, conte
     Raises:
         ValueError: for a conversation that the template refuses, or does not write as it is, naming one of them.
     """
-    renderer = Renderer(tokenizer, context)
-    try:
-        texts = _texts(chats, renderer)
-        marked, parts = _marked(chats, renderer, context)
-        undated = None
-        if renderer.may_write_the_date([chat.options for chat in chats]):
-            still = [
-                chat._replace(options={k: v for k, v in chat.options.items() if k != DATE_STRING}) for chat in chats
-            ]
-            undated = _ids(_whole_texts(still, Renderer(tokenizer, context.undated())), tokenizer)
-    except (TemplateError, TypeError, TimeoutError) as error:  # TypeError: content that is no text
-        raise ValueError(f"{chats[0].where}: the chat template refuses it: {str(error)[:200]}") from None
-    wholes, offsets = _encoded(texts[1], tokenizer)
-    starts = _ids(texts[0], tokenizer)
-    tokens = []
-    for row, chat in enumerate(chats):
-        spans = [_covered(span, offsets[row]) for span in _said(texts[1][row], marked[row], parts[row], chat.where)]
-        first = spans[0][0]
-        asked = any(message["role"] not in ("system", "developer") for message in chat.prompt)
-        answers_only = context.train_on == "answer" and any(_split(message)[0] for message in chat.completion)
-        # An opening has no generation prompt to share with the full chat.
-        prompt = first if not asked or answers_only else min(shared(starts[row], wholes[row]), first)
-        canonical = None if undated is None else (_same_end(wholes[row][prompt:], undated[row]), undated[row])
-        earlier = sum(message["role"] == "assistant" for message in chat.prompt)
-        tokens.append(Tokens(prompt, wholes[row], spans, canonical, earlier, opens=not asked))
+    encoder = Encoder(tokenizer, special=False)
+    tokens: list[Tokens] = []
+    for written, encoded in encoder.each(_written_parts(chats, tokenizer, context)):
+        wholes, undated = encoded[: len(written.chats)], encoded[len(written.chats) :]
+        starts = encoder.beginnings(written.starts, written.wholes, wholes)
+        for row, chat in enumerate(written.chats):
+            ids = wholes[row].ids
+            spans = [covered(span, wholes[row], tokenizer) for span in written.spans[row]]
+            first = spans[0][0]
+            asked = _is_asked(chat)
+            answers_only = context.train_on == "answer" and any(_split(message)[0] for message in chat.completion)
+            # An opening has no generation prompt to share with the full chat.
+            prompt = first if not asked or answers_only else min(starts[row], first)
+            canonical = (_same_end(ids[prompt:], undated[row].ids), undated[row].ids) if undated else None
+            earlier = sum(message["role"] == "assistant" for message in chat.prompt)
+            tokens.append(Tokens(prompt, ids, spans, canonical, earlier, opens=not asked))
     return tokens
 
 
-def shared(start: list[int], whole: list[int]) -> int:
-    """How many first tokens are the same: a tokenizer may merge the end of the prompt with the start of the answer."""
-    if whole[: len(start)] == start:
-        return len(start)
-    length = 0
-    while length < min(len(start), len(whole)) and start[length] == whole[length]:
-        length += 1
-    return length
+class _Written(NamedTuple):
+    """What the template makes of conversations.
+
+    Attributes:
+        starts: the texts of the prompts, up to where the answer is to begin; empty for a prompt without a turn.
+        wholes: the texts of the conversations.
+        spans: the characters of each that count.
+    """
+
+    chats: Sequence[Chat]
+    starts: list[str]
+    wholes: list[str]
+    spans: list[list[Span]]
+
+
+def _written_parts(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, context: TemplateContext
+) -> Iterator[tuple[_Written, list[str]]]:
+    """What the template makes of conversations, some at a time, each with the texts of which tokens are wanted.
+
+    These are the conversations; and where the template may write a date, the same on no day in particular.
+    """
+    renderer = Renderer(tokenizer, context)
+    marks: dict[Any, tuple[str, str]] = {}
+    undated = Renderer(tokenizer, context.undated())
+    try:
+        dated = renderer.may_write_the_date([chat.options for chat in chats])
+        for part in parts(chats):
+            starts, wholes = _texts(part, renderer)
+            texts = wholes
+            if dated:
+                still = [
+                    chat._replace(options={k: v for k, v in chat.options.items() if k != DATE_STRING}) for chat in part
+                ]
+                texts = wholes + _whole_texts(still, undated)
+            yield _Written(part, starts, wholes, _spans(part, starts, wholes, renderer, marks)), texts
+    except (TemplateError, TypeError, TimeoutError) as error:  # TypeError: content that is no text
+        raise ValueError(f"{chats[0].where}: the chat template refuses it: {str(error)[:200]}") from None
 
 
 def _same_end(end: list[int], whole: list[int]) -> int:
@@ -143,10 +165,15 @@ def _same_end(end: list[int], whole: list[int]) -> int:
     return start if start >= 0 and whole[start:] == end else 0
 
 
+def _is_asked(chat: Chat) -> bool:
+    """Whether somebody has spoken before the answer."""
+    return not {message["role"] for message in chat.prompt} <= OPENERS
+
+
 def _texts(chats: Sequence[Chat], renderer: Renderer) -> tuple[list[str], list[str]]:
     """What the template makes of every prompt (nothing of one without a turn), and of every conversation."""
     context = renderer.context
-    asked = [chat for chat in chats if any(m["role"] not in ("system", "developer") for m in chat.prompt)]
+    asked = [chat for chat in chats if _is_asked(chat)]
     starts = iter(
         renderer(
             [context.conversation(chat.prompt) for chat in asked],
@@ -163,6 +190,50 @@ def _whole_texts(chats: Sequence[Chat], renderer: Renderer) -> list[str]:
         [renderer.context.conversation([*chat.prompt, *chat.completion]) for chat in chats],
         [chat.options for chat in chats],
     )
+
+
+def _spans(
+    chats: Sequence[Chat], starts: list[str], wholes: list[str], renderer: Renderer, known: dict[Any, tuple[str, str]]
+) -> list[list[Span]]:
+    """Where the text of what counts stands in every conversation, in characters.
+
+    It is found by writing the conversation once more, with marks in its place. Where that showed for one of the same
+    shape what stands between the prompt and the answer, and behind it, and the same stands there, it is not done again.
+
+    Args:
+        known: these two by shape; what is found out is added.
+    """
+    spans: dict[int, list[Span]] = {}
+    shapes = [_shape(chat) for chat in chats]
+
+    def by_marks(rows: list[int]) -> None:
+        marked, marks = _marked([chats[row] for row in rows], renderer, renderer.context)
+        for row, text, parts_of_row in zip(rows, marked, marks, strict=True):
+            spans[row] = _said(wholes[row], text, parts_of_row, chats[row].where)
+            before, mark, behind = text.partition(parts_of_row[0][0])
+            if shapes[row] is not None and mark and before.startswith(starts[row]):
+                known.setdefault(shapes[row], (before[len(starts[row]) :], behind))
+
+    new = {shape: row for row, shape in reversed([*enumerate(shapes)]) if shape not in known}
+    by_marks(sorted({*new.values()} | {row for row, shape in enumerate(shapes) if shape is None}))
+    for row, chat in enumerate(chats):
+        if row in spans or shapes[row] not in known:
+            continue
+        between, behind = known[shapes[row]]
+        if wholes[row].startswith(starts[row] + between):
+            found = _written(wholes[row], len(starts[row]) + len(between), chat.completion[0]["content"], behind)
+            if found is not None:
+                spans[row] = [found]
+    by_marks([row for row in range(len(chats)) if row not in spans])
+    return [spans[row] for row in range(len(chats))]
+
+
+def _shape(chat: Chat) -> Any:
+    """What conversations have in common of which only the texts differ; `None` where more than one text counts."""
+    only = chat.completion[0]
+    if len(chat.completion) > 1 or ANSWERS_NOW in only["content"] or any(map(only.get, REASONING)):
+        return None
+    return tuple([message["role"] for message in chat.prompt]), repr(chat.options) if chat.options else ""
 
 
 def _marked(
@@ -245,7 +316,9 @@ def _said(whole: str, marked: str, parts: list[tuple[str, str, bool]], where: st
 
 def _written(whole: str, start: int, text: str, behind: str) -> Span | None:
     """The text at `start`, as it is or without the blanks around it, with `behind` behind it."""
-    forms = (text, text.strip(), text.strip("\n"), text.lstrip(), text.rstrip(), text.lstrip("\n"), text.rstrip("\n"))
+    if whole.startswith(text + behind, start):
+        return start, start + len(text)
+    forms = (text.strip(), text.strip("\n"), text.lstrip(), text.rstrip(), text.lstrip("\n"), text.rstrip("\n"))
     for form in dict.fromkeys(forms):
         if whole.startswith(form + behind, start):
             return start, start + len(form)
@@ -276,32 +349,3 @@ def _dropped(parts: list[tuple[str, str, bool]], number: int) -> str:
         "the chat template does not write the assistant's message as it is (it changes or drops it), so that "
         "something else would be forgotten: give another chat_template"
     )
-
-
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    plain = {"return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(texts, add_special_tokens=False, **plain)["input_ids"]
-
-
-def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[Span]]]:
-    """Tokens of rendered texts, and the characters that each covers."""
-    if not tokenizer.is_fast:
-        ids = _ids(texts, tokenizer)
-        return ids, [list(_by_decoding(tokens, tokenizer)) for tokens in ids]
-    plain = {"return_attention_mask": False, "return_token_type_ids": False}
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **plain)
-    return encoded["input_ids"], encoded["offset_mapping"]
-
-
-def _by_decoding(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
-    before = 0
-    for size in range(1, len(tokens) + 1):
-        after = len(tokenizer.decode(tokens[:size]))
-        yield before, after
-        before = after
-
-
-def _covered(span: Span, offsets: list[Span]) -> Span:
-    """The tokens, from, to, that cover some characters; a token that a template shares with them is one."""
-    inside = [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0] and end > start]
-    return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))

@@ -55,12 +55,13 @@ def chunk_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, size: int,
         column for column in dataset.column_names if column not in ("text", "sample_id", "id", "input_ids", "labels")
     ]
     columns: dict[str, list] = {column: [] for column in ("sample_id", "input_ids", "labels", DOCUMENT, *others)}
-    documents = []
-    for index, row in enumerate(dataset.with_format(None)):
-        if named_by is not None and row[named_by] is None:
+    documents, names = [], []
+    rows = dataset.with_format(None)
+    for index, own in enumerate(rows[named_by] if named_by else [None] * len(rows)):
+        if named_by is not None and own is None:
             raise ValueError(f"{name} sample {index} has no {named_by}")
-        where = f"{name} sample {index}" if named_by is None else f"{name} sample {row[named_by]!r}"
-        tokens = text_tokens(row["text"], tokenizer, where)
+        names.append(f"{name} sample {index}" if named_by is None else f"{name} sample {own!r}")
+    for row, tokens in zip(rows, text_tokens(rows["text"], tokenizer, names), strict=True):
         document = content_id(tokens) if named_by is None else str(row[named_by])
         documents.append(document)
         start = tokens[:1] if tokens[0] == tokenizer.bos_token_id and len(tokens) > 1 else []

@@ -6,14 +6,15 @@ row: `cud_trainer.data.prepare` goes back to single rows when a batch fails.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Chat, Tokens, chat_tokens, shared, template_options
+from .chat import Chat, Tokens, chat_tokens, template_options
 from .columns import COUNTERFACTUAL, IGNORE_INDEX
+from .encode import Encoded, Encoder, parts
 from .readers import is_written_list
 from .template import TemplateContext
 
@@ -35,10 +36,11 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "
 ANSWERS = {"prompt-completion": "completion", "question-answer": "answer", "conversational": "messages"}
 # What a chat template is told beside the messages, row by row.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-# Nothing else is wanted of a tokenizer; masks are a fifth of its time.
-ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False}
 
 Row: TypeAlias = dict[str, Any]
+Item = TypeVar("Item")
+Name = TypeVar("Name")
+Result = TypeVar("Result")
 
 
 def detect_format(columns: Sequence[str], name: str) -> str:
@@ -142,27 +144,33 @@ def tokenise(
     if kind == "tokenised":
         return [_given_tokens(row, tokenizer, where) for row, where in named]
     if kind == "text":
-        texts = [filled(row["text"], "text", where) for row, where in named]
-        return [Tokens(0, tokens) for tokens in _texts(texts, tokenizer)]
+        return [Tokens(0, tokens) for tokens in text_tokens([row["text"] for row in rows], tokenizer, names)]
     pairs = [(*_prompt_and_completion(row, kind, tokenizer, where), where) for row, where in named]
     if not isinstance(pairs[0][0], str):  # a column has one type, so that all are messages or none
         messages = [(*pair[:2], row, pair[2]) for pair, row in zip(pairs, rows, strict=True)]
         return _chats(messages, tokenizer, context or TemplateContext())
     for _, completion, where in pairs:
         filled(completion, "completion", where)
-    starts = tokenizer([prompt for prompt, _, _ in pairs], **ONLY_IDS)["input_ids"]
-    wholes = tokenizer([prompt + completion for prompt, completion, _ in pairs], **ONLY_IDS)["input_ids"]
-    return [Tokens(shared(start, all_), all_) for start, all_ in zip(starts, _with_eos(wholes, tokenizer), strict=True)]
+    encoder, made = Encoder(tokenizer), []
+    for (starts, texts), encoded in encoder.each(_starts_and_texts(pairs)):
+        encoded = [Encoded(ids, one.encoding) for ids, one in zip(_with_eos(encoded, tokenizer), encoded, strict=True)]
+        counts = encoder.beginnings(starts, texts, encoded)
+        made += [Tokens(count, one.ids) for count, one in zip(counts, encoded, strict=True)]
+    return made
 
 
-def text_tokens(text: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
-    """Tokens of a plain text with eos at the end; `ValueError` naming `where` for an empty one."""
-    return _texts([filled(text, "text", where)], tokenizer)[0]
+def _starts_and_texts(pairs: Sequence[tuple[str, str, str]]) -> Iterator[tuple[tuple[list[str], list[str]], list[str]]]:
+    """Prompts and texts, some at a time; and of what tokens are wanted."""
+    for part in parts(pairs):
+        texts = [prompt + completion for prompt, completion, _ in part]
+        yield ([prompt for prompt, _, _ in part], texts), texts
 
 
-def _texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # A long text is no reason for a warning: what does not fit is an error later, or is cut into chunks.
-    return _with_eos(tokenizer(texts, verbose=False, **ONLY_IDS)["input_ids"], tokenizer)
+def text_tokens(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[list[int]]:
+    """Tokens of plain texts with eos at the end; `ValueError` naming one that is empty, by its entry of `names`."""
+    checked = [filled(text, "text", where) for text, where in zip(texts, names, strict=True)]
+    each = Encoder(tokenizer).each((None, part) for part in parts(checked))
+    return [tokens for _, encoded in each for tokens in _with_eos(encoded, tokenizer)]
 
 
 def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[Any, Any]:
@@ -206,9 +214,9 @@ def _chats(
     return chat_tokens(chats, tokenizer, context)
 
 
-def _with_eos(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _with_eos(encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     end = tokenizer.eos_token_id
-    return [tokens if tokens and tokens[-1] == end else [*tokens, end] for tokens in sequences]
+    return [tokens if tokens and tokens[-1] == end else [*tokens, end] for tokens, _ in encoded]
 
 
 def _given_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:
@@ -293,24 +301,41 @@ def question_and_answer(row: Row, kind: str) -> tuple[str, str]:
     return asked, completion[-1]["content"]
 
 
-def tokenise_answer(
-    row: Row,
+def tokenise_answers(
+    pairs: Sequence[tuple[Row, str]],
     kind: str,
-    text: str,
     tokenizer: PreTrainedTokenizerBase,
-    where: str,
+    names: Sequence[str],
     context: TemplateContext | None = None,
-) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of a row with `text` for its answer."""
-    answer: Any = text
+) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of rows, each with a text for its answer. See `tokenise`."""
+    rows = [{**row, ANSWERS[kind]: _answer(row, kind, text)} for row, text in pairs]
+    return [
+        {"input_ids": tokens.ids, "labels": tokens.labels} for tokens in tokenise(rows, kind, tokenizer, names, context)
+    ]
+
+
+def _answer(row: Row, kind: str, text: str) -> Any:
+    """What stands for `text` in the column of a row's answer."""
     if kind == "conversational":
-        answer = [*row["messages"][:-1], {"role": "assistant", "content": text}]
-    elif kind == "prompt-completion" and not isinstance(row["completion"], str):
-        answer = [*row["completion"][:-1], {"role": "assistant", "content": text}]
-    elif kind == "prompt-completion" and row["completion"][:1].isspace() and not text[:1].isspace():
-        answer = row["completion"][0] + text  # the same separation from the prompt
-    tokens = tokenise([{**row, ANSWERS[kind]: answer}], kind, tokenizer, [where], context)[0]
-    return {"input_ids": tokens.ids, "labels": tokens.labels}
+        return [*row["messages"][:-1], {"role": "assistant", "content": text}]
+    if kind == "prompt-completion" and not isinstance(row["completion"], str):
+        return [*row["completion"][:-1], {"role": "assistant", "content": text}]
+    if kind == "prompt-completion" and row["completion"][:1].isspace() and not text[:1].isspace():
+        return row["completion"][0] + text  # the same separation from the prompt
+    return text
+
+
+def first_at_fault(
+    work: Callable[[list[Item], list[Name]], Result], items: Sequence[Item], names: Sequence[Name]
+) -> Result:
+    """`work(items, names)`; where that fails, the error of the first item that fails by itself."""
+    try:
+        return work(list(items), list(names))
+    except ValueError:
+        for item, name in zip(items, names, strict=True):
+            work([item], [name])
+        raise
 
 
 def counterfactuals(

@@ -35,10 +35,10 @@ def output_features(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[st
     }
 
 
-def last_hidden(scores: AnswerScores) -> Tensor:
-    """Last hidden state, mean over the positions that predict the answer, float32 `[B, d]`."""
+def last_hidden(scores: AnswerScores, layer: int = -1) -> Tensor:
+    """Last hidden state (or another layer's), mean over the positions that predict the answer, float32 `[B, d]`."""
     assert scores.hidden_states is not None
-    hidden = scores.hidden_states[-1]
+    hidden = scores.hidden_states[layer]
     mask = scores.mask.to(hidden.device).unsqueeze(-1)
     return (hidden[:, scores.positions.to(hidden.device)].float() * mask).sum(1) / mask.sum(1).clamp(min=1)
 

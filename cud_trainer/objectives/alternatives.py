@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -15,8 +16,9 @@ from ..data import (
     Samples,
     TemplateContext,
     detect_format,
+    first_at_fault,
     question_and_answer,
-    tokenise_answer,
+    tokenise_answers,
 )
 from ..data.template import Renderer
 from ..models.generation import Sampling, continuations, stop_tokens
@@ -98,19 +100,23 @@ def with_alternatives(
             ids=samples.ids,
             progress=progress,
         )
-    rows = []
-    for row, text, sample_id in zip(dataset.with_format(None), texts, samples.ids, strict=True):
-        where = f"forget sample {sample_id!r}"
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: its alternative answer is empty")
-        if _same(text, question_and_answer(row, kind)[1]):
-            raise ValueError(f"{where}: its alternative answer is the answer that is to be forgotten")
-        rows.append(tokenise_answer(row, kind, text, tokenizer, where, template))
-        if max_length is not None and len(rows[-1]["input_ids"]) > max_length:
-            raise ValueError(
-                f"{where}: its alternative answer ends at token {len(rows[-1]['input_ids'])}, beyond "
-                f"max_length={max_length}"
-            )
+
+    def answered(pairs: list[tuple[dict[str, Any], Any]], names: list[str]) -> list[dict[str, list[int]]]:
+        for (row, text), where in zip(pairs, names, strict=True):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{where}: its alternative answer is empty")
+            if _same(text, question_and_answer(row, kind)[1]):
+                raise ValueError(f"{where}: its alternative answer is the answer that is to be forgotten")
+        tokenised = tokenise_answers(pairs, kind, tokenizer, names, template)
+        for where, length in zip(names, [len(tokens["input_ids"]) for tokens in tokenised], strict=True):
+            if max_length is not None and length > max_length:
+                raise ValueError(
+                    f"{where}: its alternative answer ends at token {length}, beyond max_length={max_length}"
+                )
+        return tokenised
+
+    names = [f"forget sample {sample_id!r}" for sample_id in samples.ids]
+    rows = first_at_fault(answered, list(zip(dataset.with_format(None), texts, strict=True)), names)
     prepared = samples.dataset
     for name, key in zip(ALTERNATIVES, ("input_ids", "labels"), strict=True):
         prepared = prepared.add_column(name, [row[key] for row in rows])

@@ -68,6 +68,7 @@ class Reference:
         direction: random vector of length 1, `[d]`.
         option_scale: what the objective's option that goes by sample is multiplied by, `[N]`. It is not saved: it is
             made of lengths or difficulty, without the model.
+        part: which objective each forget sample has, `[N]`, see `UnlearningLoss.part_of`; not saved, either.
     """
 
     forget_logps: Tensor | None = None
@@ -77,6 +78,7 @@ class Reference:
     retain_hidden: list[Tensor] = field(default_factory=list)
     direction: Tensor | None = None
     option_scale: Tensor | None = None
+    part: Tensor | None = None
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write a safetensors file, atomically, for its owner alone.

@@ -17,6 +17,7 @@ from ..data import Samples
 from ..logprobs import AnswerScores, score_answers
 from ..models.layers import base_causal_lm, decoder_layers, embedding_device
 from ..models.modes import evaluation_mode
+from .by_bucket import Part, parts_by_bucket
 from .reference import Reference, TopTokens, spread
 from .registry import OBJECTIVES, Objective
 from .retain import RETAIN_LOSSES, retain_activations, retain_kl, retain_nll
@@ -47,6 +48,9 @@ class UnlearningLoss:
         retain_loss: `"none"`, `"nll"`, `"kl"`, `"activations"` (for objectives on hidden states), or `None` for the
             objective's own.
         reference_top_k: tokens of a reference distribution kept per position (retain loss `"kl"`, `undial`).
+        by_bucket: the objectives of some buckets of difficulty in place of that one, see `parts_by_bucket` (after RUM,
+            Zhao et al. 2024, arXiv 2406.01257, which unlearns one part after the other). Every sample has the loss of
+            its own objective; where there are no buckets (a calibration run), all have `objective`.
 
     Raises:
         ValueError: for an unknown objective, option or retain loss, or a combination that is undefined.
@@ -56,16 +60,21 @@ class UnlearningLoss:
     objective_args: dict[str, Any] = field(default_factory=dict)
     retain_loss: str | None = None
     reference_top_k: int = 128
+    by_bucket: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OBJECTIVES.find(self.objective)
         self.spec.check_options(self.objective_args)
+        base = Part(self.spec, self.objective_args)
+        self.own = parts_by_bucket(self.by_bucket, base)
+        self.parts = [base, *self.own.values()]
         if self.retain_loss is None:
             self.retain_loss = self.spec.retain_loss
         if self.retain_loss not in RETAIN_LOSSES:
             raise ValueError(f"unknown retain_loss {self.retain_loss!r}; choose one of {list(RETAIN_LOSSES)}")
-        if self.spec.requires_retain and self.retain_loss == "none":
-            raise ValueError(f"objective {self.objective!r} needs a retain loss; use 'ga' to go without")
+        for part in self.parts:
+            if part.spec.requires_retain and self.retain_loss == "none":
+                raise ValueError(f"objective {part.spec.name!r} needs a retain loss; use 'ga' to go without")
         if self.retain_loss == "activations" and not self.uses_hidden:
             raise ValueError(
                 f"retain_loss 'activations' compares hidden states: it goes with 'rmu', not with {self.objective!r}"
@@ -76,6 +85,39 @@ class UnlearningLoss:
         return OBJECTIVES[self.objective]
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the quantities that the objectives read, without repeats."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.spec.needs))
+
+    @property
+    def alternative(self) -> str | None:
+        """Where the alternative answers come from; `None` when no objective reads one."""
+        return next((part.spec.alternative for part in self.parts if part.spec.alternative is not None), None)
+
+    @property
+    def token_mean(self) -> bool:
+        """Whether the loss of every sample is a mean over its tokens."""
+        return all(part.spec.token_mean for part in self.parts)
+
+    def part_of(self, buckets: np.ndarray, count: int) -> np.ndarray | None:
+        """Which of `parts` each sample has, int `[N]`; `None` where all have the same.
+
+        Args:
+            buckets: bucket of each sample, 0 the easiest, `[N]`.
+            count: how many there are.
+
+        Raises:
+            ValueError: for a bucket with an objective of its own that is not there.
+        """
+        if not self.own:
+            return None
+        missing = [bucket for bucket in self.own if bucket > count]
+        if missing:
+            raise ValueError(f"objective_by_bucket: there is no bucket {missing[0]}, only {count}")
+        own = {bucket - 1: number for number, bucket in enumerate(self.own, start=1)}
+        return np.array([own.get(int(bucket), 0) for bucket in buckets])
+
+    @property
     def uses_retain(self) -> bool:
         """Whether a retain dataset is needed."""
         return self.retain_loss != "none"
@@ -83,7 +125,7 @@ class UnlearningLoss:
     @property
     def uses_alternative(self) -> bool:
         """Whether the forget samples need an alternative answer."""
-        return self.spec.alternative is not None
+        return self.alternative is not None
 
     @property
     def uses_hidden(self) -> bool:
@@ -93,7 +135,7 @@ class UnlearningLoss:
     @property
     def uses_reference(self) -> bool:
         """Whether the model before unlearning is scored."""
-        return self.spec.needs_reference or self.retain_loss in ("kl", "activations")
+        return any(part.spec.needs_reference for part in self.parts) or self.retain_loss in ("kl", "activations")
 
     def without_retain(self) -> UnlearningLoss:
         """The same objective alone; gradient ascent for one that is undefined alone."""
@@ -121,12 +163,12 @@ class UnlearningLoss:
         """The options that go by sample, and by what."""
         return self.spec.split(self.objective_args)[1]
 
-    def _options(self, index: Tensor, like: Tensor, reference: Reference) -> dict[str, Any]:
-        """Options of the loss for the forget samples `index`."""
-        options, by = self.spec.split(self.objective_args)
-        if reference.option_scale is not None:
+    def _options(self, part: Part, index: Tensor, like: Tensor, reference: Reference) -> dict[str, Any]:
+        """Options of an objective for the forget samples `index`."""
+        options, by = part.spec.split(part.options)
+        if by and reference.option_scale is not None:
             scale = reference.option_scale[index.to(reference.option_scale.device)].to(like)
-            options |= {name: self.spec.options(options)[name] * scale for name in by}
+            options |= {name: part.spec.options(options)[name] * scale for name in by}
         return options
 
     def check_model(self, config: Any) -> None:
@@ -173,7 +215,7 @@ class UnlearningLoss:
             seed: of the random direction of objectives on hidden states.
         """
         self.check_alternatives(forget)
-        result, needs = Reference(), self.spec.needs
+        result, needs = Reference(), self.needs
         scale = self.option_scale(np.asarray(forget.answer_lengths, dtype=np.float64))
         result.option_scale = None if scale is None else torch.from_numpy(scale)
         if "direction" in needs:
@@ -292,20 +334,43 @@ class UnlearningLoss:
         pairs = len(index)
         forget = scores[:pairs]
         alternative = scores[-pairs:] if self.uses_alternative else None
+        hidden = None if hidden is None else hidden[:pairs]
+        if reference.part is None:
+            loss = self._loss(self.parts[0], forget, alternative, hidden, index, reference)
+        else:
+            part_of = reference.part[index.to(reference.part.device)].to(forget.logps.device)
+            losses, places = [], []
+            for number in part_of.unique().tolist():
+                rows = (part_of == number).nonzero().squeeze(-1)
+                own = None if alternative is None else alternative[rows]
+                where = index[rows.to(index.device)]
+                losses.append(self._loss(self.parts[number], forget[rows], own, None, where, reference))
+                places.append(rows)
+            loss = torch.cat(losses)[torch.cat(places).argsort()]
+        return LossTerms(loss, None, forget.counted_mean_logps.detach())
+
+    def _loss(
+        self,
+        part: Part,
+        forget: AnswerScores,
+        alternative: AnswerScores | None,
+        hidden: Tensor | None,
+        index: Tensor,
+        reference: Reference,
+    ) -> Tensor:
+        """One objective's loss of the forget samples `index`, `[B]`."""
         top_tokens: dict[str, Tensor] = {}
-        if "reference_top_logps" in self.spec.needs:
+        if "reference_top_logps" in part.spec.needs:
             names = ("reference_top_logps", "reference_top_ids", "reference_rest_logps")
             top_tokens = dict(zip(names, reference.forget_top.batch(index.tolist(), forget.mask), strict=True))
 
         def quantity(name: str) -> Tensor:
             if name in top_tokens:
                 return top_tokens[name]
-            if name == "hidden":
-                assert hidden is not None
-                return hidden[:pairs]
-            if name == "direction":
-                assert reference.direction is not None
-                return reference.direction
+            if name in ("hidden", "direction"):
+                value = hidden if name == "hidden" else reference.direction
+                assert value is not None
+                return value
             if name in ("alternative_logps", "alternative_mean_logps"):
                 return getattr(alternative, name.removeprefix("alternative_"))
             if name in ("reference_logps", "alternative_reference_logps"):
@@ -314,8 +379,8 @@ class UnlearningLoss:
                 return before[index.to(before.device)].to(forget.logps.device)
             return getattr(forget, name)
 
-        forget_loss = self.spec.loss(*map(quantity, self.spec.needs), **self._options(index, forget.logps, reference))
-        return LossTerms(forget_loss, None, forget.counted_mean_logps.detach())
+        options = self._options(part, index, forget.logps, reference)
+        return part.spec.loss(*map(quantity, part.spec.needs), **options)
 
     def _retain(
         self, scores: AnswerScores, hidden: Tensor | None, batch: dict[str, Tensor], reference: Reference

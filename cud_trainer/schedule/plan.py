@@ -235,8 +235,14 @@ def schedule_of(
     passes: int,
     seed: int,
     options: dict[str, Any],
+    neighbours: np.ndarray | None = None,
 ) -> Schedule:
-    """`make_schedule` for what `parse` made of `name` and `options` already."""
+    """`make_schedule` for what `parse` made of `name` and `options` already.
+
+    Args:
+        neighbours: retain partners of each forget sample, as positions in `retain_ids`, int `[N, k]`: those of a sample
+            in turn, one after the other each time that it is served; by default they are drawn.
+    """
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise ValueError(f"passes must be a positive integer, got {passes!r}")
     size = len(forget_ids)
@@ -264,13 +270,18 @@ def schedule_of(
         # an order that serves some samples more often than others would shift the mean
         weights.append(served if len(set(rows.tolist())) == len(rows) == size else served / served.mean())
     order_of_rows = np.concatenate(orders)
+    settings = {"name": name, "options": options, "seed": seed, "passes": passes}
+    if neighbours is not None:
+        settings["retain_pairing"] = "nearest"
     following = [(part, part_options) for part, part_options in parts if part.kind == "dynamic"]
     return Schedule(
         name,
         np.array(list(forget_ids))[order_of_rows],
         np.concatenate(weights),
-        _partners(retain_ids, len(order_of_rows), seed),
-        {"name": name, "options": options, "seed": seed, "passes": passes},
+        _partners(retain_ids, len(order_of_rows), seed)
+        if neighbours is None or retain_ids is None
+        else np.array(list(retain_ids))[_in_turn(neighbours, order_of_rows)],
+        settings,
         tuple((part.name, dict(part_options)) for part, part_options in following),
         {name: column for part, _ in following for name, column in zip(part.metrics, values[part.name], strict=True)},
         None if retain_weight is None else retain_weight[order_of_rows],
@@ -305,3 +316,13 @@ def _partners(retain_ids: Sequence[str] | None, count: int, seed: int) -> np.nda
     rounds = -(-count // len(ids))
     drawn = [np.random.default_rng([seed, 1, number]).permutation(len(ids)) for number in range(rounds)]
     return ids[np.concatenate(drawn)[:count]]
+
+
+def _in_turn(neighbours: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Of each served row, the next of its neighbours; after the last the first again."""
+    served = np.zeros(len(neighbours), dtype=int)
+    partners = np.empty(len(order), dtype=int)
+    for place, row in enumerate(order.tolist()):
+        partners[place] = neighbours[row, served[row] % neighbours.shape[1]]
+        served[row] += 1
+    return partners

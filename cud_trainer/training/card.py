@@ -30,6 +30,7 @@ def unlearning_section(trainer: Any) -> str:
     args, history = trainer.args, trainer.state.log_history
     settings = {
         "objective": _named(args.objective, args.objective_args),
+        **({"objective by bucket": args.objective_by_bucket} if args.objective_by_bucket else {}),
         "retain loss": "none"
         if args.retain_loss == "none"
         else f"{args.retain_loss}, weight {args.retain_weight:g}"

@@ -9,6 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..config import CUDConfig
 from ..data.ids import IdKey
 from ..objectives import Reference
@@ -52,7 +54,9 @@ def run_identity(
     if args.step != "plain":
         objective += f" step {args.step} {json.dumps(args.step_args, sort_keys=True)}"
     if reference.option_scale is not None:
-        objective += f" by sample {hashlib.sha256(reference.option_scale.numpy().tobytes()).hexdigest()[:16]}"
+        objective += f" by sample {_digest(reference.option_scale)}"
+    if reference.part is not None:
+        objective += f" by bucket {json.dumps(args.objective_by_bucket)} {_digest(reference.part)}"
     identity = {
         "schedule": (plan.schedule if key is None else plan.schedule.keyed(key)).hash,
         "objective": objective,
@@ -119,6 +123,10 @@ def _adapters(model: Any) -> dict[str, Any] | None:
         name: {key: value for key, value in config.to_dict().items() if key not in NO_PART_OF_AN_ADAPTER}
         for name, config in configs.items()
     }
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -214,7 +214,7 @@ class RunInputs:
 
     def _with_alternatives(self, dataset: Dataset) -> Samples:
         """The forget set with the alternative answers that the objective asks for, the same on all processes."""
-        args, source = self.args, self.loss.spec.alternative
+        args, source = self.args, self.loss.alternative
         if source is None:
             return self.forget
         options = {**args.alternative_options(), "template": self.template}
@@ -289,6 +289,10 @@ def _check_options(
         raise ValueError(f"difficulty {PRECOMPUTED!r} is the first metric of difficulty_scores: give them")
     if args.process_index == 0:
         check_may_start(args)
+    if args.retain_pairing not in ("random", "nearest"):
+        raise ValueError(f"retain_pairing must be 'random' or 'nearest', got {args.retain_pairing!r}")
+    if args.retain_pairing == "nearest" and not loss.uses_retain:
+        raise ValueError("retain_pairing 'nearest' pairs with retain samples, but retain_loss is 'none'")
     if args.step != "plain" and sharded_by(args) is not None:
         raise ValueError(
             f"step {args.step!r} is not supported with {sharded_by(args)}: no process has whole gradients there"

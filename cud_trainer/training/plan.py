@@ -23,6 +23,7 @@ from ..scoring import score_difficulty
 from ..scoring.calibration import adapter_identity
 from .checkpoints import SCORES_FILE, WORK_DIR
 from .inputs import RunInputs
+from .neighbours import retain_neighbours
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +47,7 @@ class RunPlan:
         forget_row: forget sample of each position in the schedule, `[len(schedule)]`.
         steps: optimizer steps of the whole run.
         weight_within_batches: see `Schedule.weight_within_batches`.
+        part: which objective each forget sample has, see `UnlearningLoss.part_of`; `None` where all have the same.
     """
 
     model: str
@@ -57,6 +59,7 @@ class RunPlan:
     forget_row: np.ndarray
     steps: int
     weight_within_batches: float
+    part: np.ndarray | None = None
 
     @classmethod
     def of(cls, inputs: RunInputs) -> RunPlan:
@@ -78,10 +81,12 @@ class RunPlan:
             passes=args.passes,
             seed=args.seed,
             options=args.schedule_args,  # type: ignore[arg-type]
+            neighbours=retain_neighbours(inputs),
         )
         buckets = None
         if scores is not None:
             buckets = scores.bucketed(args.difficulty if args.difficulty in scores.columns else None, args.n_buckets)
+        part = None if buckets is None else inputs.loss.part_of(buckets.number, buckets.count)
         tokens = args.loss_normalization == "token"
         rows = schedule.rows(
             inputs.forget.ids,
@@ -111,6 +116,7 @@ class RunPlan:
             np.array([position[sample_id] for sample_id in schedule.order.tolist()]),
             len(rows["row"]) // batch,
             within,
+            part,
         )
 
 

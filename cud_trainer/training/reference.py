@@ -34,6 +34,7 @@ def run_reference(trainer: Any, inputs: RunInputs, plan: RunPlan) -> Reference:
     lengths = np.asarray(inputs.forget.answer_lengths, dtype=np.float64)
     scale = inputs.loss.option_scale(lengths, None if difficulty is None else rank(difficulty))
     reference.option_scale = None if scale is None else torch.from_numpy(scale)
+    reference.part = None if plan.part is None else torch.from_numpy(plan.part)
     return reference
 
 
@@ -109,6 +110,7 @@ def _fingerprint(trainer: Any, inputs: RunInputs, served: list[int]) -> str:
         "" if inputs.retain is None else f"{inputs.retain.fingerprint} {served}",
         str(alternatives_fingerprint(inputs.forget)),
         json.dumps([loss.objective, loss.objective_args, loss.retain_loss, loss.reference_top_k, args.seed]),
+        *([json.dumps(loss.by_bucket)] if loss.by_bucket else []),
         f"{args.bf16}{args.fp16}{args.per_device_train_batch_size}",
     ]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

@@ -15,6 +15,8 @@ from cud_trainer.data import (
     pad_batch,
     prepare_dataset,
 )
+from cud_trainer.data.encode import Encoder, shared
+from cud_trainer.data.encode import parts as texts_in_parts
 
 CHAT = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello."}]}
 
@@ -396,3 +398,85 @@ class TestBatches:
         alone = PairedCollator(forget, None)(rows)
         assert alone["input_ids"].shape == (1, 4)
         assert torch.equal(alone["input_ids"][0], batch["input_ids"][0, :4])
+
+
+class TestBatchesOfTexts:
+    """Where the tokens of a text tell how many of them its start has, the start is not tokenised."""
+
+    @pytest.fixture(
+        scope="class", params=["bytes", "merged", "digits", "words", "dropping", "lookahead", "single", "ending"]
+    )
+    def encoder(self, request):
+        from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        backend = Tokenizer(models.BPE(unk_token="<unk>" if request.param == "words" else None))
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = {
+            "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
+            "words": pre_tokenizers.Metaspace(),
+            "dropping": pre_tokenizers.Metaspace(),
+            # groups of three digits, counted from the right: what stands in front depends on what comes behind
+            "lookahead": pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(Regex(r"\d{1,3}(?=(\d{3})*(\D|$))|\D"), "isolated"), raw]
+            ),
+        }.get(request.param, byte_level)
+        backend.normalizer = normalizers.NFC() if request.param == "merged" else None
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<eos>", "<unk>"], show_progress=False)
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+        text = "Question: who wrote it? Answer: nobody wrote 123456 of it, it's the the then there e\u0301t\u00e9. "
+        backend.train_from_iterator([text * 5], trainer)
+        if request.param == "single":
+            backend.add_tokens([AddedToken("nobody", single_word=True)])
+        if request.param == "ending":
+            backend.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+        return Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"))
+
+    @given(
+        st.lists(
+            st.tuples(*[st.text(alphabet="ath 12:\n.'e\u0301\u00e9\u4e2d<", max_size=6)] * 2)
+            | st.tuples(
+                *[st.sampled_from(["Answer:", " nobody", "nobody", "the", "12", "3456", "<eos>", " ", "\n"])] * 2
+            ),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    @settings(deadline=None, max_examples=60)
+    def test_starts_are_those_of_two_calls(self, encoder, pairs):
+        starts, texts = [a for a, _ in pairs], [a + b for a, b in pairs]
+        encoded = encoder(texts)
+        expected = [shared(alone.ids, whole.ids) for alone, whole in zip(encoder(starts), encoded, strict=True)]
+        assert encoder.beginnings(starts, texts, encoded) == expected
+
+    def test_of_a_usual_text_they_are_read_off(self, encoder, request):
+        kind = request.node.callspec.params["encoder"]
+        starts, texts = ["Question: who?\nAnswer:"], ["Question: who?\nAnswer: nobody"]
+        calls = []
+        counting = Encoder(lambda texts, **options: calls.append(texts) or encoder.tokenizer(texts, **options))
+        vars(counting)["_words_stand_alone"], vars(counting)["_special_ids"] = encoder._words_stand_alone, {1}
+        count = counting.beginnings(starts, texts, counting(texts))
+        assert encoder._words_stand_alone == (kind not in ("dropping", "lookahead", "single"))
+        assert len(calls) == (1 if encoder._words_stand_alone else 2)
+        assert count == [len(encoder(starts)[0].ids) - (kind == "ending")]
+
+    def test_parts_come_in_order(self, encoder, monkeypatch):
+        monkeypatch.setattr("cud_trainer.data.encode.PART", 3)
+        texts = [f"the {number}" for number in range(10)]
+        each = list(encoder.each((part, part) for part in texts_in_parts(texts)))
+        assert [one.ids for _, encoded in each for one in encoded] == [one.ids for one in encoder(texts)]
+        assert [text for part, _ in each for text in part] == texts
+
+    def test_many_rows_are_those_of_single_rows(self, monkeypatch):
+        """Also where the shape of a conversation changes from row to row, and some answers have blanks at their ends."""
+        monkeypatch.setattr("cud_trainer.data.encode.PART", 7)
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a b"}]
+        answers = ["Yes.", " Yes.", "Yes. ", "Yes.<eos>", "<think>why</think>Yes.", "[assistant]Yes.", "a b"]
+        rows = []
+        for number in range(30):
+            asked = [*(turns if number % 3 == 0 else []), {"role": "user", "content": f"{number}?"}]
+            answered = {"role": "assistant", "content": answers[number % 7]}
+            rows.append({"messages": [*asked, answered], "id": f"s{number}"})
+        together = prepare(rows, make_tokenizer(chat=True)).to_list()
+        assert together == [prepare([row], make_tokenizer(chat=True))[0] for row in rows]

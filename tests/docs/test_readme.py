@@ -39,6 +39,17 @@ def test_training_guide():
         SCHEDULES.pop("every_other", None)
 
 
+def test_which_one_names_all_that_is_registered():
+    from cud_trainer.difficulty import METRICS
+    from cud_trainer.objectives import OBJECTIVES, STEPS
+    from cud_trainer.schedule import SCHEDULES
+
+    page = (ROOT / "docs" / "which.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`", page)
+    for name in [*SCHEDULES, *OBJECTIVES, *METRICS, *STEPS]:
+        assert name in named, name
+
+
 def test_paths_and_commands_exist():
     from cud_trainer.cli import COMMANDS
 

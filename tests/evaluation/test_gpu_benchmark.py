@@ -299,10 +299,10 @@ def test_no_run_is_begun_that_would_not_end(tmp_path, monkeypatch):
 
 
 def test_the_grid_is_cut_and_not_the_seeds(tmp_path, monkeypatch):
-    """Room for 22 runs: one further weight of 4 arms, and 16 runs of fresh seeds, but not two weights."""
+    """Room for one further weight of all arms, and for the runs of fresh seeds, four by arm; not for two weights."""
     record = Record(tmp_path / "x.json", "decisive", CPU, 1000.0, tiny=True)
     share = shared(monkeypatch, lambda kind, job, never_seen: a_run(job.arm, job.weight, job.seed, 0.5)[1])
-    share.walls = [4 * 990.0 / 22]  # of four at a time
+    share.walls = [4 * 990.0 / (5 * len(decisive.ARMS) + 2)]  # of four at a time
     decisive.tune(record, share, (16.0, 4.0, 64.0), (1, 2, 3, 4), None)
     assert {figure["weight"] for figure in record.figures.values()} == {4.0}
     assert len(record.figures) == len(decisive.ARMS) == len(record.state["left_out"])
