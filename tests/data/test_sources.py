@@ -45,9 +45,9 @@ def load(path, split="train", limit=None):
         ("semicolon.csv", CSV.replace(",", ";"), "utf-8"),
         ("a.tsv", CSV.replace(",", "\t"), "utf-8"),
         ("quoted.csv", "question, answer\r\n" + "".join(f'"{r["question"]}","{r["answer"]}"\r\n' for r in QA), "utf-8"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode()), None),
-        ("a.csv.gz", gzip.compress(CSV.encode()), None),
-        ("packed.csv", gzip.compress(CSV.encode()), None),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), None),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0), None),
+        ("packed.csv", gzip.compress(CSV.encode(), mtime=0), None),
     ],
 )
 def test_a_file_is_what_it_holds(tmp_path, name, content, encoding):
