@@ -21,11 +21,13 @@ from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
-from cud_trainer.models.loading import load_causal_lm, merged_adapter
+from cud_trainer.models.loading import load_causal_lm, load_config, merged_adapter
 from cud_trainer.models.positions import check_sets
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
+from ..metrics.depth import check_same_architecture
+from ..metrics.gradients import check_gradient_norms
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.measure import check_texts
 from ..metrics.utility import UTILITY_SETS
@@ -39,6 +41,8 @@ NEEDS = {
     "relearn_rate": "relearn_samples",
     "metric": "scores",
     "n_buckets": "scores",
+    "depth": "original_model",
+    "gradient_norm": "holdout_dataset|holdout_config",
     "lm_eval_include": "lm_eval_tasks",
     "retain_split": "retain_dataset|retain_config",
     "max_retain_samples": "retain_dataset|retain_config",
@@ -115,6 +119,20 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
     straight_line: bool = field(
         default=False, metadata={"help": "Measure along the line from the original to the unlearned weights."}
     )
+    depth: bool = field(
+        default=False,
+        metadata={
+            "help": "How deep forgetting goes: hidden states are put into original_model, layer by layer. Unlearning "
+            "depth score (UDS) with reference_model, depth of change without. Holds two models at a time."
+        },
+    )
+    logit_lens: bool = field(
+        default=False, metadata={"help": "Read the answers off every layer, through the final norm and the head."}
+    )
+    gradient_norm: bool = field(
+        default=False,
+        metadata={"help": "Attack by the norm of each sample's gradient, too: a backward pass over both sets."},
+    )
     lm_eval_tasks: list[str] = field(
         default_factory=list, metadata={"help": "Tasks of lm-evaluation-harness (extra `lm-eval`)."}
     )
@@ -190,6 +208,8 @@ class EvaluateInputs:
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
         check_sets(model, **self.sets)
+        if self.args.gradient_norm:
+            check_gradient_norms(model, path)
         return model
 
 
@@ -229,6 +249,8 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     for path in (args.original_model, args.reference_model):
         if path:
             check_same_tokenizer(tokenizer, path)
+    if args.depth:
+        check_depth(args, str(model_args.model_name_or_path), model_args.model_revision)
     assert model_args.model_name_or_path is not None  # it has a tokenizer
     return EvaluateInputs(
         args=args,
@@ -310,6 +332,15 @@ def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) ->
     model: Any = load_causal_lm(path, finite=finite, **options)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
+
+
+def check_depth(args: EvaluateArguments, unlearned: str, revision: str | None) -> None:
+    """Raise `ValueError` naming a model whose hidden states mean nothing in the original one."""
+    assert args.original_model is not None
+    original = load_config(args.original_model, revision=revision)
+    for path in (args.reference_model, unlearned):
+        if path:
+            check_same_architecture(original, load_config(path, revision=revision), repr(path))
 
 
 def check_same_tokenizer(tokenizer: Any, path: str) -> None:

@@ -138,6 +138,8 @@ def make_figures(results: Results) -> dict[str, Figure]:
         figures["circuit_difference"] = plots.circuit(
             section, "difference", "stronger in the hardest bucket", "stronger in the easiest bucket"
         )
+    if results.layers is not None:
+        figures["layers"] = plots.by_layer(results.layers)
     return figures
 
 
