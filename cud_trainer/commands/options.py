@@ -37,6 +37,7 @@ READ = {
     "neighbour_dataset",
     "tofu",
     "difficulty_scores",
+    "retain_difficulty_scores",
     "scores",
     "circuits",
     "recipe",

@@ -27,6 +27,7 @@ from ..metrics.measure import Measured, measure
 from ..metrics.memorization import true_answers
 from ..report.audit import audit_results, measured_tables, per_sample_table
 from ..report.circuits import circuit_section, mechanism_table, signature_of, strongest_edges
+from ..report.collateral import collateral_tables, kept_samples_table
 from ..report.difficulty import reliability_by_decile
 from ..report.layers import depth_tables, layers_section
 from ..report.schema import Results, Run, Table
@@ -105,7 +106,7 @@ def evaluate(argv: list[str]) -> int:
             clear(folder, REPORT_FILES)
         measurements = measure_models(inputs)
         results = report_on(inputs, measurements, "cud evaluate " + " ".join(argv))
-        written = write_report(results, folder, sample_table(inputs, measurements))
+        written = write_report(results, folder, sample_table(inputs, measurements), kept_table(inputs, measurements))
     for line in results.findings:
         print(f"- {line}")
     print(f"report: {written.resolve()}")
@@ -180,8 +181,9 @@ def measure_original(inputs: EvaluateInputs, path: str) -> Original:
     args, circuits = inputs.args, inputs.circuits
     model = inputs.load_model(path)
     fingerprint = model_fingerprint(model)
-    if inputs.scores is not None:
-        inputs.scores.check_provenance(model=fingerprint)
+    for scores in (inputs.scores, inputs.retain_scores):
+        if scores is not None:
+            scores.check_provenance(model=fingerprint)
     measured = measure_one(inputs, model, "original")
     faithfulness, weights = None, None
     if args.faithfulness and circuits is not None:
@@ -275,6 +277,11 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
     more, lines = depth_tables(measurements.depth, readable, buckets, inputs.groups, seed)
     tables, findings = tables + more, findings + lines
     results.layers = layers_section({name: one.lens for name, one in said.items()}, measurements.depth, seed)
+    if before is not None:
+        kept, lines = collateral_tables(
+            after, before, inputs.retain_scores, inputs.retain_buckets, inputs.retain_groups, seed
+        )
+        tables, findings = tables + kept, findings + lines
     difficulty = None if scores is None or buckets is None else scores[buckets.metric]
     if inputs.groups is not None:
         table, finding = group_table(left, inputs.groups, difficulty, seed)
@@ -343,3 +350,15 @@ def sample_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataF
     if inputs.args.show_text:
         frame = frame.assign(true_answer=true_answers(forget, inputs.tokenizer))
     return frame
+
+
+def kept_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataFrame | None:
+    """One row per sample that was to be kept."""
+    return kept_samples_table(
+        {name: part.ids for name, part in inputs.sets.items()},
+        measurements.after,
+        measurements.before,
+        inputs.retain_scores,
+        inputs.retain_buckets,
+        inputs.retain_groups,
+    )

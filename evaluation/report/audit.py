@@ -21,7 +21,7 @@ from .tables import by_bucket, change_table, forget_quality_table, privacy_table
 # Columns of a table of samples that are no difficulty.
 WHITE_BOX = ("logit_lens", "gradient_norm", "uds", "depth_of_change", "depth_drops", "reference_depth_drops")
 MEASURED = (*MEASURES, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability", *WHITE_BOX)
-BESIDE = ("group", "true_answer", "ground_truth", "generation")
+BESIDE = ("set", "lost", "group", "true_answer", "ground_truth", "generation")
 
 Sets = Mapping[str, Mapping[str, np.ndarray]]
 

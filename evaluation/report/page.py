@@ -29,13 +29,17 @@ from .schema import Results, jsonable, read_results
 
 
 def write_report(
-    results: Results | Mapping[str, Any], out_dir: str | Path, per_sample: pd.DataFrame | None = None
+    results: Results | Mapping[str, Any],
+    out_dir: str | Path,
+    per_sample: pd.DataFrame | None = None,
+    kept_samples: pd.DataFrame | None = None,
 ) -> Path:
     """Write everything into `out_dir` and return the path of `report.html`.
 
     Args:
         results: `Results`, or the same as plain values.
         per_sample: one row per forget sample, without text.
+        kept_samples: one row per sample that was to be kept, likewise.
 
     Raises:
         ValueError: naming a required entry that is missing.
@@ -44,10 +48,9 @@ def write_report(
     read = read_results(plain)  # nothing but what stands in the file is shown
     out_dir = Path(out_dir)
     write_json(out_dir / "results.json", plain)
-    if per_sample is not None:
-        atomic_write(
-            out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False), private=True
-        )
+    for name, frame in (("per_sample", per_sample), ("kept_samples", kept_samples)):
+        if frame is not None:
+            atomic_write(out_dir / f"{name}.parquet", partial(_write_parquet, frame), private=True)
     figures = make_figures(read)
     inline = {}
     for name, figure in figures.items():
@@ -99,6 +102,10 @@ def _markdown_table(head: list[str], body: list[list[Cell]]) -> list[str]:
         *("| " + " | ".join(map(_markdown, line)) + " |" for line in body),
         "",
     ]
+
+
+def _write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_parquet(path, index=False)
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -121,6 +121,7 @@ class TestCommand:
             "privacy",
             "depth",
             "depth_groups",
+            "collateral",
             "groups",
             "calibration",
             "mechanisms",
