@@ -27,7 +27,7 @@ from cud_trainer.models.positions import check_sets
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
-from ..metrics.depth import check_same_architecture
+from ..metrics.depth import check_layers, check_same_architecture
 from ..metrics.gradients import check_gradient_norms
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.measure import check_texts
@@ -226,6 +226,8 @@ class EvaluateInputs:
         check_sets(model, **self.sets)
         if self.args.gradient_norm:
             check_gradient_norms(model, path)
+        if self.args.depth or self.args.logit_lens:
+            check_layers(model, path, self.forget)
         return model
 
 

@@ -27,6 +27,8 @@ from cud_trainer.models.modes import answering, evaluation_mode
 THRESHOLD = 0.05
 # Memory by the token that a stacked pass takes beside the logits, in units of the hidden size.
 HIDDEN_COPIES = 64
+# What a layer hands on is its hidden states, or these and more.
+SEVERAL = (tuple, list)
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,16 @@ def check_same_architecture(original: Any, other: Any, name: str = "the other mo
             )
 
 
+def check_layers(model: PreTrainedModel, name: str, samples: Samples) -> None:
+    """Raise `ValueError` when nothing can be said layer by layer of the model `name`; looks at one sample."""
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            batch = samples.measured.pad([0])
+            layer_states(model, {key: value.to(embedding_device(model)) for key, value in batch.items()})
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+
+
 def _config(model: Any) -> PretrainedConfig:
     config = model if isinstance(model, PretrainedConfig) else base_causal_lm(model).config
     return config.get_text_config()
@@ -249,11 +261,11 @@ def _put(
     positions, own = positions.to(hidden.device), own.to(hidden.device)
     part = hidden[rows]
     part[:, positions] = torch.where(own, states.to(hidden.device, hidden.dtype), part[:, positions])
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)((hidden, *output[1:])) if isinstance(output, SEVERAL) else hidden
 
 
 def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, SEVERAL) else output
 
 
 @contextmanager
@@ -262,7 +274,7 @@ def _passing_on(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[None]:
     forms: list[int] = []
 
     def form(module: nn.Module, inputs: Any, output: Any) -> None:
-        forms.append(len(output) if isinstance(output, tuple) else 0)
+        forms.append(len(output) if isinstance(output, SEVERAL) else 0)
 
     layers = decoder_layers(model)[1]
     one = {name: value[:1] for name, value in batch.items()}

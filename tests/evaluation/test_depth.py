@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
+from every_model import tiny
 from peft import LoraConfig, get_peft_model
 from tofu import tofu_like
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
@@ -15,6 +16,7 @@ from cud_trainer.logprobs import answer_probability, score_answers
 from evaluation.metrics import depth as module
 from evaluation.metrics.depth import (
     Depth,
+    check_layers,
     check_same_architecture,
     depth_of_change,
     holds_answer,
@@ -50,8 +52,8 @@ def samples():
 @pytest.fixture(scope="module")
 def models(samples):
     """The original saw all samples, the reference the last three, the unlearned one had three taken away."""
-    original = taught(make_model(0, num_hidden_layers=LAYERS).double(), samples, range(6), 40)
-    reference = taught(make_model(0, num_hidden_layers=LAYERS).double(), samples, range(3, 6), 40)
+    original = taught(make_model(0, num_hidden_layers=LAYERS).double(), samples, range(6), 25)
+    reference = taught(make_model(0, num_hidden_layers=LAYERS).double(), samples, range(3, 6), 25)
     return original, reference, taught(copy.deepcopy(original), samples, range(3), 2, -1)
 
 
@@ -238,6 +240,19 @@ def test_other_architectures(config, norm, samples):
         if config.model_type == "gemma2":
             logits = torch.tanh(logits)
     assert expected[0] == pytest.approx(float(logits.log_softmax(-1).gather(1, labels[labels != -100][:, None]).mean()))
+
+
+@pytest.mark.parametrize("model_type", ["openai-gpt", "gpt_neox", "mixtral", "opt", "bloom", "cohere2"])
+def test_whatever_layers_hand_on(model_type, samples):
+    """Tuples, lists, tensors; more behind the last layer than a norm and a head."""
+    model = tiny(model_type)
+    np.testing.assert_allclose(logit_lens(model, samples)[:, -1], answer_probability(model, samples), rtol=1e-4)
+    np.testing.assert_allclose(layer_drops(model, model, samples, batch_size=4), 0, atol=1e-4)
+
+
+def test_layers_that_hand_on_something_else(samples):
+    with pytest.raises(ValueError, match="'x': layers of xlnet models hand on states of shape"):
+        check_layers(tiny("xlnet"), "x", samples)
 
 
 def test_gradient_norms_by_hand(samples):
