@@ -271,7 +271,7 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
     if measurements.diverged:
         results.findings.insert(0, "the model has weights that are not finite: unlearning diverged")
     tables, findings = measured_tables(after, before, measurements.reference, buckets, seed)
-    models = {"unlearned": after, "original": before, "reference": measurements.reference}
+    models = {"unlearned": after, "reference": measurements.reference, "original": before}
     said = {name: one for name, one in models.items() if one is not None}
     readable = {name: one.readable for name, one in said.items()}
     more, lines = depth_tables(measurements.depth, readable, buckets, inputs.groups, seed)

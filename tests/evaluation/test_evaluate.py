@@ -186,7 +186,7 @@ class TestCommand:
         assert tables["depth"]["UDS"][4]["value"] == pytest.approx(found[held].mean(), abs=1e-3)
         lens = depth.logit_lens(original, data)
         np.testing.assert_allclose(frame["before/logit_lens"], lens.max(1), rtol=1e-4)
-        curve = results["layers"]["lens"][1]
+        curve = results["layers"]["lens"][2]
         assert curve["label"] == "original"
         assert [value["value"] for value in curve["values"]] == pytest.approx(lens.mean(0), rel=1e-4)
         assert [c["label"] for c in results["layers"]["drops"]] == [
