@@ -249,7 +249,10 @@ class CUDConfig(TemplateArguments, SFTConfig):
         metadata={"help": "Stop as diverged when the mean retain loss since the last log is above this."},
     )
     eval_retain_samples: int = field(
-        default=256, metadata={"help": "Retain samples that an evaluation during training scores, evenly spaced."}
+        default=256,
+        metadata={
+            "help": "Retain samples, and held-out ones, that an evaluation during training scores, evenly spaced."
+        },
     )
     log_update_share: bool = field(
         default=False,

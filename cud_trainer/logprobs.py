@@ -105,7 +105,7 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
         ValueError: for an adapter that puts virtual tokens before the input.
     """
     _check_adapter(model)
-    labels = _predictable(batch["labels"], batch["attention_mask"])
+    labels = predictable(batch["labels"], batch["attention_mask"])
     positions = answer_positions(labels)
     if "inputs_embeds" not in model_inputs:
         model_inputs["input_ids"] = batch["input_ids"]
@@ -187,7 +187,7 @@ def check_padding(model: torch.nn.Module, name: str, samples: Samples) -> None:
         )
 
 
-def _predictable(labels: Tensor, attention_mask: Tensor) -> Tensor:
+def predictable(labels: Tensor, attention_mask: Tensor) -> Tensor:
     """`labels` without the first token of a sequence: left of it there is nothing, or padding, to predict it from."""
     behind_padding = attention_mask[:, :-1].to(labels.device) == 0
     return torch.cat([labels[:, :1], labels[:, 1:].masked_fill(behind_padding, IGNORE_INDEX)], dim=1)

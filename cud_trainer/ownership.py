@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from .files import LOCK, check_output_dir, holds_something, remove_leftovers
 
-REPORT_FILES = ("results.json", "report.html", "summary.md", "per_sample.parquet", "plots")
+REPORT_FILES = ("results.json", "report.html", "summary.md", "per_sample.parquet", "kept_samples.parquet", "plots")
 # A model, its tokenizer and its card, whichever library has saved them.
 MODEL_FILES = (
     "config.json",

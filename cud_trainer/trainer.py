@@ -70,6 +70,7 @@ class CUDTrainer(SFTTrainerHooks):
         args: options; the schedule, its seed (`args.seed`) and the objective are all in there.
         forget_dataset: samples to forget, in any format of `cud_trainer.data.prepare_dataset`.
         retain_dataset: samples to keep; needed unless the retain loss is `"none"`.
+        heldout_dataset: samples of groups that neither loss sees: evaluations say what of them is kept.
         eval_dataset: further samples (or a dict of them) for the Trainer's own evaluation loss.
         processing_class: tokenizer with pad and eos tokens; by default the one beside `model`.
         peft_config: train this adapter instead of the weights.
@@ -92,6 +93,7 @@ class CUDTrainer(SFTTrainerHooks):
         *,
         forget_dataset: Dataset,
         retain_dataset: Dataset | None = None,
+        heldout_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
@@ -101,14 +103,16 @@ class CUDTrainer(SFTTrainerHooks):
         compute_metrics: Callable | None = None,
     ) -> None:
         args = CUDConfig("cud-output") if args is None else args
+        kept = {"retain_prob": retain_dataset, "heldout_prob": heldout_dataset}
         own = compute_metrics is not None
-        check_best_metric(args, eval_dataset, retain=retain_dataset is not None, own_metrics=own)
+        check_best_metric(args, eval_dataset, kept=[k for k, v in kept.items() if v is not None], own_metrics=own)
         inputs = RunInputs.checked(
             args,
             model,
             processing_class,
             forget=forget_dataset,
             retain=retain_dataset,
+            heldout=heldout_dataset,
             evaluated=eval_dataset,
             peft_config=peft_config,
             scores=difficulty_scores,
@@ -353,8 +357,9 @@ class CUDTrainer(SFTTrainerHooks):
         Returns:
             `predictions`: answer probability of each forget sample, in the order of `forget_ids`, `[N]` in [0, 1];
             `metrics`: its mean, over all samples (`forget_prob`) and by difficulty bucket (`forget_prob/bucket_1` is
-            the easiest), the mean over `eval_retain_samples` of the retain set (`retain_prob`), and `balance`, the
-            harmonic mean of the share forgotten and the share retained of what was there at the start, each in [0, 1].
+            the easiest), the mean over `eval_retain_samples` of the retain set (`retain_prob`) and of the held-out set
+            (`heldout_prob`), and `balance`, the harmonic mean of the share forgotten and the share retained of what was
+            there at the start, each in [0, 1].
             With a `test_dataset`: what the base class says about that.
         """
         if test_dataset is not None:

@@ -7,12 +7,15 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+# What is to be kept: its metric, its name, and the style of its line.
+KEPT = {"retain_prob": ("retain", "--"), "heldout_prob": ("held-out", ":")}
+
 
 class BucketPlot(TrainerCallback):
     """Draws residual memorisation by difficulty bucket over the run for trackers that take images.
 
     After every evaluation (`eval_strategy` of `CUDConfig`) one picture goes to TensorBoard and Weights & Biases, as far
-    as `report_to` names them: a line per bucket, from the easiest to the hardest, and the retain set.
+    as `report_to` names them: a line per bucket, from the easiest to the hardest, the retain set and the held-out set.
 
     Args:
         trainer: whose trackers are asked; add the callback after the trainer is made.
@@ -26,7 +29,7 @@ class BucketPlot(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         named = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
-        drawn = {key: value for key, value in named.items() if key.startswith("forget_prob/") or key == "retain_prob"}
+        drawn = {key: value for key, value in named.items() if key.startswith("forget_prob/") or key in KEPT}
         if not drawn or not state.is_world_process_zero:
             return
         if self.history and state.global_step <= self.history[-1][0]:
@@ -54,9 +57,10 @@ class BucketPlot(TrainerCallback):
             label = f"bucket {number + 1}" + {0: " (easiest)", len(buckets) - 1: " (hardest)"}.get(number, "")
             values = [entry.get(name, float("nan")) for _, entry in self.history]
             axes.plot(steps, values, marker="o", markersize=3, color=(0.1, 0.3, 0.6, shade), label=label)
-        if "retain_prob" in names:
-            values = [entry.get("retain_prob", float("nan")) for _, entry in self.history]
-            axes.plot(steps, values, color="0.4", linestyle="--", label="retain")
+        for name, (label, style) in KEPT.items():
+            if name in names:
+                values = [entry.get(name, float("nan")) for _, entry in self.history]
+                axes.plot(steps, values, color="0.4", linestyle=style, label=label)
         axes.set(xlabel="step", ylabel="answer probability", ylim=(0, 1))
         axes.legend(fontsize=8)
         return figure

@@ -37,6 +37,7 @@ READ = {
     "neighbour_dataset",
     "tofu",
     "difficulty_scores",
+    "retain_difficulty_scores",
     "scores",
     "circuits",
     "recipe",
@@ -139,7 +140,7 @@ class DataArguments:
     ) -> Dataset:
         """`load_samples`, columns renamed and texts cut into chunks if these arguments say so."""
         if Path(source).is_file() and (name is not None or split != "train"):
-            option = f"{what}_config" if name is not None else f"{what}_split"
+            option = f"{what}_{'config' if name is not None else 'split'}".replace("-", "")  # held-out
             raise ValueError(f"{option} has no effect: {source} is a file, which has neither configurations nor splits")
         samples = load_samples(source, name, split, limit, what, keep_cache=self.keep_cache)
         if self.columns:
@@ -165,7 +166,33 @@ class DataArguments:
 
 
 @dataclass
-class TrainArguments(DataArguments):
+class HeldOutArguments(DataArguments):
+    """As `DataArguments`, with samples that no loss sees."""
+
+    heldout_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memorised samples of groups that no loss of a run ever sees: what is kept that nothing asks for. "
+            "With them a study compares schedules by H@0.1: the share of their answer probability that is kept when a "
+            "run's own worst quarter is at most 0.10."
+        },
+    )
+    heldout_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
+    heldout_split: str = field(default="train", metadata={"help": "Its split."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_void(self, {"heldout_config": "heldout_dataset", "heldout_split": "heldout_dataset"})
+
+    def load_heldout(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """The held-out samples, all of them; `None` without."""
+        if self.heldout_dataset is None:
+            return None
+        return self.read(self.heldout_dataset, self.heldout_config, self.heldout_split, None, "held-out", tokenizer)
+
+
+@dataclass
+class TrainArguments(HeldOutArguments):
     """What `cud train` reads besides `CUDConfig` and TRL's `ModelConfig`."""
 
     difficulty_scores: str | None = field(

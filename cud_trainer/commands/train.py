@@ -43,12 +43,14 @@ def _train(data_args: TrainArguments, args: CUDConfig, model_args: ModelConfig, 
     scores = DifficultyScores.load(data_args.difficulty_scores) if data_args.difficulty_scores else None
     tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
+    heldout = data_args.load_heldout(tokenizer)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_options(model_args)}
     trainer = CUDTrainer(
         model_args.model_name_or_path,
         args,
         forget_dataset=forget,
         retain_dataset=retain,
+        heldout_dataset=heldout,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         difficulty_scores=scores,

@@ -23,6 +23,14 @@ def group_labels(groups: Sequence[Any]) -> list[str]:
     return [repr(text) if kind == "str" and text in quoted else text for kind, text in keys]
 
 
+def check_groups(held_out: Any, seen: Any, column: str, name: str) -> None:
+    """Raise `ValueError` naming the first group of the held-out samples that is also in the set `name`."""
+    groups = {str(group) for group in seen}
+    for group in held_out:
+        if str(group) in groups:
+            raise ValueError(f"held-out group {group!r} ({column}) is in the {name} dataset: a loss sees it")
+
+
 def _key(group: Any) -> tuple[str, str]:
     if group is None or group != group:  # NaN
         return "gap", "None"

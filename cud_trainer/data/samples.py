@@ -187,6 +187,16 @@ def check_disjoint(forget: Samples, retain: Samples) -> None:
         )
 
 
+def check_unseen(held_out: Samples, seen: Samples, name: str) -> None:
+    """Raise `ValueError` naming the first held-out sample that is also in the set `name`, by id or by content."""
+    sample_id, other = first_shared(held_out, seen)
+    if other is not None:
+        raise ValueError(f"held-out sample {sample_id!r} has the same content as {name} sample {other!r}")
+    if sample_id is not None:
+        row = held_out.ids.index(sample_id)
+        raise ValueError(f"held-out sample {sample_id!r} (row {row}) is in the {name} dataset: a loss sees it")
+
+
 def first_shared(ours: Samples, others: Samples) -> tuple[str | None, str | None]:
     """The first of our samples that is also in `others`, and the id that it has there if only the content is the same.
 

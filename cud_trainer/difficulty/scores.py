@@ -88,9 +88,9 @@ class DifficultyScores:
         """Metrics that are the same for all of several samples, and so rank nothing."""
         return [name for name, values in self.columns.items() if len(values) > 1 and np.ptp(values) == 0]
 
-    def aligned(self, ids: Sequence[str]) -> DifficultyScores:
-        """The rows for `ids`, in that order; `ValueError` naming an id that has no score."""
-        rows = rows_by_id(self.ids, ids, "difficulty scores", "forget samples", self.keys)
+    def aligned(self, ids: Sequence[str], of: str = "forget") -> DifficultyScores:
+        """The rows for `ids`, of the set `of`, in that order; `ValueError` naming an id that has no score."""
+        rows = rows_by_id(self.ids, ids, "difficulty scores", f"{of} samples", self.keys)
         fold = None if self.fold is None else self.fold[rows]
         columns = {name: values[rows] for name, values in self.columns.items()}
         return DifficultyScores(list(ids), columns, fold, self.provenance, self.keys)

@@ -68,7 +68,9 @@ def unlearning_section(trainer: Any) -> str:
         lines.append(f"| difficulty bucket {number}{side} | {figures[key]:.4f} |")
     if "retain_prob" in figures:
         lines.append(f"| retain set | {figures['retain_prob']:.4f} |")
-    elif "retain_loss" in figures:
+    if "heldout_prob" in figures:
+        lines.append(f"| held-out set, which no loss saw | {figures['heldout_prob']:.4f} |")
+    if "retain_prob" not in figures and "retain_loss" in figures:
         lines += ["", f"Retain loss ({args.retain_loss}) of the last training steps: {figures['retain_loss']:.4f}."]
     return "\n".join([*lines, ""])
 

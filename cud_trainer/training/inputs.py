@@ -24,6 +24,8 @@ from ..data import (
     ready_tokenizer,
     standardised,
 )
+from ..data.groups import check_groups
+from ..data.samples import check_unseen
 from ..data.tokenizers import tokenizer_options
 from ..difficulty import DifficultyScores
 from ..difficulty.scores import PRECOMPUTED, merge_metrics
@@ -60,6 +62,7 @@ class RunInputs:
         tokenizer: with pad and eos tokens.
         peft_config: the adapter to train, or `None`.
         forget, retain: prepared samples. `forget` has alternative answers where the objective needs them.
+        heldout: prepared samples that neither loss sees, or `None`.
         evaluated: further prepared samples, for the Trainer's own evaluation loss.
         template: what a chat template sees beside the messages.
         scores: difficulty scores made before, in the order of `forget`; `None` when they are to be computed, or when
@@ -74,6 +77,7 @@ class RunInputs:
     peft_config: Any
     forget: Samples
     retain: Samples | None
+    heldout: Samples | None
     evaluated: Evaluated
     scores: DifficultyScores | None
     template: TemplateContext
@@ -88,6 +92,7 @@ class RunInputs:
         *,
         forget: Dataset,
         retain: Dataset | None,
+        heldout: Dataset | None,
         evaluated: Evaluated,
         peft_config: Any,
         scores: DifficultyScores | str | Path | None,
@@ -123,17 +128,7 @@ class RunInputs:
             counterfactual_column=args.counterfactual_column,
             template=template,
         )
-        retain_samples = None
-        if retain is not None:
-            retain_samples = prepare_samples(
-                retain,
-                tokenizer,
-                tokenizer_checked=True,
-                max_length=args.max_length,
-                name="retain",
-                template=template,
-            )
-            check_disjoint(forget_samples, retain_samples)
+        retain_samples, heldout_samples = _prepared_beside(forget_samples, retain, heldout, args, tokenizer, template)
         if args.difficulty is not None and len(forget_samples) < args.n_buckets:
             raise ValueError(f"cannot make {args.n_buckets} difficulty buckets of {len(forget_samples)} forget samples")
         evaluated = prepare_evaluated(evaluated, tokenizer, args.max_length, template)
@@ -146,10 +141,9 @@ class RunInputs:
         merged = isinstance(model, str) and peft_config is not None and _is_adapter(model, args)
         model = _checked_model(model, args, loss, peft_config)
         check_vocabulary(tokenizer, model)
-        check_sets(model, forget=forget_samples, retain=retain_samples)
-        inputs = cls(
-            args, loss, model, tokenizer, peft_config, forget_samples, retain_samples, evaluated, None, template, merged
-        )
+        sets = forget_samples, retain_samples, heldout_samples
+        check_sets(model, **dict(zip(("forget", "retain", "held-out"), sets, strict=True)))
+        inputs = cls(args, loss, model, tokenizer, peft_config, *sets, evaluated, None, template, merged)
         inputs = replace(inputs, scores=inputs._checked_scores(scores))
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
@@ -175,6 +169,11 @@ class RunInputs:
     def evaluated_retain(self) -> Samples | None:
         """The retain samples that an evaluation scores."""
         return None if self.retain is None else evenly_spaced(self.retain, self.args.eval_retain_samples)
+
+    @cached_property
+    def evaluated_heldout(self) -> Samples | None:
+        """The held-out samples that an evaluation scores."""
+        return None if self.heldout is None else evenly_spaced(self.heldout, self.args.eval_retain_samples)
 
     @property
     def needed_metrics(self) -> list[str]:
@@ -304,6 +303,44 @@ def _check_options(
         raise ValueError(
             f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
         )
+
+
+def _prepared_beside(
+    forget: Samples,
+    retain: Dataset | None,
+    heldout: Dataset | None,
+    args: CUDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateContext,
+) -> tuple[Samples | None, Samples | None]:
+    """Retain and held-out set, prepared.
+
+    Raises:
+        ValueError: naming a sample that is in two of the sets, or a group of the held-out one that a loss sees, too.
+    """
+    group, found = args.group_column, {}
+    for name, part in (("retain", retain), ("held-out", heldout)):
+        if part is not None:
+            found[name] = prepare_samples(
+                part,
+                tokenizer,
+                tokenizer_checked=True,
+                max_length=args.max_length,
+                name=name,
+                keep_columns=[group] if heldout is not None and group in (part.column_names or ()) else [],
+                template=template,
+            )
+    if "retain" in found:
+        check_disjoint(forget, found["retain"])
+    if "held-out" in found:
+        unseen = found["held-out"]
+        for name, seen in (("forget", forget), ("retain", found.get("retain"))):
+            if seen is None:
+                continue
+            check_unseen(unseen, seen, name)
+            if group is not None and all(group in samples.dataset.column_names for samples in (unseen, seen)):
+                check_groups(unseen[group], seen[group], group, name)
+    return found.get("retain"), found.get("held-out")
 
 
 def _ready_tokenizer(

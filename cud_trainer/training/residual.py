@@ -30,7 +30,7 @@ class ResidualMemorisation:
 
     def __init__(self, trainer: Any, inputs: RunInputs, buckets: Buckets | None, *, stepwise: bool) -> None:
         self.trainer, self.inputs, self.buckets = trainer, inputs, buckets
-        self.forget, self.retain = inputs.forget, inputs.evaluated_retain
+        self.forget, self.retain, self.heldout = inputs.forget, inputs.evaluated_retain, inputs.evaluated_heldout
         evaluates = inputs.args.eval_strategy != "no"
         self.at_start = self.probabilities(self.forget) if stepwise or evaluates else None
         self._retain_at_start = self._mean(self.retain) if evaluates and self.retain is not None else None
@@ -43,6 +43,8 @@ class ResidualMemorisation:
             metrics |= {f"forget_prob/bucket_{n}": mean for n, mean in self.buckets.means(probability).items()}
         if self.retain is not None:
             metrics["retain_prob"] = self._mean(self.retain)
+        if self.heldout is not None:
+            metrics["heldout_prob"] = self._mean(self.heldout)
         start = None if self.at_start is None else float(self.at_start.mean())
         if start:
             forgotten = float(np.clip(1 - metrics["forget_prob"] / start, 0, 1))

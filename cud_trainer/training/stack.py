@@ -126,12 +126,12 @@ def _check_optimizer(args: CUDConfig, model: nn.Module) -> None:
         raise ValueError(f"lr_scheduler_type {name!r}: {str(error)[:300]}") from error
 
 
-def check_best_metric(args: CUDConfig, evaluated: Any, *, retain: bool, own_metrics: bool) -> None:
+def check_best_metric(args: CUDConfig, evaluated: Any, *, kept: list[str], own_metrics: bool) -> None:
     """Raise `ValueError` when checkpoints are to be compared by a metric that no evaluation of this run has.
 
     Args:
         evaluated: the user's datasets for an evaluation loss, if any.
-        retain: whether there is a retain set.
+        kept: the metrics of what is to be kept, of the sets that there are.
         own_metrics: whether the user computes metrics, whose names are not known.
     """
     compares = args.load_best_model_at_end or str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
@@ -139,7 +139,7 @@ def check_best_metric(args: CUDConfig, evaluated: Any, *, retain: bool, own_metr
     if args.metric_for_best_model is None or not (compares or plateau) or own_metrics:
         return
     name = args.metric_for_best_model.removeprefix("eval_")
-    known = ["balance", "forget_prob", *(["retain_prob"] if retain else [])]
+    known = ["balance", "forget_prob", *kept]
     if args.difficulty is not None:
         known += [f"forget_prob/bucket_{number}" for number in range(1, args.n_buckets + 1)]
     if isinstance(evaluated, dict):

@@ -22,12 +22,15 @@ from cud_trainer.models.whole import not_finite
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 
 from ..metrics import robustness
+from ..metrics.depth import Depth, layer_drops
 from ..metrics.lm_eval import lm_eval_figures
 from ..metrics.measure import Measured, measure
 from ..metrics.memorization import true_answers
 from ..report.audit import audit_results, measured_tables, per_sample_table
 from ..report.circuits import circuit_section, mechanism_table, signature_of, strongest_edges
+from ..report.collateral import collateral_tables, kept_samples_table
 from ..report.difficulty import reliability_by_decile
+from ..report.layers import depth_tables, layers_section
 from ..report.schema import Results, Run, Table
 from ..report.tables import change_table, group_table, line_table, lm_eval_table, relearning_table
 from .inputs import EvaluateArguments, EvaluateInputs, read_inputs
@@ -54,12 +57,18 @@ class Robustness:
 
 @dataclass
 class Original:
-    """The model before unlearning: what it says, and what is needed of it later."""
+    """The model before unlearning: what it says, and what is needed of it later: itself only for `depth`."""
 
     measured: Measured
     fingerprint: str
     faithfulness: Faithfulness | None
     weights: dict[str, Tensor] | None
+    model: Any = None
+
+    def drops(self, inputs: EvaluateInputs, source: Any, what: str) -> np.ndarray:
+        """`layer_drops` of the forget samples with the states of `source`."""
+        desc = f"{what}: states in the original"
+        return layer_drops(self.model, source, inputs.forget, batch_size=inputs.args.batch_size, desc=desc)
 
 
 @dataclass
@@ -72,6 +81,7 @@ class Measurements:
         fingerprints: of the other ones, by what they are.
         faithfulness: of the circuits, in the original model.
         diverged: weights of the unlearned model are not finite.
+        depth: of the forget samples, if it was asked for.
     """
 
     after: Measured
@@ -82,6 +92,7 @@ class Measurements:
     faithfulness: Faithfulness | None
     robustness: Robustness
     diverged: bool = False
+    depth: Depth | None = None
 
 
 def evaluate(argv: list[str]) -> int:
@@ -97,7 +108,8 @@ def evaluate(argv: list[str]) -> int:
             clear(folder, REPORT_FILES)
         measurements = measure_models(inputs)
         results = report_on(inputs, measurements, "cud evaluate " + " ".join(argv))
-        written = write_report(results, folder, sample_table(inputs, measurements), keys=inputs.keys)
+        table, kept = sample_table(inputs, measurements), kept_table(inputs, measurements)
+        written = write_report(results, folder, table, kept, keys=inputs.keys)
     for line in results.findings:
         print(f"- {without_hashes(line)}")
     print(f"report: {written.resolve()}")
@@ -111,14 +123,18 @@ def measure_models(inputs: EvaluateInputs) -> Measurements:
         check_line(inputs)
     original = measure_original(inputs, args.original_model) if args.original_model else None
     fingerprints = {} if original is None else {"original": original.fingerprint}
-    reference = None
+    reference, unseen = None, None
     if args.reference_model:
-        reference, fingerprints["reference"] = measure_reference(inputs, args.reference_model)
+        reference, fingerprints["reference"], unseen = measure_reference(inputs, args.reference_model, original)
     model = inputs.load_model(inputs.model_name_or_path, finite=False)  # one that diverged is told as it is
     fingerprint = model_fingerprint(model)
     if fingerprint == fingerprints.get("reference"):
         raise ValueError(f"the reference model {args.reference_model} has the weights of the model that is evaluated")
     after = measure_one(inputs, model, "unlearned")
+    depth = None
+    if original is not None and original.model is not None:
+        depth = Depth(original.drops(inputs, model, "unlearned"), unseen)
+        original.model = None  # what follows needs its memory
     weights = None if original is None else original.weights
     diverged = bool(not_finite(model))
     return Measurements(
@@ -130,6 +146,7 @@ def measure_models(inputs: EvaluateInputs) -> Measurements:
         faithfulness=None if original is None else original.faithfulness,
         robustness=measure_robustness(inputs, model, weights, after.sets["forget"]["probability"]),
         diverged=diverged,
+        depth=depth,
     )
 
 
@@ -156,6 +173,8 @@ def measure_one(inputs: EvaluateInputs, model: Any, what: str) -> Measured:
         samples=args.samples,
         temperature=args.temperature,
         seed=args.seed,
+        lens=args.logit_lens,
+        gradients=args.gradient_norm,
         desc=what,
     )
 
@@ -165,8 +184,9 @@ def measure_original(inputs: EvaluateInputs, path: str) -> Original:
     args, circuits = inputs.args, inputs.circuits
     model = inputs.load_model(path)
     fingerprint = model_fingerprint(model)
-    if inputs.scores is not None:
-        inputs.scores.check_provenance(model=fingerprint)
+    for scores in (inputs.scores, inputs.retain_scores):
+        if scores is not None:
+            scores.check_provenance(model=fingerprint)
     measured = measure_one(inputs, model, "original")
     faithfulness, weights = None, None
     if args.faithfulness and circuits is not None:
@@ -182,14 +202,20 @@ def measure_original(inputs: EvaluateInputs, path: str) -> Original:
         )
     if args.straight_line:
         weights = {name: value.detach().cpu().clone() for name, value in model.named_parameters()}
-    return Original(measured, fingerprint, faithfulness, weights)
+    return Original(measured, fingerprint, faithfulness, weights, model if args.depth else None)
 
 
-def measure_reference(inputs: EvaluateInputs, path: str) -> tuple[Measured, str]:
-    """What the model at `path` says that never saw the forget set, and its fingerprint."""
+def measure_reference(
+    inputs: EvaluateInputs, path: str, original: Original | None
+) -> tuple[Measured, str, np.ndarray | None]:
+    """What the model at `path` says that never saw the forget set, its fingerprint, and D1 (see `Depth`) if wanted."""
     model = inputs.load_model(path)
     fingerprint = model_fingerprint(model)
-    return measure_one(inputs, model, "reference"), fingerprint
+    measured = measure_one(inputs, model, "reference")
+    unseen = None
+    if original is not None and original.model is not None:
+        unseen = original.drops(inputs, model, "reference")
+    return measured, fingerprint, unseen
 
 
 def measure_robustness(
@@ -248,6 +274,17 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
     if measurements.diverged:
         results.findings.insert(0, "the model has weights that are not finite: unlearning diverged")
     tables, findings = measured_tables(after, before, measurements.reference, buckets, seed)
+    models = {"unlearned": after, "reference": measurements.reference, "original": before}
+    said = {name: one for name, one in models.items() if one is not None}
+    readable = {name: one.readable for name, one in said.items()}
+    more, lines = depth_tables(measurements.depth, readable, buckets, inputs.groups, seed)
+    tables, findings = tables + more, findings + lines
+    results.layers = layers_section({name: one.lens for name, one in said.items()}, measurements.depth, seed)
+    if before is not None:
+        kept, lines = collateral_tables(
+            after, before, inputs.retain_scores, inputs.retain_buckets, inputs.retain_groups, seed
+        )
+        tables, findings = tables + kept, findings + lines
     difficulty = None if scores is None or buckets is None else scores[buckets.metric]
     if inputs.groups is not None:
         table, finding = group_table(left, inputs.groups, difficulty, seed)
@@ -309,8 +346,22 @@ def sample_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataF
         inputs.scores,
         inputs.buckets,
     )
+    if measurements.depth is not None:
+        frame = frame.assign(**measurements.depth.columns())
     if inputs.groups is not None:
         frame = frame.assign(group=group_labels(inputs.groups))
     if inputs.args.show_text:
         frame = frame.assign(true_answer=true_answers(forget, inputs.tokenizer))
     return frame
+
+
+def kept_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataFrame | None:
+    """One row per sample that was to be kept."""
+    return kept_samples_table(
+        {name: part.ids for name, part in inputs.sets.items()},
+        measurements.after,
+        measurements.before,
+        inputs.retain_scores,
+        inputs.retain_buckets,
+        inputs.retain_groups,
+    )

@@ -14,33 +14,40 @@ from trl import ModelConfig
 
 from cud_trainer.circuits import CircuitTable
 from cud_trainer.circuits.attribution import needs_counterfactual
-from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
+from cud_trainer.commands.options import HeldOutArguments, load_tokenizer, model_options
 from cud_trainer.data import Samples, TemplateContext, check_vocabulary, prepare_samples
-from cud_trainer.data.groups import group_labels
+from cud_trainer.data.groups import check_groups, group_labels
 from cud_trainer.data.ids import IdKey, as_written, key_in
+from cud_trainer.data.samples import check_unseen
 from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.logprobs import check_padding
-from cud_trainer.models.loading import load_causal_lm, merged_adapter
+from cud_trainer.models.loading import load_causal_lm, load_config, merged_adapter
 from cud_trainer.models.positions import check_sets
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
+from ..metrics.depth import check_layers, check_same_architecture
+from ..metrics.gradients import check_gradient_norms
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.measure import check_texts
 from ..metrics.utility import UTILITY_SETS
 from ..report.audit import check_score_names
 
+NAMES = {"heldout": "held-out"}  # of sets, in errors, where they are not those of the options
 # What gives an option its meaning.
 NEEDS = {
     "samples": "generate",
     "temperature": "samples",
     "relearn_steps": "relearn_samples",
     "relearn_rate": "relearn_samples",
-    "metric": "scores",
-    "n_buckets": "scores",
+    "metric": "scores|retain_difficulty_scores",
+    "n_buckets": "scores|retain_difficulty_scores",
+    "retain_difficulty_scores": "original_model",
+    "depth": "original_model",
+    "gradient_norm": "holdout_dataset|holdout_config",
     "lm_eval_include": "lm_eval_tasks",
     "retain_split": "retain_dataset|retain_config",
     "max_retain_samples": "retain_dataset|retain_config",
@@ -50,7 +57,7 @@ NEEDS = {
 
 
 @dataclass
-class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
+class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments):
     """What `cud evaluate` reads besides TRL's `ModelConfig`; `model_name_or_path` is the unlearned model or adapter."""
 
     output_dir: str = field(default="cud-evaluation", metadata={"help": "Where the report goes."})
@@ -60,6 +67,13 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
     )
     scores: str | None = field(
         default=None, metadata={"help": "Difficulty scores (parquet); without them there are no buckets."}
+    )
+    retain_difficulty_scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "Difficulty scores of the retain set (`cud score` with it as the forget dataset): which retained "
+            "samples were predicted to be lost, and which were."
+        },
     )
     circuits: str | None = field(
         default=None,
@@ -117,6 +131,20 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
     straight_line: bool = field(
         default=False, metadata={"help": "Measure along the line from the original to the unlearned weights."}
     )
+    depth: bool = field(
+        default=False,
+        metadata={
+            "help": "How deep forgetting goes: hidden states are put into original_model, layer by layer. Unlearning "
+            "depth score (UDS) with reference_model, depth of change without. Holds two models at a time."
+        },
+    )
+    logit_lens: bool = field(
+        default=False, metadata={"help": "Read the answers off every layer, through the final norm and the head."}
+    )
+    gradient_norm: bool = field(
+        default=False,
+        metadata={"help": "Attack by the norm of each sample's gradient, too: a backward pass over both sets."},
+    )
     lm_eval_tasks: list[str] = field(
         default_factory=list, metadata={"help": "Tasks of lm-evaluation-harness (extra `lm-eval`)."}
     )
@@ -141,6 +169,8 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
             raise ValueError(f"quantize takes 8 and 4 bits, got {self.quantize}")
         if self.relearn_samples and not self.relearn_steps:
             raise ValueError(f"relearn_steps must be at least 1, got {self.relearn_steps}")
+        if self.retain_difficulty_scores and not (self.retain_dataset or self.retain_config):
+            raise ValueError("retain_difficulty_scores has no effect without retain_dataset or retain_config")
         if self.straight_line and not self.original_model:
             raise ValueError("the straight line starts at the original model: give --original_model")
 
@@ -153,11 +183,12 @@ class EvaluateInputs:
         args, model_name_or_path, model_options: what was asked for, and how models are loaded.
         tokenizer: of all models.
         forget_raw: the forget set as text.
-        sets: prepared `forget` and, where they are given, `retain`, `neighbour` and `holdout` sets.
+        sets: prepared `forget` and, where they are given, `retain`, `neighbour`, `holdout` and `heldout` sets.
         template: what a chat template sees beside the messages.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
         groups: of each forget sample, for a table by group.
         scores, buckets: difficulty of the forget samples, in their order.
+        retain_scores, retain_buckets, retain_groups: the same of the retain samples.
         circuits: edge scores of the forget samples, in their order.
     """
 
@@ -173,6 +204,9 @@ class EvaluateInputs:
     scores: DifficultyScores | None
     buckets: Buckets | None
     circuits: CircuitTable | None
+    retain_scores: DifficultyScores | None = None
+    retain_buckets: Buckets | None = None
+    retain_groups: list[Any] | None = None
 
     @property
     def forget(self) -> Samples:
@@ -201,6 +235,10 @@ class EvaluateInputs:
         check_sets(model, **self.sets)
         name, samples = next(iter(self.sets.items()))
         check_padding(model, name, samples)
+        if self.args.gradient_norm:
+            check_gradient_norms(model, path)
+        if self.args.depth or self.args.logit_lens:
+            check_layers(model, path, self.forget)
         return model
 
 
@@ -211,36 +249,35 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     scores = DifficultyScores.load(args.scores) if args.scores else None
     template = args.template_context(template_of(str(model_args.model_name_or_path), scores))
     options: dict[str, Any] = {"max_length": args.max_length, "template": template}
-    sets = {name: prepare_samples(part, tokenizer, name=name, **options) for name, part in raw.items()}
+    sets = {name: prepare_samples(part, tokenizer, name=NAMES.get(name, name), **options) for name, part in raw.items()}
     forget = sets["forget"]
     for name in ("retain", "neighbour", "holdout"):
         if name in sets:
             _check_disjoint("forget", forget, name, sets[name])
     if "holdout" in sets and "retain" in sets:  # non-members are no samples that were trained on
         _check_disjoint("retain", sets["retain"], "holdout", sets["holdout"])
+    check_heldout(raw, sets, args.group_column)
     utility = {}
     if args.tofu:
         utility = {part: load_samples(args.tofu, name, "train", None, part) for part, name in UTILITY_SETS.items()}
     check_texts(raw["forget"], utility, tokenizer, **options)
     groups = None if args.group_column is None else read_groups(raw["forget"], args.group_column)
+    of_retain = "retain" in raw and args.group_column in raw["retain"].column_names
     if args.relearn_samples >= len(forget):
         raise ValueError(
             f"relearn_samples must leave some of the {len(forget)} forget samples, got {args.relearn_samples}"
         )
     if args.lm_eval_tasks:
         check_lm_eval()
-    buckets = None
-    if scores is not None:
-        if forget.template is not None:
-            scores.check_provenance(template=forget.template)
-        check_same_samples(scores, forget)
-        scores = scores.aligned(forget.ids)
-        check_score_names(scores)
-        buckets = scores.bucketed(args.metric, args.n_buckets)
+    scores, buckets = ranked_scores(scores, forget, args, "forget")
+    of_kept = DifficultyScores.load(args.retain_difficulty_scores) if args.retain_difficulty_scores else None
+    retain_scores, retain_buckets = ranked_scores(of_kept, sets.get("retain"), args, "retain")
     circuits = read_circuits(args, forget.ids)
     for path in (args.original_model, args.reference_model):
         if path:
             check_same_tokenizer(tokenizer, path)
+    if args.depth:
+        check_depth(args, str(model_args.model_name_or_path), model_args.model_revision)
     assert model_args.model_name_or_path is not None  # it has a tokenizer
     return EvaluateInputs(
         args=args,
@@ -255,6 +292,9 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
         scores=scores,
         buckets=buckets,
         circuits=circuits,
+        retain_scores=retain_scores,
+        retain_buckets=retain_buckets,
+        retain_groups=list(raw["retain"][args.group_column]) if of_retain else None,
     )
 
 
@@ -266,6 +306,30 @@ def check_same_samples(scores: DifficultyScores, forget: Samples) -> None:
     position = {name: row for row, name in enumerate(as_written(scores.ids, forget.ids, scores.keys))}
     if len(scores) == len(position) and position.keys() == set(scores.ids):
         scores.check_provenance(dataset=forget.select([position[name] for name in scores.ids]).fingerprint)
+
+
+def ranked_scores(
+    scores: DifficultyScores | None, samples: Samples | None, args: EvaluateArguments, of: str
+) -> tuple[DifficultyScores | None, Buckets | None]:
+    """Scores in the order of the samples of the set `of`, and their buckets; `ValueError` where they do not fit."""
+    if scores is None or samples is None:
+        return None, None
+    if samples.template is not None:
+        scores.check_provenance(template=samples.template)
+    check_same_samples(scores, samples)
+    scores = scores.aligned(samples.ids, of)
+    check_score_names(scores)
+    return scores, scores.bucketed(args.metric, args.n_buckets)
+
+
+def check_heldout(raw: Mapping[str, Dataset], sets: Mapping[str, Samples], group: str | None) -> None:
+    """Raise `ValueError` naming a sample, or a group, of the held-out set that is forgotten or retained, too."""
+    for name in ("forget", "retain") if "heldout" in sets else ():
+        if name not in sets:
+            continue
+        check_unseen(sets["heldout"], sets[name], name)
+        if group is not None and all(group in raw[part].column_names for part in ("heldout", name)):
+            check_groups(raw["heldout"][group], raw[name][group], group, name)
 
 
 def template_of(model: str, scores: DifficultyScores | None) -> dict[str, Any] | None:
@@ -288,7 +352,7 @@ def _check_disjoint(first: str, one: Samples, second: str, other: Samples) -> No
 
 
 def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
-    """The data sets as text that the options name: `forget`, and `retain`, `neighbour`, `holdout` where they are."""
+    """The data sets as text that the options name: `forget`, and the others where they are."""
     forget, retain = args.load(tokenizer)
     raw = {"forget": forget}
     if retain is not None:
@@ -297,6 +361,9 @@ def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -
         source, config, split = (getattr(args, f"{name}_{kind}") for kind in ("dataset", "config", "split"))
         if source or config:
             raw[name] = args.read(str(source or args.forget_dataset), config, split, None, name, tokenizer)
+    heldout = args.load_heldout(tokenizer)
+    if heldout is not None:
+        raw["heldout"] = heldout
     return raw
 
 
@@ -336,6 +403,15 @@ def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) ->
     model: Any = load_causal_lm(path, finite=finite, **options)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
+
+
+def check_depth(args: EvaluateArguments, unlearned: str, revision: str | None) -> None:
+    """Raise `ValueError` naming a model whose hidden states mean nothing in the original one."""
+    assert args.original_model is not None
+    original = load_config(args.original_model, revision=revision)
+    for path in (args.reference_model, unlearned):
+        if path:
+            check_same_architecture(original, load_config(path, revision=revision), repr(path))
 
 
 def check_same_tokenizer(tokenizer: Any, path: str) -> None:

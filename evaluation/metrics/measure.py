@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import Samples, TemplateContext, prepare_samples
 
+from .depth import logit_lens
+from .gradients import gradient_norms
 from .memorization import MEASURES, TOKEN_STATISTICS, evaluate_memorization, teacher_forced, true_answers
 from .utility import answer_logps, prepare_answers, questions_and_answers, tofu_utility, truth_ratio
 
@@ -26,6 +28,7 @@ class Measured:
         truth_ratio: of the forget samples, `[N]`, where the data has wrong answers to compare with.
         paraphrased: answer probability of the forget samples asked in other words, `[N]`.
         utility: TOFU's figures, per sample.
+        lens: answer probability of the forget samples read off every layer, `[N, L]`; only if asked for.
     """
 
     sets: dict[str, dict[str, np.ndarray]]
@@ -34,6 +37,13 @@ class Measured:
     truth_ratio: np.ndarray | None = None
     paraphrased: np.ndarray | None = None
     utility: dict[str, np.ndarray] = field(default_factory=dict)
+    lens: np.ndarray | None = None
+
+    @property
+    def readable(self) -> np.ndarray | None:
+        """The most of each forget sample's answer that can be read off any layer, `[N]` in [0, 1]; at least its
+        answer probability."""
+        return None if self.lens is None else self.lens.max(1)
 
     def per_sample(self) -> dict[str, np.ndarray]:
         """Columns of the forget samples for a table, without text."""
@@ -42,6 +52,8 @@ class Measured:
             columns["truth_ratio"] = self.truth_ratio
         if self.paraphrased is not None:
             columns["paraphrased_probability"] = self.paraphrased
+        if self.readable is not None:
+            columns["logit_lens"] = self.readable
         return columns
 
 
@@ -59,6 +71,8 @@ def measure(
     samples: int = 0,
     temperature: float = 1.0,
     seed: int = 0,
+    lens: bool = False,
+    gradients: bool = False,
     desc: str = "",
 ) -> Measured:
     """All that is measured on one model.
@@ -70,6 +84,8 @@ def measure(
             in which one is missing.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
         template: what a chat template sees beside the messages, for what is not prepared yet.
+        lens: also read the answers off every layer.
+        gradients: also take the norm of each sample's gradient, of the sets that attacks compare.
     """
     result = Measured({})
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "template": template}
@@ -93,6 +109,11 @@ def measure(
         result.statistics[name] = {key: values.pop(key) for key in TOKEN_STATISTICS}
         result.sets[name] = {key: values[key] for key in MEASURES if key in values}
         result.texts[name] = true_answers(prepared, tokenizer)
+        if gradients and name in ("forget", "holdout"):
+            norms = gradient_norms(model, prepared, batch_size=batch_size, desc=f"{what}, gradients")
+            result.statistics[name]["gradient_norm"] = norms
+    if lens:
+        result.lens = logit_lens(model, sets["forget"], batch_size=batch_size, desc=f"{desc}: layers")
     others = {
         kind: answer_logps(model, forget_raw, tokenizer, [column], question=asked, name="forget", **options)
         for kind, (column, asked) in other_answers(forget_raw).items()

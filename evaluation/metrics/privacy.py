@@ -1,6 +1,7 @@
 """Membership inference: can the forget set still be told from text that the model never saw?
 
-Scores are as in open-unlearning: lower = more like a member. Only the statistics of one teacher-forced pass are needed.
+Scores are as in open-unlearning: lower = more like a member. Only the statistics of one teacher-forced pass are needed,
+but for the gradient norm, which is measured apart.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import numpy as np
 
 from .. import statistics as stats
 
-ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
+ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradient_norm")
+# What an attack needs that is not always there.
+NEEDS = {"reference": "reference_model", "gradient_norm": "gradient_norm"}
 EPSILON = 1e-10
 
 
@@ -24,10 +27,11 @@ def attack_scores(
     - `loss`: mean negative log-likelihood of the answer (Yeom et al. 2018);
     - `zlib`: the same over the answer's compressed size in bytes (Carlini et al. 2021);
     - `min_k`, `min_k_plus_plus`: minus the statistics of `evaluation.metrics.memorization.teacher_forced`;
-    - `reference`: loss less that under a model that never saw the samples, if there is one.
+    - `reference`: loss less that under a model that never saw the samples, if there is one;
+    - `gradient_norm`: see `evaluation.metrics.gradients.gradient_norms`, if it was measured.
 
     Args:
-        values: of `teacher_forced`.
+        values: of `teacher_forced`, and `gradient_norm`.
         texts: true answers.
         reference: the same as `values`, of the reference model.
     """
@@ -40,6 +44,8 @@ def attack_scores(
     }
     if reference is not None:
         scores["reference"] = loss + reference["mean_logps"]
+    if "gradient_norm" in values:
+        scores["gradient_norm"] = values["gradient_norm"]
     return scores
 
 

@@ -19,8 +19,9 @@ from .schema import Condition, Difficulty, Final, Head, Results, Run, Table
 from .tables import by_bucket, change_table, forget_quality_table, privacy_table, relative_table, utility_table
 
 # Columns of a table of samples that are no difficulty.
-MEASURED = (*MEASURES, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability")
-BESIDE = ("group", "true_answer", "ground_truth", "generation")
+WHITE_BOX = ("logit_lens", "gradient_norm", "uds", "depth_of_change", "depth_drops", "reference_depth_drops")
+MEASURED = (*MEASURES, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability", *WHITE_BOX)
+BESIDE = ("set", "lost", "group", "true_answer", "ground_truth", "generation")
 
 Sets = Mapping[str, Mapping[str, np.ndarray]]
 

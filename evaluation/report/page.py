@@ -33,6 +33,7 @@ def write_report(
     results: Results | Mapping[str, Any],
     out_dir: str | Path,
     per_sample: pd.DataFrame | None = None,
+    kept_samples: pd.DataFrame | None = None,
     *,
     keys: tuple[IdKey, ...] = (),
 ) -> Path:
@@ -41,6 +42,7 @@ def write_report(
     Args:
         results: `Results`, or the same as plain values.
         per_sample: one row per forget sample, without text.
+        kept_samples: one row per sample that was to be kept, likewise.
         keys: of the ids of other files that this is written for, if there are some; see `cud_trainer.data.ids`.
 
     Raises:
@@ -50,13 +52,12 @@ def write_report(
     plain = keyed_for(out_dir / "results.json", jsonable(results), keys)  # names of groups may be hashes, too
     read = read_results(plain)  # nothing but what stands in the file is shown
     write_json(out_dir / "results.json", plain)
-    if per_sample is not None:
-        names = [name for name in ("sample_id", "group") if name in per_sample]
-        path = out_dir / "per_sample.parquet"
-        per_sample = per_sample.assign(**{name: keyed_for(path, per_sample[name].tolist(), keys) for name in names})
-        atomic_write(
-            out_dir / "per_sample.parquet", lambda path: per_sample.to_parquet(path, index=False), private=True
-        )
+    for name, frame in (("per_sample", per_sample), ("kept_samples", kept_samples)):
+        if frame is not None:
+            path = out_dir / f"{name}.parquet"
+            named = [column for column in ("sample_id", "group") if column in frame]
+            frame = frame.assign(**{column: keyed_for(path, frame[column].tolist(), keys) for column in named})
+            atomic_write(path, partial(_write_parquet, frame), private=True)
     figures = make_figures(read)
     inline = {}
     for name, figure in figures.items():
@@ -110,6 +111,10 @@ def _markdown_table(head: list[str], body: list[list[Cell]]) -> list[str]:
     ]
 
 
+def _write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_parquet(path, index=False)
+
+
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
@@ -147,6 +152,8 @@ def make_figures(results: Results) -> dict[str, Figure]:
         figures["circuit_difference"] = plots.circuit(
             section, "difference", "stronger in the hardest bucket", "stronger in the easiest bucket"
         )
+    if results.layers is not None:
+        figures["layers"] = plots.by_layer(results.layers)
     return figures
 
 

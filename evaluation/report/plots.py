@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .schema import Circuits, Condition, DifficultySection, EdgeRow, Matched
+from .schema import Circuits, Condition, DifficultySection, EdgeRow, LayerCurve, Layers, Matched
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#777777"
@@ -198,6 +198,35 @@ def circuit(section: Circuits, edges: str, positive: str, negative: str) -> Figu
     ax.set_yticks([(heads - 1) / 2, heads + 0.6], ["heads", "MLP"], fontsize=8)
     ax.set_ylim(-0.8, heads + 1.4)
     ax.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def by_layer(section: Layers) -> Figure:
+    """What can be read off every layer of each model, and what states of each take away in the original; 95% bands."""
+    panels: list[tuple[str, list[LayerCurve]]] = [
+        ("answer probability read off a layer", section.lens),
+        ("nats off the answer, states put in", section.drops),
+    ]
+    panels = [(label, curves) for label, curves in panels if curves]
+    figure, axes = _figure(len(panels))
+    for ax, (label, curves) in zip(axes[0], panels, strict=True):
+        for number, curve in enumerate(curves):
+            layers, colour = range(section.count), COLOURS[number % len(COLOURS)]
+            ax.fill_between(
+                layers,
+                [value.low for value in curve.values],
+                [value.high for value in curve.values],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+            middles = [value.value for value in curve.values]
+            style = STYLES[number % len(STYLES)]
+            ax.plot(layers, middles, style, marker=".", color=colour, linewidth=1.4, label=_plain(curve.label))
+        ax.set_xlabel("layer")
+        ax.set_ylabel(label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(fontsize=8, frameon=False)
     return figure
 
 

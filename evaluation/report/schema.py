@@ -183,6 +183,24 @@ class Circuits:
 
 
 @dataclass(kw_only=True)
+class LayerCurve:
+    """Mean over the forget samples at every layer, the first layer first."""
+
+    label: str
+    values: list[Interval]
+
+
+@dataclass(kw_only=True)
+class Layers:
+    """What every layer says: answer probability read off it (`lens`), and what its states take off the answer's mean
+    log-probability when they are put into the original model (`drops`, nats)."""
+
+    count: int
+    lens: list[LayerCurve]
+    drops: list[LayerCurve]
+
+
+@dataclass(kw_only=True)
 class MatchedRow:
     """What one schedule leaves at a level of retain utility, and the step at which it is there."""
 
@@ -291,6 +309,7 @@ class Results:
     before: dict[str, dict[str, Interval]] | None = None
     difficulty: Difficulty | None = None
     circuits: Circuits | None = None
+    layers: Layers | None = None
     matched: list[Matched] | None = None
     retain_weight_fit: list[Trial] | None = None
     fit_note: str | None = None

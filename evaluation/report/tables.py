@@ -119,7 +119,7 @@ def privacy_table(
     rows: list[tuple[str, list[Cell]]] = []
     for name in privacy.ATTACKS:
         if name not in members:
-            rows.append((name, [missing("needs reference_model")] * len(columns)))
+            rows.append((name, [missing(f"needs {privacy.NEEDS[name]}")] * len(columns)))
             continue
         known = None if reference is None or name not in reference[0] else (reference[0][name], reference[1][name])
         parts = [privacy.attack_interval(members[name][part], others[name], seed=seed) for part in masks]

@@ -8,8 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from cud_trainer.data import Samples, evenly_spaced, prepare_samples
-from cud_trainer.data.samples import first_shared
+from cud_trainer.data import evenly_spaced, prepare_samples
+from cud_trainer.data.groups import check_groups
+from cud_trainer.data.samples import check_unseen
 from cud_trainer.models.fingerprint import file_hash
 
 from .data import OPTIONS_OF_TEXT, StudyData, preparation
@@ -49,24 +50,6 @@ def identity_of_heldout(args: StudyArguments, data: StudyData) -> HeldOut | None
     measured = evenly_spaced(held_out, args.heldout_samples)
     groups = measured.ids if column is None else evenly_spaced(raw["held-out"], args.heldout_samples)[column]
     return HeldOut(list(groups), measured.fingerprint)
-
-
-def check_unseen(held_out: Samples, seen: Samples, name: str) -> None:
-    """Raise `ValueError` naming the first held-out sample that is also in the set `name`, by id or by content."""
-    sample_id, other = first_shared(held_out, seen)
-    if other is not None:
-        raise ValueError(f"held-out sample {sample_id!r} has the same content as {name} sample {other!r}")
-    if sample_id is not None:
-        row = held_out.ids.index(sample_id)
-        raise ValueError(f"held-out sample {sample_id!r} (row {row}) is in the {name} dataset: a loss sees it")
-
-
-def check_groups(held_out: Any, seen: Any, column: str, name: str) -> None:
-    """Raise `ValueError` naming the first group of the held-out samples that is also in the set `name`."""
-    groups = {str(group) for group in seen}
-    for group in held_out:
-        if str(group) in groups:
-            raise ValueError(f"held-out group {group!r} ({column}) is in the {name} dataset: a loss sees it")
 
 
 def reference_cell(args: StudyArguments, base: dict[str, Any]) -> list[Cell]:

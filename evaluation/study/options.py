@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from cud_trainer import CUDConfig
-from cud_trainer.commands.options import DataArguments, check_model_options
+from cud_trainer.commands.options import HeldOutArguments, check_model_options
 from cud_trainer.commands.parser import parse_options, read_yaml
 from cud_trainer.typed import check_options, check_values, check_void
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
-SHARED_FIELDS = {f.name for kind in (DataArguments, ModelConfig) for f in fields(kind)}
+SHARED_FIELDS = {f.name for kind in (HeldOutArguments, ModelConfig) for f in fields(kind)}
 ORACLE = "oracle"  # as the difficulty of an arm: what uniform runs of the other seeds have left
 EQUAL_COMPUTE = "equal_compute"
 ARM_FIELDS = TRAIN_FIELDS | {EQUAL_COMPUTE}
@@ -40,7 +40,7 @@ EXTENSIONS = 4
 
 
 @dataclass
-class StudyArguments(DataArguments):
+class StudyArguments(HeldOutArguments):
     """What `cud study` reads besides TRL's `ModelConfig` (model, adapter)."""
 
     output_dir: str = field(default="cud-study", metadata={"help": "Where the cells and the report go."})
@@ -86,17 +86,8 @@ class StudyArguments(DataArguments):
     retain_eval_samples: int = field(
         default=200, metadata={"help": "How many of them are measured at most, evenly spaced."}
     )
-    heldout_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Memorised samples of groups that no loss of a run ever sees. With them, schedules are compared by "
-            "H@0.1: the share of their answer probability that is kept when a run's own worst quarter is at most 0.10."
-        },
-    )
-    heldout_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
-    heldout_split: str = field(default="train", metadata={"help": "Its split."})
     heldout_samples: int = field(
-        default=200, metadata={"help": "How many of them are measured at most, evenly spaced."}
+        default=200, metadata={"help": "How many held-out samples are measured at most, evenly spaced."}
     )
     never_seen: float | None = field(
         default=None,
@@ -189,9 +180,7 @@ class StudyArguments(DataArguments):
     def _check_endpoint(self) -> None:
         """Raise `ValueError` for what an endpoint on held-out samples cannot be made of; sets `tune_on`."""
         if self.heldout_dataset is None:
-            given = {"heldout_config": self.heldout_config, "never_seen": self.never_seen}
-            given["reference_model"] = self.reference_model
-            for name, value in given.items():
+            for name, value in (("never_seen", self.never_seen), ("reference_model", self.reference_model)):
                 if value is not None:
                     raise ValueError(f"{name} needs heldout_dataset")
         if self.tune_on is None:
@@ -272,12 +261,6 @@ class StudyArguments(DataArguments):
             return None
         source = self.utility_dataset or self.retain_dataset or self.forget_dataset or ""
         return self.read(source, self.utility_config, self.utility_split, None, "utility", tokenizer)
-
-    def load_heldout(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
-        """The held-out samples, all of them; `None` without."""
-        if self.heldout_dataset is None:
-            return None
-        return self.read(self.heldout_dataset, self.heldout_config, self.heldout_split, None, "held-out", tokenizer)
 
 
 def read_arguments(argv: list[str]) -> tuple[Any, Any]:

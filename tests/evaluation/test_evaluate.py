@@ -16,7 +16,8 @@ from tofu import tofu_like
 from cud_trainer import DifficultyScores, score_difficulty
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_samples
-from evaluation.metrics import privacy
+from evaluation.metrics import depth, privacy
+from evaluation.metrics.gradients import gradient_norms
 from evaluation.metrics.memorization import (
     teacher_forced,
 )
@@ -100,6 +101,9 @@ def everything(world, tmp_path_factory):
             straight_line=True,
             samples=2,
             n_buckets=3,
+            depth=True,
+            logit_lens=True,
+            gradient_norm=True,
         )
     )
     assert code == 0
@@ -115,6 +119,9 @@ class TestCommand:
             "utility",
             "paraphrase",
             "privacy",
+            "depth",
+            "depth_groups",
+            "collateral",
             "groups",
             "calibration",
             "mechanisms",
@@ -160,6 +167,47 @@ class TestCommand:
         assert tables["straight_line"]["0"][0]["value"] == pytest.approx(frame["before/probability"].mean())
         hardest = frame[frame["bucket"] == 3]["probability"].mean()
         assert tables["quantisation"]["as it is"][-1]["value"] == pytest.approx(hardest)
+
+    def test_layers(self, world, everything):
+        """Depth, lens and gradients of the report from their functions."""
+        results = json.loads((everything / "results.json").read_text())
+        frame = pd.read_parquet(everything / "per_sample.parquet")
+        data = prepare_samples(tofu_like(12).select_columns(["question", "answer"]), make_tokenizer())
+        original, unlearned, reference = (make_model(seed) for seed in (0, 1, 2))
+        d1, d2 = (depth.layer_drops(original, one, data) for one in (reference, unlearned))
+        np.testing.assert_allclose(np.stack(frame["depth_drops"]), d2, atol=1e-5)
+        np.testing.assert_allclose(np.stack(frame["reference_depth_drops"]), d1, atol=1e-5)
+        found = depth.unlearning_depth(d1, d2)
+        np.testing.assert_allclose(frame["uds"], found, atol=1e-3)
+        tables = {table["id"]: {row["label"]: row["cells"] for row in table["rows"]} for table in results["tables"]}
+        assert tables["depth"]["UDS"][0] == np.isfinite(found).sum() > 0
+        assert tables["depth"]["UDS"][1]["value"] == pytest.approx(np.nanmean(found), abs=1e-3)
+        held = np.isfinite(found) & (frame["bucket"] == 3)
+        assert tables["depth"]["UDS"][4]["value"] == pytest.approx(found[held].mean(), abs=1e-3)
+        lens = depth.logit_lens(original, data)
+        np.testing.assert_allclose(frame["before/logit_lens"], lens.max(1), rtol=1e-4)
+        curve = results["layers"]["lens"][2]
+        assert curve["label"] == "original"
+        assert [value["value"] for value in curve["values"]] == pytest.approx(lens.mean(0), rel=1e-4)
+        assert [c["label"] for c in results["layers"]["drops"]] == [
+            "states of the unlearned model",
+            "states of the reference model",
+        ]
+        norms = gradient_norms(unlearned, data)
+        np.testing.assert_allclose(frame["gradient_norm"], norms, rtol=1e-3)
+        others = prepare_samples(tofu_like(9, 200).select_columns(["question", "answer"]), make_tokenizer())
+        auc = privacy.attack_auc(norms, gradient_norms(unlearned, others))
+        assert tables["privacy"]["gradient_norm"][0]["value"] == pytest.approx(auc, abs=0.01)
+        assert (everything / "plots" / "layers.svg").is_file()
+        assert "Layer by layer" in (everything / "report.html").read_text()
+
+    def test_depth_without_a_reference_has_its_own_name(self, world, tmp_path):
+        options = {"original_model": world / "original", "depth": True, "generate": False}
+        assert main(arguments(world, tmp_path / "out", model_name_or_path=world / "adapter", **options)) == 0
+        frame = pd.read_parquet(tmp_path / "out" / "per_sample.parquet")
+        assert "depth_of_change" in frame and "uds" not in frame
+        text = "".join((tmp_path / "out" / name).read_text() for name in ("results.json", "summary.md"))
+        assert "depth of change" in text and "| UDS" not in text and '"uds"' not in text
 
     def test_no_forget_text_and_nothing_unescaped(self, everything):
         for path in (p for p in everything.rglob("*") if p.is_file()):
@@ -291,6 +339,9 @@ class TestCommand:
             ),
             ({"quantize": [3]}, "quantize takes 8 and 4 bits"),
             ({"straight_line": True}, "give --original_model"),
+            ({"depth": True}, "depth has no effect without original_model"),
+            ({"depth": True, "original_model": "deep"}, "num_hidden_layers 2 and 3"),
+            ({"gradient_norm": True}, "gradient_norm has no effect without holdout_dataset or holdout_config"),
             ({"relearn_samples": 2, "relearn_steps": [0]}, "relearn_steps must be at least 1"),
             ({"holdout_dataset": "forget.jsonl"}, "is in both|same content"),
             ({"temperature": 0.0}, "must be positive"),
@@ -307,6 +358,8 @@ class TestCommand:
             foreign.save_pretrained(world / "foreign")
             shutil.copytree(world / "adapter", world / "misfit")  # an adapter of another base
             make_model(0, hidden_size=64).save_pretrained(world / "wide")
+            make_model(0, num_hidden_layers=3).save_pretrained(world / "deep")
+            make_tokenizer().save_pretrained(world / "deep")
             settings = json.loads((world / "misfit" / "adapter_config.json").read_text())
             settings["base_model_name_or_path"] = str(world / "wide")
             (world / "misfit" / "adapter_config.json").write_text(json.dumps(settings))

@@ -83,15 +83,20 @@ class TestByHand:
             "mean_logps": np.array([-0.5, -2.0]),
             "min_k": np.array([-1.0, -5.0]),
             "min_k_plus_plus": np.array([0.5, -1.0]),
+            "gradient_norm": np.array([3.0, 4.0]),
         }
         texts = ["abc" * 30, "xyzzy plugh"]
         reference = {"mean_logps": np.array([-3.0, -2.5])}
-        found = privacy.attack_scores(values, texts, reference)
+        found, loss = privacy.attack_scores(values, texts, reference), -values["mean_logps"]
         assert list(found) == list(privacy.ATTACKS)
         assert found["loss"].tolist() == [0.5, 2.0] and found["min_k"].tolist() == [1.0, 5.0]
         assert found["zlib"][0] == 0.5 / len(zlib.compress(texts[0].encode()))
         assert found["reference"].tolist() == [0.5 - 3.0, 2.0 - 2.5]
+        assert found["gradient_norm"].tolist() == [3.0, 4.0]  # what was trained on has a small gradient
         assert "reference" not in privacy.attack_scores(values, texts)
+        assert "gradient_norm" not in privacy.attack_scores(
+            {**reference, "min_k": loss, "min_k_plus_plus": loss}, texts
+        )
         # members have the lower scores: AUC 1
         assert privacy.attack_auc(np.array([0.1, 0.2]), np.array([0.3, 0.4])) == 1.0
         assert privacy.attack_auc(np.array([0.1, 0.4]), np.array([0.2, 0.3])) == 0.5

@@ -30,7 +30,8 @@ def config(output, **options) -> CUDConfig:
 
 
 def make_trainer(output, model=None, forget=None, retain=None, tokenizer=None, **options) -> CUDTrainer:
-    extra = {key: options.pop(key) for key in ("peft_config", "difficulty_scores", "eval_dataset") if key in options}
+    own = ("peft_config", "difficulty_scores", "eval_dataset", "heldout_dataset")
+    extra = {key: options.pop(key) for key in own if key in options}
     return CUDTrainer(
         make_model(0).double() if model is None else model,
         config(output, **options),

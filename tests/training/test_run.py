@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback
 
 from cud_trainer import CUDConfig
-from cud_trainer.data import pad_batch
+from cud_trainer.data import pad_batch, prepare_samples
 from cud_trainer.logprobs import answer_probability, score_answers
 from cud_trainer.models.trainable import layer_range, train_only
 from cud_trainer.objectives import OBJECTIVES, UnlearningLoss, register_objective
@@ -486,6 +486,50 @@ class TestEvaluation:
         assert found.metrics["test_retain_prob"] == pytest.approx(retain)
         retained = min(1, retain / kept.mean())
         assert found.metrics["test_balance"] == pytest.approx(2 * forgotten * retained / (forgotten + retained))
+
+    def test_held_out_samples(self, tmp_path):
+        """What no loss sees is measured at every evaluation, stands in the card, and changes nothing else."""
+        unseen = qa_dataset(6, 300)
+        options = {"eval_strategy": "steps", "eval_steps": 2, "passes": 2, "eval_retain_samples": 3}
+        options |= {"metric_for_best_model": "heldout_prob"}
+        trainer = make_trainer(tmp_path / "out", heldout_dataset=unseen, save_strategy="best", **options)
+        trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "eval_forget_prob" in entry]
+        samples = prepare_samples(unseen, trainer.processing_class).select([0, 2, 5])
+        expected = float(answer_probability(trainer.model, samples).mean())
+        assert len({entry["eval_heldout_prob"] for entry in entries}) == len(entries) > 1
+        assert entries[-1]["eval_heldout_prob"] == pytest.approx(expected)
+        assert trainer.state.best_metric == max(entry["eval_heldout_prob"] for entry in entries)
+        trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"| held-out set, which no loss saw | {expected:.4f} |" in card
+        del options["metric_for_best_model"]
+        plain = make_trainer(tmp_path / "plain", **options)
+        plain.train()
+        for ours, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_held_out_samples_that_a_loss_sees(self, tmp_path):
+        with pytest.raises(ValueError, match=r"held-out sample '\w+' is in the forget dataset: a loss sees it"):
+            make_trainer(tmp_path / "out", heldout_dataset=qa_dataset(3))
+        with pytest.raises(ValueError, match=r"is in the retain dataset: a loss sees it"):
+            make_trainer(tmp_path / "out", heldout_dataset=qa_dataset(3, 100))
+
+        def named(data, name):
+            return data.add_column("author", [name] * len(data))
+
+        with pytest.raises(ValueError, match=r"held-out group 'A' \(author\) is in the forget dataset"):
+            make_trainer(
+                tmp_path / "out",
+                forget=named(qa_dataset(9), "A"),
+                heldout_dataset=named(qa_dataset(3, 300), "A"),
+                group_column="author",
+            )
+        with pytest.raises(ValueError, match="metric_for_best_model 'heldout_prob' is measured by no evaluation"):
+            make_trainer(
+                tmp_path / "out", metric_for_best_model="heldout_prob", save_strategy="best", eval_strategy="epoch"
+            )
+        assert not (tmp_path / "out").exists()
 
     def test_beside_a_dataset_of_the_user(self, tmp_path):
         trainer = make_trainer(tmp_path / "out", eval_dataset=qa_dataset(3, 200), eval_strategy="epoch", passes=1)
