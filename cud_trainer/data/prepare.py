@@ -7,6 +7,7 @@ of the input: nothing is shuffled, truncated or dropped, a sample that cannot be
 
 from __future__ import annotations
 
+import gc
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,7 +141,7 @@ def _prepare(
         Features(features),
         tuple(column for column in keep_columns if column not in made),
     )
-    with _bar_for(len(dataset)):
+    with _bar_for(len(dataset)), _no_collection():
         prepared = (
             dataset.with_format(None)
             .select_columns(columns)
@@ -222,6 +223,18 @@ def _bar_for(rows: int) -> Iterator[None]:
     finally:
         if enabled:
             enable_progress_bars()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's search for cycles, off: rows have none, and it goes through all that is loaded a few times a minute."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
