@@ -47,7 +47,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
     > Parameters that control the objective
 
     objective, objective_args, objective_by_bucket, step, step_args, retain_loss, retain_weight, retain_pairing,
-    retain_limit, dual_rate, loss_normalization, reference_top_k, alternative_column, refusals, trainable_layers
+    retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k, alternative_column, refusals, trainable_layers
 
     > Parameters that control difficulty and schedule
 
@@ -156,6 +156,14 @@ class CUDConfig(TemplateArguments, SFTConfig):
         },
     )
     dual_rate: float = field(default=1.0, metadata={"help": "Step size of the retain weight with `retain_limit`."})
+    l2_sp: float = field(
+        default=0.0,
+        metadata={
+            "help": "After every optimizer step each trained weight goes back by this share of its way from where it "
+            "started (decoupled L2-SP), in [0, 1): what is forgotten needs no further step, and what it cost fades. "
+            "Keeps a copy of what is trained. Not with FSDP, DeepSpeed or half-precision weights."
+        },
+    )
     loss_normalization: str = field(
         default="sample",
         metadata={

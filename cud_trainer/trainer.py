@@ -25,6 +25,7 @@ from .models.modes import on_device
 from .objectives import STEPS
 from .ownership import clear, owned
 from .schedule import DynamicWeights
+from .training.anchor import Anchor
 from .training.callback import RunCallback
 from .training.card import add_section, unlearning_section
 from .training.checkpoints import (
@@ -179,6 +180,8 @@ class CUDTrainer(SFTTrainerHooks):
         self.forget, self.retain, self.forget_ids = inputs.forget, inputs.retain, inputs.forget.ids
         self.schedule, self.difficulty_scores = plan.schedule, plan.scores
         self.buckets = None if plan.buckets is None else plan.buckets.number
+        if args.l2_sp:
+            self.add_callback(Anchor(self.accelerator.unwrap_model(self.model), args.l2_sp))
         self.add_callback(RunCallback(self))
 
     @property

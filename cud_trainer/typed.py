@@ -58,6 +58,7 @@ RANGES: dict[str, tuple[float, float] | tuple[float, float, str]] = {
     "reference_top_k": (1, 1_000_000),
     "eval_retain_samples": (1, MANY),
     "retain_weight": (0, math.inf),
+    "l2_sp": (0, 1, ")"),
     "dual_rate": (0, math.inf, "("),
     "calibration_share": (0, 1, "("),
     "samples": (0, 10_000),

@@ -30,6 +30,7 @@ SETTINGS = (
     "loss_normalization",
     "reference_top_k",
     "trainable_layers",
+    "l2_sp",
     "neftune_noise_alpha",
     "bf16",
     "fp16",

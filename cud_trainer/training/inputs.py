@@ -39,6 +39,7 @@ from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
+from .anchor import check_whole_floats
 from .checkpoints import (
     TEMPLATE_FILE,
     check_is_no_model,
@@ -153,6 +154,8 @@ class RunInputs:
         check_stack(args, model, own_optimizer=own_optimizer)
         if peft_config is None:
             warn_of_still_weights(args, model)
+        if args.l2_sp:
+            check_whole_floats(model, adapter=peft_config is not None)
         return replace(inputs, forget=inputs._with_alternatives(forget))
 
     @cached_property
@@ -296,6 +299,8 @@ def _check_options(
         raise ValueError(
             f"step {args.step!r} is not supported with {sharded_by(args)}: no process has whole gradients there"
         )
+    if args.l2_sp and sharded_by(args) is not None:
+        raise ValueError(f"l2_sp is not supported with {sharded_by(args)}: no process has whole weights there")
     if peft_config is not None and args.trainable_layers is not None:
         raise ValueError("trainable_layers is for training without an adapter; use layers_to_transform of the adapter")
     _check_adapter(args, peft_config)

@@ -15,7 +15,7 @@ from cud_trainer.models.fingerprint import file_hash
 from .options import EQUAL_COMPUTE, ORACLE, SCORES, StudyArguments
 
 # Options that scores do not depend on: runs that differ in nothing else share theirs.
-NOT_OF_SCORES = {"schedule", "schedule_args", "seed", "n_buckets"}
+NOT_OF_SCORES = {"schedule", "schedule_args", "seed", "n_buckets", "l2_sp"}
 RANDOM = "random"  # the difficulty metric without any meaning
 
 
