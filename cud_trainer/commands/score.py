@@ -87,22 +87,24 @@ def _check_files(data_args: ScoreArguments, model_args: ModelConfig, work_dir: P
 
 
 def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, work_dir: Path) -> int:
-    metric_args = args.scoring_options()["metric_args"]
-    check_metrics(data_args.metrics, metric_args)
+    metric_args = data_args.metric_args(args.scoring_options()["metric_args"])
+    metrics = data_args.metrics or []
+    check_metrics(metrics, metric_args)
     tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
-    if any(METRICS[name].needs_circuits for name in data_args.metrics):
+    if any(METRICS[name].reads_circuits(metric_args.get(name, {})) for name in metrics):
         name, revision = str(model_args.model_name_or_path), model_args.model_revision
         config = load_config(name, revision=revision, trust_remote_code=trust)
-        check_metrics(data_args.metrics, metric_args, config)
+        check_metrics(metrics, metric_args, config)
     scores = score_model(
         args,
         model_args,
         forget,
         retain,
         tokenizer,
-        metrics=data_args.metrics,
+        metrics=metrics,
+        metric_args=metric_args,
         work_dir=work_dir,
         save_circuits=data_args.save_circuits,
         overwrite=args.overwrite,

@@ -224,6 +224,11 @@ class DifficultyContext:
             self._residuals[objective] = np.asarray(self.calibrate(objective), dtype=np.float64)
         return self._residuals[objective]
 
+    @property
+    def folded(self) -> bool:
+        """Whether a metric has asked for folds."""
+        return "fold" in self.__dict__
+
     @cached_property
     def fold(self) -> np.ndarray:
         """Cross-fitting fold of every forget sample, int `[N]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "calibrated": {"vector": "log", "k": None, "distance": "cosine"},
 }
 FEATURES = ("edges", "hidden", "gradients", "outputs")
+# What can be asked for by name besides: single numbers that FEATURES hold, for fits that are to see nothing else.
+ALL_FEATURES = (*FEATURES, "mass", "loss")
+CIRCUIT_FEATURES = ("edges", "mass")
+
+
+def checked_features(features: Sequence[str] | None) -> tuple[str, ...] | None:
+    """`features` as a tuple; `ValueError` for an unknown name, one that is there twice, or none at all."""
+    if features is None:
+        return None
+    known = not isinstance(features, str) and all(name in list(ALL_FEATURES) for name in features)
+    if not known or not features or len(set(features)) < len(features):
+        raise ValueError(f"features must be a list out of {list(ALL_FEATURES)}, got {features!r}")
+    return tuple(features)
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,8 @@ class CUDSettings:
         anchor_share: share of the calibration samples that make each anchor, in (0, 0.5].
         features: what `"calibrated"` is fitted from: `"edges"` (log |edge score|), `"hidden"` (middle hidden state),
             `"gradients"` (log gradient norm of every weight matrix), `"outputs"` (log-probability, length, margin,
-            entropy); all of them by default.
+            entropy), all of them by default; or `"mass"` (log of the sum of |edge score|) and `"loss"`
+            (log-probability) alone. Without `"edges"` and `"mass"` no circuit is computed.
     """
 
     variant: str = "calibrated"
@@ -83,10 +98,7 @@ class CUDSettings:
                 raise ValueError(
                     f"the CUD variant 'calibrated' reads log edge scores; {self.vector!r} vectors are for 'paper'"
                 )
-            features = FEATURES if self.features is None else self.features
-            if isinstance(features, str) or not features or any(name not in FEATURES for name in features):
-                raise ValueError(f"features must be a list out of {list(FEATURES)}, got {features!r}")
-            object.__setattr__(self, "features", tuple(features))
+            object.__setattr__(self, "features", checked_features(self.features) or FEATURES)
         elif self.features is not None:
             raise ValueError(f"features belong to the CUD variant 'calibrated', not to {self.variant!r}")
         if not 0 < self.anchor_share <= 0.5:
