@@ -88,7 +88,8 @@ class AnchorBank:
             groups: group of each sample: the penalty of the fit is chosen for samples of other groups.
             circuit_options: of `cud_trainer.circuits.edge_attributions`.
             anchor_share: share of the samples that make each anchor, for the variants that compare circuits.
-            batch_size, batch_bytes: see `cud_trainer.data.plan_batches`.
+            batch_size: samples per forward pass at most.
+            batch_bytes: memory of a batch at most, see `cud_trainer.data.plan_batches`.
 
         Raises:
             ValueError: for an unknown feature, a residual or groups of another length, or a residual that is not
@@ -170,7 +171,10 @@ class AnchorBank:
             model: the model of the bank.
             samples: `N` samples, prepared as those of the bank were.
             features: what the fit reads, out of `feature_names`; by default all of them.
-            folds, seed: of the samples that are in the bank, too.
+            folds: of samples that are in the bank, too.
+            seed: of these folds.
+            batch_size: samples per forward pass at most.
+            batch_bytes: memory of a batch at most.
 
         Raises:
             ValueError: for another model, graph or features than those of the bank, a feature that it does not have,
