@@ -11,8 +11,10 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
+from .circuits.components import check_trainable
 from .data import BATCH_BYTES
 from .data.template import TemplateArguments
+from .difficulty.context import circuit_settings
 from .difficulty.scores import PRECOMPUTED
 from .models.trainable import layer_range
 from .objectives import STEPS, UnlearningLoss
@@ -38,7 +40,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
     > Parameters that control the objective
 
     objective, objective_args, step, step_args, retain_loss, retain_weight, retain_limit, dual_rate, loss_normalization,
-    reference_top_k, alternative_column, refusals, trainable_layers
+    reference_top_k, alternative_column, refusals, trainable_layers, trainable, circuit_share
 
     > Parameters that control difficulty and schedule
 
@@ -160,6 +162,17 @@ class CUDConfig(TemplateArguments, SFTConfig):
     trainable_layers: str | None = field(
         default=None,
         metadata={"help": "Train these decoder layers only, for example '5-7' or '0,2,4-6'. By default ('none') all."},
+    )
+    trainable: str | None = field(
+        default=None,
+        metadata={
+            "help": "'circuit' trains the modules only (or puts the adapter there) that the forget set's circuits use "
+            "most beyond what those of the retain set do: one attribution pass. By default ('none') all are trained."
+        },
+    )
+    circuit_share: float = field(
+        default=0.25,
+        metadata={"help": "Share of the modules (q, k, v, o, MLP of each layer) that `trainable` 'circuit' chooses."},
     )
     difficulty: str | None = field(
         default="cud",
@@ -300,7 +313,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
         self.template_context()  # raises for what is wrong with its options
         if self.difficulty == "":
             self.difficulty = None
-        for name in ("difficulty", "trainable_layers"):  # how a command line takes back what a recipe sets
+        for name in ("difficulty", "trainable_layers", "trainable"):  # how a command line takes back what a recipe sets
             if getattr(self, name) in ("none", "None"):
                 setattr(self, name, None)
         if self.schedule is None:
@@ -394,6 +407,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise ValueError(f"refusals belong to 'idk_dpo' and 'idk_nll', not to {self.objective!r}")
         if self.trainable_layers is not None:
             layer_range(self.trainable_layers)
+        check_trainable(self.trainable, self.trainable_layers, self.circuit_args)  # type: ignore[arg-type]
         follows = any(part.kind == "dynamic" for part, _ in self.schedule_parts) or self.target_forget_prob
         if self.neftune_noise_alpha is not None and (loss.uses_reference or follows):
             raise ValueError(
@@ -447,6 +461,16 @@ class CUDConfig(TemplateArguments, SFTConfig):
             "max_length": self.max_length,
             "seed": self.seed,
             "progress": not self.disable_tqdm,
+        }
+
+    def circuit_choice_options(self) -> dict[str, Any]:
+        """Keyword arguments of `train_by_circuit` that this configuration stands for."""
+        return {
+            "share": self.circuit_share,
+            "batch_size": self.per_device_train_batch_size,
+            "batch_bytes": self.scoring_batch_bytes,
+            "progress": not self.disable_tqdm,
+            **circuit_settings(self.circuit_args),  # type: ignore[arg-type]
         }
 
     def alternative_options(self) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def run_identity(inputs: RunInputs, plan: RunPlan, model: Any, reference: Refere
         "forget_set": inputs.forget.fingerprint,
         "retain_set": None if inputs.retain is None else inputs.retain.fingerprint,
         "adapter": _adapters(model),
+        "trained_modules": None if inputs.choice is None else inputs.choice.modules,
         **settings,
     }
     if inputs.forget.template is not None:
