@@ -185,7 +185,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
     )
     difficulty_args: dict[str, Any] | str = field(
         default_factory=dict,
-        metadata={"help": 'Options of the difficulty metric, for example {"variant": "paper", "k": 200} for CUD.'},
+        metadata={"help": 'Options of the difficulty metric, for example {"variant": "top_k", "k": 200} for CUD.'},
     )
     circuit_args: dict[str, Any] | str = field(
         default_factory=dict,

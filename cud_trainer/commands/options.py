@@ -48,7 +48,7 @@ READ = {
     "lm_eval_include",
 }
 
-SCORED = ("cud", "cud_paper", "circuit_mass", "loss", "length")
+SCORED = ("cud", "cud_top_k", "circuit_mass", "loss", "length")
 SCORED_FROM_A_BANK = ("cud", "loss", "length")
 
 
@@ -186,7 +186,7 @@ class ScoreArguments(DataArguments):
     metrics: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Difficulty metrics to compute, the first is the primary one. By default 'cud', 'cud_paper', "
+            "help": "Difficulty metrics to compute, the first is the primary one. By default 'cud', 'cud_top_k', "
             "'circuit_mass', 'loss' and 'length'; with an `anchor_bank` 'cud', 'loss' and 'length'."
         },
     )

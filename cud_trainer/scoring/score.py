@@ -25,6 +25,7 @@ from ..data import (
     prepare_samples,
 )
 from ..difficulty import METRICS, AnchorBank, DifficultyContext, DifficultyScores
+from ..difficulty.scores import AS_PUBLISHED, PAPER
 from ..models.fingerprint import model_fingerprint, versions
 from ..models.positions import check_sets
 from ..objectives import UnlearningLoss
@@ -70,7 +71,7 @@ def score_difficulty(
         processing_class: tokenizer with pad and eos tokens; `Samples` need none.
         metrics: names in `cud_trainer.difficulty.METRICS`; the first is the primary one.
         retain_dataset: used by the calibration run's retain term; without it the objective runs alone.
-        metric_args: options by metric, for example `{"cud": {"variant": "paper", "k": 100}}`.
+        metric_args: options by metric, for example `{"cud": {"variant": "top_k", "k": 100}}`.
         circuit_args: options of `cud_trainer.circuits.edge_attributions`.
         calibration: how anchors are calibrated; by default NPO, AdamW from 1e-5 upwards.
         folds: cross-fitting folds.
@@ -256,6 +257,7 @@ class _Scoring:
         """What the scores were made with."""
         request, settings = self.request, self.settings
         provenance = {
+            **({PAPER: AS_PUBLISHED} if PAPER in request.metrics else {}),
             **self.identity,
             "metric_args": _recorded(request.metric_args),
             "circuits": request.circuits,

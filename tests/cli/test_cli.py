@@ -42,7 +42,7 @@ def test_score_train_evaluate(world, tmp_path, capsys):
     ]
     assert main(command) == 0
     loaded = DifficultyScores.load(scores)
-    assert loaded.metrics == ["cud", "cud_paper", "circuit_mass", "loss", "length"] and len(loaded) == 9
+    assert loaded.metrics == ["cud", "cud_top_k", "circuit_mass", "loss", "length"] and len(loaded) == 9
     assert not (tmp_path / "unused").exists()
 
     unlearned = tmp_path / "unlearned"

@@ -3,7 +3,7 @@
 from .anchors import agreement, extremes
 from .bank import AnchorBank
 from .formula import PENALTIES, anchor_circuit, calibrated_scores, circuits_of, cud_scores, log_standardisation
-from .metric import cud, cud_paper
+from .metric import cud, cud_paper, cud_top_k
 from .settings import ALL_FEATURES, FEATURES, VARIANTS, CUDSettings
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "cud",
     "cud_paper",
     "cud_scores",
+    "cud_top_k",
     "extremes",
     "log_standardisation",
 ]

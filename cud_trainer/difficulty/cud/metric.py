@@ -1,4 +1,4 @@
-"""The metrics `cud` and `cud_paper`: anchors or a fit from everyone else's fold, a score for each sample."""
+"""The metrics `cud`, `cud_paper` and `cud_top_k`: anchors or a fit from the other folds, a score for each sample."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...circuits import Graph
 from ...files import check_new_file
 from ..context import DifficultyContext
 from ..registry import register_metric
@@ -17,7 +18,7 @@ from .anchors import agreement, extremes, given_sides
 from .bank import AnchorBank, Folds
 from .features import blocks, default_features, sample_features
 from .formula import calibrated_scores, circuits_of, cud_scores, log_standardisation
-from .settings import CIRCUIT_FEATURES, FEATURES, CUDSettings, checked_features
+from .settings import CIRCUIT_FEATURES, FEATURES, PAPER_CIRCUITS, CUDSettings, checked_features
 
 METHODS = ("ga", "graddiff", "npo", "simnpo")
 
@@ -85,8 +86,8 @@ def cud(
     k: int | str | None = None,
     distance: str | None = None,
     anchor_share: float = 0.25,
-    selection: str = "top_k",
-    prune: bool = False,
+    selection: str | None = None,
+    prune: bool | None = None,
     features: Sequence[str] | None = None,
     anchors: Any = "calibration",
     methods: Sequence[str] = METHODS,
@@ -98,8 +99,8 @@ def cud(
     Cross-fitted: the anchors (or the fit) that score a sample are made without it and without the rest of its fold.
 
     Args:
-        variant: `"calibrated"`, `"log"` or `"paper"`, see `CUDSettings`; by default `"calibrated"`, or `"log"` where
-            the anchors are given or agreed on and there is nothing to fit.
+        variant: `"calibrated"`, `"log"`, `"top_k"` or `"paper"`, see `CUDSettings`; by default `"calibrated"`, or
+            `"log"` where the anchors are given or agreed on and there is nothing to fit.
         vector: see `CUDSettings`.
         k: see `CUDSettings`.
         distance: see `CUDSettings`.
@@ -125,6 +126,8 @@ def cud(
         features = default_features(context) if bank is None else bank.feature_names
     settings = CUDSettings(variant, vector, k, distance, anchor_share, selection, prune, features)  # type: ignore[arg-type]
     _check_anchors(settings, anchors, methods, at_least)
+    if settings.variant == "paper" and (bank is not None or save_anchors is not None):
+        raise ValueError("the CUD variant 'paper' has circuits of its own, which no anchor bank keeps")
     # Cheap checks of the user's input come before the circuits.
     if save_anchors is not None:
         check_new_file(save_anchors, overwrite=False)
@@ -207,7 +210,7 @@ def _from_forget_set(
     residual = context.residual if anchors == "calibration" else np.full(len(ids), np.nan)
     names = settings.features or ()
     features = sample_features(context, names)
-    edges = context.edges if "edges" in names or settings.features is None else None
+    edges = _circuits(context, settings)[0] if "edges" in names or settings.features is None else None
     return _Source(edges, residual, features, side=side, runs=runs, at_least=at_least), folds
 
 
@@ -233,21 +236,26 @@ def _fitted(context: DifficultyContext, settings: CUDSettings, source: _Source, 
 def _compared(context: DifficultyContext, settings: CUDSettings, source: _Source, folds: Folds) -> np.ndarray:
     """Scores by the distances to the source's anchors, `[N]`."""
     assert source.edges is not None
+    edges, graph = _circuits(context, settings)
     scores = np.full(len(context.forget), np.nan)
     for test, rows in folds:
         easy, hard = source.anchors(rows, settings.anchor_share)
         standardisation = log_standardisation(source.edges[rows]) if settings.vector == "log" else None
-        scores[test] = cud_scores(
-            context.edges[test], source.edges[easy], source.edges[hard], settings, standardisation, context.graph
-        )
+        scores[test] = cud_scores(edges[test], source.edges[easy], source.edges[hard], settings, standardisation, graph)
     return scores
+
+
+def _circuits(context: DifficultyContext, settings: CUDSettings) -> tuple[Tensor, Graph]:
+    """Edge scores and graph that a variant compares: those of the run, but for the score as published."""
+    return context.circuits(PAPER_CIRCUITS if settings.variant == "paper" else None)
 
 
 def _check_defined(scores: np.ndarray, context: DifficultyContext, settings: CUDSettings) -> None:
     """Raise `ValueError` naming the first sample without a score."""
     ids = context.forget.ids
     if settings.vector != "log":
-        empty = (circuits_of(context.edges, settings, context.graph) == 0).all(1).nonzero().flatten().tolist()
+        edges, graph = _circuits(context, settings)
+        empty = (circuits_of(edges, settings, graph) == 0).all(1).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
                 f"{len(empty)} of {len(ids)} samples have an empty circuit, the first is {ids[empty[0]]!r}: CUD is "
@@ -265,8 +273,46 @@ def _check_paper(owner: str, **options: Any) -> None:
     _check_cud(owner, variant="paper", **options)
 
 
+def _check_top_k(owner: str, **options: Any) -> None:
+    _check_cud(owner, variant="top_k", **options)
+
+
 @register_metric("cud_paper", needs_circuits=True, cross_fitted=True, check=_check_paper)
 def cud_paper(
+    context: DifficultyContext,
+    *,
+    k: int | str | None = None,
+    prune: bool | None = None,
+    anchors: Any = "calibration",
+    methods: Sequence[str] = METHODS,
+    at_least: int = 3,
+    anchor_share: float = 0.25,
+) -> np.ndarray:
+    """CUD as published (Cheng et al. 2026, arXiv 2601.09624), in [0, 1], with cross-fitted anchors. To be reported.
+
+    Exact node-wise interpolation in 5 steps with the zero baseline, key and value heads once per query head, whatever
+    `circuit_args` say: (1 + 2 layers) 5 backward passes, of which those through the layers before a node are saved; 75
+    edges (`k`) chosen greedily from the logits up and pruned; binary vectors; anchors that are the circuit of the raw
+    mean. The authors' anchors are 50 easy and 50 hard samples of 400 that 3 of 5 methods agree on: that is
+    `anchors="agreement"` with `anchor_share=0.125` and `methods` of your choice.
+
+    Raises:
+        ValueError: as `cud`; for an empty circuit, where the authors' code says 0.5.
+    """
+    return cud(
+        context,
+        variant="paper",
+        k=k,
+        prune=prune,
+        anchors=anchors,
+        methods=methods,
+        at_least=at_least,
+        anchor_share=anchor_share,
+    )
+
+
+@register_metric("cud_top_k", needs_circuits=True, cross_fitted=True, check=_check_top_k)
+def cud_top_k(
     context: DifficultyContext,
     *,
     k: int | str | None = None,
@@ -279,13 +325,12 @@ def cud_paper(
 ) -> np.ndarray:
     """CUD's formula on the 200 strongest edges with their signs, cosine: inspired by the paper, not as published.
 
-    The authors take exact node-wise interpolation, 75 greedily chosen edges, binary vectors and anchors that are raw
-    means over the scored set; this takes one-pass EAP (by default), top `k`, signed vectors and cross-fitted anchors
-    that are means of circuits scaled to unit length. To be reported beside `cud`.
+    One-pass EAP (by default) and cross-fitted anchors that are means of circuits scaled to unit length. Scores that
+    earlier versions call `cud_paper` are this.
     """
     return cud(
         context,
-        variant="paper",
+        variant="top_k",
         k=k,
         selection=selection,
         prune=prune,
