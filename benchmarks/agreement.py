@@ -5,7 +5,7 @@
 
 Zero baseline, metric `prob`. Per sample: Pearson correlation of the edge scores, Spearman correlation of their absolute
 values, overlap of the 200 and 1000 strongest edges. Over samples: Spearman correlation of what difficulty is made of,
-the circuit mass and CUD (log-magnitude, and the 200 strongest edges by cosine as in `cud_paper`; anchors: the quarters
+the circuit mass and CUD (log-magnitude, and the 200 strongest edges by cosine as in `cud_top_k`; anchors: the quarters
 of lowest and highest initial log-probability outside the sample's fold).
 """
 
@@ -99,7 +99,7 @@ def main() -> None:
         for column, values in columns.items():
             row[column] = {**bootstrap_mean(np.array(values), seed=0).as_dict(), "min": min(values), "max": max(values)}
         row["circuit_mass"] = float(spearmanr(stacked[name].abs().sum(1), stacked[EXACT].abs().sum(1)).statistic)
-        for variant in ("log", "paper"):
+        for variant in ("log", "top_k"):
             ours, exact = (difficulty(stacked[key], mean_logps, variant) for key in (name, EXACT))
             row[f"cud_{variant}"] = float(spearmanr(ours, exact).statistic)
         rows_out.append(row)

@@ -53,7 +53,7 @@ TRAINING_FREE = (
 )
 CALIBRATED = (
     "cud",
-    "cud_paper",
+    "cud_top_k",
     "cud_log",
     "cud_edges",
     "cud_edges_outputs",

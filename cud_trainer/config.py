@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
+from .config_checks import check_accelerator, check_mappings, check_objective, check_step
 from .data import BATCH_BYTES
 from .data.template import TemplateArguments
+from .difficulty.context import circuit_settings
 from .difficulty.scores import PRECOMPUTED
-from .models.trainable import layer_range
-from .objectives import STEPS, UnlearningLoss
+from .objectives import UnlearningLoss
 from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
 from .stack_options import OVERRIDABLE, check_stack_options, higher_is_better
-from .typed import check_numbers_within, check_options
+from .typed import check_options
 
 logger = logging.get_logger(__name__)
 
 # Being re-examined: chosen on the seeds that are reported, and most of its gain needs no difficulty (docs/results.md).
 DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
-LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 OWN_DICTIONARIES = (
     "objective_args",
     "objective_by_bucket",
@@ -47,7 +46,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
     > Parameters that control the objective
 
     objective, objective_args, objective_by_bucket, step, step_args, retain_loss, retain_weight, retain_pairing,
-    retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k, alternative_column, refusals, trainable_layers
+    retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k, alternative_column, refusals, trainable_layers,
+    trainable, circuit_share
 
     > Parameters that control difficulty and schedule
 
@@ -186,6 +186,17 @@ class CUDConfig(TemplateArguments, SFTConfig):
         default=None,
         metadata={"help": "Train these decoder layers only, for example '5-7' or '0,2,4-6'. By default ('none') all."},
     )
+    trainable: str | None = field(
+        default=None,
+        metadata={
+            "help": "'circuit' trains the modules only (or puts the adapter there) that the forget set's circuits use "
+            "most beyond what those of the retain set do: one attribution pass. By default ('none') all are trained."
+        },
+    )
+    circuit_share: float = field(
+        default=0.25,
+        metadata={"help": "Share of the modules (q, k, v, o, MLP of each layer) that `trainable` 'circuit' chooses."},
+    )
     difficulty: str | None = field(
         default="cud",
         metadata={
@@ -197,7 +208,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
     )
     difficulty_args: dict[str, Any] | str = field(
         default_factory=dict,
-        metadata={"help": 'Options of the difficulty metric, for example {"variant": "paper", "k": 200} for CUD.'},
+        metadata={"help": 'Options of the difficulty metric, for example {"variant": "top_k", "k": 200} for CUD.'},
     )
     circuit_args: dict[str, Any] | str = field(
         default_factory=dict,
@@ -302,7 +313,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
         idle = check_stack_options(self, fields(SFTConfig))
         if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = higher_is_better(self.metric_for_best_model)
-        self._check_mappings()
+        check_mappings(self)
         try:
             super().__post_init__()
         except (ValueError, ImportError):
@@ -320,7 +331,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
         self.template_context()  # raises for what is wrong with its options
         if self.difficulty == "":
             self.difficulty = None
-        for name in ("difficulty", "trainable_layers"):  # how a command line takes back what a recipe sets
+        for name in ("difficulty", "trainable_layers", "trainable"):  # how a command line takes back what a recipe sets
             if getattr(self, name) in ("none", "None"):
                 setattr(self, name, None)
         if self.schedule is None:
@@ -337,7 +348,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
             check_metrics([self.difficulty], {self.difficulty: self.difficulty_args})  # type: ignore[dict-item]
         elif self.schedule_metrics:
             raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")
-        self._check_objective(loss)
+        check_objective(self, loss)
         fixed = [name for name in self.override or () if name not in OVERRIDABLE]
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError("save_strategy 'best' compares checkpoints by metric_for_best_model: give it")
@@ -345,93 +356,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise ValueError(
                 f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"
             )
-        self._check_step(loss)
-        self._check_accelerator()
-
-    def _check_step(self, loss: UnlearningLoss) -> None:
-        step = STEPS.find(self.step)
-        step.check_options(self.step_args)  # type: ignore[arg-type]
-        if self.step == "plain":
-            return
-        if step.requires_retain and not loss.uses_retain:
-            raise ValueError(f"step {self.step!r} needs a retain loss, but retain_loss is 'none'")
-        if self.mixed_precision == "fp16":
-            raise ValueError(
-                f"step {self.step!r} is not supported with fp16, whose scaled gradients overflow: use bf16"
-            )
-        optimizer = str(getattr(self.optim, "value", self.optim))
-        if "lomo" in optimizer:
-            raise ValueError(f"step {self.step!r} is not supported with optim {optimizer!r}, which keeps no gradients")
-        if self.log_update_share:
-            raise ValueError(f"log_update_share is not supported with step {self.step!r}: it looks at plain steps")
-
-    def _check_mappings(self) -> None:
-        """Raise `ValueError` for a mapping that is none, or a file that is not there."""
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, str) and value and not value.startswith("{"):
-                if name not in ("fsdp_config", "deepspeed", "accelerator_config"):
-                    raise ValueError(f"{name} must be a mapping, got {value!r}")
-                if not Path(value).expanduser().is_file():
-                    raise ValueError(f"{name} {value} is no file")
-            check_numbers_within(name, value)
-        if self.log_level not in LOG_LEVELS or self.log_level_replica not in LOG_LEVELS:
-            raise ValueError(f"log_level and log_level_replica must be one of {LOG_LEVELS}")
-
-    def _check_objective(self, loss: UnlearningLoss) -> None:
-        for name, low, high in (
-            ("retain_limit", 0.0, float("inf")),
-            ("max_retain_loss", 0.0, float("inf")),
-            ("target_forget_prob", 0.0, 1.0),
-            ("dual_rate", 0.0, float("inf")),
-        ):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not low < value < high):
-                raise ValueError(f"{name} must be a number between {low:g} and {high:g}, got {value!r}")
-        for name in ("retain_limit", "max_retain_loss"):
-            if getattr(self, name) is not None and not loss.uses_retain:
-                raise ValueError(f"{name} needs a retain loss, but retain_loss is 'none'")
-        if "difficulty" in loss.by.values() and self.difficulty is None:
-            raise ValueError(f"objective {self.objective!r} has an option by difficulty, but difficulty is 'none'")
-        if loss.own and self.difficulty is None:
-            raise ValueError("objective_by_bucket goes by difficulty, but difficulty is 'none'")
-        if max(loss.own, default=0) > self.n_buckets:
-            raise ValueError(f"objective_by_bucket: there is no bucket {max(loss.own)}, n_buckets is {self.n_buckets}")
-        for part, _ in self.schedule_parts:
-            if part.weighs_retain and not loss.uses_retain:
-                raise ValueError(f"schedule {part.name!r} weights the retain loss, too, but retain_loss is 'none'")
-        if any(part.spec.name == "pdu" for part in loss.parts) and self.retain_limit is None:
-            raise ValueError("objective 'pdu' holds the retain loss at a limit: give retain_limit")
-        if self.loss_normalization not in ("sample", "token"):
-            raise ValueError(f"loss_normalization must be 'sample' or 'token', got {self.loss_normalization!r}")
-        if self.loss_normalization == "token" and not loss.token_mean:
-            raise ValueError(
-                f"loss_normalization 'token' averages over tokens, but the loss of objective {self.objective!r} is one "
-                "of whole samples"
-            )
-        alternative = loss.alternative
-        if alternative == "given" and self.alternative_column is None:
-            raise ValueError(f"objective {self.objective!r} needs alternative answers: give alternative_column")
-        if alternative != "given" and self.alternative_column is not None:
-            raise ValueError(
-                f"alternative_column belongs to objectives with given alternatives ('dpo'), not to {self.objective!r}"
-            )
-        if alternative != "refusal" and self.refusals is not None:
-            raise ValueError(f"refusals belong to 'idk_dpo' and 'idk_nll', not to {self.objective!r}")
-        if self.trainable_layers is not None:
-            layer_range(self.trainable_layers)
-        follows = any(part.kind == "dynamic" for part, _ in self.schedule_parts) or self.target_forget_prob
-        if self.neftune_noise_alpha is not None and (loss.uses_reference or follows):
-            raise ValueError(
-                "neftune_noise_alpha draws noise at every step: the model could not be compared with what it said "
-                "before, as this objective, retain loss, schedule or stop does"
-            )
-
-    def _check_accelerator(self) -> None:
-        if self.accelerator_config is not None and getattr(self.accelerator_config, "dispatch_batches", None):
-            raise ValueError("accelerator_config.dispatch_batches is not supported: batches differ in length")
-        if self.accelerator_config is not None and getattr(self.accelerator_config, "split_batches", None):
-            raise ValueError("accelerator_config.split_batches is not supported: it changes the global batch")
+        check_step(self, loss)
+        check_accelerator(self)
 
     @property
     def schedule_parts(self) -> list[tuple[ScheduleRule, dict[str, Any]]]:
@@ -480,6 +406,16 @@ class CUDConfig(TemplateArguments, SFTConfig):
             "max_length": self.max_length,
             "seed": self.seed,
             "progress": not self.disable_tqdm,
+        }
+
+    def circuit_choice_options(self) -> dict[str, Any]:
+        """Keyword arguments of `train_by_circuit` that this configuration stands for."""
+        return {
+            "share": self.circuit_share,
+            "batch_size": self.per_device_train_batch_size,
+            "batch_bytes": self.scoring_batch_bytes,
+            "progress": not self.disable_tqdm,
+            **circuit_settings(self.circuit_args),  # type: ignore[arg-type]
         }
 
     def alternative_options(self) -> dict[str, Any]:

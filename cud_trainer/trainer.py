@@ -135,7 +135,7 @@ class CUDTrainer(SFTTrainerHooks):
             # The base class asks for a dataset to evaluate; `evaluate` looks at forget and retain set.
             eval_dataset=inputs.forget.dataset if inputs.evaluates_itself else inputs.evaluated,
             processing_class=inputs.tokenizer,
-            peft_config=peft_config,
+            peft_config=inputs.peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
             compute_metrics=compute_metrics,

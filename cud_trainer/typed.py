@@ -61,6 +61,7 @@ RANGES: dict[str, tuple[float, float] | tuple[float, float, str]] = {
     "l2_sp": (0, 1, ")"),
     "dual_rate": (0, math.inf, "("),
     "calibration_share": (0, 1, "("),
+    "circuit_share": (0, 1, "("),
     "samples": (0, 10_000),
     "temperature": (0, math.inf, "("),
     "relearn_samples": (0, MANY),

@@ -48,7 +48,7 @@ CIRCUITS_FILE = "circuits.safetensors"
 DEMO_FILES = ("model", "data", "study", "difficulty-*.parquet", CIRCUITS_FILE, KEY_FILE, *REPORT_FILES)
 SETS = ("forget", "retain", "retain_eval", "held_out")
 HELD_OUT_AUTHORS = 6
-DIFFICULTY_METRICS = ("cud", "cud_paper", "circuit_mass", "loss", "length", "random")
+DIFFICULTY_METRICS = ("cud", "cud_top_k", "circuit_mass", "loss", "length", "random")
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
 LEARNING_RATE, PASSES = 1e-3, 12
 

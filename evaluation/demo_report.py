@@ -182,7 +182,7 @@ def _difficulty_finding(objective: str, section: DifficultySection, against: sta
     assert partial is not None and section.ceiling is not None  # of CUD, over several seeds
     return (
         f"{objective}: Spearman with residual memorisation: CUD {interval_text(spearman['cud'])}, its top-k cosine "
-        f"form (cud_paper, inspired by the paper, not as published) {interval_text(spearman['cud_paper'])}, "
+        f"form (cud_top_k, inspired by the paper, not as published) {interval_text(spearman['cud_top_k'])}, "
         f"circuit mass {interval_text(spearman['circuit_mass'])}, initial loss {interval_text(spearman['loss'])}; "
         f"between seeds {section.ceiling.agreement.value:.2f}. CUD less loss {interval_text(against)}; CUD given "
         f"loss and length {interval_text(partial)}. Intervals are over the samples of one model, and "

@@ -328,6 +328,7 @@ def attribute_dataset(
     batch_bytes: int = BATCH_BYTES,
     work: WorkDir | None = None,
     progress: bool = True,
+    name: str = "circuits",
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Graph]:
     """Edge scores of every sample of some samples, computed by all processes together.
@@ -336,6 +337,7 @@ def attribute_dataset(
         batch_size: samples of a batch at most.
         batch_bytes: memory of a batch at most, see `cud_trainer.data.plan_batches`.
         work: keeps finished batches.
+        name: of the pass in `work`: another one for other options.
         **options: of `edge_attributions`; `baseline="mean"` takes the means over `samples`.
 
     Returns:
@@ -360,7 +362,7 @@ def attribute_dataset(
             "lengths": result.lengths,
         }
 
-    scored = run_batches("circuits", samples, compute, plan, device=device, work=work, progress=progress)
+    scored = run_batches(name, samples, compute, plan, device=device, work=work, progress=progress)
     broken = (~scored["edges"].isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
         raise ValueError(f"edge scores of sample {samples.ids[broken[0]]!r} are not finite")

@@ -20,7 +20,9 @@ from ..data.formats import FOREIGN
 from ..data.ids import use_id_key
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
+from ..difficulty import METRICS
 from ..models.loading import tokenizer_home
+from ..registry import keyword_options
 from ..typed import check_void
 from .parser import parse_options
 
@@ -40,12 +42,16 @@ READ = {
     "retain_difficulty_scores",
     "scores",
     "circuits",
+    "anchor_bank",
     "recipe",
     "open_unlearning",
     "original_open_unlearning",
     "reference_open_unlearning",
     "lm_eval_include",
 }
+
+SCORED = ("cud", "cud_top_k", "circuit_mass", "loss", "length")
+SCORED_FROM_A_BANK = ("cud", "loss", "length")
 
 
 @dataclass
@@ -205,9 +211,19 @@ class TrainArguments(HeldOutArguments):
 class ScoreArguments(DataArguments):
     """What `cud score` reads besides `CUDConfig` (difficulty, objective, calibration) and TRL's `ModelConfig`."""
 
-    metrics: list[str] = field(
-        default_factory=lambda: ["cud", "cud_paper", "circuit_mass", "loss", "length"],
-        metadata={"help": "Difficulty metrics to compute, the first is the primary one."},
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Difficulty metrics to compute, the first is the primary one. By default 'cud', 'cud_top_k', "
+            "'circuit_mass', 'loss' and 'length'; with an `anchor_bank` 'cud', 'loss' and 'length'."
+        },
+    )
+    anchor_bank: str | None = field(
+        default=None,
+        metadata={
+            "help": "Anchor bank of an earlier request on the same model (`save_anchors` of 'cud'): its calibrated fit "
+            "scores these samples, without another calibration."
+        },
     )
     output: str = field(default="difficulty.parquet", metadata={"help": "Parquet file to write."})
     save_circuits: str | None = field(
@@ -220,6 +236,28 @@ class ScoreArguments(DataArguments):
             "OUTPUT.work; removed at the end."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metrics is None:
+            self.metrics = list(SCORED if self.anchor_bank is None else SCORED_FROM_A_BANK)
+
+    def metric_args(self, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Options by metric: those of the configuration, and the anchor bank for each that takes anchors.
+
+        Raises:
+            ValueError: when nothing would be scored from the bank, or other anchors are asked for, too.
+        """
+        if self.anchor_bank is None:
+            return options
+        taking = [name for name in self.metrics or () if "anchors" in keyword_options(METRICS.find(name).compute)]
+        if not taking:
+            raise ValueError(f"anchor_bank has no effect: none of the metrics {self.metrics} is scored from anchors")
+        if any("anchors" in options.get(name, {}) for name in taking):
+            raise ValueError(
+                "anchor_bank and the option 'anchors' of difficulty_args name anchors: give one of the two"
+            )
+        return {**options, **{name: {**options.get(name, {}), "anchors": self.anchor_bank} for name in taking}}
 
 
 def inputs_of(*options: Any) -> dict[str, Any]:

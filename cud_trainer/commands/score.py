@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
+from ..circuits.components import check_adapter_can_follow, train_by_circuit
 from ..config import CUDConfig
 from ..data import Samples, check_vocabulary, prepare_samples
 from ..difficulty import METRICS, DifficultyScores
@@ -43,8 +44,10 @@ def score_model(
     if args.trainable_layers is not None:  # what calibration trains
         train_only(model, args.trainable_layers)
     check_vocabulary(tokenizer, model)
-    options = {**args.scoring_options(adapter), **options}
     options.setdefault("template", args.template_context())
+    if args.trainable == "circuit":
+        adapter = _adapter_by_circuit(args, model, forget, retain, tokenizer, adapter, options["template"])
+    options = {**args.scoring_options(adapter), **options}
     samples: Dataset | Samples = forget
     source = args.unlearning_loss.spec.alternative
     if source is not None:
@@ -60,6 +63,27 @@ def score_model(
             prepared, forget, tokenizer, source, model=model, template=options["template"], **args.alternative_options()
         )
     return score_difficulty(model, samples, tokenizer, retain_dataset=retain, **options)
+
+
+def _adapter_by_circuit(
+    args: CUDConfig,
+    model: Any,
+    forget: Dataset,
+    retain: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Any,
+    template: Any,
+) -> Any:
+    """Have only the modules trained that circuits choose, as in `cud train`; the adapter's configuration for them."""
+    if retain is None:
+        raise ValueError("trainable 'circuit' compares forget with retain circuits: give retain_dataset")
+    if adapter is not None:
+        check_adapter_can_follow(adapter)
+    sets = [
+        prepare_samples(dataset, tokenizer, max_length=args.max_length, name=name, template=template)
+        for name, dataset in (("forget", forget), ("retain", retain))
+    ]
+    return train_by_circuit(model, sets[0], sets[1], adapter, **args.circuit_choice_options())[1]
 
 
 def score(argv: list[str]) -> int:
@@ -87,22 +111,24 @@ def _check_files(data_args: ScoreArguments, model_args: ModelConfig, work_dir: P
 
 
 def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, work_dir: Path) -> int:
-    metric_args = args.scoring_options()["metric_args"]
-    check_metrics(data_args.metrics, metric_args)
+    metric_args = data_args.metric_args(args.scoring_options()["metric_args"])
+    metrics = data_args.metrics or []
+    check_metrics(metrics, metric_args)
     tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
-    if any(METRICS[name].needs_circuits for name in data_args.metrics):
+    if any(METRICS[name].reads_circuits(metric_args.get(name, {})) for name in metrics):
         name, revision = str(model_args.model_name_or_path), model_args.model_revision
         config = load_config(name, revision=revision, trust_remote_code=trust)
-        check_metrics(data_args.metrics, metric_args, config)
+        check_metrics(metrics, metric_args, config)
     scores = score_model(
         args,
         model_args,
         forget,
         retain,
         tokenizer,
-        metrics=data_args.metrics,
+        metrics=metrics,
+        metric_args=metric_args,
         work_dir=work_dir,
         save_circuits=data_args.save_circuits,
         overwrite=args.overwrite,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -73,6 +75,7 @@ class DifficultyContext:
     work: WorkDir | None = None
     progress: bool = True
     _noise: dict[tuple[float, int], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _other_circuits: dict[str, tuple[Tensor, Graph]] = field(default_factory=dict, init=False, repr=False)
     _residuals: dict[str | None, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +99,25 @@ class DifficultyContext:
             progress=self.progress,
             **self.circuit_settings,
         )
+
+    def circuits(self, options: dict[str, Any] | None = None) -> tuple[Tensor, Graph]:
+        """Edge scores of every forget sample and their graph, by the options of the run or by others, each once."""
+        if options is None:
+            return self.edges, self.graph
+        key = json.dumps(options, sort_keys=True)
+        if key not in self._other_circuits:
+            edges, _, _, graph = attribute_dataset(
+                self.model,
+                self.forget,
+                batch_size=self.batch_size,
+                batch_bytes=self.batch_bytes,
+                work=self.work,
+                progress=self.progress,
+                name=f"circuits-{hashlib.sha256(key.encode()).hexdigest()[:8]}",
+                **options,
+            )
+            self._other_circuits[key] = edges, graph
+        return self._other_circuits[key]
 
     @property
     def edges(self) -> Tensor:
@@ -224,6 +246,11 @@ class DifficultyContext:
         if objective not in self._residuals:
             self._residuals[objective] = np.asarray(self.calibrate(objective), dtype=np.float64)
         return self._residuals[objective]
+
+    @property
+    def folded(self) -> bool:
+        """Whether a metric has asked for folds."""
+        return "fold" in self.__dict__
 
     @cached_property
     def fold(self) -> np.ndarray:

@@ -51,6 +51,8 @@ def read_table(path: Path) -> pd.DataFrame:
             frame = pd.DataFrame(_json_rows(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read difficulty scores from {path}: {str(error)[:300]}") from None
+    if {"sample_id", "method", "easy_rank"} <= set(frame.columns):
+        raise ValueError(f"{path} has a ranking for each method: read it with DifficultyScores.published")
     if "sample_id" not in frame or frame["sample_id"].isna().any() or (frame["sample_id"] == "").any():
         raise ValueError(f"{path} has no column sample_id, or one with gaps; it has {list(frame.columns)}")
     for column in frame.columns:
@@ -112,12 +114,15 @@ def read_published(
 
     - `.pt`, `.json`: a number per sample in the order of `ids` (a list or tensor, or a dictionary with one under a name
       of `VECTORS`), or a dictionary from id, or position, to number; nothing in a `.pt` is run;
-    - `.json` `{"easy": [...], "hard": [...]}`, or `{"easy": path, "hard": path}` of two text files: 0, 1, and 0.5 for
+    - `.json` `{"easy": [...], "hard": [...]}` (and `"metadata"`: `selected_samples.json` of CUD's authors),
+      or `{"easy": path, "hard": path}` of two text files: 0, 1, and 0.5 for
       all others;
     - `.txt`: ids, or positions, on lines or between commas, from the easiest to the hardest; the score is the rank in
       [0, 1];
     - `.csv` with columns `method` and `order`: for every method the samples by loss after unlearning, lowest (hardest)
-      first, as the authors of CUD publish them; a metric per method, the rank in [0, 1].
+      first, as the authors of CUD publish them; a metric per method, the rank in [0, 1];
+    - `.csv` with columns `method`, `sample_id` and `easy_rank` (1 for the easiest), their `ranked_scores.csv`: a metric
+      per method, the rank in [0, 1]. Whether high or low scores are easy is in the ranks already.
 
     Args:
         name: of the metric, where the file has none.
@@ -141,6 +146,8 @@ def read_published(
             table = _csv(path)
         except (OSError, ValueError, pd.errors.ParserError) as error:
             raise ValueError(f"cannot read {path}: {error}") from None
+        if {"method", "sample_id", "easy_rank"} <= set(table.columns):
+            return _ranked(table, ids, path)
         if not {"method", "order"} <= set(table.columns) or (table[["method", "order"]] == "").any(axis=None):
             raise ValueError(f"{path} has no columns method and order, or gaps in them; it has {list(table.columns)}")
         return {
@@ -148,8 +155,8 @@ def read_published(
             for method, part in table.groupby("method", sort=False)
         }
     content = _load(path)
-    if isinstance(content, Mapping) and set(content) == {"easy", "hard"}:
-        return {name: _sides(content, ids, path)}
+    if isinstance(content, Mapping) and set(content) - {"metadata"} == {"easy", "hard"}:
+        return {name: _sides({side: content[side] for side in ("easy", "hard")}, ids, path)}
     vectors = [key for key in VECTORS if isinstance(content, Mapping) and key in content and key not in ids]
     if vectors:
         content = content[vectors[0]]
@@ -202,6 +209,20 @@ def _ranks(names: Sequence[Any], ids: Sequence[str], path: Any) -> np.ndarray:
     values = np.empty(len(ids))
     values[rows] = np.linspace(0, 1, len(ids)) if len(ids) > 1 else 0.5
     return values
+
+
+def _ranked(table: pd.DataFrame, ids: Sequence[str], path: Path) -> dict[str, np.ndarray]:
+    """Rank in [0, 1] by method, 0 for the easiest, from a table with a row for every sample and method."""
+    ranks = _numbers(table["easy_rank"], f"column 'easy_rank' of {path}")
+    if (table[["method", "sample_id"]] == "").any(axis=None) or ranks.isna().any():
+        raise ValueError(f"{path} has gaps in method, sample_id or easy_rank")
+    found = {}
+    for method, part in table.assign(easy_rank=ranks).groupby("method", sort=False):
+        part = part.sort_values("easy_rank", kind="stable")
+        if part["easy_rank"].tolist() != list(range(1, len(part) + 1)):
+            raise ValueError(f"the easy_rank of method {method!r} in {path} is no ranking from 1 to {len(part)}")
+        found[str(method)] = _ranks(part["sample_id"].tolist(), ids, path)
+    return found
 
 
 def _sides(lists: Mapping[str, Any], ids: Sequence[str], path: Any) -> np.ndarray:

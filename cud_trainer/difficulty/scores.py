@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset
+from transformers.utils import logging
 
 from ..data import id_column, rows_by_id
 from ..data.ids import IdKey, keyed_for, keys_beside
@@ -19,8 +20,12 @@ from ..files import atomic_write, check_new_file, read_parquet, write_parquet
 from .buckets import Buckets
 from .exchange import TABLES, read_published, read_table, write_table
 
+logger = logging.get_logger(__name__)
+
 RESERVED = ("sample_id", "fold", "bucket")
 FORMAT_VERSION = 1
+# A metric whose name has meant another thing, and what provenance says of it since it means this.
+PAPER, AS_PUBLISHED = "cud_paper", "as published"
 PRECOMPUTED = "given"  # as a metric: the first one of scores that were made before
 
 
@@ -187,6 +192,11 @@ class DifficultyScores:
         fold = table["fold"].to_numpy() if "fold" in table.column_names else None
         scores = cls._read(path, table["sample_id"].to_pylist(), columns, fold, provenance)
         scores.check_provenance(**expected)
+        if PAPER in columns and provenance.get(PAPER) != AS_PUBLISHED and "circuits" in provenance:
+            logger.warning(
+                f"{PAPER} in {path} is the form that is called cud_top_k now (200 strongest edges): an earlier version "
+                "computed it"
+            )
         return scores
 
     @classmethod

@@ -35,7 +35,7 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
         METRICS[name].check_options(metric_options)
         for objective in metric_options.get("methods", ()):
             UnlearningLoss(objective)  # refuses an unknown one
-    circuits = [name for name in metrics if METRICS[name].needs_circuits]
+    circuits = [name for name in metrics if METRICS[name].reads_circuits(options.get(name, {}))]
     if model_or_config is not None and circuits:
         try:
             check_architecture(model_or_config)
@@ -73,7 +73,12 @@ class ScoringRequest:
     @property
     def cross_fitted(self) -> bool:
         """Whether a sample's score depends on folds of the others."""
-        return any(METRICS[name].cross_fitted for name in self.metrics)
+        return any(METRICS[name].uses_folds(self.metric_args.get(name, {})) for name in self.metrics)
+
+    @property
+    def reads_circuits(self) -> bool:
+        """Whether a metric computes edge scores."""
+        return any(METRICS[name].reads_circuits(self.metric_args.get(name, {})) for name in self.metrics)
 
     @property
     def begun(self) -> bool:
@@ -95,7 +100,7 @@ class ScoringRequest:
                 raise ValueError(f"save_circuits {self.save_circuits} lies in work_dir, which is removed at the end")
             if not self.begun:  # a call that goes on may have written its circuits before it was killed
                 check_new_file(self.save_circuits, self.overwrite)
-            if not any(METRICS[name].needs_circuits for name in self.metrics):
+            if not self.reads_circuits:
                 raise ValueError(
                     f"save_circuits has nothing to save: none of the metrics {list(self.metrics)} needs circuits"
                 )

@@ -24,7 +24,8 @@ from ..data import (
     check_vocabulary,
     prepare_samples,
 )
-from ..difficulty import METRICS, DifficultyContext, DifficultyScores
+from ..difficulty import METRICS, AnchorBank, DifficultyContext, DifficultyScores
+from ..difficulty.scores import AS_PUBLISHED, PAPER
 from ..logprobs import check_padding
 from ..models.fingerprint import model_fingerprint, versions
 from ..models.positions import check_sets
@@ -71,7 +72,7 @@ def score_difficulty(
         processing_class: tokenizer with pad and eos tokens; `Samples` need none.
         metrics: names in `cud_trainer.difficulty.METRICS`; the first is the primary one.
         retain_dataset: used by the calibration run's retain term; without it the objective runs alone.
-        metric_args: options by metric, for example `{"cud": {"variant": "paper", "k": 100}}`.
+        metric_args: options by metric, for example `{"cud": {"variant": "top_k", "k": 100}}`.
         circuit_args: options of `cud_trainer.circuits.edge_attributions`.
         calibration: how anchors are calibrated; by default NPO, AdamW from 1e-5 upwards.
         folds: cross-fitting folds.
@@ -219,7 +220,7 @@ class _Scoring:
         for name in metrics:
             METRICS[name].check_data(self.context)
         # Metrics that share the attribution pass go first, so that its by-products are there for the others.
-        by_cost = sorted(metrics, key=lambda name: not METRICS[name].needs_circuits)
+        by_cost = sorted(metrics, key=lambda name: not METRICS[name].reads_circuits(request.metric_args.get(name, {})))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(request.seed)  # the initial adapter of a calibration run
             computed = {
@@ -228,7 +229,7 @@ class _Scoring:
         if request.save_circuits is not None and process_state().is_main_process:
             self._save_circuits(request.save_circuits)
         columns = {name: computed[name] for name in metrics}
-        fold = self.context.fold if request.cross_fitted else None
+        fold = self.context.fold if request.cross_fitted or self.context.folded else None
         scores = DifficultyScores(list(self.forget.ids), columns, fold, self._provenance())
         for name in scores.constant:
             logger.warning(f"difficulty metric {name!r} is the same for all {len(scores)} samples: it ranks nothing")
@@ -263,8 +264,9 @@ class _Scoring:
         """What the scores were made with."""
         request, settings = self.request, self.settings
         provenance = {
+            **({PAPER: AS_PUBLISHED} if PAPER in request.metrics else {}),
             **self.identity,
-            "metric_args": request.metric_args,
+            "metric_args": _recorded(request.metric_args),
             "circuits": request.circuits,
             "seed": request.seed,
         }
@@ -281,3 +283,14 @@ class _Scoring:
                 },
             }
         return provenance
+
+
+def _recorded(metric_args: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Options of metrics as plain values: an anchor bank by what it holds."""
+    return {
+        name: {
+            option: f"anchor bank {value.fingerprint}" if isinstance(value, AnchorBank) else value
+            for option, value in options.items()
+        }
+        for name, options in metric_args.items()
+    }

@@ -37,6 +37,7 @@ def unlearning_section(trainer: Any) -> str:
         + ("" if args.retain_limit is None else f" at first, held at a loss of {args.retain_limit:g}"),
         "difficulty": "none" if args.difficulty is None else _named(args.difficulty, args.difficulty_args),
         "schedule": _named(args.schedule, args.schedule_args),
+        **_trained(args, trainer.inputs.choice),
         "forget samples": len(trainer.forget_ids),
         "passes": args.passes,
         "optimizer steps": trainer.state.global_step,
@@ -73,6 +74,13 @@ def unlearning_section(trainer: Any) -> str:
     if "retain_prob" not in figures and "retain_loss" in figures:
         lines += ["", f"Retain loss ({args.retain_loss}) of the last training steps: {figures['retain_loss']:.4f}."]
     return "\n".join([*lines, ""])
+
+
+def _trained(args: Any, choice: Any) -> dict[str, str]:
+    """Which part of the model is trained, where it is named: what circuits chose by layer and module, or layers."""
+    if choice is not None:
+        return {"trained": f"{args.circuit_share:g} of the modules, chosen by circuit: {', '.join(choice.names)}"}
+    return {} if args.trainable_layers is None else {"trained": f"layers {args.trainable_layers}"}
 
 
 def _named(name: str, options: Any) -> str:

@@ -64,6 +64,7 @@ def run_identity(
         "alternative_answers": alternatives_fingerprint(inputs.forget),
         "model": plan.model,
         "adapter": _adapters(model),
+        "trained_modules": None if inputs.choice is None else inputs.choice.modules,
         **_given(inputs),
     }
     identity = json.loads(json.dumps(identity, default=_plain, sort_keys=True))

@@ -12,6 +12,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..circuits import check_architecture
+from ..circuits.components import CircuitChoice, check_adapter_can_follow, train_by_circuit
 from ..config import CUDConfig
 from ..data import (
     Samples,
@@ -69,6 +71,7 @@ class RunInputs:
         scores: difficulty scores made before, in the order of `forget`; `None` when they are to be computed, or when
             the run needs none.
         merged: whether an earlier adapter was folded into the model, to put `peft_config` on top.
+        choice: the modules that are trained, where circuits choose them; `peft_config` is on them then.
     """
 
     args: CUDConfig
@@ -83,6 +86,7 @@ class RunInputs:
     scores: DifficultyScores | None
     template: TemplateContext
     merged: bool
+    choice: CircuitChoice | None = None
 
     @classmethod
     def checked(
@@ -101,8 +105,8 @@ class RunInputs:
     ) -> RunInputs:
         """The inputs of `CUDTrainer`.
 
-        Cheap checks come first, then the data, then the model. Alternative answers that the model writes are all that
-        is computed.
+        Cheap checks come first, then the data, then the model. Alternative answers that the model writes, and the
+        modules that circuits choose, are all that is computed.
 
         Raises:
             ValueError: for bad input, naming the sample, column or option.
@@ -156,7 +160,7 @@ class RunInputs:
             warn_of_still_weights(args, model)
         if args.l2_sp:
             check_whole_floats(model, adapter=peft_config is not None)
-        return replace(inputs, forget=inputs._with_alternatives(forget))
+        return replace(inputs, forget=inputs._with_alternatives(forget))._with_choice()
 
     @cached_property
     def model_fingerprint(self) -> str:
@@ -231,6 +235,22 @@ class RunInputs:
             broadcast_object_list(shared)
         return replace(self.forget, dataset=Dataset.from_dict(shared[0]))
 
+    def _with_choice(self) -> RunInputs:
+        """With only the modules trained that circuits choose, if they are to."""
+        if self.args.trainable is None:
+            return self
+        assert self.retain is not None
+        with on_device(self.model, self.args.device, put_back=self.shards_model):
+            choice, peft_config = train_by_circuit(
+                self.model,  # type: ignore[arg-type]
+                self.forget,
+                self.retain,
+                self.peft_config,
+                **self.args.circuit_choice_options(),
+            )
+        check_trained(self.model, peft_config)
+        return replace(self, peft_config=peft_config, choice=choice)
+
 
 def sharded_by(args: CUDConfig) -> str | None:
     """What splits the model over processes, by its name."""
@@ -304,6 +324,13 @@ def _check_options(
     if peft_config is not None and args.trainable_layers is not None:
         raise ValueError("trainable_layers is for training without an adapter; use layers_to_transform of the adapter")
     _check_adapter(args, peft_config)
+    if args.trainable == "circuit":
+        if retain is None:
+            raise ValueError("trainable 'circuit' compares forget with retain circuits: give retain_dataset")
+        if sharded_by(args) is not None:
+            raise ValueError(f"trainable 'circuit' is not supported with {sharded_by(args)}")
+        if peft_config is not None:
+            check_adapter_can_follow(peft_config)
     if loss.uses_retain and retain is None:
         raise ValueError(
             f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
@@ -407,5 +434,10 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
             "the model has an adapter, and peft_config asks for another one: merge it first (merge_and_unload), or "
             "leave out peft_config to train the one that is there"
         )
-    check_trained(model, peft_config)
+    if args.trainable == "circuit":
+        if hasattr(model, "peft_config"):
+            raise ValueError("trainable 'circuit' puts a new adapter on what it chooses, but the model has one")
+        check_architecture(model)
+    else:
+        check_trained(model, peft_config)
     return model

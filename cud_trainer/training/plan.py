@@ -188,6 +188,7 @@ def _request(inputs: RunInputs) -> dict[str, Any]:
         "adapter": adapter_identity(inputs.peft_config),
         "alternatives": alternatives_fingerprint(inputs.forget),
         "trainable_layers": args.trainable_layers,
+        "trained_modules": None if inputs.choice is None else inputs.choice.modules,
     }
     return json.loads(json.dumps(request))
 

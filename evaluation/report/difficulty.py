@@ -18,7 +18,8 @@ from .tables import table
 # How the metrics are called in reports, and whether they are trivial (no circuit needed).
 LABELS = {
     "cud": ("CUD", "circuit"),
-    "cud_paper": ("CUD, top 200 edges by cosine (cud_paper)", "circuit"),
+    "cud_paper": ("CUD as published (cud_paper)", "circuit"),
+    "cud_top_k": ("CUD, top 200 edges by cosine (cud_top_k)", "circuit"),
     "circuit_mass": ("circuit mass", "circuit"),
     "loss": ("initial log-probability", "trivial"),
     "length": ("answer length", "trivial"),

@@ -195,7 +195,7 @@ def test_cud_on_greedy_circuits():
 
     graph = GRAPHS[0]
     edges = random_edges(graph, 12).float()
-    settings = CUDSettings("paper", k=30, selection="greedy", prune=True)
+    settings = CUDSettings("top_k", k=30, selection="greedy", prune=True)
     found = cud_scores(edges[:4], edges[4:8], edges[8:], settings, graph=graph)
     chosen = select_circuits(edges[:4], graph, selection="greedy", k=30, prune=True)
     assert chosen.any(1).all()
@@ -214,9 +214,9 @@ def test_cud_on_greedy_circuits():
     [
         ({"selection": "greedy"}, "do not apply to log"),
         ({"prune": True}, "do not apply to log"),
-        ({"variant": "paper", "selection": "threshold"}, "unknown circuit selection 'threshold'"),
-        ({"variant": "paper", "selection": "greedy", "k": "all"}, "needs a number of edges"),
-        ({"variant": "paper", "prune": "yes"}, "prune must be"),
+        ({"variant": "top_k", "selection": "threshold"}, "unknown circuit selection 'threshold'"),
+        ({"variant": "top_k", "selection": "greedy", "k": "all"}, "needs a number of edges"),
+        ({"variant": "top_k", "prune": "yes"}, "prune must be"),
     ],
 )
 def test_settings_of_cud(options, message):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from builders import qa_dataset
 from command_lines import data, make_world, train
 
 from cud_trainer.cli import COMMANDS, main
@@ -41,7 +42,7 @@ def test_score_train_evaluate(world, tmp_path, capsys):
     ]
     assert main(command) == 0
     loaded = DifficultyScores.load(scores)
-    assert loaded.metrics == ["cud", "cud_paper", "circuit_mass", "loss", "length"] and len(loaded) == 9
+    assert loaded.metrics == ["cud", "cud_top_k", "circuit_mass", "loss", "length"] and len(loaded) == 9
     assert not (tmp_path / "unused").exists()
 
     unlearned = tmp_path / "unlearned"
@@ -189,3 +190,29 @@ def test_help(command, capsys):
 def test_usage_needs_no_torch():
     code = "import sys; from cud_trainer.cli import main; main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_score_from_an_anchor_bank(world, tmp_path, capsys):
+    """A second request is scored from the bank of the first, without calibration; what contradicts it is refused."""
+    qa_dataset(3, 40).to_json(tmp_path / "later.jsonl")
+    bank = tmp_path / "bank.safetensors"
+    common = ["--folds", "3", "--bf16", "false", "--output_dir", str(tmp_path / "unused"), "--use_cpu", "true"]
+    first = json.dumps({"save_anchors": str(bank), "features": ["hidden", "outputs"]})
+    output = ["--output", str(tmp_path / "first.parquet"), "--metrics", "cud"]
+    assert main(["score", *data(world), *common, *output, "--difficulty_args", first]) == 0
+    later = [*data(world), "--anchor_bank", str(bank), *common, "--output", str(tmp_path / "later.parquet")]
+    later[1] = str(tmp_path / "later.jsonl")
+    assert main(["score", *later]) == 0
+    scores = DifficultyScores.load(tmp_path / "later.parquet")
+    assert scores.metrics == ["cud", "loss", "length"] and len(scores) == 3 and scores.fold is None
+    assert "calibration" not in scores.provenance
+    capsys.readouterr()
+    for extra, message in (
+        (["--metrics", "loss"], "anchor_bank has no effect: none of the metrics ['loss']"),
+        (["--difficulty_args", '{"anchors": "calibration"}'], "give one of the two"),
+        (["--difficulty_args", '{"variant": "log"}'], "no circuits, which the CUD variant 'log' compares"),
+        (["--anchor_bank", str(tmp_path / "later.jsonl")], "cannot read an anchor bank"),
+        (["--output", str(bank)], "output"),
+    ):
+        assert main(["score", *later, "--overwrite", "true", *extra]) == 2
+        assert message in capsys.readouterr().err

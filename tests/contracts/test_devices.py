@@ -12,9 +12,9 @@ from cud_trainer.models.layers import widest_float
 ON_THE_HOST = {
     "cud_trainer/circuits/signature.py": "edge scores of `EdgeAttributions` are on the CPU",
     "cud_trainer/difficulty/circuit_metrics.py": "the same",
-    "cud_trainer/difficulty/cud/anchors.py": "a bank of anchors is read and written on the CPU",
+    "cud_trainer/difficulty/cud/bank.py": "a bank of anchors is read and written on the CPU",
     "cud_trainer/difficulty/cud/formula.py": "vectors made of edge scores",
-    "cud_trainer/difficulty/cud/metric.py": "features that `run_batches` has brought to the CPU",
+    "cud_trainer/difficulty/cud/features.py": "features that `run_batches` has brought to the CPU",
     "cud_trainer/scoring/calibration.py": "what is saved",
     "evaluation/report/circuits.py": "edge scores",
 }

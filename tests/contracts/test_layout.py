@@ -31,6 +31,7 @@ STAGES = [
     "scoring",
     "integrations",
     "stack_options",
+    "config_checks",
     "config",
     "training",
     "trainer",

@@ -25,12 +25,12 @@ from cud_trainer.logprobs import score_answers
 
 VARIANTS = [
     {"variant": "log"},
-    {"variant": "paper", "k": 3},
-    {"variant": "paper", "k": "all"},
-    {"variant": "paper", "vector": "binary", "k": 3, "distance": "cosine"},
-    {"variant": "paper", "vector": "binary", "k": 3, "distance": "jaccard"},
-    {"variant": "paper", "vector": "binary", "k": 3, "distance": "hamming"},
-    {"variant": "paper", "vector": "signed", "k": "all", "distance": "jaccard"},
+    {"variant": "top_k", "k": 3},
+    {"variant": "top_k", "k": "all"},
+    {"variant": "top_k", "vector": "binary", "k": 3, "distance": "cosine"},
+    {"variant": "top_k", "vector": "binary", "k": 3, "distance": "jaccard"},
+    {"variant": "top_k", "vector": "binary", "k": 3, "distance": "hamming"},
+    {"variant": "top_k", "vector": "signed", "k": "all", "distance": "jaccard"},
 ]
 EDGES = torch.tensor([[3.0, -4.0, 0.0, 1.0], [0.1, 0.2, -0.3, 0.0]])
 
@@ -84,7 +84,7 @@ class TestFormula:
     def test_by_hand(self):
         easy, hard = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 5.0]])
         found = cud_scores(
-            torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 0.1], [3.0, 4.0]]), easy, hard, CUDSettings("paper")
+            torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 0.1], [3.0, 4.0]]), easy, hard, CUDSettings("top_k")
         )
         # cosines to the anchors: (.707, .707), (1, 0), (0, 1), (.6, .8)
         np.testing.assert_allclose(found, [0.5, 0.0, 1.0, 0.4 / 0.6], atol=1e-6)
@@ -93,7 +93,7 @@ class TestFormula:
         np.testing.assert_allclose(anchor_circuit(torch.tensor([[3.0, 4.0], [0.0, 10.0]])), [0.3, 0.9], rtol=1e-6)
 
     @settings(deadline=None, max_examples=30)
-    @given(st.integers(0, 10_000), st.sampled_from(["paper", "log"]))
+    @given(st.integers(0, 10_000), st.sampled_from(["top_k", "log"]))
     def test_in_range_and_turned_round_when_the_anchors_are_swapped(self, seed, variant):
         generator = torch.Generator().manual_seed(seed)
         x, easy, hard = (torch.randn(n, 12, generator=generator) for n in (6, 3, 3))
@@ -101,7 +101,7 @@ class TestFormula:
         found = cud_scores(x, easy, hard, cut)
         assert ((found >= 0) & (found <= 1)).all()
         np.testing.assert_allclose(cud_scores(x, hard, easy, cut), 1 - found, atol=1e-5)
-        if variant == "paper":  # the cosine does not see a circuit's mass
+        if variant == "top_k":  # the cosine does not see a circuit's mass
             np.testing.assert_allclose(cud_scores(x * 7, easy, hard * 0.1, cut), found, atol=1e-5)
 
     def test_log_variant_sees_the_mass_that_the_published_one_does_not(self):
@@ -112,7 +112,7 @@ class TestFormula:
         easy, hard = edges[-10:], edges[:10]
         middle = slice(10, 30)
         log = cud_scores(edges[middle], easy, hard, CUDSettings("log"))
-        paper = cud_scores(edges[middle], easy, hard, CUDSettings("paper"))
+        paper = cud_scores(edges[middle], easy, hard, CUDSettings("top_k"))
         rank = np.arange(20)
         assert np.corrcoef(rank, log)[0, 1] < -0.95 and abs(np.corrcoef(rank, paper)[0, 1]) < 0.6
 
@@ -175,7 +175,7 @@ class TestFormula:
         np.testing.assert_allclose(anchor_circuit(torch.tensor([[0.0, 0.0], [0.0, 2.0]])), [0, 0.5])
 
     def test_an_empty_circuit_is_never_scored(self):
-        found = cud_scores(torch.zeros(1, 4), EDGES[:1], EDGES[1:], CUDSettings("paper", k=2))
+        found = cud_scores(torch.zeros(1, 4), EDGES[:1], EDGES[1:], CUDSettings("top_k", k=2))
         assert np.isnan(found).all()
 
     @pytest.mark.parametrize(
@@ -183,16 +183,16 @@ class TestFormula:
         [
             ({"variant": "old"}, "unknown CUD variant 'old'"),
             ({"vector": "raw"}, "unknown circuit vector 'raw'"),
-            ({"distance": "l2", "variant": "paper"}, "unknown circuit distance 'l2'"),
+            ({"distance": "l2", "variant": "top_k"}, "unknown circuit distance 'l2'"),
             ({"k": 5}, "k does not apply"),
-            ({"variant": "paper", "k": 0}, "k must be a positive number of edges or 'all'"),
+            ({"variant": "top_k", "k": 0}, "k must be a positive number of edges or 'all'"),
             ({"anchor_share": 0.7}, "anchor_share must be in"),
             ({"variant": "log", "distance": "hamming"}, "compared by cosine"),
             ({"vector": "signed"}, "'calibrated' reads log edge scores; 'signed' vectors are for 'paper'"),
             ({"variant": ["log"]}, "unknown CUD variant \\['log'\\]"),
-            ({"variant": "paper", "distance": ["cosine"]}, "unknown circuit distance"),
-            ({"variant": "paper", "k": "many"}, "or 'all', got 'many'"),
-            ({"variant": "paper", "k": True}, "or 'all', got True"),
+            ({"variant": "top_k", "distance": ["cosine"]}, "unknown circuit distance"),
+            ({"variant": "top_k", "k": "many"}, "or 'all', got 'many'"),
+            ({"variant": "top_k", "k": True}, "or 'all', got True"),
             ({"anchor_share": "0.3"}, "'anchor_share' of CUD must be a number, got '0.3'"),
             ({"anchor_share": 0}, "anchor_share must be in \\(0, 0.5\\], got 0"),
             ({"anchor_share": float("nan")}, "'anchor_share' of CUD must be a finite number"),
@@ -204,8 +204,8 @@ class TestFormula:
 
     def test_presets(self):
         assert CUDSettings("log").vector == "log" and CUDSettings("log").edges_kept is None
-        assert CUDSettings("paper").k == 200 and CUDSettings("paper", k="all").edges_kept is None
-        assert CUDSettings("paper", vector="binary", distance="jaccard", k=10).edges_kept == 10
+        assert CUDSettings("top_k").k == 200 and CUDSettings("top_k", k="all").edges_kept is None
+        assert CUDSettings("top_k", vector="binary", distance="jaccard", k=10).edges_kept == 10
 
 
 class TestFolds:
@@ -301,13 +301,13 @@ class TestMetric:
     def test_anchors_by_id(self):
         context = make_context()
         ids = list(context.forget["sample_id"])
-        found = cud(context, anchors={"easy": ids[:4], "hard": ids[-4:]}, variant="paper", k="all")
+        found = cud(context, anchors={"easy": ids[:4], "hard": ids[-4:]}, variant="top_k", k="all")
         fold = context.fold
         for row in range(12):
             easy = [i for i in range(4) if fold[i] != fold[row]]
             hard = [i for i in range(8, 12) if fold[i] != fold[row]]
             expected = cud_scores(
-                context.edges[[row]], context.edges[easy], context.edges[hard], CUDSettings("paper", k="all")
+                context.edges[[row]], context.edges[easy], context.edges[hard], CUDSettings("top_k", k="all")
             )
             assert found[row] == pytest.approx(expected[0])
 
@@ -425,7 +425,7 @@ class TestMetric:
     def test_empty_circuits_are_named(self):
         context = make_context()
         context.edges[4] = 0
-        for metric in (lambda c: cud(c, variant="paper"), circuit_mass):
+        for metric in (lambda c: cud(c, variant="top_k"), circuit_mass):
             with pytest.raises(ValueError, match=context.forget["sample_id"][4]):
                 metric(context)
 

@@ -189,3 +189,55 @@ def test_a_spreadsheet_finds_no_formula(tmp_path):
     again = DifficultyScores.load(path)
     assert again.ids == ids and again.metrics == ["=cmd", "loss"]
     assert again["loss"].tolist() == scores["loss"].tolist()
+
+
+class TestTheAuthorsSelection:
+    """`ranked_scores.csv` and `selected_samples.json` as the authors' package `cud_difficulty` writes them."""
+
+    HEAD = "method,sample_id,score,easy_rank,hard_rank\n"
+
+    def test_ranked_scores(self, tmp_path):
+        path = tmp_path / "ranked_scores.csv"
+        rows = [
+            "GA,0,0.5,2.0,2.0",
+            "GA,1,0.9,3.0,1.0",
+            "GA,2,0.1,1.0,3.0",
+            "NPO,0,7,1.0,3.0",
+            "NPO,1,5,2.0,2.0",
+            "NPO,2,3,3.0,1.0",
+        ]
+        path.write_text(self.HEAD + "\n".join(rows) + "\n")
+        scores = DifficultyScores.published(path, ["x", "y", "z"])
+        assert scores.metrics == ["GA", "NPO"]
+        assert scores["GA"].tolist() == [0.5, 1.0, 0.0] and scores["NPO"].tolist() == [0.0, 0.5, 1.0]
+        path.write_text(self.HEAD + "\n".join(reversed(rows)) + "\n")
+        again = DifficultyScores.published(path, ["x", "y", "z"])
+        assert again["GA"].tolist() == [0.5, 1.0, 0.0]
+        with pytest.raises(ValueError, match="has a ranking for each method: read it with DifficultyScores.published"):
+            DifficultyScores.load(path)
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ("GA,0,1,1.0,2.0\nGA,1,2,1.0,1.0\n", "is no ranking from 1 to 2"),
+            ("GA,0,1,1.0,2.0\nGA,0,2,2.0,1.0\n", "ranks 1 different samples of 2"),
+            ("GA,0,1,1.0,2.0\n", "ranks 1 different samples of 2"),
+            ("GA,0,1,1.0,2.0\nGA,9,2,2.0,1.0\n", "names '9', which is neither"),
+            ("GA,0,1,low,2.0\nGA,1,2,2.0,1.0\n", "column 'easy_rank' of .* holds no numbers"),
+            ("GA,0,1,,2.0\nGA,1,2,2.0,1.0\n", "has gaps"),
+        ],
+    )
+    def test_what_does_not_fit(self, tmp_path, rows, message):
+        path = tmp_path / "ranked_scores.csv"
+        path.write_text(self.HEAD + rows)
+        with pytest.raises(ValueError, match=message):
+            DifficultyScores.published(path, ["x", "y"])
+
+    def test_selected_samples(self, tmp_path):
+        path = tmp_path / "selected_samples.json"
+        content = {"easy": [2], "hard": [0], "metadata": {"easy": "low", "num_samples": 1, "score_paths": ["a.pt"]}}
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        assert DifficultyScores.published(path, ["x", "y", "z"])["published"].tolist() == [1.0, 0.5, 0.0]
+        path.write_text(json.dumps({**content, "hard": [2]}))
+        with pytest.raises(ValueError, match="calls sample 'z' both easy and hard"):
+            DifficultyScores.published(path, ["x", "y", "z"])

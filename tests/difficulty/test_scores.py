@@ -16,7 +16,7 @@ from cud_trainer.difficulty import Buckets
 from cud_trainer.files import atomic_write, check_output_dir
 from cud_trainer.models.fingerprint import model_fingerprint
 
-ALL = ["cud", "cud_paper", "circuit_mass", "loss", "length"]
+ALL = ["cud", "cud_top_k", "circuit_mass", "loss", "length"]
 
 
 def make(**provenance) -> DifficultyScores:

@@ -77,7 +77,7 @@ def test_the_interval_is_over_seeds():
     assert table["rows"][-1]["cells"][0] in text
 
 
-def test_cud_paper_is_called_what_it_is():
+def test_cud_top_k_is_called_what_it_is():
     half = stats.Interval(0.5, 0.4, 0.6)
     figures = {"kind": "circuit", "spearman": half, "partial": half, "auroc": half}
     rows = [PredictorRow(metric=name, label=name, **figures) for name in demo.DIFFICULTY_METRICS]

@@ -5,10 +5,11 @@
 with d a distance between circuits (1 - cosine in the paper), E and H the anchor circuits: those of samples known to be
 easy and hard to unlearn, on the original model.
 
-No variant here is the score as published. The authors attribute by exact node-wise interpolation, choose 75 edges
-greedily, compare binary vectors, and make anchors as the raw mean of samples of the very set that is scored.
-`"paper"` takes their formula, by default with one-pass EAP, the 200 strongest edges with their signs, and cross-fitted
-anchors that are means of circuits scaled to unit length.
+`"paper"` is the score as the authors' code computes it: exact node-wise interpolation, 75 edges chosen greedily from
+the logits up and pruned, binary vectors, anchors that are the circuit of the raw mean of the anchor samples' edge
+scores. What differs: anchors are cross-fitted here, and a sample whose circuit is empty (0.5 there) is an error that
+names it. `"top_k"` is a cheap relative: one-pass EAP, the 200 strongest edges with their signs, anchors that are means
+of circuits scaled to unit length.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from .settings import CUDSettings
 PENALTIES = np.logspace(-3, 4, 15)
 
 
-def anchor_circuit(edges: Tensor) -> Tensor:
-    """Mean of the samples' edge scores after scaling each to unit length, `[E]` from `[n, E]`."""
+def anchor_circuit(edges: Tensor, *, raw: bool = False) -> Tensor:
+    """Mean of the samples' edge scores, `raw` or after scaling each to unit length, `[E]` from `[n, E]`."""
+    if raw:
+        return edges.mean(0)
     norms = length(edges)
     return (edges / norms.where(norms > 0, torch.ones_like(norms))).mean(0)
 
@@ -54,11 +57,12 @@ def circuits_of(edges: Tensor, settings: CUDSettings, graph: Graph | None = None
         return circuit_vectors(edges, kind=kind, k=settings.edges_kept)
     if graph is None:
         raise ValueError("greedy selection and pruning need the graph of the edges")
+    assert settings.selection is not None
     k = settings.edges_kept
     mask = select_circuits(
-        edges, graph, selection="all" if k is None else settings.selection, k=k, prune=settings.prune
+        edges, graph, selection="all" if k is None else settings.selection, k=k, prune=bool(settings.prune)
     )
-    return circuit_vectors(edges * mask, kind=kind)
+    return mask.to(edges) if kind == "binary" else circuit_vectors(edges * mask, kind=kind)
 
 
 def cud_scores(
@@ -93,8 +97,8 @@ def cud_scores(
 
         circuits = vectors(edges)
         assert settings.distance is not None
-        to_easy = distance(circuits, vectors(anchor_circuit(easy)[None]), settings.distance)
-        to_hard = distance(circuits, vectors(anchor_circuit(hard)[None]), settings.distance)
+        to_easy = distance(circuits, vectors(anchor_circuit(easy, raw=settings.raw_anchors)[None]), settings.distance)
+        to_hard = distance(circuits, vectors(anchor_circuit(hard, raw=settings.raw_anchors)[None]), settings.distance)
     total = to_easy + to_hard
     return (to_easy / total.where(total > 0, torch.full_like(total, torch.nan))).double().numpy()
 

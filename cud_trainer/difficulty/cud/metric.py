@@ -1,4 +1,4 @@
-"""The metrics `cud` and `cud_paper`: anchors or a fit from everyone else's fold, a score for each sample."""
+"""The metrics `cud`, `cud_paper` and `cud_top_k`: anchors or a fit from the other folds, a score for each sample."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...circuits import circuit_vectors
+from ...circuits import Graph
 from ...files import check_new_file
-from ...models.matrices import gradients_by_sample
 from ..context import DifficultyContext
 from ..registry import register_metric
-from .anchors import AnchorBank, agreement, extremes, given_sides
+from .anchors import agreement, extremes, given_sides
+from .bank import AnchorBank, Folds
+from .features import blocks, default_features, sample_features
 from .formula import calibrated_scores, circuits_of, cud_scores, log_standardisation
-from .settings import FEATURES, CUDSettings
+from .settings import CIRCUIT_FEATURES, FEATURES, PAPER_CIRCUITS, CUDSettings, checked_features
 
 METHODS = ("ga", "graddiff", "npo", "simnpo")
 
@@ -37,21 +38,46 @@ def _variant(variant: str | None, anchors: Any) -> str:
     return "log" if isinstance(anchors, dict) or anchors == "agreement" else "calibrated"
 
 
+def _bank_of(anchors: Any) -> AnchorBank | None:
+    """The anchor bank that `anchors` are or name, if they do; `ValueError` for a file that is none."""
+    if isinstance(anchors, AnchorBank):
+        return anchors
+    if not isinstance(anchors, str) or anchors in ("calibration", "agreement"):
+        return None
+    return AnchorBank.load(anchors)
+
+
+def _needs_circuits(*, variant: str | None, features: Sequence[str] | None, anchors: Any, **others: Any) -> bool:
+    """Whether the `cud` metric computes edge scores with these options."""
+    if _variant(variant, anchors) != "calibrated":
+        return True
+    names = checked_features(features)
+    if names is None:
+        bank = _bank_of(anchors)
+        names = FEATURES if bank is None else bank.feature_names
+    return any(name in CIRCUIT_FEATURES for name in names)
+
+
+def _uses_folds(*, anchors: Any, **others: Any) -> bool:
+    """Whether it needs folds whatever the samples are: with a bank only those that are in it do."""
+    return isinstance(anchors, dict) or anchors in ("calibration", "agreement")
+
+
 def _check_anchors(settings: CUDSettings, anchors: Any, methods: Sequence[str], at_least: int) -> None:
-    if not isinstance(anchors, (str, dict)):
+    if not isinstance(anchors, (str, dict, AnchorBank)):
         raise ValueError(
             f"anchors must be 'calibration', 'agreement', a dict of easy and hard ids or a path, got {anchors!r}"
         )
     if settings.variant == "calibrated" and (isinstance(anchors, dict) or anchors == "agreement"):
         raise ValueError("the CUD variant 'calibrated' is fitted to a calibration run: it has no anchors to be given")
-    if anchors == "agreement":
+    if isinstance(anchors, str) and anchors == "agreement":
         if isinstance(methods, str) or len(set(methods)) < 2:
             raise ValueError(f"methods must be a list of two or more objectives, got {methods!r}")
         if isinstance(at_least, bool) or not isinstance(at_least, int) or not 1 <= at_least <= len(methods):
             raise ValueError(f"at_least must be from 1 to {len(methods)}, the number of methods, got {at_least!r}")
 
 
-@register_metric("cud", needs_circuits=True, cross_fitted=True, check=_check_cud)
+@register_metric("cud", needs_circuits=_needs_circuits, cross_fitted=_uses_folds, check=_check_cud)
 def cud(
     context: DifficultyContext,
     *,
@@ -60,8 +86,8 @@ def cud(
     k: int | str | None = None,
     distance: str | None = None,
     anchor_share: float = 0.25,
-    selection: str = "top_k",
-    prune: bool = False,
+    selection: str | None = None,
+    prune: bool | None = None,
     features: Sequence[str] | None = None,
     anchors: Any = "calibration",
     methods: Sequence[str] = METHODS,
@@ -73,8 +99,8 @@ def cud(
     Cross-fitted: the anchors (or the fit) that score a sample are made without it and without the rest of its fold.
 
     Args:
-        variant: `"calibrated"`, `"log"` or `"paper"`, see `CUDSettings`; by default `"calibrated"`, or `"log"` where
-            the anchors are given or agreed on and there is nothing to fit.
+        variant: `"calibrated"`, `"log"`, `"top_k"` or `"paper"`, see `CUDSettings`; by default `"calibrated"`, or
+            `"log"` where the anchors are given or agreed on and there is nothing to fit.
         vector: see `CUDSettings`.
         k: see `CUDSettings`.
         distance: see `CUDSettings`.
@@ -82,38 +108,41 @@ def cud(
         selection: see `CUDSettings`.
         prune: see `CUDSettings`.
         features: see `CUDSettings`. Without them, gradients are left out where single samples have none (quantised
-            weights).
+            weights), and of an anchor bank all that it has are taken.
         anchors: `"calibration"` (the samples a short unlearning run leaves least and most memorised), `"agreement"`
             (those that several unlearning methods agree on, as in the paper), a dict `{"easy": [ids], "hard": [ids]}`
-            of forget samples, or the path of a saved anchor bank.
+            of forget samples, or an `AnchorBank` or the path of a saved one, which must be of this model.
         methods: for `"agreement"`: objectives to calibrate with, a run each.
         at_least: for `"agreement"`: how many of them must agree.
         save_anchors: write the anchor bank of the whole forget set to this path (not with a bank as `anchors`).
 
     Raises:
-        ValueError: for unknown options or ids, a bank of another graph, or an undefined score (an empty circuit),
+        ValueError: for unknown options or ids, a bank of another model, or an undefined score (an empty circuit),
             naming the sample.
     """
     variant = _variant(variant, anchors)
-    if features is None and variant == "calibrated" and not gradients_by_sample(context.model):
-        # quantised weights (QLoRA) and fused experts have no gradient of single samples
-        features = [name for name in FEATURES if name != "gradients"]
+    bank = _bank_of(anchors)
+    if features is None and variant == "calibrated":
+        features = default_features(context) if bank is None else bank.feature_names
     settings = CUDSettings(variant, vector, k, distance, anchor_share, selection, prune, features)  # type: ignore[arg-type]
     _check_anchors(settings, anchors, methods, at_least)
+    if settings.variant == "paper" and (bank is not None or save_anchors is not None):
+        raise ValueError("the CUD variant 'paper' has circuits of its own, which no anchor bank keeps")
     # Cheap checks of the user's input come before the circuits.
     if save_anchors is not None:
         check_new_file(save_anchors, overwrite=False)
-    if isinstance(anchors, str) and anchors not in ("calibration", "agreement"):
+    if bank is not None:
         if save_anchors is not None:
             raise ValueError(f"save_anchors has nothing new to save: the anchors are those of {anchors}")
-        source, folds = _from_bank(context, settings, anchors)
+        scores = _from_bank(context, settings, bank)
     else:
         source, folds = _from_forget_set(context, settings, anchors, methods, at_least)
-    score = _fitted if settings.variant == "calibrated" else _compared
-    scores = score(context, settings, source, folds)
+        score = _fitted if settings.variant == "calibrated" else _compared
+        scores = score(context, settings, source, folds)
+        if save_anchors is not None:
+            _check_defined(scores, context, settings)
+            source.bank(context, settings).save(save_anchors)
     _check_defined(scores, context, settings)
-    if save_anchors is not None:
-        source.bank(context, settings.anchor_share).save(save_anchors)
     return scores
 
 
@@ -127,7 +156,7 @@ class _Source:
         runs: residuals of several methods that must agree, `at_least` of them.
     """
 
-    edges: Tensor
+    edges: Tensor | None
     residual: np.ndarray
     features: dict[str, Tensor]
     side: np.ndarray | None = None
@@ -144,34 +173,28 @@ class _Source:
             easy, hard = extremes(self.residual[rows], share)
         return rows[easy], rows[hard]
 
-    def bank(self, context: DifficultyContext, share: float) -> AnchorBank:
+    def bank(self, context: DifficultyContext, settings: CUDSettings) -> AnchorBank:
         """All samples of the forget set, with their anchors. A calibrated fit uses none, but its run has them, too."""
         side = torch.zeros(len(self.residual), dtype=torch.int8)
-        for number, rows in zip((-1, 1), self.anchors(np.arange(len(side)), share), strict=True):
+        for number, rows in zip((-1, 1), self.anchors(np.arange(len(side)), settings.anchor_share), strict=True):
             side[torch.from_numpy(rows)] = number
-        return AnchorBank(
-            context.forget.ids,
-            self.edges,
-            torch.from_numpy(self.residual),
-            side,
-            context.graph.fingerprint,
-            dict(context.circuit_settings),
-            self.features,
-        )
+        compared = settings.features is None
+        return AnchorBank.of(context, self.residual, side, settings.features or (), self.features, keep_edges=compared)
 
 
-# For each fold, the rows of the forget set that it scores and the rows of the source that score them.
-Folds = list[tuple[np.ndarray, np.ndarray]]
-
-
-def _from_bank(context: DifficultyContext, settings: CUDSettings, path: str) -> tuple[_Source, Folds]:
-    """A saved bank; samples of the forget set that are in it score the other folds only."""
-    bank = AnchorBank.load(path)
-    bank.check(context.graph.fingerprint, context.circuit_settings)
-    _check_bank(bank, settings, path)
-    ids = context.forget.ids
-    folds = [(test, bank.without({ids[row] for row in test})) for test in _held_out(context)]
-    return _Source(bank.edges, bank.residual.numpy(), bank.features, side=bank.side.numpy()), folds
+def _from_bank(context: DifficultyContext, settings: CUDSettings, bank: AnchorBank) -> np.ndarray:
+    """Scores from a bank; samples of the forget set that are in it score the other folds only."""
+    names = settings.features or ("edges",)
+    if settings.features is not None:
+        bank.check_fit(names)
+    elif bank.edges is None:
+        raise ValueError(f"the anchor bank has no circuits, which the CUD variant {settings.variant!r} compares")
+    bank.check_context(context, names)
+    folds = bank.folds(context)
+    if settings.features is not None:
+        return bank.fitted(context, names, folds)
+    source = _Source(bank.edges, bank.residual.numpy(), bank.features, side=bank.side.numpy())
+    return _compared(context, settings, source, folds)
 
 
 def _from_forget_set(
@@ -185,8 +208,10 @@ def _from_forget_set(
         raise ValueError("a fold holds all easy or all hard anchors; give more anchor ids or more folds")
     runs = [context.residual_of(name) for name in methods] if anchors == "agreement" else None
     residual = context.residual if anchors == "calibration" else np.full(len(ids), np.nan)
-    features = _features(context, settings)
-    return _Source(context.edges, residual, features, side=side, runs=runs, at_least=at_least), folds
+    names = settings.features or ()
+    features = sample_features(context, names)
+    edges = _circuits(context, settings)[0] if "edges" in names or settings.features is None else None
+    return _Source(edges, residual, features, side=side, runs=runs, at_least=at_least), folds
 
 
 def _held_out(context: DifficultyContext) -> list[np.ndarray]:
@@ -195,18 +220,14 @@ def _held_out(context: DifficultyContext) -> list[np.ndarray]:
 
 
 def _fitted(context: DifficultyContext, settings: CUDSettings, source: _Source, folds: Folds) -> np.ndarray:
-    """Scores by a fit to the source's residual memorisation, `[N]`."""
-    features = _features(context, settings)
-    blocks = _blocks(context.edges, features, settings)
-    one_set = source.edges is context.edges  # else a bank, whose samples have no groups here
-    source_blocks = blocks if one_set else _blocks(source.edges, source.features, settings)
-    groups = context.groups if one_set else None
+    """Scores by a fit to the other samples' residual memorisation, `[N]`."""
+    made, groups = blocks(source.edges, source.features, settings.features or ()), context.groups
     scores = np.full(len(context.forget), np.nan)
     for test, rows in folds:
         scores[test] = calibrated_scores(
-            [block[rows] for block in source_blocks],
+            [block[rows] for block in made],
             source.residual[rows],
-            [block[test] for block in blocks],
+            [block[test] for block in made],
             None if groups is None else [groups[row] for row in rows],
         )
     return scores
@@ -214,52 +235,27 @@ def _fitted(context: DifficultyContext, settings: CUDSettings, source: _Source, 
 
 def _compared(context: DifficultyContext, settings: CUDSettings, source: _Source, folds: Folds) -> np.ndarray:
     """Scores by the distances to the source's anchors, `[N]`."""
+    assert source.edges is not None
+    edges, graph = _circuits(context, settings)
     scores = np.full(len(context.forget), np.nan)
     for test, rows in folds:
         easy, hard = source.anchors(rows, settings.anchor_share)
         standardisation = log_standardisation(source.edges[rows]) if settings.vector == "log" else None
-        scores[test] = cud_scores(
-            context.edges[test], source.edges[easy], source.edges[hard], settings, standardisation, context.graph
-        )
+        scores[test] = cud_scores(edges[test], source.edges[easy], source.edges[hard], settings, standardisation, graph)
     return scores
 
 
-def _features(context: DifficultyContext, settings: CUDSettings) -> dict[str, Tensor]:
-    """Features beside the edges that a calibrated fit asks for, `[N, p]` each."""
-    wanted = settings.features or ()
-    features = {}
-    if "hidden" in wanted:
-        features["hidden"] = context.forget_outputs["hidden"]
-    if "gradients" in wanted:
-        features["gradients"] = 0.5 * context.gradients["squares"].double().clamp(min=1e-30).log()
-    if "outputs" in wanted:
-        names = ("mean_logps", "lengths", "margin", "entropy")
-        features["outputs"] = torch.stack([context.forget_outputs[name].double() for name in names], 1)
-    return features
-
-
-def _blocks(edges: Tensor, features: dict[str, Tensor], settings: CUDSettings) -> list[np.ndarray]:
-    """Blocks of features of all samples, in the order of `settings.features`, float64 `[N, p]` each."""
-    by_name = {"edges": circuit_vectors(edges, kind="log"), **features}
-    return [by_name[name].double().numpy() for name in settings.features or ()]
-
-
-def _check_bank(bank: AnchorBank, settings: CUDSettings, path: str) -> None:
-    """Raise `ValueError` when the bank lacks what a calibrated fit needs."""
-    if settings.variant != "calibrated":
-        return
-    if not torch.isfinite(bank.residual).all():
-        raise ValueError(f"the anchor bank {path} has anchors given by hand: a calibrated fit needs a calibration run")
-    lacking = [name for name in settings.features or () if name != "edges" and name not in bank.features]
-    if lacking:
-        raise ValueError(f"the anchor bank {path} has no features {lacking}; it has {['edges', *bank.features]}")
+def _circuits(context: DifficultyContext, settings: CUDSettings) -> tuple[Tensor, Graph]:
+    """Edge scores and graph that a variant compares: those of the run, but for the score as published."""
+    return context.circuits(PAPER_CIRCUITS if settings.variant == "paper" else None)
 
 
 def _check_defined(scores: np.ndarray, context: DifficultyContext, settings: CUDSettings) -> None:
     """Raise `ValueError` naming the first sample without a score."""
     ids = context.forget.ids
     if settings.vector != "log":
-        empty = (circuits_of(context.edges, settings, context.graph) == 0).all(1).nonzero().flatten().tolist()
+        edges, graph = _circuits(context, settings)
+        empty = (circuits_of(edges, settings, graph) == 0).all(1).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
                 f"{len(empty)} of {len(ids)} samples have an empty circuit, the first is {ids[empty[0]]!r}: CUD is "
@@ -277,8 +273,46 @@ def _check_paper(owner: str, **options: Any) -> None:
     _check_cud(owner, variant="paper", **options)
 
 
+def _check_top_k(owner: str, **options: Any) -> None:
+    _check_cud(owner, variant="top_k", **options)
+
+
 @register_metric("cud_paper", needs_circuits=True, cross_fitted=True, check=_check_paper)
 def cud_paper(
+    context: DifficultyContext,
+    *,
+    k: int | str | None = None,
+    prune: bool | None = None,
+    anchors: Any = "calibration",
+    methods: Sequence[str] = METHODS,
+    at_least: int = 3,
+    anchor_share: float = 0.25,
+) -> np.ndarray:
+    """CUD as published (Cheng et al. 2026, arXiv 2601.09624), in [0, 1], with cross-fitted anchors. To be reported.
+
+    Exact node-wise interpolation in 5 steps with the zero baseline, key and value heads once per query head, whatever
+    `circuit_args` say: (1 + 2 layers) 5 backward passes, of which those through the layers before a node are saved; 75
+    edges (`k`) chosen greedily from the logits up and pruned; binary vectors; anchors that are the circuit of the raw
+    mean. The authors' anchors are 50 easy and 50 hard samples of 400 that 3 of 5 methods agree on: that is
+    `anchors="agreement"` with `anchor_share=0.125` and `methods` of your choice.
+
+    Raises:
+        ValueError: as `cud`; for an empty circuit, where the authors' code says 0.5.
+    """
+    return cud(
+        context,
+        variant="paper",
+        k=k,
+        prune=prune,
+        anchors=anchors,
+        methods=methods,
+        at_least=at_least,
+        anchor_share=anchor_share,
+    )
+
+
+@register_metric("cud_top_k", needs_circuits=True, cross_fitted=True, check=_check_top_k)
+def cud_top_k(
     context: DifficultyContext,
     *,
     k: int | str | None = None,
@@ -291,13 +325,12 @@ def cud_paper(
 ) -> np.ndarray:
     """CUD's formula on the 200 strongest edges with their signs, cosine: inspired by the paper, not as published.
 
-    The authors take exact node-wise interpolation, 75 greedily chosen edges, binary vectors and anchors that are raw
-    means over the scored set; this takes one-pass EAP (by default), top `k`, signed vectors and cross-fitted anchors
-    that are means of circuits scaled to unit length. To be reported beside `cud`.
+    One-pass EAP (by default) and cross-fitted anchors that are means of circuits scaled to unit length. Scores that
+    earlier versions call `cud_paper` are this.
     """
     return cud(
         context,
-        variant="paper",
+        variant="top_k",
         k=k,
         selection=selection,
         prune=prune,
