@@ -132,9 +132,9 @@ def layer_drops(
     drops = np.zeros((len(samples), len(decoder_layers(original)[1])))
     with evaluation_mode(original), evaluation_mode(source):
         for rows, batch in samples.batches(batch_size, device=embedding_device(original), desc=desc):
-            whole = score_answers(original, batch).mean_logps.double()
+            whole = score_answers(original, batch).mean_logps
             patched = patched_logps(original, batch, layer_states(source, batch))
-            drops[rows] = (whole - patched).T.cpu().numpy()
+            drops[rows] = (whole.cpu().double() - patched).T.numpy()
     return drops
 
 
@@ -250,7 +250,7 @@ def patched_logps(
                 put = partial(_put, slice(place * size, (place + 1) * size), positions, own, states[number])
                 stack.callback(layers[at[number]].register_forward_hook(put).remove)
             found.append(score_answers(model, stacked).mean_logps.view(len(numbers), size))
-    return torch.cat(found).double()
+    return torch.cat(found).cpu().double()
 
 
 def _put(

@@ -31,7 +31,7 @@ def gradient_norms(
     with evaluation_mode(model):
         for rows, batch in samples.batches(batch_size, device=embedding_device(model), desc=desc):
             squares = sample_gradients(model, batch)["squares"][:, own]
-            norms[rows] = squares.double().sum(1).sqrt().numpy()
+            norms[rows] = squares.cpu().double().sum(1).sqrt().numpy()
     return norms
 
 

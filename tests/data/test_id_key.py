@@ -14,7 +14,7 @@ from builders import make_tokenizer, qa_dataset
 from cud_trainer import DifficultyScores
 from cud_trainer.data import prepare_dataset
 from cud_trainer.data.ids import KEY_FILE, IdKey, key_for, use_id_key, without_hashes
-from cud_trainer.difficulty.cud.anchors import AnchorBank
+from cud_trainer.difficulty import AnchorBank
 from cud_trainer.schedule import Schedule
 
 

@@ -188,7 +188,7 @@ class TestFormula:
             ({"variant": "top_k", "k": 0}, "k must be a positive number of edges or 'all'"),
             ({"anchor_share": 0.7}, "anchor_share must be in"),
             ({"variant": "log", "distance": "hamming"}, "compared by cosine"),
-            ({"vector": "signed"}, "'calibrated' reads log edge scores; 'signed' vectors are for 'paper'"),
+            ({"vector": "signed"}, "'calibrated' reads log edge scores; 'signed' vectors are for 'top_k'"),
             ({"variant": ["log"]}, "unknown CUD variant \\['log'\\]"),
             ({"variant": "top_k", "distance": ["cosine"]}, "unknown circuit distance"),
             ({"variant": "top_k", "k": "many"}, "or 'all', got 'many'"),
@@ -319,11 +319,11 @@ class TestMetric:
             (3, "anchors must be 'calibration'"),
             ("missing.safetensors", "cannot read an anchor bank"),
             (
-                {"easy": ["106ef231441914ce"], "hard": ["106ef231441914ce"]},
-                "'106ef231441914ce' is both an easy and a hard",
+                {"easy": ["sha256:106ef231441914ce"], "hard": ["sha256:106ef231441914ce"]},
+                "'sha256:106ef231441914ce' is both an easy and a hard",
             ),
             ({"easy": [], "hard": []}, "give more anchor ids"),
-            ({"easy": ["106ef231441914ce"], "hard": ["f9a0ba90095ddf34"]}, "a fold holds all easy or all hard anchors"),
+            ({"easy": ["sha256:106ef231441914ce"], "hard": ["sha256:f9a0ba90095ddf34"]}, "a fold holds all easy or all hard anchors"),
         ],
     )
     def test_anchor_refusals_come_before_the_circuits(self, anchors, message, monkeypatch):
@@ -337,14 +337,16 @@ class TestMetric:
         plain = cud(make_context(), variant="log", save_anchors=str(path))
         bank = AnchorBank.load(path)
         context = make_context()
-        ids = list(context.forget["sample_id"])
+        names = list(context.forget["sample_id"])
+        (key,) = bank.keys
+        ids = [key.keyed(name) for name in names]
         assert bank.easy_ids == ids[:3] and bank.hard_ids == ids[-3:]
         again = cud(context, variant="log", anchors=str(path))
         assert np.corrcoef(plain, again)[0, 1] > 0.5  # other anchors per fold, the same direction
         row = ids.index(bank.easy_ids[0])  # an anchor sample is scored by the others
-        held_out = {ids[i] for i in np.flatnonzero(context.fold == context.fold[row])}
-        rows = bank.without(held_out)
-        assert {bank.ids[other] for other in rows} == set(ids) - held_out
+        held_out = np.flatnonzero(context.fold == context.fold[row])
+        rows = bank.without({names[i] for i in held_out})
+        assert {bank.ids[other] for other in rows} == set(ids) - {ids[i] for i in held_out}
         easy, hard = (bank.edges[rows][bank.side[rows] == side] for side in (-1, 1))
         expected = cud_scores(
             context.edges[[row]], easy, hard, CUDSettings("log"), log_standardisation(bank.edges[rows])
@@ -380,7 +382,7 @@ class TestMetric:
         ):
             with pytest.raises(ValueError, match=message):
                 cud(other, anchors=anchors, **options)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["bank.safetensors", "small.safetensors"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["bank.safetensors", "ids.key", "small.safetensors"]
 
     @pytest.mark.parametrize("ungroup_kv", [False, True])
     def test_the_graph_is_that_of_the_circuits(self, ungroup_kv):

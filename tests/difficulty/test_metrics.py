@@ -11,6 +11,7 @@ from oracle import CASES, double_precision, make_case
 
 from cud_trainer import score_difficulty
 from cud_trainer.data import prepare_samples
+from cud_trainer.data.ids import id_key_kept_in
 from cud_trainer.difficulty import METRICS, AnchorBank, DifficultyContext, DifficultyScores
 from cud_trainer.difficulty import metrics as M
 from cud_trainer.difficulty.circuit_metrics import signature
@@ -345,7 +346,10 @@ class TestCalibrated:
         assert np.isfinite(again).all() and np.ptp(again) > 0
         with pytest.raises(ValueError, match=r"no features \['gradients'\]; it has \['edges', 'hidden'\]"):
             cud(later, anchors=path, variant="calibrated", features=["gradients"])
-        cud(make_context(), anchors={"easy": bank.easy_ids, "hard": bank.hard_ids}, save_anchors=path + "2")
+        with pytest.raises(ValueError, match="is not a forget sample; give the key of these ids as id_key"):
+            cud(make_context(), anchors={"easy": bank.easy_ids, "hard": bank.hard_ids})
+        with id_key_kept_in(tmp_path):
+            cud(make_context(), anchors={"easy": bank.easy_ids, "hard": bank.hard_ids}, save_anchors=path + "2")
         with pytest.raises(ValueError, match="anchors given by hand"):
             cud(later, anchors=path + "2", **options)
         np.testing.assert_array_equal(  # the log variant takes what both files agree on

@@ -324,6 +324,8 @@ class TestScoring:
     def test_refusals_come_before_the_model_runs(self, options, message, monkeypatch):
         model = make_model(0)
         monkeypatch.setattr(model, "forward", lambda *a, **k: pytest.fail("the model ran"))
+        # Two samples of it, to see whether figures are of one sample: that may come before options of a metric.
+        monkeypatch.setattr("cud_trainer.scoring.score.check_padding", lambda *a: None)
         with pytest.raises(ValueError, match=message):
             score_difficulty(model, qa_dataset(10), **{"processing_class": make_tokenizer(), **options})
 
