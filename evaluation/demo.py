@@ -35,6 +35,7 @@ from cud_trainer.scoring.calibration import CalibrationSettings
 from cud_trainer.typed import check_options
 
 from . import demo_report
+from .commands.help import DEMO
 from .demo_report import ARMS, BUCKETS, OBJECTIVES
 from .report.cells import means
 from .report.circuits import strongest_edges
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
     """Entry point of `cud demo`."""
     from cud_trainer.commands.parser import parse_options
 
-    (args,) = parse_options((DemoArguments,), argv, "cud demo")
+    (args,) = parse_options((DemoArguments,), argv, "cud demo", about=DEMO)
     with output_directory(args.output_dir, DEMO_FILES, inputs={}, overwrite=args.overwrite) as folder:
         if args.overwrite:
             clear(folder, DEMO_FILES)

@@ -21,6 +21,7 @@ from ..data.formats import FOREIGN
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
 from ..models.loading import tokenizer_home
+from .help import About
 from .parser import parse_options
 
 # Options of all commands that name what is read.
@@ -237,7 +238,7 @@ def model_options(model_args: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def parse_command(first: type, argv: list[str], program: str) -> tuple[Any, CUDConfig, ModelConfig]:
-    data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program)
+def parse_command(first: type, argv: list[str], program: str, about: About) -> tuple[Any, CUDConfig, ModelConfig]:
+    data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program, about=about)
     args.group_column = args.group_column or data_args.natural_group
     return data_args, args, model_args

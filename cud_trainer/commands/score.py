@@ -20,7 +20,26 @@ from ..objectives.alternatives import with_alternatives
 from ..ownership import check_no_input, check_output_file, owned, same_file
 from ..resumable import WorkDir, remove_work
 from ..scoring import check_metrics, score_difficulty
+from .help import About
 from .options import ScoreArguments, inputs_of, load_tokenizer, model_options, parse_command
+
+ABOUT = About(
+    what="Score how hard each forget sample will be to unlearn; no text is written.",
+    usage="--model_name_or_path MODEL --forget_dataset FILE [--retain_dataset FILE] [--output FILE.parquet] "
+    "[--OPTION VALUE ...]",
+    examples=[
+        (
+            "CUD and the trivial baselines, with folds that never split an author",
+            "cud score --model_name_or_path MODEL --forget_dataset forget.jsonl --retain_dataset retain.jsonl \\\n"
+            "    --group_column author --output difficulty.parquet",
+        ),
+        (
+            "metrics without calibration or circuits: one pass",
+            "cud score --config recipes/own_data.yaml --model_name_or_path MODEL --metrics loss length",
+        ),
+        ("Names of metrics: cud list metrics. Recipes: recipes/own_data.yaml, recipes/tofu/*.yaml in a clone.", ""),
+    ],
+)
 
 
 def score_model(
@@ -64,7 +83,7 @@ def score_model(
 
 def score(argv: list[str]) -> int:
     """`cud score`."""
-    data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score")
+    data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score", ABOUT)
     check_new_file(data_args.output, args.overwrite)
     work_dir = Path(data_args.work_dir or f"{data_args.output}.work").expanduser()
     _check_files(data_args, model_args, work_dir)

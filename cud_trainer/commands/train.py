@@ -13,14 +13,35 @@ from ..difficulty import DifficultyScores
 from ..ownership import output_directory
 from ..trainer import CUDTrainer
 from ..training.checkpoints import CHECKPOINTS, RUN_FILES, begun
+from .help import About
 from .options import TrainArguments, inputs_of, load_tokenizer, model_options, parse_command
 
 NOTHING_DONE = 3  # exit code
 
+ABOUT = About(
+    what="Unlearn a forget set with a difficulty-aware schedule.",
+    usage="--model_name_or_path MODEL --forget_dataset FILE --retain_dataset FILE --output_dir FOLDER "
+    "[--OPTION VALUE ...]",
+    examples=[
+        (
+            "your own samples, options in a file; a line here goes before it",
+            "cud train --config recipes/own_data.yaml --model_name_or_path MODEL --retain_weight 4",
+        ),
+        (
+            "an adapter, with scores made before",
+            "cud train --config recipes/own_data.yaml --model_name_or_path MODEL \\\n"
+            "    --use_peft true --learning_rate 1e-4 --difficulty_scores difficulty.parquet",
+        ),
+        ("without any difficulty", "cud train --config recipes/tofu/npo.yaml --difficulty none --schedule uniform"),
+        ("Names: cud list objectives schedules metrics steps. Recipes in a clone: recipes/own_data.yaml,", ""),
+        ("recipes/tofu/{ga,graddiff,npo,simnpo,rmu}.yaml, recipes/private_text/unlearn.yaml, recipes/muse, wmdp.", ""),
+    ],
+)
+
 
 def train(argv: list[str]) -> int:
     """`cud train`."""
-    data_args, args, model_args = parse_command(TrainArguments, argv, "cud train")
+    data_args, args, model_args = parse_command(TrainArguments, argv, "cud train", ABOUT)
     resume: str | bool | None = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"

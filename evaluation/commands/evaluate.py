@@ -29,6 +29,7 @@ from ..report.circuits import circuit_section, mechanism_table, signature_of, st
 from ..report.difficulty import reliability_by_decile
 from ..report.schema import Results, Run, Table
 from ..report.tables import change_table, group_table, line_table, lm_eval_table, relearning_table
+from .help import EVALUATE as ABOUT
 from .inputs import EvaluateArguments, EvaluateInputs, read_inputs
 
 
@@ -87,7 +88,7 @@ def evaluate(argv: list[str]) -> int:
     """Entry point of `cud evaluate`."""
     from ..report.page import write_report
 
-    args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate")
+    args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate", about=ABOUT)
     read = inputs_of(args, model_args)
     with output_directory(args.output_dir, REPORT_FILES, inputs=read, overwrite=args.overwrite) as folder:
         inputs = read_inputs(args, model_args)

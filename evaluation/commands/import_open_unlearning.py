@@ -23,6 +23,7 @@ from ..report.audit import audit_results, check_score_names, measured_tables, pe
 from ..report.difficulty import reliability_by_decile
 from ..report.schema import Results, Run
 from ..report.tables import other_results_table
+from .help import IMPORT as ABOUT
 
 
 @dataclass
@@ -134,7 +135,7 @@ def import_results(
 
 def main(argv: list[str]) -> int:
     """Entry point of `cud import`."""
-    (args,) = parse_options((ImportArguments,), argv, "cud import")
+    (args,) = parse_options((ImportArguments,), argv, "cud import", about=ABOUT)
     with output_directory(args.output_dir, REPORT_FILES, inputs=inputs_of(args), overwrite=args.overwrite) as folder:
         return _import(args, folder, argv)
 

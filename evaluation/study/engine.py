@@ -23,6 +23,7 @@ from cud_trainer.commands.options import DataArguments, inputs_of
 from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
 from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
+from cud_trainer.registry import imported_files
 
 from ..endpoint import worst_quarter
 from .data import StudyData
@@ -84,6 +85,8 @@ class Study:
         self.groups, self.heldout_groups = data.groups, None if heldout is None else heldout.groups
         fingerprints = data.fingerprints + ([] if heldout is None else [heldout.fingerprint])
         base = {"model": _identity_of_model(model_args), "data": fingerprints, "versions": versions()}
+        if imported_files():  # what they register decides on every outcome
+            base["imports"] = [file_hash(path) for path in imported_files()]
         self.reference = reference_cell(args, base)
         self.base = base
         self.scores, self.cells = plan(args, base)
@@ -119,6 +122,7 @@ class Study:
             "model": vars(self.model_args),
             "data": {name: getattr(args, name) for name in names},
             "day": _day_of(folder),
+            "imports": [str(path) for path in imported_files()],
         }
         write_json(folder / "study.json", json.loads(json.dumps({"argv": list(argv), "shared": shared}, default=str)))
         started = time.time()
