@@ -93,9 +93,9 @@ def main(argv: list[str] | None = None) -> int:
 
             check_early(name, rest)
         return pkgutil.resolve_name(COMMANDS[name][1])(rest) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _end_progress_bars()
-        print(f"cud {name}: interrupted", file=sys.stderr)
+        print(f"cud {name}: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("CUD_TRACEBACK"):

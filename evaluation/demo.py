@@ -35,6 +35,7 @@ from cud_trainer.scoring.calibration import CalibrationSettings
 from cud_trainer.typed import check_options
 
 from . import demo_report
+from .commands.endings import last_lines
 from .commands.help import DEMO
 from .demo_report import ARMS, BUCKETS, OBJECTIVES
 from .report.cells import means
@@ -92,7 +93,10 @@ def main(argv: list[str]) -> int:
         report = run_demo(args, command="cud demo " + " ".join(argv))
     for line in report["findings"]:
         print(f"- {line}")
-    print(f"report: {(Path(args.output_dir) / 'report.html').resolve()}")
+    seconds = sum(report["run"]["seconds"].values())
+    following = "open the report; your own samples: cud train --help, recipes/own_data.yaml"
+    done = f"memorised, scored, unlearned and compared in {seconds:.0f} s"
+    print(last_lines(done, Path(args.output_dir) / "report.html", following))
     return 0
 
 

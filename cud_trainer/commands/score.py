@@ -22,6 +22,7 @@ from ..resumable import WorkDir, remove_work
 from ..scoring import check_metrics, score_difficulty
 from .help import About
 from .options import ScoreArguments, inputs_of, load_tokenizer, model_options, parse_command
+from .summary import after_scoring, score_summary
 
 ABOUT = About(
     what="Score how hard each forget sample will be to unlearn; no text is written.",
@@ -131,8 +132,12 @@ def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, 
         return 0
     scores.save(data_args.output, overwrite=args.overwrite)
     remove_work(work_dir)
-    print(f"difficulty of {len(scores)} samples: {data_args.output}")
     print(
         scores.to_pandas()[scores.metrics].describe().loc[["mean", "std", "min", "max"]].to_string(float_format="%.4g")
     )
+    groups = None if args.group_column is None else list(forget[args.group_column])
+    written = data_args.output + (f" and {data_args.save_circuits}" if data_args.save_circuits else "")
+    print("\n".join(score_summary(scores, groups, args.n_buckets)))
+    print(f"difficulty of {len(scores)} samples under {len(scores.metrics)} metrics, higher = harder: {written}")
+    print(after_scoring(data_args.output, {**vars(data_args), **vars(model_args)}))
     return 0

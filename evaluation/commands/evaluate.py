@@ -29,6 +29,7 @@ from ..report.circuits import circuit_section, mechanism_table, signature_of, st
 from ..report.difficulty import reliability_by_decile
 from ..report.schema import Results, Run, Table
 from ..report.tables import change_table, group_table, line_table, lm_eval_table, relearning_table
+from .endings import after_evaluating, last_lines
 from .help import EVALUATE as ABOUT
 from .inputs import EvaluateArguments, EvaluateInputs, read_inputs
 
@@ -99,7 +100,10 @@ def evaluate(argv: list[str]) -> int:
         written = write_report(results, folder, sample_table(inputs, measurements))
     for line in results.findings:
         print(f"- {line}")
-    print(f"report: {written.resolve()}")
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in inputs.sets.items())
+    level = measurements.reference is not None or "holdout" in inputs.sets
+    following = after_evaluating(level, measurements.before is not None)
+    print(last_lines(f"measured {inputs.model_name_or_path} on {sizes} samples", written, following))
     return 0
 
 

@@ -23,6 +23,7 @@ from ..report.audit import audit_results, check_score_names, measured_tables, pe
 from ..report.difficulty import reliability_by_decile
 from ..report.schema import Results, Run
 from ..report.tables import other_results_table
+from .endings import last_lines
 from .help import IMPORT as ABOUT
 
 
@@ -174,7 +175,8 @@ def _import(args: ImportArguments, folder: Path, argv: list[str]) -> int:
     skipped = [name for name, _, _ in after.others()]
     if skipped:
         print(f"- taken over with their single value only: {', '.join(sorted(skipped))}")
-    print(f"report: {written.resolve()}")
+    following = "open the report" if scores is not None else "by difficulty: give --scores (cud score)"
+    print(last_lines(f"read {len(frame)} forget samples of {args.open_unlearning}", written, following))
     return 0
 
 

@@ -101,6 +101,12 @@ class Study:
         with owned(self.folder, "study"):
             yield
 
+    def progress(self) -> str:
+        """How many cells are finished, in a sentence; not all of them need be run (see `runs.reported`)."""
+        cells = [*self.reference, *self.scores, *self.cells]
+        done = sum((self.folder / "cells" / cell.name / "result.json").exists() for cell in cells)
+        return f"{done} cells are finished, of {len(cells)} at most, in {self.folder / 'cells'}."
+
     def run(self, argv: Sequence[str] = (), pool: Pool | None = None) -> Finished:
         """Run what is not finished, in `pool`, or one of its own.
 
