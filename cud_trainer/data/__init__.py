@@ -69,6 +69,7 @@ from .pairs import (
 from .prepare import (
     prepare_dataset,
     prepare_samples,
+    sample_ids,
 )
 from .samples import (
     Samples,
@@ -105,4 +106,5 @@ __all__ = [
     "pad_batch",
     "prepare_dataset",
     "prepare_samples",
+    "sample_ids",
 ]

@@ -324,3 +324,27 @@ def _content(tokens: Tokens) -> str:
     """`content_id` on no day in particular."""
     prompt, ids = tokens.undated or (tokens.prompt, tokens.ids)
     return content_id(ids, 0 if tokens.opens else prompt)
+
+
+def sample_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any) -> list[str]:
+    """The id of each row: the one by which difficulty scores, schedules and reports know it.
+
+    Args:
+        dataset: in any format of `prepare_dataset`.
+        tokenizer: for rows without a column `sample_id` or `id`, whose ids are hashes of their tokens.
+        options: further ones of `prepare_dataset` (a template, ...), the same as when it was scored.
+
+    Raises:
+        ValueError: when there is neither a column of ids nor a tokenizer, or two rows have the same id.
+    """
+    column = id_column(dataset.column_names)
+    if column is not None:
+        names = [str(name) for name in dataset[column]]
+        check_unique(names, "the")
+        return names
+    if tokenizer is None:
+        raise ValueError(
+            "the samples have no column sample_id or id: their ids are hashes of their tokens, so that a tokenizer is "
+            f"needed; there are the columns {sorted(dataset.column_names)}"
+        )
+    return list(prepare_dataset(dataset, tokenizer, **{"max_length": None, **options})["sample_id"])

@@ -121,6 +121,12 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
         return None
     if inputs.scores is not None:
         inputs.scores.check_provenance(**_origin(inputs))
+        objective = inputs.scores.calibrated_for(inputs.needed_metrics)
+        if objective not in (None, args.objective):
+            logger.warning(
+                f"the difficulty scores were calibrated with objective {objective!r}, and this run has "
+                f"{args.objective!r}: what is hard for one need not be hard for the other"
+            )
         return inputs.scores
     request = _request(inputs)
     path = Path(args.output_dir) / SCORES_FILE
