@@ -16,7 +16,7 @@ GROUP_NAMES = ("data", "objective", "difficulty", "schedule", "training", "model
 # Options by group, the most needed first: those of `CUDConfig`, and of the stack's the few that are of daily use.
 # `tests/cli/test_help.py` says which own option is in none.
 GROUPS = {
-    "data": "forget_dataset retain_dataset chat_template system_prompt chat_template_kwargs train_on "
+    "data": "forget_dataset retain_dataset turns chat_template system_prompt chat_template_kwargs train_on "
     "alternative_column counterfactual_column group_column max_length",
     "objective": "objective objective_args retain_loss retain_weight retain_limit dual_rate step step_args "
     "loss_normalization reference_top_k refusals target_forget_prob max_retain_loss",

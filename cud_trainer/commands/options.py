@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from ..data.columns import use_id_key
 from ..data.formats import FOREIGN
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
+from ..data.turns import CONVERSATION, every_turn, holds_conversations
 from ..models.loading import tokenizer_home
 from .help import About
 from .parser import parse_options
@@ -86,6 +87,14 @@ class DataArguments:
         },
     )
 
+    turns: Literal["last", "all"] = field(
+        default="last",
+        metadata={
+            "help": "Of conversations: 'last' makes a sample of the last answer of the assistant (earlier ones are "
+            "context, and stay), 'all' one of every answer, with what was said before it. Folds never split a "
+            "conversation then (group_column 'conversation'); `max_*_samples` count conversations."
+        },
+    )
     architecture: str | None = field(
         default=None,
         metadata={
@@ -145,6 +154,8 @@ class DataArguments:
         if self.columns:
             samples = renamed(samples, self.column_names, what, {**FORMATS, **FOREIGN})
         samples = standardised(samples, what)
+        if self.turns == "all" and (what == "forget" or holds_conversations(samples, what)):
+            samples = every_turn(samples, name=what)
         if self.chunk_tokens is None:
             return samples
         return chunk_texts(samples, tokenizer, self.chunk_tokens, name=what)
@@ -160,8 +171,8 @@ class DataArguments:
 
     @property
     def natural_group(self) -> str | None:
-        """The group column of folds when none is given: chunks belong to documents."""
-        return None if self.chunk_tokens is None else DOCUMENT
+        """The group column of folds when none is given: chunks belong to documents, answers to conversations."""
+        return DOCUMENT if self.chunk_tokens is not None else CONVERSATION if self.turns == "all" else None
 
 
 @dataclass

@@ -92,6 +92,9 @@ from .tokenizers import (
 from .tokenizers import (
     ready_tokenizer as ready_tokenizer,
 )
+from .turns import (
+    every_turn,
+)
 
 # The rest is for the package's own stages.
 __all__ = [
@@ -102,6 +105,7 @@ __all__ = [
     "check_tokenizer",
     "chunk_texts",
     "dataset_fingerprint",
+    "every_turn",
     "load_samples",
     "pad_batch",
     "prepare_dataset",

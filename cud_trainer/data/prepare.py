@@ -44,6 +44,7 @@ from .formats import (
 from .samples import Samples
 from .template import TemplateContext
 from .tokenizers import check_tokenizer
+from .turns import TURN
 
 logger = logging.get_logger(__name__)
 
@@ -148,7 +149,8 @@ def _prepare(
         )
     ids = prepared["sample_id"][:]  # read at once, not row by row
     check_unique(ids, name)
-    preparation.warn(len(ids))
+    if TURN not in dataset.column_names:  # there, every earlier answer is a sample of its own
+        preparation.warn(len(ids))
     for column in (*OPTIONAL, CONTENT):
         missing = pc.is_null(prepared.data.column(column)).to_numpy()
         if missing.any() and not missing.all():
@@ -231,7 +233,8 @@ class _Preparation:
         if self.earlier:
             logger.warning(
                 f"{self.name} dataset: {len(self.earlier)} of {size} conversations have earlier answers of the "
-                f"assistant ({sum(self.earlier.values())} in all): these are context, neither trained on nor measured"
+                f"assistant ({sum(self.earlier.values())} in all): these are context, neither trained on nor measured, "
+                "and stay as they are; with turns 'all' (every_turn) each is a sample"
             )
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
