@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import CUDConfig as CUDConfig
+    from .data import sample_ids as sample_ids
     from .difficulty import DifficultyScores as DifficultyScores
     from .integrations import with_difficulty as with_difficulty
     from .schedule import Schedule as Schedule
@@ -19,6 +20,7 @@ _EXPORTS = {
     "CUDTrainer": ".trainer",
     "DifficultyScores": ".difficulty",
     "Schedule": ".schedule",
+    "sample_ids": ".data",
     "score_difficulty": ".scoring",
     "with_difficulty": ".integrations",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
+import warnings
 
 # Subcommand -> (what it does, function taking the remaining arguments). Named, not imported: `cud_trainer` does not
 # depend on `evaluation`, and `cud --help` does not wait for torch.
@@ -24,7 +25,12 @@ COMMANDS = {
         "the same report from results that open-unlearning has measured",
         "evaluation.commands.import_open_unlearning:main",
     ),
+    "list": (
+        "objectives, schedules, metrics, architectures, steps, attributions: a line for each",
+        "cud_trainer.commands.listing:main",
+    ),
 }
+HELP = ("-h", "--help", "--help-all", "--help_all")
 
 
 def usage() -> str:
@@ -34,7 +40,11 @@ def usage() -> str:
         "usage: cud COMMAND [--config FILE.yaml] [--OPTION VALUE ...]\n\n"
         "Difficulty-aware LLM unlearning.\n\n"
         f"commands:\n{lines}\n\n"
-        "`cud COMMAND --help` lists its options; every option can stand in the YAML file, too.\n\n"
+        "`cud COMMAND --help` shows its options by group, with examples and recipes; every option can stand in\n"
+        "the YAML file, too. `--import my.py` runs a Python file of yours that registers methods.\n\n"
+        "  cud demo                                                          # a report in minutes, from nothing\n"
+        "  cud train --config recipes/own_data.yaml --model_name_or_path MODEL   # your own samples\n"
+        "  cud evaluate --model_name_or_path unlearned --original_model MODEL --forget_dataset forget.jsonl\n\n"
         "exit codes: 0 done, 1 cells of a study failed or a fault of cud itself, 2 bad input or a full disk,\n"
         "            3 nothing was done, 4 training diverged, 130 interrupted"
     )
@@ -75,11 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"cud: error: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if not sys.warnoptions:  # what the stack will change concerns us, not who uses us
+        warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        if not set(rest) & set(HELP):
+            from .commands.early import check_early
+
+            check_early(name, rest)
         return pkgutil.resolve_name(COMMANDS[name][1])(rest) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _end_progress_bars()
-        print(f"cud {name}: interrupted", file=sys.stderr)
+        print(f"cud {name}: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
     except Exception as error:
         from .data.ids import without_hashes

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 Entry = TypeVar("Entry")
@@ -33,6 +36,54 @@ class Registry(dict[str, Entry], Generic[Entry]):
         if name not in self:
             raise ValueError(f"unknown {self.kind} {name!r}; choose one of {sorted(self)}{self.hint}")
         return self[name]
+
+
+# What the files that were run have registered: kind and name.
+_added: dict[Path, list[tuple[str, str]]] = {}
+
+
+def run_file(path: str | Path, registries: Sequence[Registry[Any]], option: str) -> list[tuple[str, str]]:
+    """Run a Python file of the user that registers something, once in a process; kind and name of what it registered.
+
+    The file is code: it can do whatever you can. It can import what lies beside it.
+
+    Args:
+        registries: in which something new may be found.
+        option: what the file is called in errors.
+
+    Raises:
+        ValueError: when there is no such file, or it fails; nothing of it is registered then.
+    """
+    path = Path(path).expanduser().resolve()
+    if path in _added:
+        return _added[path]
+    if not path.is_file():
+        raise ValueError(f"{option}: there is no file {str(path)!r}")
+    before = [dict(registry) for registry in registries]
+    name = f"cud_imported_{len(_added)}_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{option}: {path.name} is no Python file")
+    sys.modules[name] = module = module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        for registry, names in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(names)
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{option}: {path.name}: {kind}{error}") from error
+    added = [(r.kind, name) for r, names in zip(registries, before, strict=True) for name in r if name not in names]
+    _added[path] = added
+    return added
+
+
+def imported_files() -> list[Path]:
+    """The files that `run_file` has run, in this order."""
+    return list(_added)
 
 
 def keyword_options(function: Callable[..., Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .ownership import clear, owned
 from .schedule import DynamicWeights
 from .training.anchor import Anchor
 from .training.callback import RunCallback
-from .training.card import add_section, unlearning_section
+from .training.card import add_section, base_model, unlearning_section
 from .training.checkpoints import (
     CHECKPOINTS,
     REFERENCE_FILE,
@@ -251,13 +251,22 @@ class CUDTrainer(SFTTrainerHooks):
         Nothing has moved when no weight is another one than before, and nothing is forgotten when the mean forget
         probability, as it was measured last (`evaluate`), is not below that at the start, which was at least 0.1.
         """
-        measured = [entry for entry in self.state.log_history if "eval_forget_prob" in entry]
-        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            measured = [entry for entry in measured if entry["step"] == self.state.best_global_step]
-        start = self.residual.at_start
+        start, measured = self.residual.at_start, self.measured()
         return self.void.unmoved() or self.void.unforgotten(
-            None if start is None else float(start.mean()), measured[-1]["eval_forget_prob"] if measured else None
+            None if start is None else float(start.mean()), None if measured is None else measured["eval_forget_prob"]
         )
+
+    def measured(self) -> dict[str, float] | None:
+        """The last evaluation (`evaluate`) of the weights that the model has now; `None` where there was none.
+
+        It is what the card, `cud train` and `predict` agree on. The figures of training steps (`forget_prob` in the
+        log) are others: of the samples of those steps, each before its step.
+        """
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        ended = any("train_runtime" in entry for entry in self.state.log_history)
+        step = best if ended and best is not None else self.state.global_step
+        entries = [entry for entry in self.state.log_history if "eval_forget_prob" in entry and entry["step"] == step]
+        return entries[-1] if entries else None
 
     def _back_to_the_last_checkpoint(self) -> str:
         """Load the weights that were saved last, and say so."""
@@ -378,8 +387,15 @@ class CUDTrainer(SFTTrainerHooks):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's model card, with a section on the unlearning."""
+        """TRL's model card, with a section on the unlearning.
+
+        Once training has ended, what is left is measured for it if nobody has (not on several processes, of which one
+        alone may be writing the card).
+        """
+        ended = any("train_runtime" in entry for entry in self.state.log_history)
+        if ended and self.args.world_size == 1 and self.measured() is None:
+            self.log(self.predict(metric_key_prefix="eval").metrics)
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero() and path.is_file():
-            add_section(path, unlearning_section(self))
+            add_section(path, unlearning_section(self), base_model(self))

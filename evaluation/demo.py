@@ -36,6 +36,8 @@ from cud_trainer.scoring.calibration import CalibrationSettings
 from cud_trainer.typed import check_options
 
 from . import demo_report
+from .commands.endings import last_lines
+from .commands.help import DEMO
 from .demo_report import ARMS, BUCKETS, OBJECTIVES
 from .report.cells import means
 from .report.circuits import strongest_edges
@@ -85,14 +87,17 @@ def main(argv: list[str]) -> int:
     """Entry point of `cud demo`."""
     from cud_trainer.commands.parser import parse_options
 
-    (args,) = parse_options((DemoArguments,), argv, "cud demo")
+    (args,) = parse_options((DemoArguments,), argv, "cud demo", about=DEMO)
     with output_directory(args.output_dir, DEMO_FILES, inputs={}, overwrite=args.overwrite) as folder:
         if args.overwrite:
             clear(folder, DEMO_FILES)
         report = run_demo(args, command="cud demo " + " ".join(argv))
     for line in report["findings"]:
         print(f"- {line}")
-    print(f"report: {(Path(args.output_dir) / 'report.html').resolve()}")
+    seconds = sum(report["run"]["seconds"].values())
+    following = "open the report; your own samples: cud train --help, recipes/own_data.yaml"
+    done = f"memorised, scored, unlearned and compared in {seconds:.0f} s"
+    print(last_lines(done, Path(args.output_dir) / "report.html", following))
     return 0
 
 

@@ -40,7 +40,11 @@ from .parts import DecoderParts
 from .recording import Pass, Recorder, SourceOutputs, embedded
 from .verification import verified_parts
 
-METHODS = ("eap", "eap-ig", "ig-activations")
+METHODS = {  # name -> what it is, for `cud list attributions`
+    "eap": "edge attribution patching: the gradient at the clean input (Syed et al. 2023)",
+    "eap-ig": "its mean over `steps` points between baseline and clean embedding (Hanna et al. 2024)",
+    "ig-activations": "its mean over `steps` points for every component in turn, as the CUD authors ran it",
+}
 BASELINES = ("zero", "mean", "counterfactual")
 CIRCUIT_METRICS = ("prob", "logprob", "logit_diff")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from ..registry import run_file
 from .architectures import ARCHITECTURES, Description
 from .verification import verify_architecture
 
@@ -26,8 +26,6 @@ TINY = {
     "head_dim": 8,
 }
 LARGEST = 2_000_000  # parameters
-
-_read: dict[Path, list[str]] = {}
 
 
 def tiny_model(model_type: str) -> Any:
@@ -84,18 +82,7 @@ def run_description(path: str | Path) -> list[str]:
     Raises:
         ValueError: when there is no such file, it fails, or it registers nothing.
     """
-    path = Path(path).expanduser().absolute()
-    if path in _read:
-        return _read[path]
-    if not path.is_file():
-        raise ValueError(f"architecture: there is no file {str(path)!r}")
-    before = set(ARCHITECTURES)
-    try:
-        runpy.run_path(str(path), run_name="cud_architecture")
-    except Exception as error:
-        raise ValueError(f"architecture: {path.name}: {error}") from error
-    added = [name for name in ARCHITECTURES if name not in before]
+    added = [name for kind, name in run_file(path, [ARCHITECTURES], "architecture") if kind == ARCHITECTURES.kind]
     if not added:
-        raise ValueError(f"architecture: {path.name} calls register_architecture for no model type")
-    _read[path] = added
+        raise ValueError(f"architecture: {Path(path).name} calls register_architecture for no model type")
     return added

@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -20,10 +20,12 @@ from ..data.formats import FOREIGN
 from ..data.ids import use_id_key
 from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
+from ..data.turns import CONVERSATION, every_turn, holds_conversations
 from ..difficulty import METRICS
 from ..models.loading import tokenizer_home
 from ..registry import keyword_options
 from ..typed import check_void
+from .help import About
 from .parser import parse_options
 
 # Options of all commands that name what is read.
@@ -93,6 +95,14 @@ class DataArguments:
         },
     )
 
+    turns: Literal["last", "all"] = field(
+        default="last",
+        metadata={
+            "help": "Of conversations: 'last' makes a sample of the last answer of the assistant (earlier ones are "
+            "context, and stay), 'all' one of every answer, with what was said before it. Folds never split a "
+            "conversation then (group_column 'conversation'); `max_*_samples` count conversations."
+        },
+    )
     architecture: str | None = field(
         default=None,
         metadata={
@@ -152,6 +162,8 @@ class DataArguments:
         if self.columns:
             samples = renamed(samples, self.column_names, what, {**FORMATS, **FOREIGN})
         samples = standardised(samples, what)
+        if self.turns == "all" and (what == "forget" or holds_conversations(samples, what)):
+            samples = every_turn(samples, name=what)
         if self.chunk_tokens is None:
             return samples
         return chunk_texts(samples, tokenizer, self.chunk_tokens, name=what)
@@ -167,8 +179,8 @@ class DataArguments:
 
     @property
     def natural_group(self) -> str | None:
-        """The group column of folds when none is given: chunks belong to documents."""
-        return None if self.chunk_tokens is None else DOCUMENT
+        """The group column of folds when none is given: chunks belong to documents, answers to conversations."""
+        return DOCUMENT if self.chunk_tokens is not None else CONVERSATION if self.turns == "all" else None
 
 
 @dataclass
@@ -325,8 +337,8 @@ def check_model_options(model_args: ModelConfig, *, trains: bool = True) -> None
         raise ValueError(f"model_revision has no effect: {name} is a folder, which has no revisions")
 
 
-def parse_command(first: type, argv: list[str], program: str) -> tuple[Any, CUDConfig, ModelConfig]:
-    data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program)
+def parse_command(first: type, argv: list[str], program: str, about: About) -> tuple[Any, CUDConfig, ModelConfig]:
+    data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program, about=about)
     check_model_options(model_args)
     args.group_column = args.group_column or data_args.natural_group
     return data_args, args, model_args

@@ -6,28 +6,41 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Hashable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_origin, get_type_hints
 
-import yaml
 from trl import TrlParser
 
 from ..typed import check_options, described, fits, shown
+from .early import IMPORT, read_yaml
+from .help import About, answer
+from .imports import run_imports
+
+IMPORT_HELP = (
+    "Python files of yours that register objectives, steps, metrics, schedules or architectures (register_objective, "
+    "...). They are run before options are checked: give only files that you trust."
+)
 
 
 def parse_options(
-    kinds: Sequence[type], argv: Sequence[str], program: str, defaults: dict[str, Any] | None = None
+    kinds: Sequence[type],
+    argv: Sequence[str],
+    program: str,
+    defaults: dict[str, Any] | None = None,
+    *,
+    about: About | None = None,
 ) -> tuple[Any, ...]:
     """An instance of every dataclass of `kinds`, from `argv` and the YAML file of `--config` in it.
 
     Args:
         defaults: options that hold where neither has them.
+        about: what `--help` says, which ends the process.
 
     Raises:
         ValueError: for an unknown option, a value of another type, or a file that cannot be read, naming it.
     """
     parser = _Parser(kinds, prog=program)
+    answer(argv, parser, kinds, about)
     parser.set_defaults_with_config(**(defaults or {}))
     return parser.parse_args_and_config(argv)
 
@@ -41,6 +54,8 @@ class _Parser(TrlParser):
         options = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
         hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         self.hints = {name: hint for name, hint in hints.items() if name in options}
+        self.hints[IMPORT] = list[str]
+        super().add_argument(f"--{IMPORT}", nargs="+", default=[], help=IMPORT_HELP)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As in the base class; a mapping is read as JSON."""
@@ -76,6 +91,7 @@ class _Parser(TrlParser):
         for name, choices in self.__dict__.get("choices", {}).items():  # argparse does not look at a file's
             if values[name] is not None and values[name] not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {shown(values[name])}")
+        run_imports(values[IMPORT])  # before any option is checked that may name what they register
         made = tuple(
             kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
             for kind in self.dataclass_types
@@ -104,43 +120,6 @@ class _Parser(TrlParser):
                 raise ValueError(f"{path}: env has {name!r}, which is no name of an environment variable")
             os.environ[name] = str(value)
         return config
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file, of plain values: strings, numbers, booleans, null, lists and mappings.
-
-    Raises:
-        ValueError: naming the file, when it is missing, no YAML in UTF-8, no mapping, or has a key twice.
-    """
-    try:
-        config = yaml.load(Path(path).read_bytes().decode("utf-8-sig"), Loader=_Loader)
-        json.dumps(config)
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"cannot read the configuration {path!r}: it is not UTF-8") from None
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read the configuration {path!r}: {str(error)[:300]}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"configuration {path!r} must be a mapping of options, it is a {type(config).__name__}")
-    return config
-
-
-class _Loader(yaml.SafeLoader):
-    """Without dates, and without silently taking the last of two equal keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names: set[Any] = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                continue
-            name = self.construct_object(key, deep=True)
-            if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is no string", key.start_mark)
-            if name in names:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
-            names.add(name)
-        return super().construct_mapping(node, deep)
 
 
 def _expanded(value: Any) -> Any:

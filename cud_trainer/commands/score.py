@@ -21,7 +21,27 @@ from ..objectives.alternatives import with_alternatives
 from ..ownership import check_no_input, check_output_file, owned, same_file
 from ..resumable import WorkDir, remove_work
 from ..scoring import check_metrics, score_difficulty
+from .help import About
 from .options import ScoreArguments, inputs_of, load_tokenizer, model_options, parse_command
+from .summary import after_scoring, score_summary
+
+ABOUT = About(
+    what="Score how hard each forget sample will be to unlearn; no text is written.",
+    usage="--model_name_or_path MODEL --forget_dataset FILE [--retain_dataset FILE] [--output FILE.parquet] "
+    "[--OPTION VALUE ...]",
+    examples=[
+        (
+            "CUD and the trivial baselines, with folds that never split an author",
+            "cud score --model_name_or_path MODEL --forget_dataset forget.jsonl --retain_dataset retain.jsonl \\\n"
+            "    --group_column author --output difficulty.parquet",
+        ),
+        (
+            "metrics without calibration or circuits: one pass",
+            "cud score --config recipes/own_data.yaml --model_name_or_path MODEL --metrics loss length",
+        ),
+        ("Names of metrics: cud list metrics. Recipes: recipes/own_data.yaml, recipes/tofu/*.yaml in a clone.", ""),
+    ],
+)
 
 
 def score_model(
@@ -88,7 +108,7 @@ def _adapter_by_circuit(
 
 def score(argv: list[str]) -> int:
     """`cud score`."""
-    data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score")
+    data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score", ABOUT)
     check_new_file(data_args.output, args.overwrite)
     work_dir = Path(data_args.work_dir or f"{data_args.output}.work").expanduser()
     _check_files(data_args, model_args, work_dir)
@@ -138,8 +158,12 @@ def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, 
         return 0
     scores.save(data_args.output, overwrite=args.overwrite)
     remove_work(work_dir)
-    print(f"difficulty of {len(scores)} samples: {data_args.output}")
     print(
         scores.to_pandas()[scores.metrics].describe().loc[["mean", "std", "min", "max"]].to_string(float_format="%.4g")
     )
+    groups = None if args.group_column is None else list(forget[args.group_column])
+    written = data_args.output + (f" and {data_args.save_circuits}" if data_args.save_circuits else "")
+    print("\n".join(score_summary(scores, groups, args.n_buckets)))
+    print(f"difficulty of {len(scores)} samples under {len(scores.metrics)} metrics, higher = harder: {written}")
+    print(after_scoring(data_args.output, {**vars(data_args), **vars(model_args)}))
     return 0

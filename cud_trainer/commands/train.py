@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 from trl import ModelConfig, get_peft_config
 
@@ -13,14 +12,36 @@ from ..difficulty import DifficultyScores
 from ..ownership import output_directory
 from ..trainer import CUDTrainer
 from ..training.checkpoints import CHECKPOINTS, RUN_FILES, begun
+from .help import About
 from .options import TrainArguments, inputs_of, load_tokenizer, model_options, parse_command
+from .summary import train_summary
 
 NOTHING_DONE = 3  # exit code
+
+ABOUT = About(
+    what="Unlearn a forget set with a difficulty-aware schedule.",
+    usage="--model_name_or_path MODEL --forget_dataset FILE --retain_dataset FILE --output_dir FOLDER "
+    "[--OPTION VALUE ...]",
+    examples=[
+        (
+            "your own samples, options in a file; a line here goes before it",
+            "cud train --config recipes/own_data.yaml --model_name_or_path MODEL --retain_weight 4",
+        ),
+        (
+            "an adapter, with scores made before",
+            "cud train --config recipes/own_data.yaml --model_name_or_path MODEL \\\n"
+            "    --use_peft true --learning_rate 1e-4 --difficulty_scores difficulty.parquet",
+        ),
+        ("without any difficulty", "cud train --config recipes/tofu/npo.yaml --difficulty none --schedule uniform"),
+        ("Names: cud list objectives schedules metrics steps. Recipes in a clone: recipes/own_data.yaml,", ""),
+        ("recipes/tofu/{ga,graddiff,npo,simnpo,rmu}.yaml, recipes/private_text/unlearn.yaml, recipes/muse, wmdp.", ""),
+    ],
+)
 
 
 def train(argv: list[str]) -> int:
     """`cud train`."""
-    data_args, args, model_args = parse_command(TrainArguments, argv, "cud train")
+    data_args, args, model_args = parse_command(TrainArguments, argv, "cud train", ABOUT)
     resume: str | bool | None = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
@@ -56,13 +77,12 @@ def _train(data_args: TrainArguments, args: CUDConfig, model_args: ModelConfig, 
         difficulty_scores=scores,
     )
     trainer.train(resume_from_checkpoint=resume)
-    measured = {entry["step"] for entry in trainer.state.log_history if "eval_forget_prob" in entry}
-    if not args.load_best_model_at_end and trainer.state.global_step not in measured:
-        trainer.evaluate()  # for the model card
+    if trainer.measured() is None:
+        trainer.evaluate()  # what the card and the last line say
     reason = trainer.void_reason()
     if trainer.void.unmoved() is None:  # a model that was not unlearned is not left as one that was
         trainer.save_model(args.output_dir)
-        trainer.create_model_card(model_name=Path(args.hub_model_id or args.output_dir).name)
+        trainer.create_model_card()
     if reason is not None:
         if trainer.is_world_process_zero():
             print(f"cud train: {reason}", file=sys.stderr)
@@ -70,12 +90,7 @@ def _train(data_args: TrainArguments, args: CUDConfig, model_args: ModelConfig, 
         return NOTHING_DONE
     if args.push_to_hub:
         trainer.push_to_hub()
-    last = [entry for entry in trainer.state.log_history if "forget_prob" in entry]
     if trainer.is_world_process_zero():
-        ends = (
-            f"; mean forget probability {last[0]['forget_prob']:.3f} -> {last[-1]['forget_prob']:.3f}" if last else ""
-        )
-        print(f"unlearned {len(trainer.forget_ids)} samples in {trainer.state.global_step} steps{ends}")
-        print(f"model and difficulty scores: {args.output_dir}")
+        print("\n".join(train_summary(trainer, {**vars(data_args), **vars(model_args)})))
     trainer.end()
     return 0

@@ -69,6 +69,7 @@ from .pairs import (
 from .prepare import (
     prepare_dataset,
     prepare_samples,
+    sample_ids,
 )
 from .samples import (
     Samples,
@@ -91,6 +92,9 @@ from .tokenizers import (
 from .tokenizers import (
     ready_tokenizer as ready_tokenizer,
 )
+from .turns import (
+    every_turn,
+)
 
 # The rest is for the package's own stages.
 __all__ = [
@@ -101,8 +105,10 @@ __all__ = [
     "check_tokenizer",
     "chunk_texts",
     "dataset_fingerprint",
+    "every_turn",
     "load_samples",
     "pad_batch",
     "prepare_dataset",
     "prepare_samples",
+    "sample_ids",
 ]

@@ -48,6 +48,7 @@ from .ids import content_id
 from .samples import Samples
 from .template import TemplateContext
 from .tokenizers import check_tokenizer
+from .turns import TURN
 
 logger = logging.get_logger(__name__)
 
@@ -160,7 +161,8 @@ def _prepare(
         )
     ids = prepared["sample_id"][:]  # read at once, not row by row
     check_unique(ids, name)
-    preparation.warn(len(ids))
+    if TURN not in dataset.column_names:  # there, every earlier answer is a sample of its own
+        preparation.warn(len(ids))
     for column in (*OPTIONAL, CONTENT):
         missing = pc.is_null(prepared.data.column(column)).to_numpy()
         if missing.any() and not missing.all():
@@ -257,7 +259,8 @@ class _Preparation:
         if self.earlier:
             logger.warning(
                 f"{self.name} dataset: {len(self.earlier)} of {size} conversations have earlier answers of the "
-                f"assistant ({sum(self.earlier.values())} in all): these are context, neither trained on nor measured"
+                f"assistant ({sum(self.earlier.values())} in all): these are context, neither trained on nor measured, "
+                "and stay as they are; with turns 'all' (every_turn) each is a sample"
             )
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> pa.Table:
@@ -349,3 +352,27 @@ def _content(tokens: Tokens) -> str:
     """`content_id` on no day in particular."""
     prompt, ids = tokens.undated or (tokens.prompt, tokens.ids)
     return content_id(ids, 0 if tokens.opens else prompt)
+
+
+def sample_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any) -> list[str]:
+    """The id of each row: the one by which difficulty scores, schedules and reports know it.
+
+    Args:
+        dataset: in any format of `prepare_dataset`.
+        tokenizer: for rows without a column `sample_id` or `id`, whose ids are hashes of their tokens.
+        options: further ones of `prepare_dataset` (a template, ...), the same as when it was scored.
+
+    Raises:
+        ValueError: when there is neither a column of ids nor a tokenizer, or two rows have the same id.
+    """
+    column = id_column(dataset.column_names)
+    if column is not None:
+        names = [str(name) for name in dataset[column]]
+        check_unique(names, "the")
+        return names
+    if tokenizer is None:
+        raise ValueError(
+            "the samples have no column sample_id or id: their ids are hashes of their tokens, so that a tokenizer is "
+            f"needed; there are the columns {sorted(dataset.column_names)}"
+        )
+    return list(prepare_dataset(dataset, tokenizer, **{"max_length": None, **options})["sample_id"])

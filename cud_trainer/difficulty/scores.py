@@ -19,6 +19,7 @@ from ..data.ids import IdKey, keyed_for, keys_beside
 from ..files import atomic_write, check_new_file, read_parquet, write_parquet
 from .buckets import Buckets
 from .exchange import TABLES, read_published, read_table, write_table
+from .registry import METRICS
 
 logger = logging.get_logger(__name__)
 
@@ -132,6 +133,13 @@ class DifficultyScores:
         ]
         if differs:
             raise ValueError("difficulty scores belong to something else: " + "; ".join(differs))
+
+    def calibrated_for(self, names: Iterable[str]) -> str | None:
+        """The objective whose calibration run any of the metrics `names` was made with; `None` where none was."""
+        made = (METRICS.get(name) for name in names)
+        reads = any(metric is not None and (metric.cross_fitted or metric.name == "calibration") for metric in made)
+        recorded = self.provenance.get("calibration")
+        return str(recorded["objective"]) if reads and isinstance(recorded, dict) and "objective" in recorded else None
 
     def to_pandas(self) -> pd.DataFrame:
         """Columns `sample_id`, one per metric, `fold` (if cross-fitted), `bucket` (of the primary, if it ranks)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
+from transformers.utils import logging
 from trl import KTOConfig
 
-from ..data import FORMATS, id_column, prepare_dataset
+from ..data import FORMATS, id_column, sample_ids
 from ..difficulty import DifficultyScores
 from ..schedule import Schedule, parse
 from ..schedule.plan import schedule_of
+
+logger = logging.get_logger(__name__)
 
 WEIGHT = "cud_weight"
 MISMATCHED = "KL_completion_ids"  # of KTOTrainer: the completion of another sample, for its KL term
@@ -89,7 +93,7 @@ class _WithDifficulty(Trainer):
     def __init__(
         self,
         *args: Any,
-        difficulty: DifficultyScores | None = None,
+        difficulty: DifficultyScores | str | Path | None = None,
         schedule: str = "uniform",
         schedule_args: dict[str, Any] | None = None,
         metric: str | None = None,
@@ -102,7 +106,10 @@ class _WithDifficulty(Trainer):
         samples = options.get("train_dataset")
         _check_dataset(samples)
         names = _ids(samples, ids, options.get("processing_class"))
+        if isinstance(difficulty, (str, Path)):
+            difficulty = DifficultyScores.load(difficulty)
         values = _difficulty(difficulty, names, [rule for rule, _ in rules], metric)
+        _tell_objective(self.plain_class, difficulty, values, metric)
         _check_pairs(options.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **options)
         _check_arguments(self.args)
@@ -133,6 +140,7 @@ class _WithDifficulty(Trainer):
             rows = generator.choice(rows, size=len(rows), p=weight / weight.sum())
             order = np.array(names)[rows]
         self.planned_ids: list[str] = order.tolist()
+        _check_steps(self.args.max_steps, self.planned_ids, global_batch)
         self._weighted = weighted and weights == "loss"
         self._serve(dataset, rows, weight if self._weighted else None)
 
@@ -204,7 +212,7 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
 
     Its constructor takes what `trainer_class` takes, and by keyword
 
-    - `difficulty`: `DifficultyScores` of the training samples (`None` for schedules that read none);
+    - `difficulty`: `DifficultyScores` of the training samples, or their file (`None` for schedules that read none);
     - `schedule`, `schedule_args`: as in `CUDConfig`; parts that follow the run belong to `CUDTrainer`;
     - `metric`: the metric that `"difficulty"` means (default: the primary one);
     - `ids`: sample ids of `train_dataset`, in its order. By default its column `sample_id` or `id`, or, for datasets
@@ -217,7 +225,7 @@ def with_difficulty(trainer_class: type[Trainer]) -> type[Trainer]:
     The number of passes is `num_train_epochs`; as with `CUDTrainer` the whole run is then one epoch over data in order,
     so that it is exact under accumulation, several processes, workers and resume. The last optimizer step is filled
     with the first samples of one more pass. What a dataset draws at random follows from the seed and the place in the
-    run.
+    run. `max_steps` below the plan ends it earlier, with a warning.
 
     Attributes of its instances: `schedule`, what is planned; `planned_ids`, with what fills the last step.
 
@@ -293,8 +301,6 @@ def _check_arguments(args: Any) -> None:
     """Raise `ValueError` for training arguments that would undo the order."""
     if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 1:
         raise ValueError(f"num_train_epochs must be a whole number of passes, got {args.num_train_epochs}")
-    if getattr(args, "max_steps", -1) > 0:
-        raise ValueError("max_steps would cut the schedule: set num_train_epochs")
     for name in ("packing", "padding_free", "auto_find_batch_size", "ignore_data_skip"):
         if getattr(args, name, False):
             raise ValueError(f"{name} is not supported: samples must stay whole and in the order of the schedule")
@@ -304,6 +310,34 @@ def _check_arguments(args: Any) -> None:
     for name in ("dispatch_batches", "split_batches"):
         if getattr(settings, name, None):
             raise ValueError(f"accelerator_config.{name} is not supported: it changes what a step sees")
+
+
+def _check_steps(most: int, planned: list[str], global_batch: int) -> None:
+    """Warn of what `max_steps` cuts off a plan; `ValueError` where it goes beyond: the run would begin it anew."""
+    steps = len(planned) // global_batch
+    if most > steps:
+        raise ValueError(f"max_steps is {most}, and the plan has {steps} steps: set num_train_epochs")
+    if 0 < most < steps:
+        never = len({*planned} - {*planned[: most * global_batch]})
+        logger.warning(
+            f"max_steps ends the run after {most} of the {steps} planned steps: {never} of {len({*planned})} samples "
+            "are never trained on"
+        )
+
+
+def _tell_objective(
+    trainer_class: type[Trainer], scores: DifficultyScores | None, values: dict[str, np.ndarray], metric: str | None
+) -> None:
+    """Warn of scores that were calibrated with another objective than the trainer's, by its name."""
+    if scores is None or not values:
+        return
+    read = {metric or scores.metrics[0] if name == "difficulty" else name for name in values}
+    objective = scores.calibrated_for(read)
+    if objective not in (None, trainer_class.__name__.lower()):
+        logger.warning(
+            f"the difficulty scores were calibrated with objective {objective!r}; {trainer_class.__name__} has a loss "
+            "of its own: what is hard for one need not be hard for the other"
+        )
 
 
 def _ids(dataset: Any, ids: Sequence[str] | None, processing_class: Any) -> list[str]:
@@ -317,7 +351,7 @@ def _ids(dataset: Any, ids: Sequence[str] | None, processing_class: Any) -> list
         if column is not None:
             names = [str(name) for name in dataset[column]]
         elif processing_class is not None and any(all(c in columns for c in needed) for needed in FORMATS.values()):
-            names = list(prepare_dataset(dataset, processing_class, max_length=None, name="training")["sample_id"])
+            names = sample_ids(dataset, processing_class, name="training")
         else:
             raise ValueError(
                 "the training samples have no ids to join difficulty by: give ids, or a column sample_id or id"

@@ -10,11 +10,19 @@ from ..markdown import markdown_text
 
 HEADING = "## Unlearning"
 BUCKET = "forget_prob/bucket_"
+NO_BASE = "[None](https://huggingface.co/None)"
 
 
-def add_section(path: Path, section: str) -> None:
-    """Put the section at the end of the card at `path`, in place of the one that is there."""
+def base_model(trainer: Any) -> str:
+    """The model that was unlearned: its id, or the name of its folder."""
+    name = str(getattr(trainer.inputs.model, "name_or_path", "") or "")
+    return markdown_text(Path(name).name if Path(name).is_dir() or Path(name).is_absolute() else name) or "a model"
+
+
+def add_section(path: Path, section: str, base: str) -> None:
+    """Put the section at the end of the card at `path`, in place of the one that is there, and name the base model."""
     text = path.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
+    text = text.replace(NO_BASE, base)  # TRL names none that lies in a folder
     atomic_write(path, lambda temporary: temporary.write_text(f"{text}\n\n{section}", encoding="utf-8"))
 
 
@@ -28,7 +36,10 @@ def unlearning_section(trainer: Any) -> str:
         trainer: a `CUDTrainer`.
     """
     args, history = trainer.args, trainer.state.log_history
+    adapter = getattr(trainer.model, "active_peft_config", None)
     settings = {
+        "base model": base_model(trainer),
+        "trained": "the weights" if adapter is None else f"an adapter ({getattr(adapter.peft_type, 'value', 'PEFT')})",
         "objective": _named(args.objective, args.objective_args),
         **({"objective by bucket": args.objective_by_bucket} if args.objective_by_bucket else {}),
         "retain loss": "none"
@@ -44,13 +55,10 @@ def unlearning_section(trainer: Any) -> str:
         "seed": args.seed,
     }
     lines = [HEADING, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings.items()), ""]
-    ended = any("train_runtime" in entry for entry in history)
-    best = trainer.state.best_global_step if ended and args.load_best_model_at_end else None  # whose weights are back
-    evaluated = [entry for entry in history if "eval_forget_prob" in entry and best in (None, entry["step"])]
-    measured = evaluated[-1] if evaluated else None
+    measured = trainer.measured()
     if measured is not None:
         figures = {key.removeprefix("eval_"): value for key, value in measured.items()}
-        lines.append(f"Answer probability, measured at step {measured['step']}:")
+        lines.append(f"Mean answer probability, measured at step {measured['step']}:")
     else:
         steps = [entry for entry in history if "forget_prob" in entry]
         if not steps:
@@ -58,10 +66,11 @@ def unlearning_section(trainer: Any) -> str:
         # A step sees some samples only: of each figure, the last one.
         figures = {key: value for entry in steps for key, value in entry.items()}
         lines.append(
-            "Answer probability of the samples in the last training steps, each before its step "
-            "(set `eval_strategy` to measure all):"
+            "Mean answer probability of the samples in the last training steps, each before its step: not that of the "
+            "forget set under these weights (`CUDTrainer.evaluate` measures it):"
         )
-    lines += ["", "| | |", "|---|---|", f"| forget set | {figures['forget_prob']:.4f} |"]
+    whose = "forget samples of these steps" if measured is None else "forget set"
+    lines += ["", "| | |", "|---|---|", f"| {whose} | {figures['forget_prob']:.4f} |"]
     buckets = sorted((key for key in figures if key.startswith(BUCKET)), key=lambda key: int(key.removeprefix(BUCKET)))
     for key in buckets:
         number = int(key.removeprefix(BUCKET))

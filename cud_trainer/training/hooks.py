@@ -56,6 +56,15 @@ class SFTTrainerHooks(SFTTrainer):
         assert own.get("forward") is before
         self._inputs_take_gradients(False)
 
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """TRL's, which says how a model was trained by the names of the class: here by those of the run."""
+        model_name = model_name or Path(self.args.hub_model_id or self.args.output_dir).name
+        difficulty = self.args.difficulty or "none"
+        said = f"{self.args.objective}, schedule {self.args.schedule}, difficulty {difficulty}"
+        by_cud = difficulty in ("cud", "cud_paper")
+        self._name, self._paper = (f"CUD ({said})", SFTTrainerHooks._paper) if by_cud else (said, {})
+        super().create_model_card(model_name, *args, **kwargs)
+
     def _inputs_take_gradients(self, wanted: bool) -> None:
         """Whether embeddings give out tensors with gradients: what checkpointing needs that keeps no graph."""
         model = base_causal_lm(self.model)

@@ -128,6 +128,12 @@ def difficulty_scores(inputs: RunInputs) -> DifficultyScores | None:
     if inputs.scores is not None:
         origin = _origin(inputs)
         inputs.scores.check_provenance(**origin)
+        objective = inputs.scores.calibrated_for(inputs.needed_metrics)
+        if objective not in (None, args.objective):
+            logger.warning(
+                f"the difficulty scores were calibrated with objective {objective!r}, and this run has "
+                f"{args.objective!r}: what is hard for one need not be hard for the other"
+            )
         # In this run's words: its folder may have another key than that of the scores.
         same = {name: value for name, value in origin.items() if name in inputs.scores.provenance}
         return replace(inputs.scores, provenance={**inputs.scores.provenance, **same})

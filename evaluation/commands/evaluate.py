@@ -33,6 +33,8 @@ from ..report.difficulty import reliability_by_decile
 from ..report.layers import depth_tables, layers_section
 from ..report.schema import Results, Run, Table
 from ..report.tables import change_table, group_table, line_table, lm_eval_table, relearning_table
+from .endings import after_evaluating, last_lines
+from .help import EVALUATE as ABOUT
 from .inputs import EvaluateArguments, EvaluateInputs, read_inputs
 
 
@@ -99,7 +101,7 @@ def evaluate(argv: list[str]) -> int:
     """Entry point of `cud evaluate`."""
     from ..report.page import write_report
 
-    args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate")
+    args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate", about=ABOUT)
     check_model_options(model_args, trains=False)
     read = inputs_of(args, model_args)
     with output_directory(args.output_dir, REPORT_FILES, inputs=read, overwrite=args.overwrite) as folder:
@@ -112,7 +114,10 @@ def evaluate(argv: list[str]) -> int:
         written = write_report(results, folder, table, kept, keys=inputs.keys)
     for line in results.findings:
         print(f"- {without_hashes(line)}")
-    print(f"report: {written.resolve()}")
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in inputs.sets.items())
+    level = measurements.reference is not None or "holdout" in inputs.sets
+    following = after_evaluating(level, measurements.before is not None)
+    print(last_lines(f"measured {inputs.model_name_or_path} on {sizes} samples", written, following))
     return 0
 
 

@@ -24,6 +24,8 @@ from ..report.audit import audit_results, check_score_names, measured_tables, pe
 from ..report.difficulty import reliability_by_decile
 from ..report.schema import Results, Run
 from ..report.tables import other_results_table
+from .endings import last_lines
+from .help import IMPORT as ABOUT
 
 
 @dataclass
@@ -135,7 +137,7 @@ def import_results(
 
 def main(argv: list[str]) -> int:
     """Entry point of `cud import`."""
-    (args,) = parse_options((ImportArguments,), argv, "cud import")
+    (args,) = parse_options((ImportArguments,), argv, "cud import", about=ABOUT)
     with output_directory(args.output_dir, REPORT_FILES, inputs=inputs_of(args), overwrite=args.overwrite) as folder:
         return _import(args, folder, argv)
 
@@ -174,7 +176,8 @@ def _import(args: ImportArguments, folder: Path, argv: list[str]) -> int:
     skipped = [name for name, _, _ in after.others()]
     if skipped:
         print(f"- taken over with their single value only: {', '.join(sorted(skipped))}")
-    print(f"report: {written.resolve()}")
+    following = "open the report" if scores is not None else "by difficulty: give --scores (cud score)"
+    print(last_lines(f"read {len(frame)} forget samples of {args.open_unlearning}", written, following))
     return 0
 
 

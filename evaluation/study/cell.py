@@ -79,9 +79,11 @@ def _work_on(study: Path, folder: Path, cell: Cell, world: _World) -> dict[str, 
 
 
 def _world(study: Path, options: dict[str, Any]) -> _World:
+    from cud_trainer.commands.imports import run_imports
     from cud_trainer.commands.options import load_tokenizer
 
     shared = json.loads((study / "study.json").read_text())["shared"]
+    run_imports(shared.get("imports", ()))
     fields = ModelConfig.__dataclass_fields__
     model = ModelConfig(**{name: value for name, value in shared["model"].items() if name in fields})
     # The grid is of no use here, but must be there.

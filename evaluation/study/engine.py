@@ -24,6 +24,7 @@ from cud_trainer.data.ids import IdKey, given_key
 from cud_trainer.files import check_output_dir, holds_something, remove_leftovers, write_json
 from cud_trainer.models.fingerprint import file_hash, versions
 from cud_trainer.ownership import REPORT_FILES, check_no_input, clear, owned
+from cud_trainer.registry import imported_files
 
 from ..endpoint import worst_quarter
 from .data import StudyData
@@ -88,6 +89,8 @@ class Study:
         self.key = key_of_study(args, self.folder)
         fingerprints = self.key.keyed_values(fingerprints)
         base = {"model": _identity_of_model(model_args), "data": fingerprints, "versions": versions()}
+        if imported_files():  # what they register decides on every outcome
+            base["imports"] = [file_hash(path) for path in imported_files()]
         self.reference = reference_cell(args, base)
         self.base = base
         self.scores, self.cells = plan(args, base)
@@ -101,6 +104,12 @@ class Study:
         """
         with owned(self.folder, "study"):
             yield
+
+    def progress(self) -> str:
+        """How many cells are finished, in a sentence; not all of them need be run (see `runs.reported`)."""
+        cells = [*self.reference, *self.scores, *self.cells]
+        done = sum((self.folder / "cells" / cell.name / "result.json").exists() for cell in cells)
+        return f"{done} cells are finished, of {len(cells)} at most, in {self.folder / 'cells'}."
 
     def run(self, argv: Sequence[str] = (), pool: Pool | None = None) -> Finished:
         """Run what is not finished, in `pool`, or one of its own.
@@ -123,6 +132,7 @@ class Study:
             "model": vars(self.model_args),
             "data": {name: getattr(args, name) for name in names},
             "day": _day_of(folder),
+            "imports": [str(path) for path in imported_files()],
         }
         if given_key() is None:
             IdKey.made(self.key.path, self.key.secret)

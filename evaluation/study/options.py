@@ -12,9 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from cud_trainer import CUDConfig
+from cud_trainer.commands.early import read_yaml
 from cud_trainer.commands.options import HeldOutArguments, check_model_options
-from cud_trainer.commands.parser import parse_options, read_yaml
+from cud_trainer.commands.parser import parse_options
 from cud_trainer.typed import check_options, check_values, check_void
+
+from ..commands.help import STUDY
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
@@ -270,7 +273,7 @@ def read_arguments(argv: list[str]) -> tuple[Any, Any]:
         ValueError: for a recipe that cannot be read or has an option that a study has no place for.
     """
     kinds = (StudyArguments, ModelConfig)
-    args, model_args = parse_options(kinds, argv, "cud study")
+    args, model_args = parse_options(kinds, argv, "cud study", about=STUDY)
     if args.recipe is not None:
         recipe = _read_recipe(args.recipe)
         shared = {name: value for name, value in recipe.items() if name in SHARED_FIELDS}

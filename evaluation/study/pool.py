@@ -3,6 +3,8 @@
 Every cell has a folder of its own: its settings (`cell.json`), what it prints (`log.txt`), and at its end
 `result.json`, by which a finished cell is known. One that fails, or whose process is killed, does not take the others
 with it.
+
+Ctrl-C lets the cells that run finish and starts nothing new; a second one ends them, too.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import gc
 import os
 import queue
 import re
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,8 @@ class Pool:
     def __init__(self, workers: int, devices: Sequence[str] = ()) -> None:
         devices = devices or [""]
         self.workers = [Worker(devices[number % len(devices)], workers) for number in range(workers)]
+        self.running: list[str] = []  # names of cells
+        self.interrupted = False
 
     def __enter__(self) -> Pool:
         return self
@@ -56,7 +63,11 @@ class Pool:
             worker.end(kill=kind is not None)
 
     def run(self, study: Path, cells: Sequence[Cell], work: Work = work_on) -> dict[str, str]:
-        """Have what is not finished done; returns why cells failed, in one line each, by name."""
+        """Have what is not finished done; returns why cells failed, in one line each, by name.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, when the cells that ran have finished, or at once after a second one.
+        """
         failed: dict[str, str] = {}
         todo: queue.SimpleQueue[Cell] = queue.SimpleQueue()
         for cell in cells:
@@ -69,12 +80,15 @@ class Pool:
         count = todo.qsize()
 
         def work_off(worker: Worker) -> None:
-            while True:
+            _without_ctrl_c()
+            while not self.interrupted:
                 try:
                     cell = todo.get_nowait()
                 except queue.Empty:
                     return
+                self.running.append(cell.name)
                 reason = worker.run(study, cell, work)
+                self.running.remove(cell.name)
                 if reason is not None:
                     failed[cell.name] = reason
                 bar.update()
@@ -88,10 +102,40 @@ class Pool:
                 desc=cells[0].kind if cells else "run",
                 unit="cell",
             ) as bar,
+            self._finishing_at_ctrl_c(),
         ):
             for future in [threads.submit(work_off, worker) for worker in workers]:
                 future.result()
+        if self.interrupted:
+            raise KeyboardInterrupt
         return failed
+
+    @contextmanager
+    def _finishing_at_ctrl_c(self) -> Iterator[None]:
+        """Inside, the first Ctrl-C only says that nothing new is to be started; a second one ends what runs."""
+
+        def stop(*_: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            names = ", ".join(self.running)
+            said = f"finishing {len(self.running)} that run ({names})" if names else "no cell runs"
+            tqdm.write(
+                f"Ctrl-C: {said}; nothing new is started. Once more ends them without their results.", file=sys.stderr
+            )
+
+        handles = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, stop) if handles else None
+        try:
+            yield
+        except BaseException:  # threads are waited for, and these wait for their processes
+            self.interrupted = True
+            for worker in self.workers:
+                worker.end(kill=True)
+            raise
+        finally:
+            if handles:
+                signal.signal(signal.SIGINT, before)
 
 
 class Worker:
@@ -139,6 +183,13 @@ class Worker:
             self.executor = None
 
 
+def _without_ctrl_c() -> None:
+    """Neither this thread nor the processes that it starts hear of Ctrl-C, which a terminal sends to all of them."""
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # its start lets the signal through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
 def complete(study: Path, cell: Cell, work: Work) -> None:
     """Do the work of a cell and write its result."""
     started = time.time()
@@ -180,7 +231,11 @@ def _told(error: Exception) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Let this process end soon after its parent, in the middle of a cell: what is not finished is begun anew."""
+    """Let this process end soon after its parent, in the middle of a cell: what is not finished is begun anew.
+
+    Of Ctrl-C it hears by the parent only.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -184,7 +184,7 @@ ALWAYS = [
     (["demo"], ["--retain_level", "nan"], "retain_level"),
     (["demo"], ["--epochs", "0"], "epochs"),
     (["import"], ["--open_unlearning", "DEEP"], "DEEP"),
-    (["import"], ["--open_unlearning", "x", "--n_buckets", "0"], "n_buckets"),
+    (["import"], ["--open_unlearning", "DEEP", "--n_buckets", "0"], "n_buckets"),
 ]  # fmt: skip
 
 

@@ -12,9 +12,11 @@ from datasets import Dataset
 
 from cud_trainer import CUDConfig
 from cud_trainer.cli import main
+from cud_trainer.commands.options import DataArguments
 from cud_trainer.data import (
     TemplateContext,
     check_vocabulary,
+    every_turn,
     pad_batch,
     prepare_dataset,
     prepare_samples,
@@ -168,6 +170,57 @@ def test_earlier_answers_are_counted_in_a_warning(caplog):
     with caplog.at_level("WARNING", logger="cud_trainer.data.prepare"):
         prepare_dataset(Dataset.from_list([{"messages": chat}, {"messages": chat[:2]}]), with_template(TURNS))
     assert "1 of 2 conversations have earlier answers of the assistant (1 in all)" in caplog.text
+
+
+def long_chat():
+    said = [("system", "S"), ("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2"), ("user", "U3")]
+    return [{"role": role, "content": text} for role, text in said]
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_every_answer_can_be_a_sample(form, caplog):
+    chat, tokenizer = long_chat(), with_template(TURNS)
+    rows = [{"messages": chat, "id": 7}, {"messages": chat[1:3], "id": 8}]
+    if form == "prompt":
+        rows = [{"prompt": r["messages"][:4], "completion": r["messages"][4:5], "id": r["id"]} for r in rows[:1]]
+        rows.append({"prompt": chat[1:2], "completion": chat[2:3], "id": 8})
+    made = every_turn(Dataset.from_list(rows))
+    assert made["id"][:] == ["7#1", "7#2", "8#1"] and made["conversation"][:] == ["7", "7", "8"]
+    assert made["assistant_turn"][:] == [1, 2, 1]
+    prepared = prepare_dataset(made, tokenizer, keep_columns=["conversation"])
+    assert [text_of(tokenizer, sample, "counted") for sample in prepared] == ["A1", "A2", "A1"]
+    assert "U3" not in text_of(tokenizer, prepared[1], "input_ids") and "A1" in text_of(
+        tokenizer, prepared[1], "input_ids"
+    )
+    assert "earlier answers" not in caplog.text  # each of them is a sample
+
+
+def test_turns_without_ids_and_what_is_refused():
+    chat = long_chat()
+    made = every_turn(Dataset.from_list([{"messages": chat}, {"messages": chat[1:3]}]))
+    assert made["conversation"][:] == ["0", "0", "1"]
+    assert len(set(prepare_dataset(made, with_template(TURNS))["sample_id"])) == 3
+    call = [chat[1], {"role": "assistant", "content": ""}, *chat[2:3]]
+    assert len(every_turn(Dataset.from_list([{"messages": call}]))) == 1  # the call of a tool says nothing
+    for rows, message in (
+        ([{"messages": chat[:2], "id": "x"}], "forget sample 'x': there is no answer of the assistant in it"),
+        ([{"question": "a", "answer": "b"}], "turns 'all' is for conversations, but the forget dataset is question"),
+        ([{"prompt": "a", "completion": "b"}], "turns 'all' is for conversations"),
+        ([{"messages": chat, "conversation": 1}], "its column 'conversation' is in the way"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            every_turn(Dataset.from_list(rows))
+
+
+def test_turns_is_an_option_of_every_command(tmp_path):
+    path, other = tmp_path / "chats.jsonl", tmp_path / "questions.jsonl"
+    Dataset.from_list([{"messages": long_chat()}]).to_json(path)
+    qa_dataset(2).to_json(other)
+    options = {"forget_dataset": str(path), "retain_dataset": str(other)}
+    assert [len(part) for part in DataArguments(**options).load(with_template(TURNS))] == [1, 2]
+    arguments = DataArguments(**options, turns="all")
+    assert [len(part) for part in arguments.load(with_template(TURNS))] == [2, 2]
+    assert arguments.natural_group == "conversation"
 
 
 def test_figures_are_of_the_tokens_that_count():

@@ -323,7 +323,10 @@ class TestMetric:
                 "'sha256:106ef231441914ce' is both an easy and a hard",
             ),
             ({"easy": [], "hard": []}, "give more anchor ids"),
-            ({"easy": ["sha256:106ef231441914ce"], "hard": ["sha256:f9a0ba90095ddf34"]}, "a fold holds all easy or all hard anchors"),
+            (
+                {"easy": ["sha256:106ef231441914ce"], "hard": ["sha256:f9a0ba90095ddf34"]},
+                "a fold holds all easy or all hard anchors",
+            ),
         ],
     )
     def test_anchor_refusals_come_before_the_circuits(self, anchors, message, monkeypatch):

@@ -300,7 +300,7 @@ def test_other_settings_are_refused_unless_they_may_replace(world, finished, cap
         ({"grid": {"sheduler": ["a"]}}, "'sheduler' is no option of `cud train`"),
         ({"grid": {"output_dir": ["a"]}}, "'output_dir' is set by the study itself"),
         ({"grid": {"passes": [1]}}, "'passes' is both in grid and in train"),
-        ({"grid": {"schedule": ["magic"]}}, "cell schedule=magic: unknown schedule 'magic'"),
+        ({"grid": {"schedule": ["magic"]}}, "unknown schedule 'magic'"),
         ({"grid": {"seed": [1]}, "workers": 0}, "workers must be at least 1"),
         ({"grid": {"seed": [1]}, "retain_level": 1.5}, "retain_level must be between 0 and 1"),
         ({"grid": {"seed": [1]}, "train": {"group_column": "x"}}, "forget dataset has no column 'x'"),

@@ -65,14 +65,16 @@ def small(world, output, **changes):
     return config(world, output, grid={"schedule": ["uniform", "upweight_hard"]}, **changes)
 
 
-def start(world, command, pattern: Path | str = "", seen: Path | str = "") -> subprocess.Popen:
+def start(
+    world, command, pattern: Path | str = "", seen: Path | str = "", said: int = subprocess.DEVNULL
+) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(world / "slow"), str(ROOT)])}
     environment.update(WAITED_FOR=str(pattern), SEEN=str(seen))
     return subprocess.Popen(
         [sys.executable, "-m", "cud_trainer.cli", *command],
         env=environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=said,
         start_new_session=True,
     )
 
@@ -153,6 +155,34 @@ def test_killed_at_random_points_it_ends_the_same(world, straight, tmp_path, mon
     assert main(command) == 0
     assert contents(output) == straight
     assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_ctrl_c_finishes_what_runs_and_a_second_one_ends_it(world, tmp_path):
+    """As a terminal sends it: to all processes. What has finished stays, and the same command would go on."""
+    output, seen = tmp_path / "out", tmp_path / "seen"
+    train = {"objective": "ga", "passes": 1, "difficulty": "none", "bf16": False, "use_cpu": True}
+    command = config(world, output, workers=1, train=train, grid={"schedule": ["uniform"], "seed": [1, 2]})
+    pattern = str(output / "cells" / "schedule=*" / ".result.json.*.tmp")
+    for times, finished in ((1, 1), (2, 1)):
+        with open(tmp_path / f"said{times}", "w") as file:
+            process = start(world, command, pattern, seen, file.fileno())
+        said = tmp_path / f"said{times}"
+        assert wait_for(output, "cells/schedule=*/.result.json.*.tmp", process)  # the cell waits there for `seen`
+        os.killpg(process.pid, signal.SIGINT)
+        while "finishing 1 that run (schedule=uniform,seed=" not in said.read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        if times == 1:
+            seen.touch()
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() == 130
+        wait_for_the_end(process.pid)
+        seen.unlink(missing_ok=True)
+        assert len(list(output.glob("cells/*/result.json"))) == finished
+        (last,) = [line for line in said.read_text().splitlines() if line.startswith("cud study: ")]
+        assert last.startswith(f"cud study: interrupted: {finished} cells are finished, of 2 at most")
+        assert last.endswith("The same command goes on from there.")
 
 
 def test_a_worker_ends_with_the_study_in_the_middle_of_a_cell(world, tmp_path):

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import SUPPORT, make_model, make_tokenizer
+from builders import SUPPORT, make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
 from own_trainer import Mine, N, arguments, checksum, collate, make, samples, scores
 from processes import run
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from cud_trainer import DifficultyScores, score_difficulty, with_difficulty
-from cud_trainer.data import pad_batch
+from cud_trainer import DifficultyScores, sample_ids, score_difficulty, with_difficulty
+from cud_trainer.data import pad_batch, prepare_dataset
 from cud_trainer.integrations.trainers import own_draws
 from cud_trainer.logprobs import score_answers
 from cud_trainer.schedule import make_schedule
@@ -197,7 +197,7 @@ class TestTRL:
         ({"weights": "both"}, "weights must be 'loss' or 'sampling'"),
         ({"difficulty": None}, "needs difficulty scores: give difficulty"),
         ({"schedule": "inverse_mass"}, "circuit_mass"),
-        ({"max_steps": 3}, "max_steps would cut the schedule"),
+        ({"max_steps": 30}, "max_steps is 30, and the plan has 5 steps: set num_train_epochs"),
         ({"num_train_epochs": 1.5}, "must be a whole number of passes, got 1.5"),
         ({"train_sampling_strategy": "group_by_length"}, "'group_by_length' would undo the schedule"),
         ({"difficulty": DifficultyScores(["x"], {"loss": np.ones(1)})}, "lack 10 of 10 forget samples"),
@@ -206,6 +206,49 @@ class TestTRL:
 def test_refusals(tmp_path, options, message):
     with pytest.raises((ValueError, KeyError), match=message):
         make(tmp_path / "out", **options)
+
+
+def test_max_steps_ends_a_plan_earlier(tmp_path, caplog):
+    trainer = make(tmp_path / "out", max_steps=2, schedule="easy_to_hard", num_train_epochs=1)
+    assert "max_steps ends the run after 2 of the 3 planned steps: 2 of 10 samples are never trained on" in caplog.text
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.seen == numbers(trainer.planned_ids)[:8]
+
+
+def test_scores_from_their_file(tmp_path):
+    path = scores().save(tmp_path / "scores.parquet")
+    for given in (path, str(path)):
+        assert make(tmp_path / "out", difficulty=given).planned_ids == make(tmp_path / "out").planned_ids
+    with pytest.raises(ValueError, match="cannot read difficulty scores from .*none.parquet"):
+        make(tmp_path / "out", difficulty=tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize(
+    ("metric", "recorded", "warned"),
+    [
+        ("cud", {"objective": "npo"}, True),
+        ("calibration", {"objective": "npo"}, True),
+        ("cud", {"objective": "mine"}, False),  # the trainer's name
+        ("loss", {"objective": "npo"}, False),  # made without a calibration run
+        ("cud", None, False),  # scores of others
+    ],
+)
+def test_scores_for_another_objective_are_named(tmp_path, caplog, metric, recorded, warned):
+    provenance = {} if recorded is None else {"calibration": recorded}
+    values = np.arange(N, dtype=float)
+    given = DifficultyScores(scores().ids, {metric: values}, provenance=provenance)
+    make(tmp_path / "out", difficulty=given, schedule="easy_to_hard")
+    assert ("calibrated with objective 'npo'; Mine has a loss of its own" in caplog.text) is warned
+
+
+def test_sample_ids_are_those_of_scores():
+    data, tokenizer = qa_dataset(3), make_tokenizer()
+    assert sample_ids(data, tokenizer) == prepare_dataset(data, tokenizer)["sample_id"]
+    assert sample_ids(data.add_column("id", [7, 8, 9])) == ["7", "8", "9"]
+    with pytest.raises(ValueError, match="no column sample_id or id: .* a tokenizer is needed"):
+        sample_ids(data)
+    with pytest.raises(ValueError, match="the dataset has the id '7' twice"):
+        sample_ids(data.add_column("id", [7, 8, 7]))
 
 
 def test_draws_of_a_dataset_follow_from_seed_and_place():

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
 from cud_trainer.data.ids import KEY_FILE, key_in
+from cud_trainer.training.card import unlearning_section
 from cud_trainer.training.checkpoints import NEVER_UPLOADED, UPLOADED_IF_ASKED
 
 FORGET = qa_dataset(9)
@@ -175,10 +176,36 @@ def test_command_line(hub, tmp_path):
 class TestCard:
     def test_without_an_evaluation_the_retain_loss_stands_for_utility(self, tmp_path):
         trainer = run(tmp_path / "model", passes=1)
-        trainer.create_model_card()
-        card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+        card = unlearning_section(trainer)
         last = [entry["retain_loss"] for entry in trainer.state.log_history if "retain_loss" in entry][-1]
         assert f"Retain loss (nll) of the last training steps: {last:.4f}." in card
+        assert "| forget samples of these steps | 0." in card and "| forget set |" not in card
+
+    @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+    def test_says_what_predict_says(self, tmp_path, lora):
+        """One number, whoever asks: the card from Python, the log, `predict`."""
+        make_model(0).save_pretrained(tmp_path / "a_base")
+        make_tokenizer().save_pretrained(tmp_path / "a_base")
+        adapter = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])} if lora else {}
+        trainer = run(tmp_path / "model", model=str(tmp_path / "a_base"), passes=2, **adapter)
+        trainer.create_model_card()
+        card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+        said = trainer.predict().metrics
+        assert f"| forget set | {said['test_forget_prob']:.4f} |" in card
+        assert f"| retain set | {said['test_retain_prob']:.4f} |" in card
+        assert trainer.measured()["eval_forget_prob"] == said["test_forget_prob"]
+        assert "fine-tuned version of a_base." in card and "None" not in card.split("## Quick")[0]
+        assert "| base model | a_base |" in card and str(tmp_path) not in card
+        assert f"| trained | {'an adapter (LORA)' if lora else 'the weights'} |" in card
+        assert "trained with npo, schedule upweight_hard, difficulty loss." in card and "2601.09624" not in card
+
+    def test_names_cud_where_it_was_used(self, tmp_path):
+        scores = DifficultyScores([f"s{i}" for i in range(9)], {"cud": [i / 9 for i in range(9)]})
+        forget = FORGET.add_column("id", scores.ids)
+        trainer = make_trainer(tmp_path / "model", forget=forget, difficulty="cud", difficulty_scores=scores)
+        trainer.create_model_card()
+        card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+        assert "trained with CUD (" in card and "2601.09624" in card
 
     def test_figures_are_those_of_the_weights_that_were_kept(self, tmp_path):
         """With `load_best_model_at_end` the last evaluation may be of other weights."""

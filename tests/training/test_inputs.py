@@ -5,8 +5,10 @@ import sys
 from collections import Counter
 from functools import wraps
 
+from builders import qa_dataset
 from runs import config, make_trainer
 
+from cud_trainer import DifficultyScores
 from cud_trainer.data import check_tokenizer, dataset_fingerprint, prepare
 from cud_trainer.models.fingerprint import model_fingerprint
 from cud_trainer.schedule import parse
@@ -57,3 +59,14 @@ def test_options_are_parsed_again_when_they_change(tmp_path):
     args.schedule_args["start"] = 0.25
     assert args.schedule_parts[0][1] == {"start": 0.25}
     assert vars(pickle.loads(pickle.dumps(args))).keys() == vars(args).keys() - {"_parsed"}
+
+
+def test_scores_for_another_objective_are_named(tmp_path, caplog):
+    forget = qa_dataset(9).add_column("id", [f"s{i}" for i in range(9)])
+    for recorded, warned in (("npo", False), ("ga", True)):
+        provenance = {"calibration": {"objective": recorded}}
+        scores = DifficultyScores(list(forget["id"]), {"cud": [i / 9 for i in range(9)]}, provenance=provenance)
+        caplog.clear()
+        make_trainer(tmp_path / "out", forget=forget, difficulty="cud", difficulty_scores=scores)
+        said = "the difficulty scores were calibrated with objective 'ga', and this run has 'npo'"
+        assert (said in caplog.text) is warned
