@@ -84,6 +84,17 @@ ACTS = frozenset(
     """.split()
 )
 
+# Of these a command that uploads nothing makes no use; in Python `push_to_hub()` may be called later.
+OF_AN_UPLOAD = (
+    "hub_token",
+    "hub_private_repo",
+    "hub_model_id",
+    "hub_revision",
+    "hub_strategy",
+    "hub_always_push",
+    "hub_difficulty",
+)
+
 # What may differ between a checkpoint and the run that goes on from it, if it is asked for.
 OVERRIDABLE = (
     "learning_rate",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import ParallelMode
@@ -46,6 +48,8 @@ def check_stack(args: CUDConfig, model: nn.Module, *, own_optimizer: bool) -> No
     base = base_causal_lm(model)
     if checkpointed and not getattr(base, "supports_gradient_checkpointing", True):
         raise ValueError(f"{type(base).__name__} has no gradient checkpointing: set gradient_checkpointing to False")
+    if checkpointed:
+        _check_checkpointing(args)
     if args.log_update_share:
         try:
             weight_matrices(model)
@@ -88,9 +92,20 @@ def _check_backends(args: CUDConfig) -> None:
                 raise ValueError(f"torch_compile_mode {args.torch_compile_mode!r}: {str(error)[:300]}") from error
     if args.activation_offloading and args.device.type == "cpu":
         raise ValueError("activation_offloading needs an accelerator: on the CPU activations are there already")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise ValueError("dataloader_persistent_workers has no effect without dataloader_num_workers")
     takes_modules = any(name in str(getattr(args.optim, "value", args.optim)) for name in ("galore", "apollo"))
     if args.optim_target_modules and not takes_modules:
         raise ValueError("optim_target_modules has no effect without an optim of the kinds galore and apollo")
+
+
+def _check_checkpointing(args: CUDConfig) -> None:
+    given = args.gradient_checkpointing_kwargs or getattr(args, "activation_checkpointing_kwargs", None) or {}
+    weight = torch.zeros(1, requires_grad=True)
+    try:
+        checkpoint(torch.nn.functional.relu, weight, **{"use_reentrant": False, **given})
+    except REFUSALS as error:
+        raise ValueError(f"gradient_checkpointing_kwargs {given}: {str(error)[:300]}") from error
 
 
 def _check_trackers(args: CUDConfig) -> None:
@@ -108,8 +123,11 @@ def _check_optimizer(args: CUDConfig, model: nn.Module) -> None:
         kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(args, base_causal_lm(model))
         if kind.__module__.startswith("torch.optim"):
             kind([weight], **options)
+        unread = _unread(args, model, options)
     except REFUSALS as error:
         raise ValueError(f"optim {getattr(args.optim, 'value', args.optim)!r}: {str(error)[:300]}") from error
+    if unread:
+        raise ValueError(f"optim_args: optim {getattr(args.optim, 'value', args.optim)!r} has no option {unread[0]!r}")
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     if name == "constant" and args.lr_scheduler_kwargs:
         raise ValueError(f"lr_scheduler_type 'constant' has no options, got {args.lr_scheduler_kwargs}")
@@ -124,6 +142,27 @@ def _check_optimizer(args: CUDConfig, model: nn.Module) -> None:
         )
     except REFUSALS as error:
         raise ValueError(f"lr_scheduler_type {name!r}: {str(error)[:300]}") from error
+
+
+def _unread(args: CUDConfig, model: nn.Module, options: dict[str, Any]) -> list[str]:
+    """Names in `optim_args` that transformers does not read for this optimizer: any other text there is as good.
+
+    Args:
+        options: what it makes of all of them.
+    """
+    given = dict(pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
+    unread, other = [], copy.copy(args)
+    for name in given:
+        try:
+            for text in ("x", "true"):
+                other.optim_args = ",".join(f"{key}={text if key == name else given[key]}" for key in given)
+                if repr(SFTTrainer.get_optimizer_cls_and_kwargs(other, base_causal_lm(model))[1]) != repr(options):
+                    break
+            else:
+                unread.append(name)
+        except REFUSALS:  # which is read
+            continue
+    return unread
 
 
 def check_best_metric(args: CUDConfig, evaluated: Any, *, kept: list[str], own_metrics: bool) -> None:

@@ -116,10 +116,9 @@ def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str
 def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
     """An unlearning run and its trade-off curve."""
     from transformers.trainer_callback import PrinterCallback
-    from trl import get_peft_config
 
     from cud_trainer import CUDTrainer
-    from cud_trainer.commands.options import model_options
+    from cud_trainer.commands.options import adapter_options, model_options
     from cud_trainer.trainer import DivergenceError
 
     settings = cell.settings
@@ -142,7 +141,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         forget_dataset=world.forget,
         retain_dataset=world.retain,
         processing_class=world.tokenizer,
-        peft_config=get_peft_config(world.model),
+        peft_config=adapter_options(world.model),
         difficulty_scores=scores,
         callbacks=[tradeoff, _End(tradeoff, settings.get("end_below", 0.0), settings.get("end_worst_quarter", 0.0))],
     )

@@ -134,7 +134,12 @@ class StudyArguments(HeldOutArguments):
     relearn_steps: int = field(default=10, metadata={"help": "Steps of that."})
     relearn_rate: float = field(default=1e-5, metadata={"help": "Its learning rate."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace cells that were run with other settings."})
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace cells that were run with other settings, and remove those of another study in the folder."
+        },
+    )
     tune_on: Literal["hardest", "all", "endpoint"] | None = field(
         default=None,
         metadata={

@@ -22,6 +22,7 @@ from evaluation.endpoint import worst_quarter
 from evaluation.statistics import Interval
 from evaluation.study import cell as study_cell
 from evaluation.study import runs as study_runs
+from evaluation.study.engine import remove_others
 from evaluation.study.grid import plan
 from evaluation.study.options import StudyArguments
 from evaluation.study.report import verdict
@@ -349,6 +350,33 @@ def test_cells_name_the_default_schedule():
     assert {coordinates(cell).schedule for cell in cells} == {"upweight_hard+odds+per_sample_stop"}
     named = plan(StudyArguments(grid=grid, train={**train, "schedule": "upweight_hard+odds+per_sample_stop"}), {})[1]
     assert [cell.fingerprint for cell in cells] == [cell.fingerprint for cell in named]
+
+
+def test_long_names_are_cut_and_stay_apart():
+    grid = {
+        "schedule": ["upweight_hard+odds+per_sample_stop"],
+        **{name: [0.5] for name in ("learning_rate", "retain_weight", "weight_decay", "calibration_share", "l2_sp")},
+        **{name: [1] for name in ("passes", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")},
+        "max_grad_norm": [1.0, 2.0, 3.0],
+        "refusals": [[f"{'é' * 300}"], [f"{'é' * 300}."]],
+    }
+    train = {"objective": "idk_nll", "bf16": False, "use_cpu": True}
+    names = [cell.name for cell in plan(StudyArguments(grid=grid, train=train), {})[1]]
+    assert len(set(names)) == 6 and all(150 < len(name.encode()) <= 200 for name in names)
+    short = StudyArguments(grid={"schedule": ["uniform"], "seed": [1]}, train=train)
+    assert [cell.name for cell in plan(short, {})[1]] == ["schedule=uniform,seed=1"]
+
+
+def test_cells_of_another_study_go_with_it(tmp_path, caplog):
+    for name in ("schedule=uniform,seed=1", "schedule=uniform,seed=2", "scores-00000000"):
+        (tmp_path / "cells" / name).mkdir(parents=True)
+        (tmp_path / "cells" / name / "cell.json").write_text("{}")
+    args = StudyArguments(grid={"schedule": ["uniform"], "seed": [1]}, train={"bf16": False, "use_cpu": True})
+    remove_others(tmp_path, plan(args, {})[1])
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["schedule=uniform,seed=1"]
+    assert "removed 2 cells of the study that was overwritten: schedule=uniform,seed=2, scores-00000000" in caplog.text
+    remove_others(tmp_path, plan(args, {})[1])
+    assert len(caplog.records) == 1
 
 
 def test_scores_are_shared_by_what_they_do_not_depend_on():

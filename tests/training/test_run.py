@@ -123,6 +123,20 @@ class TestFollowing:
         names = {name for name, parameter in alone.model.named_parameters() if id(parameter) in reached}
         assert names == {name for name in names if name.startswith(("model.embed_tokens.", "model.layers.0."))} != set()
 
+    @pytest.mark.parametrize("layers", [None, "0", "1"])
+    def test_what_rmu_cannot_reach(self, tmp_path, layers):
+        options = {"objective": "rmu", "objective_args": {"layer": 0}, "trainable_layers": layers, "passes": 1}
+        if layers == "1":  # behind the only layer that is read
+            with pytest.raises(ValueError, match="gradient"):
+                make_trainer(tmp_path / "out", **options).train()
+            return
+        trainer = make_trainer(tmp_path / "out", **options)
+        behind = {id(parameter) for parameter in trainer.inputs.loss.unreached(trainer.model)}
+        trained = {name: id(value) for name, value in trainer.model.named_parameters() if value.requires_grad}
+        expected = [name for name in trained if not name.startswith(("model.embed_tokens.", "model.layers.0."))]
+        assert {name for name, number in trained.items() if number in behind} == set(expected)
+        assert bool(expected) == (layers is None)
+
     def test_train_again_starts_again(self, tmp_path):
         trainer = make_trainer(tmp_path / "out", **{**LIVELY, "overwrite": True, "save_strategy": "no"})
         trainer.train()
