@@ -2,9 +2,10 @@
 
     python benchmarks/malformed.py --output benchmarks/results/malformed.json
 
-Every wrong option of tests/cli/test_malformed.py on the command line, in a YAML file, in a study and in Python; then pairs
-of two wrong options, drawn at random, until there are as many as asked for. Nothing that is malformed may be accepted,
-end in a traceback, or leave a file. Commands run in this process; cells of studies do not run.
+Every wrong option of tests/cli/test_malformed.py on the command line, in a YAML file, in a study and in Python; then
+pairs of two wrong options, drawn at random, until there are as many as asked for. Nothing that is malformed may be
+accepted, end in a traceback, leave a file, or be refused without its name. Commands run in this process; cells of
+studies do not run.
 """
 
 import argparse
@@ -39,7 +40,13 @@ def fault(world: Path, folder: Path, how: str, wrong: dict[str, Any]) -> str | N
         try:
             CUDConfig(str(folder / "out"), **{**cases.BASE, **wrong})
         except ValueError as error:
-            return "files are left" if list(folder.iterdir()) else unclear(str(error), wrong)
+            return (
+                "files are left"
+                if list(folder.iterdir())
+                else None
+                if cases.names(str(error), wrong)
+                else str(error)[:300]
+            )
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:200]
         return "accepted"
@@ -53,12 +60,7 @@ def fault(world: Path, folder: Path, how: str, wrong: dict[str, Any]) -> str | N
     lines = [line for line in said.getvalue().splitlines() if "error" in line]
     if code != 2 or left or len(lines) != 1 or "Traceback" in said.getvalue() or "fault of cud" in said.getvalue():
         return f"exit code {code}, left {sorted(left)}, said {lines[-1:]}"[:300]
-    return unclear(lines[0], wrong)
-
-
-def unclear(line: str, wrong: dict[str, Any]) -> str | None:
-    """What is wrong with the text of an error: it names none of the options, or is too long."""
-    return None if any(name in line for name in wrong) and len(line) < 2000 else line[:300]
+    return None if cases.names(lines[0], wrong) else lines[0][:300]
 
 
 def single() -> list[tuple[str, dict[str, Any]]]:
