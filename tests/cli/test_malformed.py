@@ -241,7 +241,7 @@ LATE = [
     (["--optim_target_modules", "zzz"], "optim_target_modules has no effect"),
     (["--lr_scheduler_kwargs", '{"nope": 1}'], "lr_scheduler_type"),
     (["--chat_template_path", "nope"], "chat_template_path 'nope'"),
-    (["--use_peft", "true", "--lora_target_modules", "nope"], "nope not found in the base model"),
+    (["--use_peft", "true", "--lora_target_modules", "nope"], "Target modules {'nope'} not found in the base model"),
     (["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj", "--lora_modules_to_save", "zzz"], "'zzz'"),
     (["--use_peft", "true", "--lora_target_parameters", "zzz"], "'zzz', which target_parameters"),
     (["--use_peft", "true", "--lora_task_type", "SEQ_CLS"], "lora_task_type"),
