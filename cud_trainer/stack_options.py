@@ -84,6 +84,9 @@ ACTS = frozenset(
     """.split()
 )
 
+# Of `ACTS`, those that do nothing without another one.
+NEEDS = {"hub_strategy": "push_to_hub", "hub_always_push": "push_to_hub"}
+
 # Of these a command that uploads nothing makes no use; in Python `push_to_hub()` may be called later.
 OF_AN_UPLOAD = (
     "hub_token",
@@ -123,6 +126,8 @@ def check_stack_options(config: Any, stack: Iterable[dataclasses.Field]) -> list
     lines = []
     for name in (field.name for field in stack):
         value = getattr(config, name)
+        if name in NEEDS and value != defaults[name] and not getattr(config, NEEDS[name]):
+            lines.append(f"{name}={value!r} has no effect without {NEEDS[name]}")
         if value == defaults[name] or value in HARMLESS.get(name, ()) or name in ACTS:
             continue
         if name in REFUSED:
