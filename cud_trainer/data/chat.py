@@ -15,12 +15,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .columns import IGNORE_INDEX
+from .secret import Span, secret_spans
 from .template import DATE_STRING, TRAIN_ON, Renderer, TemplateContext
 
 # Other names for what an assistant thinks before it answers.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 THINKS, ANSWERS_NOW = "<think>", "</think>"
-Span = tuple[int, int]
 
 
 class Tokens(NamedTuple):
@@ -33,6 +33,7 @@ class Tokens(NamedTuple):
         undated: prompt and tokens as they would be on no day in particular; `None` where the template writes no date.
         earlier: answers of the assistant in the prompt.
         opens: whether nobody has spoken before: what counts is then all that is trained on.
+        secret: where the tokens of the secret in the answer stand; `None` where nobody asks for it.
     """
 
     prompt: int
@@ -41,6 +42,7 @@ class Tokens(NamedTuple):
     undated: tuple[int, list[int]] | None = None
     earlier: int = 0
     opens: bool = False
+    secret: list[Span] | None = None
 
     @property
     def labels(self) -> list[int]:
@@ -52,21 +54,28 @@ class Tokens(NamedTuple):
     @property
     def counted_labels(self) -> list[int] | None:
         """`ids`, -100 for what does not count."""
-        if self.counted is None:
-            return None
+        return None if self.counted is None else self._only(self.counted)
+
+    @property
+    def secret_labels(self) -> list[int] | None:
+        """`ids`, -100 for what is not secret."""
+        return None if self.secret is None else self._only(self.secret)
+
+    def _only(self, spans: list[Span]) -> list[int]:
         labels = [IGNORE_INDEX] * len(self.ids)
-        for start, end in self.counted:
+        for start, end in spans:
             labels[start:end] = self.ids[start:end]
         return labels
 
 
 class Chat(NamedTuple):
-    """A conversation, and what the template is told beside it (`tools` and its variables)."""
+    """A conversation, what the template is told beside it (`tools`, variables), and the secrets in its answer."""
 
     prompt: list[dict[str, Any]]
     completion: list[dict[str, Any]]
     options: dict[str, Any]
     where: str
+    secrets: list[str] | None = None
 
 
 def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -111,11 +120,16 @@ def chat_tokens(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, conte
             undated = _ids(_whole_texts(still, Renderer(tokenizer, context.undated())), tokenizer)
     except (TemplateError, TypeError, TimeoutError) as error:  # TypeError: content that is no text
         raise ValueError(f"{chats[0].where}: the chat template refuses it: {str(error)[:200]}") from None
-    wholes, offsets = _encoded(texts[1], tokenizer)
+    wholes, offsets = encoded(texts[1], tokenizer)
     starts = _ids(texts[0], tokenizer)
     tokens = []
     for row, chat in enumerate(chats):
-        spans = [_covered(span, offsets[row]) for span in _said(texts[1][row], marked[row], parts[row], chat.where)]
+        said = _said(texts[1][row], marked[row], parts[row], chat.where)
+        spans = [covered(span, offsets[row]) for span in said]
+        secret = None
+        if chat.secrets is not None:
+            places = secret_spans(texts[1][row], said, chat.secrets, chat.where)
+            secret = [covered(place, offsets[row]) for place in places]
         first = spans[0][0]
         asked = any(message["role"] not in ("system", "developer") for message in chat.prompt)
         answers_only = context.train_on == "answer" and any(_split(message)[0] for message in chat.completion)
@@ -123,7 +137,7 @@ def chat_tokens(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, conte
         prompt = first if not asked or answers_only else min(shared(starts[row], wholes[row]), first)
         canonical = None if undated is None else (_same_end(wholes[row][prompt:], undated[row]), undated[row])
         earlier = sum(message["role"] == "assistant" for message in chat.prompt)
-        tokens.append(Tokens(prompt, wholes[row], spans, canonical, earlier, opens=not asked))
+        tokens.append(Tokens(prompt, wholes[row], spans, canonical, earlier, opens=not asked, secret=secret))
     return tokens
 
 
@@ -283,25 +297,31 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]
     return tokenizer(texts, add_special_tokens=False, **plain)["input_ids"]
 
 
-def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[Span]]]:
-    """Tokens of rendered texts, and the characters that each covers."""
+def encoded(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = False
+) -> tuple[list[list[int]], list[list[Span]]]:
+    """Tokens of texts, and the characters that each covers.
+
+    Args:
+        special: whether the tokenizer adds its own tokens, which cover nothing; a rendered chat has them.
+    """
+    plain = {"return_attention_mask": False, "return_token_type_ids": False, "add_special_tokens": special}
     if not tokenizer.is_fast:
-        ids = _ids(texts, tokenizer)
-        return ids, [list(_by_decoding(tokens, tokenizer)) for tokens in ids]
-    plain = {"return_attention_mask": False, "return_token_type_ids": False}
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **plain)
-    return encoded["input_ids"], encoded["offset_mapping"]
+        ids = tokenizer(texts, **plain)["input_ids"]
+        return ids, [list(_by_decoding(tokens, tokenizer, special)) for tokens in ids]
+    found = tokenizer(texts, return_offsets_mapping=True, **plain)
+    return found["input_ids"], found["offset_mapping"]
 
 
-def _by_decoding(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
+def _by_decoding(tokens: list[int], tokenizer: PreTrainedTokenizerBase, special: bool) -> Iterator[Span]:
     before = 0
     for size in range(1, len(tokens) + 1):
-        after = len(tokenizer.decode(tokens[:size]))
+        after = len(tokenizer.decode(tokens[:size], skip_special_tokens=special))
         yield before, after
         before = after
 
 
-def _covered(span: Span, offsets: list[Span]) -> Span:
+def covered(span: Span, offsets: list[Span]) -> Span:
     """The tokens, from, to, that cover some characters; a token that a template shares with them is one."""
     inside = [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0] and end > start]
     return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Chat, Tokens, chat_tokens, shared, template_options
+from .chat import Chat, Tokens, chat_tokens, covered, encoded, shared, template_options
 from .columns import COUNTERFACTUAL, IGNORE_INDEX
 from .readers import is_written_list
+from .secret import secret_spans, secrets_of
 from .template import TemplateContext
 
 FORMATS = {
@@ -127,6 +128,7 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     context: TemplateContext | None = None,
+    secret_column: str | None = None,
 ) -> list[Tokens]:
     """The tokens of rows of one format.
 
@@ -134,6 +136,7 @@ def tokenise(
         kind: key of `FORMATS`.
         names: what to call each row in an error.
         context: what a chat template sees beside the messages; by default nothing but today's date.
+        secret_column: spans of the answers, whose tokens are to be marked.
 
     Raises:
         ValueError: for a row that is malformed, named. A batch may name another one than its first.
@@ -141,18 +144,41 @@ def tokenise(
     named = list(zip(rows, names, strict=True))
     if kind == "tokenised":
         return [_given_tokens(row, tokenizer, where) for row, where in named]
+    secrets = None if secret_column is None else [secrets_of(row[secret_column], where) for row, where in named]
     if kind == "text":
         texts = [filled(row["text"], "text", where) for row, where in named]
-        return [Tokens(0, tokens) for tokens in _texts(texts, tokenizer)]
+        made = [Tokens(0, tokens) for tokens in _texts(texts, tokenizer)]
+        return made if secrets is None else _with_secrets(made, [0] * len(texts), texts, secrets, names, tokenizer)
     pairs = [(*_prompt_and_completion(row, kind, tokenizer, where), where) for row, where in named]
     if not isinstance(pairs[0][0], str):  # a column has one type, so that all are messages or none
         messages = [(*pair[:2], row, pair[2]) for pair, row in zip(pairs, rows, strict=True)]
-        return _chats(messages, tokenizer, context or TemplateContext())
+        return _chats(messages, tokenizer, context or TemplateContext(), secrets)
     for _, completion, where in pairs:
         filled(completion, "completion", where)
     starts = tokenizer([prompt for prompt, _, _ in pairs], **ONLY_IDS)["input_ids"]
     wholes = tokenizer([prompt + completion for prompt, completion, _ in pairs], **ONLY_IDS)["input_ids"]
-    return [Tokens(shared(start, all_), all_) for start, all_ in zip(starts, _with_eos(wholes, tokenizer), strict=True)]
+    made = [Tokens(shared(start, all_), all_) for start, all_ in zip(starts, _with_eos(wholes, tokenizer), strict=True)]
+    if secrets is None:
+        return made
+    whole = [prompt + completion for prompt, completion, _ in pairs]
+    return _with_secrets(made, [len(prompt) for prompt, _, _ in pairs], whole, secrets, names, tokenizer)
+
+
+def _with_secrets(
+    tokens: list[Tokens],
+    starts: Sequence[int],
+    texts: list[str],
+    secrets: Sequence[list[str]],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Tokens]:
+    """Tokens of plain texts with those of the secrets marked; the answers begin at the characters `starts`."""
+    _, offsets = encoded(texts, tokenizer, special=True)
+    marked = []
+    for one, start, text, own, where, places in zip(tokens, starts, texts, secrets, names, offsets, strict=True):
+        spans = secret_spans(text, [(start, len(text))], own, where)
+        marked.append(one._replace(secret=[covered(span, places) for span in spans]))
+    return marked
 
 
 def text_tokens(text: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
@@ -189,11 +215,14 @@ def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBa
 
 
 def _chats(
-    pairs: Sequence[tuple[list, list, Row, str]], tokenizer: PreTrainedTokenizerBase, context: TemplateContext
+    pairs: Sequence[tuple[list, list, Row, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    context: TemplateContext,
+    secrets: Sequence[list[str]] | None = None,
 ) -> list[Tokens]:
     """Tokens of conversations, through the chat template."""
     chats = []
-    for prompt, completion, row, where in pairs:
+    for number, (prompt, completion, row, where) in enumerate(pairs):
         for message in [*prompt, *(completion or [])]:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
                 raise ValueError(f"{where}: a message must have a role and a content, got {_keys(message)}")
@@ -202,7 +231,8 @@ def _chats(
         filled(completion[-1].get("content"), "assistant message", where)
         if not tokenizer.chat_template:
             raise ValueError(f"{where}: the data is conversational but the tokenizer has no chat template")
-        chats.append(Chat(prompt, completion, template_options(row, where), where))
+        own = None if secrets is None else secrets[number]
+        chats.append(Chat(prompt, completion, template_options(row, where), where, own))
     return chat_tokens(chats, tokenizer, context)
 
 

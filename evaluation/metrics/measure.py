@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import Samples, TemplateContext, prepare_samples
 
-from .memorization import MEASURES, TOKEN_STATISTICS, evaluate_memorization, teacher_forced, true_answers
+from .leak import LeakRule, by_name, sampled_leaks
+from .memorization import (
+    MEASURES,
+    SECRET_SAID,
+    TOKEN_STATISTICS,
+    evaluate_memorization,
+    teacher_forced,
+    true_answers,
+)
+from .secret import measure_secret
 from .utility import answer_logps, prepare_answers, questions_and_answers, tofu_utility, truth_ratio
 
 
@@ -26,6 +35,8 @@ class Measured:
         truth_ratio: of the forget samples, `[N]`, where the data has wrong answers to compare with.
         paraphrased: answer probability of the forget samples asked in other words, `[N]`.
         utility: TOFU's figures, per sample.
+        leaks: of the forget and the holdout set, how many of the sampled answers leak, by kind (`sampled_leaks`).
+        secret: of the same sets, what is left of the secret's tokens alone (`measure_secret`).
     """
 
     sets: dict[str, dict[str, np.ndarray]]
@@ -34,6 +45,8 @@ class Measured:
     truth_ratio: np.ndarray | None = None
     paraphrased: np.ndarray | None = None
     utility: dict[str, np.ndarray] = field(default_factory=dict)
+    leaks: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    secret: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def per_sample(self) -> dict[str, np.ndarray]:
         """Columns of the forget samples for a table, without text."""
@@ -42,7 +55,7 @@ class Measured:
             columns["truth_ratio"] = self.truth_ratio
         if self.paraphrased is not None:
             columns["paraphrased_probability"] = self.paraphrased
-        return columns
+        return {**columns, **self.secret.get("forget", {}), **by_name(self.leaks.get("forget", {}))}
 
 
 def measure(
@@ -56,9 +69,8 @@ def measure(
     max_length: int | None = 1024,
     template: TemplateContext | None = None,
     generate: bool = True,
-    samples: int = 0,
-    temperature: float = 1.0,
-    seed: int = 0,
+    leak: LeakRule | None = None,
+    secrets: Mapping[str, Sequence[Sequence[str]] | None] | None = None,
     desc: str = "",
 ) -> Measured:
     """All that is measured on one model.
@@ -70,8 +82,10 @@ def measure(
             in which one is missing.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
         template: what a chat template sees beside the messages, for what is not prepared yet.
+        leak: sample answers of the forget and the holdout set, too, and count those that leak.
+        secrets: of these sets, spans of each true answer as text; the prepared samples have their tokens marked.
     """
-    result = Measured({})
+    result, secrets = Measured({}), secrets or {}
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "template": template}
     for name, prepared in sets.items():
         what = f"{desc}: {name}"
@@ -84,15 +98,22 @@ def measure(
                 tokenizer,
                 batch_size=batch_size,
                 generate=generate,
-                samples=samples if name == "forget" else 0,
-                temperature=temperature,
-                seed=seed,
                 token_statistics=True,
+                secrets=secrets.get(name),
                 desc=what,
             )
         result.statistics[name] = {key: values.pop(key) for key in TOKEN_STATISTICS}
         result.sets[name] = {key: values[key] for key in MEASURES if key in values}
         result.texts[name] = true_answers(prepared, tokenizer)
+        if name not in ("forget", "holdout"):
+            continue
+        if secret := measure_secret(model, prepared, tokenizer, batch_size=batch_size, desc=f"{what}, secret"):
+            result.secret[name] = secret | {key: values[key] for key in (SECRET_SAID,) if key in values}
+        if leak is not None:
+            told = secrets.get(name)
+            result.leaks[name] = sampled_leaks(
+                model, prepared, tokenizer, leak, secrets=told, batch_size=batch_size, desc=f"{what}, sampling"
+            )
     others = {
         kind: answer_logps(model, forget_raw, tokenizer, [column], question=asked, name="forget", **options)
         for kind, (column, asked) in other_answers(forget_raw).items()

@@ -15,12 +15,12 @@ from cud_trainer.logprobs import AnswerScores, score_answers, wide
 from cud_trainer.models.generation import Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
 
-from .words import rouge_l_recall, verbatim
+from .words import rouge_l_recall, tells, verbatim
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 GENERATED = ("rouge_l_recall", "verbatim")
-SAMPLED = ("sampled_rouge_l_recall", "sampled_verbatim")
-MEASURES = (*TEACHER_FORCED, *GENERATED, *SAMPLED)
+MEASURES = (*TEACHER_FORCED, *GENERATED)
+SECRET_SAID = "secret_verbatim"
 # Kept by the same pass for attacks and truth ratios (see `privacy`); no measures of memorisation themselves.
 TOKEN_STATISTICS = ("mean_logps", "min_k", "min_k_plus_plus")
 MIN_K = 0.2
@@ -94,8 +94,7 @@ def generate_answers(
     *,
     batch_size: int = 16,
     extra_tokens: int = 16,
-    temperature: float | None = None,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     desc: str | None = None,
 ) -> list[str]:
     """Continuation of each sample's prompt, `[N]` strings; `extra_tokens` more than the true answer at most.
@@ -105,8 +104,7 @@ def generate_answers(
     generation config counts but its end tokens (see `cud_trainer.models.generation`).
 
     Args:
-        temperature: of sampling; greedy by default.
-        seed: of sampling.
+        sampling: draw instead of writing greedily: `[N x draws]` strings, those of a sample after each other.
     """
     stop = stop_tokens(tokenizer, model)
     prompts, limits, prepared = [], [], with_pad_token(prepared, tokenizer).measured
@@ -122,7 +120,7 @@ def generate_answers(
         stop=stop,
         pad=prepared.pad_token_id,
         batch_size=batch_size,
-        sampling=None if temperature is None else Sampling(temperature=temperature, seed=seed),
+        sampling=sampling,
         desc=desc,
     )
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in written]
@@ -168,45 +166,34 @@ def evaluate_memorization(
     *,
     batch_size: int = 16,
     generate: bool = True,
-    samples: int = 0,
-    temperature: float = 1.0,
-    seed: int = 0,
     token_statistics: bool = False,
+    secrets: Sequence[Sequence[str]] | None = None,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
     """All metrics of residual memorisation, each `[N]`; higher = more is left.
 
     Args:
+        secrets: spans of each true answer, `[N]` lists: also `SECRET_SAID`, 1 where the greedy answer has one of them,
+            NaN for a sample without any.
         token_statistics: also return `TOKEN_STATISTICS`, which the same pass gives.
         generate: also continue the prompts greedily: `rouge_l_recall`, and `verbatim`, 1 where the answer begins with
             the true one, word by word.
-        samples: also draw as many continuations at `temperature`; `sampled_*` is the largest over them (what somebody
-            who asks as often can get).
     """
     values = teacher_forced(model, prepared, tokenizer, batch_size=batch_size, desc=desc)
     if not token_statistics:
         values = {name: column for name, column in values.items() if name not in TOKEN_STATISTICS}
-    if generate or samples:
-        truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
     if generate:
+        truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
         answers = generate_answers(
             model, prepared, tokenizer, batch_size=batch_size, desc=desc and f"{desc}, generating"
         )
         values["rouge_l_recall"] = rouge_l_recall(truths, answers)
         values["verbatim"] = verbatim(truths, answers)
-    for number in range(samples):
-        answers = generate_answers(
-            model,
-            prepared,
-            tokenizer,
-            batch_size=batch_size,
-            temperature=temperature,
-            seed=seed + number,
-            desc=desc and f"{desc}, sample {number + 1}",
-        )
-        for name, metric in (("rouge_l_recall", rouge_l_recall), ("verbatim", verbatim)):
-            drawn, largest = metric(truths, answers), values.get(f"sampled_{name}")
-            values[f"sampled_{name}"] = drawn if largest is None else np.maximum(largest, drawn)
+        if secrets is not None:
+            said = zip(truths, answers, secrets, strict=True)
+            values[SECRET_SAID] = np.array(
+                [float(any(tells(truth, answer, one) for one in own)) if own else np.nan for truth, answer, own in said]
+            )
     return values
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from cud_trainer.difficulty import Buckets, DifficultyScores
 
-from ..metrics import privacy
+from ..metrics import leak, privacy, secret
 from ..metrics.measure import Measured
 from ..metrics.memorization import MEASURES, TOKEN_STATISTICS
 from ..statistics import Interval
@@ -19,7 +19,11 @@ from .schema import Condition, Difficulty, Final, Head, Results, Run, Table
 from .tables import by_bucket, change_table, forget_quality_table, privacy_table, relative_table, utility_table
 
 # Columns of a table of samples that are no difficulty.
-MEASURED = (*MEASURES, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability")
+MEASURED = (
+    *(*MEASURES, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability"),
+    *(*secret.COLUMNS, *(f"{leak.COLUMN}{kind}" for kind in leak.KINDS)),
+)
+ATTACKED = ("relearned/", "relearn_taught", "quantised/")
 BESIDE = ("group", "true_answer", "ground_truth", "generation")
 
 Sets = Mapping[str, Mapping[str, np.ndarray]]
@@ -135,7 +139,8 @@ def _attacks(measured: Measured, reference: Measured | None, name: str) -> dict[
 def check_score_names(scores: DifficultyScores) -> None:
     """Raise `ValueError` naming a difficulty metric that is called like a column of what is measured."""
     for name in scores.metrics:
-        if name in BESIDE or name.removeprefix("before/").removeprefix("reference/") in MEASURED:
+        own = name.removeprefix("before/").removeprefix("reference/")
+        if name in BESIDE or own in MEASURED or name.startswith(ATTACKED):
             raise ValueError(
                 f"the scores have a metric {name!r}, which is a column of what is measured of each sample: rename it"
             )

@@ -249,6 +249,21 @@ class Table:
 
 
 @dataclass(kw_only=True)
+class AttackRow:
+    """What an attack on the weights changes of answer probability: of the forget samples, of never-seen ones, and the
+    difference, which alone says that something was hidden. `over`: what the intervals are over."""
+
+    attack: str
+    condition: str
+    n: int
+    over: str
+    change: Interval
+    n_control: int | None = None
+    control: Interval | None = None
+    beyond: Interval | None = None
+
+
+@dataclass(kw_only=True)
 class Against:
     """One arm less another, paired by seed (see `evaluation.decision.Comparison`)."""
 
@@ -295,6 +310,7 @@ class Results:
     retain_weight_fit: list[Trial] | None = None
     fit_note: str | None = None
     decision: Decisions | None = None
+    attacks: list[AttackRow] | None = None
     tables: list[Table] | None = None
     run: Run
 

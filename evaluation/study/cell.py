@@ -292,6 +292,7 @@ def _relearned(model: Any, tradeoff: TradeoffCallback, forget: Samples, settings
     return {
         "step": tradeoff.path.steps[number],
         "taught": sorted(rows.tolist()),
-        "before": left[0].tolist(),
-        "after": left[settings["steps"]].tolist(),
+        "before": left.forget[0].tolist(),
+        "after": left.forget[settings["steps"]].tolist(),
+        **({} if left.control is None else {"control": [left.control[at].tolist() for at in (0, settings["steps"])]}),
     }
