@@ -81,6 +81,8 @@ def renamed(dataset: Dataset, columns: Mapping[str, str], what: str, known: Mapp
     Raises:
         ValueError: for a column that is not there, or a name of no format.
     """
+    if what != "forget" and columns.get(SECRET) not in dataset.column_names:  # only what is forgotten must name secrets
+        columns = {target: column for target, column in columns.items() if target != SECRET}
     also = {"id", "sample_id", SECRET}
     wanted = {column for needed in known.values() for column in needed} | also
     for target, column in columns.items():

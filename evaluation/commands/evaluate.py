@@ -33,6 +33,7 @@ from ..report.leak import leak_tables, secret_table
 from ..report.schema import AttackRow, Results, Run, Table
 from ..report.tables import group_table, line_table, lm_eval_table
 from .inputs import EvaluateArguments, EvaluateInputs, read_inputs
+from .secrets import without_pattern
 
 AS_IT_IS = "as it is"
 
@@ -100,7 +101,7 @@ def evaluate(argv: list[str]) -> int:
         if args.overwrite:
             clear(folder, REPORT_FILES)
         measurements = measure_models(inputs)
-        results = report_on(inputs, measurements, "cud evaluate " + " ".join(argv))
+        results = report_on(inputs, measurements, "cud evaluate " + " ".join(without_pattern(argv)))
         written = write_report(results, folder, sample_table(inputs, measurements))
     for line in results.findings:
         print(f"- {line}")

@@ -17,9 +17,7 @@ from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import DataArguments, load_tokenizer, model_options
 from cud_trainer.data import Samples, TemplateContext, check_vocabulary, prepare_samples
 from cud_trainer.data.columns import SECRET
-from cud_trainer.data.formats import detect_format, question_and_answer
 from cud_trainer.data.groups import group_labels
-from cud_trainer.data.secret import with_secrets
 from cud_trainer.data.sources import load_samples
 from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
@@ -37,8 +35,8 @@ from ..metrics.secret import secret_texts
 from ..metrics.utility import UTILITY_SETS
 from ..report.attacks import Groups
 from ..report.audit import check_score_names
+from .secrets import SECRET_SETS, with_secret_column
 
-SECRET_SETS = ("forget", "holdout")
 # What gives an option its meaning.
 NEEDS = {
     "samples": "generate",
@@ -169,8 +167,6 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, DataArguments):
             raise ValueError(f"quantize takes 8 and 4 bits, got {self.quantize}")
         if self.relearn_samples and not self.relearn_steps:
             raise ValueError(f"relearn_steps must be at least 1, got {self.relearn_steps}")
-        if not 0 < self.leak_rouge <= 1:
-            raise ValueError(f"leak_rouge must be above 0 and at most 1, got {self.leak_rouge}")
         if self.straight_line and not self.original_model:
             raise ValueError("the straight line starts at the original model: give --original_model")
 
@@ -232,7 +228,7 @@ class EvaluateInputs:
 def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInputs:
     """Read and check all but the models; `ValueError` for what does not fit."""
     tokenizer = load_tokenizer(model_args, args)
-    raw = with_secret_column(args, read_datasets(args, tokenizer))
+    raw = with_secret_column(read_datasets(args, tokenizer), args.secret_pattern, args.chunk_tokens)
     scores = DifficultyScores.load(args.scores) if args.scores else None
     template = args.template_context(template_of(str(model_args.model_name_or_path), scores))
     options: dict[str, Any] = {"max_length": args.max_length, "template": template}
@@ -315,34 +311,6 @@ def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -
         if source or config:
             raw[name] = args.read(str(source or args.forget_dataset), config, split, None, name, tokenizer)
     return raw
-
-
-def with_secret_column(args: EvaluateArguments, raw: dict[str, Dataset]) -> dict[str, Dataset]:
-    """The data sets, those of `SECRET_SETS` with the column `secret` if a pattern makes it.
-
-    Raises:
-        ValueError: for secrets of texts that are cut into chunks, or of tokens.
-    """
-    named = args.secret_pattern is not None or SECRET in raw["forget"].column_names
-    if named and args.chunk_tokens is not None:
-        raise ValueError("secrets are spans of whole answers: they cannot be given with chunk_tokens")
-    if args.secret_pattern is None:
-        return raw
-    made = dict(raw)
-    for name in SECRET_SETS:
-        if name in raw:
-            answers = answer_texts(raw[name], name)
-            made[name] = with_secrets(raw[name], answers, args.secret_pattern, name, needed=name == "forget")
-    return made
-
-
-def answer_texts(raw: Dataset, name: str) -> list[str]:
-    """The answer of each row as text; `ValueError` for data that holds tokens."""
-    kind = detect_format(raw.column_names, name)
-    if kind == "tokenised":
-        raise ValueError(f"secret_pattern is for answers as text, but the {name} dataset is tokenised")
-    texts = [row["text"] if kind == "text" else question_and_answer(row, kind)[1] for row in raw.with_format(None)]
-    return [text if isinstance(text, str) else "" for text in texts]  # what is no text is refused later, by name
 
 
 def leak_rule(args: EvaluateArguments) -> LeakRule | None:
