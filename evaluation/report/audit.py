@@ -26,6 +26,9 @@ MEASURED = (
 ATTACKED = ("relearned/", "relearn_taught", "quantised/")
 BESIDE = ("group", "true_answer", "ground_truth", "generation")
 
+# Wherever a figure says what is left, these stand side by side.
+HEADLINES = {"probability": "answer probability", "extraction_strength": "extraction strength"}
+
 Sets = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -52,11 +55,7 @@ def audit_results(
     findings = []
     for part in ("forget", "retain"):
         if part in final.sets:
-            line = f"mean {part} probability {interval_text(final.sets[part]['probability'])}"
-            if started is not None and part in started:
-                level = started[part]["probability"].value
-                line += f" (before unlearning {level:.3f})" if np.isfinite(level) else " (before unlearning n/a)"
-            findings.append(line)
+            findings.append(_headline(part, final.sets[part], None if started is None else started.get(part)))
     condition = Condition(
         name=name,
         objective=None,
@@ -71,14 +70,28 @@ def audit_results(
     results = Results(head=Head.now(title), conditions=[condition], findings=findings, before=started, run=run)
     if scores is not None and buckets is not None:
         final.buckets = by_bucket(after["forget"], buckets, seed)
-        easy, hard = (interval_text(final.buckets[side].metrics["probability"]) for side in (0, -1))
-        findings.append(f"easiest bucket {easy}, hardest bucket {hard} (answer probability)")
+        for name, what in HEADLINES.items():
+            if name in after["forget"]:
+                easy, hard = (interval_text(final.buckets[side].metrics[name]) for side in (0, -1))
+                findings.append(f"easiest bucket {easy}, hardest bucket {hard} ({what})")
         if buckets.note:
             findings.append(buckets.note)
         if all(column in scores.columns for column in TRIVIAL):
             results.difficulty, lines = _difficulty(after["forget"]["probability"], scores, buckets, seed, name)
             findings += lines
     return results
+
+
+def _headline(part: str, now: Mapping[str, Interval], before: Mapping[str, Interval] | None) -> str:
+    """What is known of a set, per token and as far as it can be extracted."""
+    said = []
+    for name in (name for name in HEADLINES if name in now):
+        line = f"{name.replace('_', ' ')} {interval_text(now[name])}"
+        if before is not None and name in before:
+            level = before[name].value
+            line += f" (before unlearning {level:.3f})" if np.isfinite(level) else " (before unlearning n/a)"
+        said.append(line)
+    return f"mean {part} " + ", ".join(said)
 
 
 def _difficulty(

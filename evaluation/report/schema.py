@@ -184,13 +184,14 @@ class Circuits:
 
 @dataclass(kw_only=True)
 class MatchedRow:
-    """What one schedule leaves at a level of retain utility, and the step at which it is there."""
+    """What one schedule leaves at a level of retain utility, `extraction` strength of all, and the step there."""
 
     schedule: str
     retain_weight: float | None
     learning_rate: float | None = None
     forget: Interval | None
     hardest_bucket: Interval | None
+    extraction: Interval | None = None
     worst_quarter: float | None = None
     steps: float | None
     seconds: float | None = None
