@@ -112,7 +112,7 @@ def check_best_metric(args: CUDConfig, evaluated: Any, *, retain: bool, own_metr
     if args.metric_for_best_model is None or not (compares or plateau) or own_metrics:
         return
     name = args.metric_for_best_model.removeprefix("eval_")
-    known = ["balance", "forget_prob", *(["retain_prob"] if retain else [])]
+    known = ["balance", "forget_prob", "forget_extraction", *(["retain_prob"] if retain else [])]
     if args.difficulty is not None:
         known += [f"forget_prob/bucket_{number}" for number in range(1, args.n_buckets + 1)]
     if isinstance(evaluated, dict):

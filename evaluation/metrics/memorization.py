@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, PREPARED, Samples
-from cud_trainer.logprobs import AnswerScores, score_answers, wide
+from cud_trainer.logprobs import AnswerScores, extraction_strength, score_answers, wide
 from cud_trainer.models.generation import Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
 
@@ -29,21 +29,6 @@ MIN_K = 0.2
 def exact_memorization(correct: Sequence[bool]) -> float:
     """Share of answer tokens that are the arg max given the true prefix, in [0, 1] (Tirumala et al. 2022)."""
     return float(np.mean(correct)) if len(correct) else float("nan")
-
-
-def extraction_strength(correct: Sequence[bool], *, corrected: bool = False) -> float:
-    """`1 - k/n`, k the length of the shortest answer prefix after which the arg max continues correctly to the end.
-
-    As in open-unlearning (after Carlini et al. 2021) at least the last token counts as extracted, so that the smallest
-    value is 1/n and short answers look memorised; `corrected` lets k be n, with smallest value 0.
-    """
-    n = len(correct)
-    if n == 0:
-        return float("nan")
-    k = n
-    while k > 0 and correct[k - 1]:
-        k -= 1
-    return 1 - (k if corrected else min(k, n - 1)) / n
 
 
 @torch.no_grad()
@@ -74,7 +59,7 @@ def teacher_forced(
             mean_logps = scores.mean_logps.cpu().double()
             plain, standard = scores.token_logps.cpu().double(), _standardised(scores).cpu().double()
             hits = (scores.logits.argmax(-1) == scores.targets).cpu()
-            content = (scores.mask & ~_from_first(torch.isin(scores.targets, stop))).cpu()
+            content = scores.before(stop).cpu()
             for position, row in enumerate(rows):
                 correct = hits[position][content[position]].tolist()
                 values["mean_logps"][row] = mean_logps[position]
@@ -210,8 +195,3 @@ def _standardised(scores: AnswerScores) -> Tensor:
     mean = (p * finite).sum(-1)
     variance = (p * finite.square()).sum(-1) - mean.square()
     return (scores.token_logps - mean) / variance.clamp(min=1e-6).sqrt()
-
-
-def _from_first(flags: Tensor) -> Tensor:
-    """True from the first True on, along the last axis."""
-    return flags.long().cumsum(-1) > 0

@@ -181,11 +181,11 @@ def _more_passes(scores: Any, n_forget: int) -> int:
 def _endpoint_options(args: CUDConfig, world: _World, settings: dict[str, Any]) -> dict[str, Any]:
     """What is measured beside probabilities: extraction strength, and the held-out samples of a run that is compared by
     its endpoint."""
-    from ..metrics.memorization import teacher_forced
+    from cud_trainer.logprobs import answer_recall
+    from cud_trainer.models.generation import stop_tokens
 
-    def extraction(model: Any, forget: Samples) -> np.ndarray:
-        values = teacher_forced(model, forget, world.tokenizer, batch_size=args.per_device_eval_batch_size)
-        return values["extraction_strength"]
+    def extraction(model: Any, forget: Samples) -> tuple[np.ndarray, np.ndarray]:
+        return answer_recall(model, forget, stop_tokens(world.tokenizer, model))
 
     if world.held_out is None:
         return {"extraction": extraction}
