@@ -74,6 +74,7 @@ RANGES: dict[str, tuple[float, float] | tuple[float, float, str]] = {
     "heldout_samples": (1, MANY),
     "extensions": (0, MANY),
     "end_below": (0, 1, ")"),
+    "end_worst_quarter": (0, 1, ")"),
     "epochs": (1, 100_000),
     "report_seeds": (2, 1024),
     "lora_r": (1, 2**16),

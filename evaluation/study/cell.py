@@ -137,7 +137,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         processing_class=world.tokenizer,
         peft_config=get_peft_config(world.model),
         difficulty_scores=scores,
-        callbacks=[tradeoff, _End(tradeoff, settings.get("end_below", 0.0))],
+        callbacks=[tradeoff, _End(tradeoff, settings.get("end_below", 0.0), settings.get("end_worst_quarter", 0.0))],
     )
     trainer.remove_callback(PrinterCallback)
     diverged = None
@@ -239,19 +239,21 @@ def _scores_of(study: Path, settings: dict[str, Any]) -> Any:
 
 
 class _End(TrainerCallback):
-    """Ends a run when less than a share of the starting forget probability is left.
+    """Ends a run when little of the forget set is left, on the mean or of its worst quarter.
 
     Args:
         tradeoff: runs before this callback.
-        share: in [0, 1); 0 never ends a run.
+        share: of the starting forget probability, in [0, 1); less than 0 of it is never left.
+        worst: probability of the worst quarter, in [0, 1); 0 never ends a run.
     """
 
-    def __init__(self, tradeoff: TradeoffCallback, share: float) -> None:
-        self.tradeoff, self.share = tradeoff, share
+    def __init__(self, tradeoff: TradeoffCallback, share: float, worst: float = 0.0) -> None:
+        self.tradeoff, self.share, self.worst = tradeoff, share, worst
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         forget = self.tradeoff.path.forget
-        if forget[-1].mean() < self.share * forget[0].mean():
+        forgotten = self.worst > 0 and worst_quarter(forget[-1]) <= self.worst
+        if forgotten or forget[-1].mean() < self.share * forget[0].mean():
             control.should_training_stop = True
 
 

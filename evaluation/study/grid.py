@@ -198,6 +198,8 @@ def _run_settings(
         settings["generate"] = True
     if args.end_below:
         settings["end_below"] = args.end_below
+    if args.end_worst_quarter:
+        settings["end_worst_quarter"] = args.end_worst_quarter
     return settings
 
 

@@ -162,6 +162,13 @@ class StudyArguments(DataArguments):
         default=0.0,
         metadata={"help": "A run ends when less than this share of the starting forget probability is left; 0: never."},
     )
+    end_worst_quarter: float = field(
+        default=0.0,
+        metadata={
+            "help": "A run ends when the worst quarter of its forget samples is at most this probability; 0: never. "
+            "What comes after the endpoint costs time and is in no comparison by it."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -185,12 +185,20 @@ def test_a_run_ends_when_little_is_left(share, ends):
     assert control.should_training_stop == ends
 
 
+@pytest.mark.parametrize(("worst", "ends"), [(0.0, False), (0.59, False), (0.6, True)])
+def test_a_run_ends_when_its_worst_quarter_is_forgotten(worst, ends):
+    path = SimpleNamespace(forget=[np.full(8, 0.9), np.array([0.0, 0.1, 0.7, 0.0, 0.2, 0.5, 0.1, 0.0])])
+    control = TrainerControl()
+    study_cell._End(SimpleNamespace(path=path), 0.0, worst).on_step_end(None, None, control)
+    assert control.should_training_stop == ends
+
+
 def test_what_is_asked_for_is_in_the_settings_and_what_is_not_is_not():
     def settings(**options):
         train = {"difficulty": "none", "bf16": False, "use_cpu": True}
         return [c.settings for c in plan(StudyArguments(grid={"seed": [1, 2]}, train=train, **options), {})[1]]
 
-    assert all(set(one) & {"generate", "end_below", "relearn"} == set() for one in settings())
+    assert all(set(one) & {"generate", "end_below", "end_worst_quarter", "relearn"} == set() for one in settings())
     first, second = settings(generate_seeds=[2], end_below=0.1)
     assert "generate" not in first and second["generate"] and first["end_below"] == second["end_below"] == 0.1
 
