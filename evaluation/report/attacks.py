@@ -102,7 +102,9 @@ def judged(beyond: Interval) -> str:
         return "too little to tell whether anything was hidden"
     if beyond.low > 0:
         return f"more comes back than {NEVER_SEEN} gain: part of it was hidden"
-    return f"no more comes back than {NEVER_SEEN} gain" + (", but less" if beyond.high < 0 else "")
+    if beyond.high < 0:
+        return f"less comes back than {NEVER_SEEN} gain"
+    return f"not to be told from what {NEVER_SEEN} gain"
 
 
 def _signed(interval: Interval) -> str:

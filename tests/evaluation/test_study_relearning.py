@@ -21,7 +21,7 @@ def run(seed, gain, unseen=None):
 
 
 def test_over_seeds():
-    gains, unseen, base = [0.2, 0.3, 0.4], [0.1, 0.1, 0.2], [0.3, 0.3, 0.3]
+    gains, unseen, base = [0.1, 0.3, 0.5], [0.1, 0.1, 0.2], [0.3, 0.3, 0.3]
     chosen = {
         "uniform": [run(seed, gain, 0.1) for seed, gain in enumerate(base)],
         "other": [run(seed, *pair) for seed, pair in enumerate(zip(gains, unseen, strict=True))],
@@ -36,7 +36,7 @@ def test_over_seeds():
     assert cells["hardest bucket, before"]["value"] == pytest.approx(np.linspace(0.1, 0.3, 6)[4:].mean())
     assert attacks[1].over == "seeds" and attacks[1].n == 4 and attacks[1].n_control == 3
     assert lines[1].startswith("relearning, npo, other: the 4 forget samples that were not taught change by +0.300")
-    assert lines[1].endswith("no more comes back than never-seen samples gain") == (expected[0] <= 0)
+    assert expected[0] < 0 < expected[1] and lines[1].endswith("not to be told from what never-seen samples gain")
     assert lines[0].endswith("more comes back than never-seen samples gain: part of it was hidden")
 
 
