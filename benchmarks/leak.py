@@ -52,9 +52,9 @@ def main() -> None:
     from attribution import machine  # the script beside this one
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--answers", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--answers", type=int, nargs="+", default=[4])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--output", type=Path, default=Path("leak.json"))

@@ -261,7 +261,8 @@ class _Draw(LogitsProcessor):
         self.levels, self.step = levels, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        level = self.levels[:, self.step, None].to(scores.device, scores.dtype)
+        self.levels = self.levels.to(scores.device, scores.dtype)  # once
+        level = self.levels[:, self.step, None]
         self.step += 1
         sums = scores.softmax(-1).cumsum(-1)
         total = sums[:, -1:]
