@@ -23,6 +23,7 @@ from .tables import masks_of, table
 
 NEVER_SEEN = "never-seen samples"
 BEYOND = f"change beyond {NEVER_SEEN}"
+VISIBLE = 5e-4  # what is less is shown as 0.000
 NO_CONTROL = "needs never-seen samples: holdout_dataset"
 
 
@@ -91,6 +92,8 @@ def said(row: AttackRow, what: str) -> str:
     """
     line = f"{row.attack}, {row.condition}: {what} change by {_signed(row.change)}"
     if row.control is None or row.beyond is None:
+        if row.change.low <= VISIBLE and np.isfinite(row.change.low):
+            return f"{line}: no rise"
         return f"{line}; without {NEVER_SEEN} (holdout_dataset) it cannot be told whether that was hidden or is new"
     line += f", {NEVER_SEEN} by {_signed(row.control)}: difference {_signed(row.beyond)}"
     return f"{line}: {judged(row.beyond)}"
