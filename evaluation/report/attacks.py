@@ -128,7 +128,8 @@ def quantisation(
     """Answer probability with rounded weights.
 
     Args:
-        forget, control: of each sample by condition, `[N]` and `[M]`.
+        forget: of each forget sample by condition, `[N]` each.
+        control: of each never-seen sample, `[M]` each; `None` without such.
         base: the condition without rounding.
     """
     rows, found, cells = [], [], {}
