@@ -45,6 +45,7 @@ READ = {
     "original_open_unlearning",
     "reference_open_unlearning",
     "lm_eval_include",
+    "nli_model",
 }
 
 

@@ -61,6 +61,8 @@ def unlearning_section(trainer: Any) -> str:
             "(set `eval_strategy` to measure all):"
         )
     lines += ["", "| | |", "|---|---|", f"| forget set | {figures['forget_prob']:.4f} |"]
+    if "forget_extraction" in figures:
+        lines.append(f"| forget set, extraction strength | {figures['forget_extraction']:.4f} |")
     buckets = sorted((key for key in figures if key.startswith(BUCKET)), key=lambda key: int(key.removeprefix(BUCKET)))
     for key in buckets:
         number = int(key.removeprefix(BUCKET))
