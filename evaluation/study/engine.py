@@ -135,7 +135,11 @@ class Study:
             if _planned(folder) != planned:  # else it goes on, with cells by which its grid grew
                 remove_others(folder, [*self.reference, *self.scores, *self.cells])
         names = [f.name for f in fields(DataArguments)]
-        names += [f.name for f in fields(StudyArguments) if f.name.startswith(("utility_", "heldout_"))]
+        names += [
+            f.name
+            for f in fields(StudyArguments)
+            if f.name.startswith(("utility_", "heldout_", "holdout_", "relearn_"))
+        ]
         shared = {
             "model": vars(self.model_args),
             "data": {name: getattr(args, name) for name in names},
