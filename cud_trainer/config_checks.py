@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.deepspeed import is_deepspeed_available
+
 from .circuits.components import check_trainable
 from .models.trainable import layer_range
 from .objectives import STEPS, UnlearningLoss
@@ -42,6 +44,8 @@ def check_mappings(config: Any) -> None:
             if not Path(value).expanduser().is_file():
                 raise ValueError(f"{name} {value} is no file")
         check_numbers_within(name, value)
+    if config.deepspeed and not is_deepspeed_available():
+        raise ValueError("deepspeed needs the package deepspeed (pip install cud-trainer[deepspeed])")
     if config.log_level not in LOG_LEVELS or config.log_level_replica not in LOG_LEVELS:
         raise ValueError(f"log_level and log_level_replica must be one of {LOG_LEVELS}")
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -32,6 +39,23 @@ def sampled_values(parameter: nn.Parameter, most: int) -> Tensor:
 def _sampled(tensor: Tensor, most: int) -> Tensor:
     flat = tensor.reshape(-1)
     return flat[:: max(1, -(-len(flat) // most))].clone()
+
+
+@contextmanager
+def loaded_whole(settings: Any) -> Iterator[None]:
+    """Models that are loaded inside come whole, where DeepSpeed's stage 3 has transformers partition them.
+
+    Args:
+        settings: the configuration that transformers was told of; `None` without DeepSpeed.
+    """
+    if settings is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(settings)
 
 
 def as_deepspeed_trains(model: nn.Module, settings: Any) -> None:

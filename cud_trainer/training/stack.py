@@ -21,6 +21,7 @@ from ..models.trainable import movable_share
 from .hooks import make_repository
 
 logger = logging.get_logger(__name__)
+SAVES = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 MOST = 0.9  # of the weights: fewer that can move are worth a word
 # What packages raise that lack another one, or an option.
 REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
@@ -73,6 +74,12 @@ def _check_backends(args: CUDConfig) -> None:
     """What the libraries only refuse when they are set up."""
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError("fsdp splits a model over processes: start with `accelerate launch` or `torchrun`")
+    deepspeed = None if args.deepspeed_plugin is None else args.deepspeed_plugin.hf_ds_config
+    if deepspeed is not None and deepspeed.is_zero3() and not deepspeed.is_true(SAVES):
+        raise ValueError(
+            f"deepspeed: with stage 3 no model would be saved: set {SAVES} to true (zero3_save_16bit_model in a "
+            "configuration of accelerate)"
+        )
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel needs the package liger-kernel (pip install liger-kernel)")
     if args.torch_compile and args.torch_compile_backend:

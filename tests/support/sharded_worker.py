@@ -3,7 +3,8 @@
 Usage: sharded_worker.py FOLDER RESULT.json RUNS.json
 
 `RUNS.json` is a list of runs: `{"name": ..., "how": "ddp" | "zero1" | "zero2" | "zero3" | "fsdp2", options of the
-run}`. One start serves all of them: what takes the time is a start, not a run.
+run}`; `resume` names the run whose first checkpoint this one goes on from, `lora` trains an adapter, `path` loads the
+model from there. One start serves all of them. Plain runs come before those of FSDP.
 """
 
 import json
@@ -16,7 +17,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from builders import make_model, make_tokenizer, qa_dataset
-from ddp_worker import shard_on_cpu
 from peft import LoraConfig
 from runs import config
 
@@ -24,7 +24,12 @@ from cud_trainer import CUDTrainer
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 # Buckets of the size of this model: else stage 3 keeps every tensor of it whole.
-SMALL = {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 2000, "stage3_prefetch_bucket_size": 2000}
+SMALL = {
+    "stage3_gather_16bit_weights_on_model_save": True,
+    "stage3_param_persistence_threshold": 0,
+    "reduce_bucket_size": 2000,
+    "stage3_prefetch_bucket_size": 2000,
+}
 
 
 def zero_config(stage: int, **zero) -> dict:
@@ -37,6 +42,22 @@ def zero_config(stage: int, **zero) -> dict:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000,
     }
+
+
+def shard_on_cpu() -> None:
+    """FSDP on gloo: accelerate shards on accelerators only, so it is told that it may."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self, *args, **options):
+        original(self, *args, **options)
+        self._shared_state["distributed_type"] = DistributedType.FSDP
+        if options.get("fsdp_plugin") is not None:
+            self._shared_state["fsdp_plugin"] = options["fsdp_plugin"]
+
+    AcceleratorState.__init__ = init
 
 
 def forget_how() -> None:
@@ -52,7 +73,7 @@ def forget_how() -> None:
 
 
 def train(folder: Path, run: dict) -> dict:
-    name, how, resume, lora = (run.pop(key, None) for key in ("name", "how", "resume", "lora"))
+    name, how, resume, lora, path = (run.pop(key, None) for key in ("name", "how", "resume", "lora", "path"))
     output = folder / (resume or name)
     options = {"ddp_find_unused_parameters": False, "gradient_checkpointing": False, "overwrite": not resume, **run}
     if how.startswith("zero"):
@@ -60,21 +81,21 @@ def train(folder: Path, run: dict) -> dict:
     elif how == "fsdp2":
         options |= {"fsdp": True, "fsdp_config": dict(FSDP)}
     args = config(output, **options)
-    model = make_model(0)
     trainer = CUDTrainer(
-        model,
+        path or make_model(0),
         args,
         forget_dataset=qa_dataset(9),
         retain_dataset=qa_dataset(7, 100),
         processing_class=make_tokenizer(),
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
     )
-    trainer.train(resume_from_checkpoint=str(output / f"checkpoint-1") if resume else None)
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-1") if resume else None)
     found = {
         "type": str(trainer.accelerator.distributed_type).rpartition(".")[2],
         "served": trainer.served_ids,
         "planned": trainer.schedule.order.tolist(),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "retain_losses": [entry["retain_loss"] for entry in trainer.state.log_history if "retain_loss" in entry],
         "norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
         "left": trainer.predict().predictions.tolist(),
         "factor": trainer.progress.factor.tolist(),
@@ -94,7 +115,6 @@ def main() -> None:
     found = {}
     for run in runs:
         name = run["name"]
-        import time; print("AT", name, time.time(), file=sys.stderr)
         forget_how()
         if run["how"] == "fsdp2":
             shard_on_cpu()
