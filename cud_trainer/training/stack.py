@@ -74,12 +74,7 @@ def _check_backends(args: CUDConfig) -> None:
     """What the libraries only refuse when they are set up."""
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError("fsdp splits a model over processes: start with `accelerate launch` or `torchrun`")
-    deepspeed = None if args.deepspeed_plugin is None else args.deepspeed_plugin.hf_ds_config
-    if deepspeed is not None and deepspeed.is_zero3() and not deepspeed.is_true(SAVES):
-        raise ValueError(
-            f"deepspeed: with stage 3 no model would be saved: set {SAVES} to true (zero3_save_16bit_model in a "
-            "configuration of accelerate)"
-        )
+    _check_deepspeed(args)
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel needs the package liger-kernel (pip install liger-kernel)")
     if args.torch_compile and args.torch_compile_backend:
@@ -98,6 +93,23 @@ def _check_backends(args: CUDConfig) -> None:
     takes_modules = any(name in str(getattr(args.optim, "value", args.optim)) for name in ("galore", "apollo"))
     if args.optim_target_modules and not takes_modules:
         raise ValueError("optim_target_modules has no effect without an optim of the kinds galore and apollo")
+
+
+def _check_deepspeed(args: CUDConfig) -> None:
+    """What a configuration of DeepSpeed leaves out, and would leave undone in silence."""
+    if args.deepspeed_plugin is None:
+        return
+    settings = args.deepspeed_plugin.hf_ds_config
+    if settings.is_zero3() and not settings.is_true(SAVES):
+        raise ValueError(
+            f"deepspeed: with stage 3 no model would be saved: set {SAVES} to true (zero3_save_16bit_model in a "
+            "configuration of accelerate)"
+        )
+    if args.max_grad_norm and settings.get_value("gradient_clipping") is None:
+        raise ValueError(
+            f"deepspeed: without gradient_clipping no gradient is clipped, and max_grad_norm={args.max_grad_norm:g} "
+            'has no effect: set gradient_clipping to "auto", or max_grad_norm to 0'
+        )
 
 
 def _check_trackers(args: CUDConfig) -> None:

@@ -1,10 +1,12 @@
 """DeepSpeed and FSDP 2 on two processes, over gloo: a run is the run that it is on plain DDP."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from builders import ROOT, SUPPORT, make_model, qa_dataset
 from peft import PeftModel
 from processes import run
@@ -162,26 +164,26 @@ def test_partitioned_weights_are_refused(tmp_path):
         make_trainer(tmp_path / "out", model=model)
 
 
-@pytest.mark.parametrize("saves", [True, False])
-def test_stage_3_has_to_save_whole_weights(tmp_path, saves):
-    settings = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": saves}
+SAVES = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_optimization": SAVES, "gradient_clipping": "auto"}, None),
+        ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, None),
+        ({"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}, "on_model_save to true"),
+        ({"zero_optimization": SAVES}, 'set gradient_clipping to "auto"'),
+    ],
+)
+def test_what_a_configuration_leaves_undone_is_refused(tmp_path, settings, message):
     args = config(tmp_path / "out")
-    if is_deepspeed_available():
-        from accelerate.utils import DeepSpeedPlugin
-
-        args.deepspeed_plugin = DeepSpeedPlugin(
-            hf_ds_config={"zero_optimization": settings, "gradient_accumulation_steps": 1}
-        )
-    else:
-        from accelerate.utils.deepspeed import HfDeepSpeedConfig
-
-        args.deepspeed_plugin = type("Plugin", (), {"hf_ds_config": HfDeepSpeedConfig({"zero_optimization": settings})})
-    model = make_model(0)
-    if saves:
-        stack.check_stack(args, model, own_optimizer=False)
-    else:
-        with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save to true"):
-            stack.check_stack(args, model, own_optimizer=False)
+    args.deepspeed_plugin = SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(settings))
+    if message is None:
+        stack.check_stack(args, make_model(0), own_optimizer=False)
+        return
+    with pytest.raises(ValueError, match=message):
+        stack.check_stack(args, make_model(0), own_optimizer=False)
 
 
 @pytest.mark.skipif(is_deepspeed_available(), reason="the package deepspeed is installed")
