@@ -412,7 +412,9 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
             options.setdefault("dtype", "float32")
         options.setdefault("trust_remote_code", args.trust_remote_code)
         # A new adapter goes on top of what is there.
-        with loaded_whole(args.hf_deepspeed_config or getattr(args.deepspeed_plugin, "dschf", None)):
+        # What transformers was told of: by the option, or by `accelerate launch`.
+        told = getattr(args, "hf_deepspeed_config", None) or getattr(args.deepspeed_plugin, "dschf", None)
+        with loaded_whole(told):
             model = load_causal_lm(model, merge_adapter=peft_config is not None, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
     else:

@@ -2,9 +2,9 @@
 
 Usage: sharded_worker.py FOLDER RESULT.json RUNS.json
 
-`RUNS.json` is a list of runs: `{"name": ..., "how": "ddp" | "zero1" | "zero2" | "zero3" | "fsdp2", options of the
-run}`; `resume` names the run whose first checkpoint this one goes on from, `lora` trains an adapter, `path` loads the
-model from there. One start serves all of them. Plain runs come before those of FSDP.
+`RUNS.json` is a list of runs: `{"name": ..., "how": "ddp" | "zero1" | "zero2" | "zero3" | "zero3 launched" | "fsdp2",
+options of the run}`; `resume` names the run whose first checkpoint this one goes on from, `lora` trains an adapter,
+`path` loads the model from there. One start serves all of them. Plain runs come before those of FSDP.
 """
 
 import json
@@ -76,7 +76,15 @@ def train(folder: Path, run: dict) -> dict:
     name, how, resume, lora, path = (run.pop(key, None) for key in ("name", "how", "resume", "lora", "path"))
     output = folder / (resume or name)
     options = {"ddp_find_unused_parameters": False, "gradient_checkpointing": False, "overwrite": not resume, **run}
-    if how.startswith("zero"):
+    if how == "zero3 launched":  # what `accelerate launch` makes of recipes/accelerate/deepspeed_zero3.yaml
+        os.environ |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+            "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+            "ACCELERATE_MIXED_PRECISION": "bf16" if run.get("bf16") else "no",
+        }
+    elif how.startswith("zero"):
         options["deepspeed"] = zero_config(int(how[-1]))
     elif how == "fsdp2":
         options |= {"fsdp": True, "fsdp_config": dict(FSDP)}

@@ -74,7 +74,7 @@ def deepspeed(tmp_path_factory):
             {"name": "zero3 resumed", "how": "zero3", "resume": "zero3", **LIVELY},
             {"name": "zero3 lora", "how": "zero3", "lora": True, **LIVELY},
             {"name": "zero2 bf16", "how": "zero2", **SHORT, "bf16": True},
-            {"name": "zero3 bf16", "how": "zero3", **SHORT, "bf16": True},
+            {"name": "zero3 bf16", "how": "zero3 launched", "path": str(folder / "model"), **SHORT, "bf16": True},
             {"name": "zero2 still", "how": "zero2", **SHORT, "learning_rate": 0.0},
             {"name": "zero3 still", "how": "zero3", **SHORT, "learning_rate": 0.0},
         ],
