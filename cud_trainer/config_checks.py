@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .circuits.components import check_trainable
@@ -50,6 +51,8 @@ def check_mappings(config: Any) -> None:
         for name in config.accelerator_config:
             if name not in known:
                 raise ValueError(f"accelerator_config has no option {name!r}; it has {known}")
+    if config.deepspeed and not is_deepspeed_available():
+        raise ValueError("deepspeed needs the package deepspeed (pip install cud-trainer[deepspeed])")
     if config.log_level not in LOG_LEVELS or config.log_level_replica not in LOG_LEVELS:
         raise ValueError(f"log_level and log_level_replica must be one of {LOG_LEVELS}")
 

@@ -23,6 +23,7 @@ from ..models.trainable import movable_share
 from .hooks import make_repository
 
 logger = logging.get_logger(__name__)
+SAVES = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 MOST = 0.9  # of the weights: fewer that can move are worth a word
 # What packages raise that lack another one, or an option.
 REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
@@ -77,6 +78,7 @@ def _check_backends(args: CUDConfig) -> None:
     """What the libraries only refuse when they are set up."""
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError("fsdp splits a model over processes: start with `accelerate launch` or `torchrun`")
+    _check_deepspeed(args)
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel needs the package liger-kernel (pip install liger-kernel)")
     if args.torch_compile and args.torch_compile_backend:
@@ -106,6 +108,23 @@ def _check_checkpointing(args: CUDConfig) -> None:
         checkpoint(torch.nn.functional.relu, weight, **{"use_reentrant": False, **given})
     except REFUSALS as error:
         raise ValueError(f"gradient_checkpointing_kwargs {given}: {str(error)[:300]}") from error
+
+
+def _check_deepspeed(args: CUDConfig) -> None:
+    """What a configuration of DeepSpeed leaves out, and would leave undone in silence."""
+    if args.deepspeed_plugin is None:
+        return
+    settings = args.deepspeed_plugin.hf_ds_config
+    if settings.is_zero3() and not settings.is_true(SAVES):
+        raise ValueError(
+            f"deepspeed: with stage 3 no model would be saved: set {SAVES} to true (zero3_save_16bit_model in a "
+            "configuration of accelerate)"
+        )
+    if args.max_grad_norm and settings.get_value("gradient_clipping") is None:
+        raise ValueError(
+            f"deepspeed: without gradient_clipping no gradient is clipped, and max_grad_norm={args.max_grad_norm:g} "
+            'has no effect: set gradient_clipping to "auto", or max_grad_norm to 0'
+        )
 
 
 def _check_trackers(args: CUDConfig) -> None:

@@ -331,3 +331,12 @@ def test_cud_top_k_is_called_what_it_is():
                     r"not (the score )?as published|cheap relative",
                     flat(paragraph),
                 ), path
+
+
+def test_docs_show_how_far_split_runs_come_out_apart():
+    docs = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    _, *rows = json.loads((RESULTS / "sharded.json").read_text())["rows"]
+    assert all(row["same_order"] for row in rows)
+    for row in rows:
+        figures = f"{row['loss']:.1g} | {row['log_probability']:.1g} | {abs(row['kl_at_start']):.1g}"
+        assert f"| {row['run']} | {figures} |" in docs
