@@ -129,4 +129,4 @@ def higher_is_better(metric: str) -> bool:
     """Direction of a metric that checkpoints are compared by: what is left of the forget set, and losses, are better
     lower."""
     name = metric.removeprefix("eval_")
-    return not (name.endswith("loss") or name.split("/")[0] == "forget_prob")
+    return not (name.endswith("loss") or name.split("/")[0] in ("forget_prob", "forget_extraction"))

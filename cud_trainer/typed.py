@@ -64,6 +64,8 @@ RANGES: dict[str, tuple[float, float] | tuple[float, float, str]] = {
     "circuit_share": (0, 1, "("),
     "samples": (0, 10_000),
     "temperature": (0, math.inf, "("),
+    "leak_rouge": (0, 1, "("),
+    "leak_span": (1, MANY),
     "relearn_samples": (0, MANY),
     "relearn_steps": (1, 1_000_000),
     "relearn_rate": (0, math.inf, "("),

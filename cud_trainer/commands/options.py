@@ -50,6 +50,7 @@ READ = {
     "original_open_unlearning",
     "reference_open_unlearning",
     "lm_eval_include",
+    "nli_model",
 }
 
 SCORED = ("cud", "cud_top_k", "circuit_mass", "loss", "length")

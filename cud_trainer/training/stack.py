@@ -139,7 +139,7 @@ def check_best_metric(args: CUDConfig, evaluated: Any, *, kept: list[str], own_m
     if args.metric_for_best_model is None or not (compares or plateau) or own_metrics:
         return
     name = args.metric_for_best_model.removeprefix("eval_")
-    known = ["balance", "forget_prob", *kept]
+    known = ["balance", "forget_prob", "forget_extraction", *kept]
     if args.difficulty is not None:
         known += [f"forget_prob/bucket_{number}" for number in range(1, args.n_buckets + 1)]
     if isinstance(evaluated, dict):

@@ -127,7 +127,11 @@ class Study:
         if args.overwrite:
             clear(folder, REPORT_FILES)
         names = [f.name for f in fields(DataArguments)]
-        names += [f.name for f in fields(StudyArguments) if f.name.startswith(("utility_", "heldout_"))]
+        names += [
+            f.name
+            for f in fields(StudyArguments)
+            if f.name.startswith(("utility_", "heldout_", "holdout_", "relearn_"))
+        ]
         shared = {
             "model": vars(self.model_args),
             "data": {name: getattr(args, name) for name in names},

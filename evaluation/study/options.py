@@ -133,6 +133,12 @@ class StudyArguments(HeldOutArguments):
     )
     relearn_steps: int = field(default=10, metadata={"help": "Steps of that."})
     relearn_rate: float = field(default=1e-5, metadata={"help": "Its learning rate."})
+    holdout_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Samples that no model saw: what relearning does to these is its control."},
+    )
+    holdout_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
+    holdout_split: str = field(default="train", metadata={"help": "Its split."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
     overwrite: bool = field(default=False, metadata={"help": "Replace cells that were run with other settings."})
     tune_on: Literal["hardest", "all", "endpoint"] | None = field(
@@ -168,7 +174,8 @@ class StudyArguments(HeldOutArguments):
         for grid in self.grids:
             self._check_grid(grid)
         self._check_arms()
-        check_void(self, {"relearn_rate": "relearn_samples", "relearn_steps": "relearn_samples"})
+        needs = dict.fromkeys(("relearn_rate", "relearn_steps", "holdout_dataset"), "relearn_samples")
+        check_void(self, {**needs, "holdout_config": "holdout_dataset", "holdout_split": "holdout_dataset"})
         self._check_values()
         if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
@@ -264,6 +271,12 @@ class StudyArguments(HeldOutArguments):
             return None
         source = self.utility_dataset or self.retain_dataset or self.forget_dataset or ""
         return self.read(source, self.utility_config, self.utility_split, None, "utility", tokenizer)
+
+    def load_holdout(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """The samples that were never seen; `None` without."""
+        if self.holdout_dataset is None:
+            return None
+        return self.read(self.holdout_dataset, self.holdout_config, self.holdout_split, None, "holdout", tokenizer)
 
 
 def read_arguments(argv: list[str]) -> tuple[Any, Any]:

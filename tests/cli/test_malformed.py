@@ -157,6 +157,12 @@ ALWAYS = [
     (SCORE, ["--lora_r", "3"], "lora_r"),
     (EVALUATE, ["--samples", "2"], "samples"),  # with --generate false
     (EVALUATE, ["--temperature", "0.5"], "temperature"),  # without samples
+    (EVALUATE, ["--nli_model", "x"], "nli_model"),  # without samples
+    (EVALUATE[:1], ["--samples", "2", "--leak_rouge", "1.5"], "leak_rouge"),
+    (EVALUATE[:1], ["--samples", "2", "--leak_span", "0"], "leak_span"),
+    (EVALUATE[:1], ["--samples", "2", "--nli_model", "nowhere"], "nowhere"),
+    (EVALUATE, ["--secret_pattern", "("], "secret_pattern"),
+    (EVALUATE, ["--secret_pattern", "no such thing"], "secret_pattern"),
     (EVALUATE, ["--relearn_samples", "3", "--relearn_rate", "inf"], "relearn_rate"),
     (EVALUATE, ["--relearn_rate", "0.1"], "relearn_rate"),  # without relearn_samples
     (EVALUATE, ["--relearn_samples", "3", "--relearn_steps", "99999999999"], "relearn_steps"),

@@ -96,6 +96,7 @@ def tuned(world, tmp_path_factory):
     columns = {"cud": np.arange(12.0), "loss": -np.arange(12.0), "length": np.ones(12) + np.arange(12) % 3}
     DifficultyScores(list(names), columns).save(root / "scores.parquet")
     qa_dataset(5, 300).to_json(root / "utility.jsonl")
+    qa_dataset(7, 400).to_json(root / "holdout.jsonl")
     common = {"difficulty_scores": [str(root / "scores.parquet")], "learning_rate": [0.0003, 0.003], "seed": [1, 2]}
     grid = [
         {**common, "schedule": ["uniform"], "difficulty": ["cud"]},
@@ -112,6 +113,7 @@ def tuned(world, tmp_path_factory):
         relearn_samples=4,
         relearn_steps=2,
         relearn_rate=0.003,
+        holdout_dataset=str(root / "holdout.jsonl"),
         generate_seeds=[2],
     )
     assert main(settings) == 0
@@ -229,6 +231,18 @@ def test_levels_utility_and_relearning(tuned):
     assert np.mean([again["after"][i] - again["before"][i] for i in again["taught"]]) > 0
     (table,) = [table for table in found["tables"] if table["id"].startswith("relearning")]
     assert [row["label"] for row in table["rows"]] == ["uniform", "upweight_hard by cud", "upweight_hard by loss"]
+    cells = dict(zip(table["columns"], table["rows"][0]["cells"], strict=True))
+    rest = np.setdiff1d(np.arange(12), again["taught"])
+    gain = np.mean(np.array(again["after"])[rest]) - np.mean(np.array(again["before"])[rest])
+    unseen = np.mean(again["control"][1]) - np.mean(again["control"][0])
+    assert len(again["control"][0]) == 7 and cells["all, change"] == pytest.approx(gain)  # one seed: no interval
+    assert cells["all, change beyond never-seen samples"] == pytest.approx(gain - unseen)
+    (line,) = [line for line in found["findings"] if line.startswith("relearning, ga, uniform: ")]
+    assert "too little to tell" in line and found["attacks"][0]["beyond"]["value"] == pytest.approx(gain - unseen)
+    first = {row["schedule"]: row for row in found["matched"][0]["rows"]}
+    at = study_runs.Run(tuned, next(c for c in finished_cells(tuned) if path.parent.name == c.name), 4)
+    assert first["uniform"]["extraction"]["value"] == pytest.approx(at.extraction_at(0.95).mean())
+    assert at.extraction["mean"] == pytest.approx(at.strengths.mean(1)) and at.strengths.shape == at.forget.shape
     (table,) = [table for table in found["tables"] if table["id"].startswith("differences")]
     assert len(table["rows"]) == 4  # two schedules at two levels
 
