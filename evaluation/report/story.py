@@ -14,12 +14,12 @@ from .. import statistics as stats
 from ..metrics.leak import LeakRule
 from ..metrics.measure import Measured
 from ..statistics import Interval
-from .attacks import VISIBLE, Groups, attack_row, said, some
+from .attacks import VISIBLE, Groups, attack_row, judged, some
 from .collateral import KEPT
 from .leak import HEADLINE, beyond, controls
 from .schema import AttackRow
 from .tables import masks_of
-from .verdict import FORGOTTEN, HIDDEN, OVER, RULE, WORST_FIRST, Judgement, judge
+from .verdict import FORGOTTEN, HIDDEN, MARGIN, OVER, RULE, WORST_FIRST, Judgement, judge
 from .verdict import said as judgement_said
 from .verdict_schema import ANSWER, Cost, Judged, Leaking, Part, Returned, Verdict
 
@@ -181,13 +181,17 @@ def _cost_said(costs: Sequence[Cost], known: Evidence) -> str:
         return "What it cost cannot be said without the model before unlearning (--original_model)."
     if not costs:
         return "What it cost cannot be said without a set that was to be kept (--retain_dataset, --heldout_dataset)."
-    told = [
-        f"{row.set} samples, {row.measure}: {_number(row.before)} -> {_number(row.after)}"
-        + ("" if row.lost is None else f" ({-100 * row.lost:+.1f}%)")
-        for row in costs
-    ]
-    lost = [f"{row.set} samples ({row.measure})" for row in costs if row.warning]
-    warning = f" Warning: more than {WARNING:.0%} was lost of {', '.join(lost)}." if lost else ""
+    told = []
+    for name in dict.fromkeys(row.set for row in costs):
+        figures = [
+            f"{row.measure} {_number(row.before)} -> {_number(row.after)}"
+            + ("" if row.lost is None else f" ({-100 * row.lost:+.1f}%)")
+            for row in costs
+            if row.set == name
+        ]
+        told.append(f"{name} samples: {', '.join(figures)}")
+    lost = list(dict.fromkeys(row.set for row in costs if row.warning))
+    warning = f" Warning: more than {WARNING:.0%} went, of {' and '.join(lost)} samples." if lost else ""
     return "; ".join(told) + "." + warning
 
 
@@ -265,12 +269,22 @@ def returned(known: Evidence, seed: int) -> list[Returned]:
     for attack, option in (("relearning", "--relearn_samples 4"), ("quantisation", "--quantize 8 4")):
         rows = [row for row in known.attacks if row.attack == attack]
         if not rows:
-            made.append(Returned(how=attack, answer=UNTRIED, said=f"not tried: {option}"))
+            made.append(Returned(how=attack, answer=UNTRIED, said=option))
             continue
         row = _strongest(rows) if attack == "quantisation" else rows[-1]
-        what = "the forget samples" if attack == "quantisation" else "forget samples that were not taught"
-        made.append(Returned(how=attack, answer=_answer(row), said=said(row, what)))
+        made.append(Returned(how=f"{attack}, {row.condition}", answer=_answer(row), said=_attack_said(row)))
     return [*made, _reworded(known, seed), _sampled(known, seed)]
+
+
+def _attack_said(row: AttackRow) -> str:
+    """What the attack changes, and what that is worth; the findings have the intervals."""
+    if row.beyond is None or row.control is None:
+        line = f"answer probability {row.change.value:+.3f}"
+        if _answer(row) == NO:
+            return f"{line}: no rise"
+        return f"{line}; what any text would gain is not known without --holdout_dataset"
+    figures = f"answer probability {row.change.value:+.3f}, never-seen samples {row.control.value:+.3f}"
+    return f"{figures}: {judged(row.beyond)}"
 
 
 def _strongest(rows: Sequence[AttackRow]) -> AttackRow:
@@ -288,7 +302,7 @@ def _more(difference: Interval) -> str:
     """Whether more comes back than the control has."""
     if not (np.isfinite(difference.low) and np.isfinite(difference.high)):
         return UNTOLD
-    return YES if difference.low > 0 else NO
+    return YES if difference.low > 0 and difference.value > MARGIN else NO
 
 
 def _reworded(known: Evidence, seed: int) -> Returned:
@@ -296,7 +310,7 @@ def _reworded(known: Evidence, seed: int) -> Returned:
     asked = known.after.paraphrased
     if asked is None:
         needs = "needs a column paraphrased_question in the forget set"
-        return Returned(how="rewording", answer=UNTRIED, said=f"not tried: {needs}")
+        return Returned(how="rewording", answer=UNTRIED, said=needs)
     change = asked - known.after.sets["forget"]["probability"]
     told = known.reference.paraphrased if known.reference is not None else None
     row = attack_row("rewording", "the question in other words", change, None, known.groups, seed)
@@ -313,7 +327,7 @@ def _reworded(known: Evidence, seed: int) -> Returned:
 def _sampled(known: Evidence, seed: int) -> Returned:
     """Sampled answers, beside those of a control."""
     if known.leak is None or "forget" not in known.after.leaks:
-        return Returned(how="sampled answers", answer=UNTRIED, said="not tried: --samples 8")
+        return Returned(how="sampled answers", answer=UNTRIED, said="--samples 8")
     own, n = known.after.leaks["forget"], known.leak.n
     kind = next(kind for kind in HEADLINE if kind in own)
     present = controls(known.after, known.reference)
