@@ -33,7 +33,7 @@ window.addEventListener("load", function () {
 </script></body>"""
 # A window is no narrower than 500 pixels, but a frame in it is.
 FRAME = """<body><script>addEventListener("message", function (told) { document.body.append(told.data); });</script>
-<iframe src="page.html" style="border: 0; width: {}px; height: 900px"></iframe>"""
+<iframe src="page.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>"""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_the_story_comes_first_and_the_rest_unfolds(page):
 def found_in(browser, text, width, folder):
     """What `MEASURE` finds on a page of this width."""
     (folder / "page.html").write_text(text.replace("</body>", MEASURE), encoding="utf-8")
-    (folder / "frame.html").write_text(FRAME.format(width), encoding="utf-8")
+    (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
     done = subprocess.run(
         [
             browser,
