@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -321,16 +322,18 @@ OF_AN_ADAPTER = [name for name in ModelConfig.__dataclass_fields__ if name.start
 OF_FOUR_BITS = [name for name in ModelConfig.__dataclass_fields__ if "bnb_" in name]
 
 
-def check_model_options(model_args: ModelConfig, *, trains: bool = True) -> None:
+def check_model_options(model_args: ModelConfig, argv: Sequence[str], *, trains: bool = True) -> None:
     """Raise `ValueError` naming an option of the model that has no effect, or cannot be.
 
     Args:
+        argv: the command line. A recipe file may have options of an adapter that a command line can ask for.
         trains: whether the command trains anything, so that an adapter can be asked for.
     """
     if model_args.use_peft and not trains:
         raise ValueError("use_peft has no effect here: nothing is trained; an adapter is loaded from its folder")
     needs = dict.fromkeys(OF_AN_ADAPTER, "use_peft") | dict.fromkeys(OF_FOUR_BITS, "load_in_4bit")
-    check_void(model_args, needs)
+    named = {text.removeprefix("--").split("=")[0] for text in argv}
+    check_void(model_args, {name: needed for name, needed in needs.items() if name in named})
     if model_args.lora_task_type != "CAUSAL_LM":
         raise ValueError(f"lora_task_type must be 'CAUSAL_LM', got {model_args.lora_task_type!r}")
     name = str(model_args.model_name_or_path)
@@ -340,6 +343,6 @@ def check_model_options(model_args: ModelConfig, *, trains: bool = True) -> None
 
 def parse_command(first: type, argv: list[str], program: str, about: About) -> tuple[Any, CUDConfig, ModelConfig]:
     data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program, about=about)
-    check_model_options(model_args)
+    check_model_options(model_args, argv)
     args.group_column = args.group_column or data_args.natural_group
     return data_args, args, model_args

@@ -110,7 +110,7 @@ def evaluate(argv: list[str]) -> int:
     from ..report.page import write_report
 
     args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate", about=ABOUT)
-    check_model_options(model_args, trains=False)
+    check_model_options(model_args, argv, trains=False)
     read = inputs_of(args, model_args)
     with output_directory(args.output_dir, REPORT_FILES, inputs=read, overwrite=args.overwrite) as folder:
         inputs = read_inputs(args, model_args)

@@ -353,11 +353,11 @@ def ranked_scores(
     """Scores in the order of the samples of the set `of`, and their buckets; `ValueError` where they do not fit."""
     if scores is None or samples is None:
         return None, None
+    check_score_names(scores)
     if samples.template is not None:
         scores.check_provenance(template=samples.template)
     check_same_samples(scores, samples)
     scores = scores.aligned(samples.ids, of)
-    check_score_names(scores)
     return scores, scores.bucketed(args.metric, args.n_buckets)
 
 

@@ -119,7 +119,8 @@ def privacy_table(
     rows: list[tuple[str, list[Cell]]] = []
     for name in privacy.ATTACKS:
         if name not in members:
-            rows.append((name, [missing(f"needs {privacy.NEEDS[name]}")] * len(columns)))
+            why = f"needs {privacy.NEEDS[name]}" if name in privacy.NEEDS else "not measured"
+            rows.append((name, [missing(why)] * len(columns)))
             continue
         known = None if reference is None or name not in reference[0] else (reference[0][name], reference[1][name])
         parts = [privacy.attack_interval(members[name][part], others[name], seed=seed) for part in masks]

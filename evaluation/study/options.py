@@ -292,7 +292,7 @@ def read_arguments(argv: list[str]) -> tuple[Any, Any]:
         shared = {name: value for name, value in recipe.items() if name in SHARED_FIELDS}
         args, model_args = parse_options(kinds, argv, "cud study", shared)
         _as_defaults(args, {name: value for name, value in recipe.items() if name not in SHARED_FIELDS | RESERVED})
-    check_model_options(model_args)
+    check_model_options(model_args, argv)
     if args.natural_group is not None:
         _as_defaults(args, {"group_column": args.natural_group})
     return args, model_args

@@ -1,11 +1,15 @@
 """The secret's tokens are those that cover its characters, in every format; what does not fit is refused by name."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from builders import make_model, make_tokenizer
 from datasets import Dataset
+from transformers import PreTrainedTokenizer
 
 from cud_trainer.data import prepare_dataset, prepare_samples
+from cud_trainer.data.formats import tokenise
 from cud_trainer.data.secret import secrets_of, with_secrets
 from evaluation.metrics.secret import has_secret, measure_secret, secret_texts
 
@@ -58,6 +62,59 @@ def test_tokens_that_share_a_character_are_the_secrets():
     rows = [{"question": "Who?", "answer": "code is x4711y now", "secret": "4711"}]
     data = prepare_samples(Dataset.from_list(rows), tokenizer, secret_column="secret")
     assert said(tokenizer, data[0]) == "x4711y"
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer in Python, which does not say where its tokens stand: a token a letter, and one before all."""
+
+    def __init__(self):
+        self.letters = {chr(number): number for number in (10, *range(32, 127))} | {"<bos>": 0, "<eos>": 1, "<pad>": 2}
+        self.names = {number: letter for letter, number in self.letters.items()}
+        super().__init__(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+    vocab_size = property(lambda self: 127)
+
+    def get_vocab(self):
+        return dict(self.letters)
+
+    def _tokenize(self, text, **options):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.letters[token]
+
+    def _convert_id_to_token(self, index):
+        return self.names[index]
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+    def build_inputs_with_special_tokens(self, ids, other=None):
+        return [0, *ids]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "question", "text"])
+def test_tokens_that_the_tokenizer_adds_are_no_part_of_it(kind):
+    """Also where it does not say which characters are whose."""
+    tokenizer = Letters()
+    rows = [{**ROWS[kind], "secret": secrets, "id": str(secrets)} for secrets in (["PIN", "42"], ["4711"])]
+    data = prepare_samples(
+        Dataset.from_list([{"id": "a"} | row for row in rows]),
+        tokenizer,
+        secret_column="secret",
+        tokenizer_checked=True,
+    )
+    assert data[0]["input_ids"][0] == 0 and data[0]["input_ids"][-1] == 1
+    assert [said(tokenizer, row) for row in data] == ["PIN42", "4711"]
+    first = next(place for place, token in enumerate(data[1]["secret"]) if token != -100)
+    assert tokenizer.decode(data[1]["input_ids"][1:first]).endswith("His PIN is ")
+
+
+def test_texts_are_tokenised_once():
+    tokenizer = make_tokenizer()
+    with mock.patch.object(type(tokenizer), "__call__", autospec=True, side_effect=type(tokenizer).__call__) as calls:
+        tokenise([{"text": ANSWER, "secret": "42"}], "text", tokenizer, ["a"], None, "secret")
+    assert calls.call_count == 1
 
 
 def test_bad_secrets_are_refused_by_name_and_not_told():

@@ -354,7 +354,7 @@ class TestCommand:
 
         monkeypatch.setattr("evaluation.commands.inputs.load_model", loads)
         ids = DifficultyScores.load(world / "scores.parquet").ids
-        for name in ("probability", "before/verbatim", "truth_ratio", "min_k", "group"):
+        for name in ("probability", "before/verbatim", "uds", "leaks_rouge", "relearned/3", "group"):
             DifficultyScores(ids, {name: np.arange(12.0)}).save(tmp_path / "s.csv", overwrite=True)
             assert main(arguments(world, tmp_path / "out", scores=tmp_path / "s.csv")) == 2
             assert f"the scores have a metric '{name}', which is a column" in capsys.readouterr().err

@@ -511,7 +511,9 @@ class TestEvaluation:
             assert torch.equal(ours, theirs)
 
     def test_held_out_samples_that_a_loss_sees(self, tmp_path):
-        with pytest.raises(ValueError, match=r"held-out sample '\w+' is in the forget dataset: a loss sees it"):
+        with pytest.raises(
+            ValueError, match=r"held-out sample '\S+' \(row \d+\) is in the forget dataset: a loss sees it"
+        ):
             make_trainer(tmp_path / "out", heldout_dataset=qa_dataset(3))
         with pytest.raises(ValueError, match=r"is in the retain dataset: a loss sees it"):
             make_trainer(tmp_path / "out", heldout_dataset=qa_dataset(3, 100))
