@@ -35,8 +35,9 @@ from ..report.difficulty import reliability_by_decile
 from ..report.layers import depth_tables, layers_section
 from ..report.leak import leak_tables, secret_table
 from ..report.schema import AttackRow, Results, Run, Table
+from ..report.story import Evidence, verdict_of
 from ..report.tables import group_table, line_table, lm_eval_table
-from .endings import after_evaluating, last_lines
+from .endings import after_evaluating, answers, last_lines
 from .help import EVALUATE as ABOUT
 from .inputs import EvaluateArguments, EvaluateInputs, read_inputs
 from .secrets import without_pattern
@@ -122,9 +123,9 @@ def evaluate(argv: list[str]) -> int:
     for line in results.findings:
         print(f"- {without_hashes(line)}")
     sizes = ", ".join(f"{len(part)} {name}" for name, part in inputs.sets.items())
-    level = measurements.reference is not None or "holdout" in inputs.sets
-    following = after_evaluating(level, measurements.before is not None)
-    print(last_lines(f"measured {inputs.model_name_or_path} on {sizes} samples", written, following))
+    done = f"measured {inputs.model_name_or_path} on {sizes} samples"
+    assert results.verdict is not None
+    print(without_hashes(last_lines(done, written, after_evaluating(results.verdict), answers(results.verdict))))
     return 0
 
 
@@ -286,10 +287,9 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
         seed=seed,
         name=Path(inputs.model_name_or_path).name,
     )
-    if measurements.fingerprint == measurements.fingerprints.get("original"):
-        results.findings.insert(0, "the model has the very weights of the original model: nothing was unlearned")
-    if measurements.diverged:
-        results.findings.insert(0, "the model has weights that are not finite: unlearning diverged")
+    wrong = what_is_wrong(measurements)
+    if wrong is not None:
+        results.findings.insert(0, wrong)
     tables, findings = measured_tables(after, before, measurements.reference, buckets, seed)
     models = {"unlearned": after, "reference": measurements.reference, "original": before}
     said = {name: one for name, one in models.items() if one is not None}
@@ -308,8 +308,7 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
         tables += made
         findings += lines
     if "forget" in after.secret:
-        has = {name: has_secret(inputs.sets[name]) for name in after.secret}
-        table, finding = secret_table(has, after, before, measurements.reference, buckets, seed)
+        table, finding = secret_table(has_secrets(inputs, after), after, before, measurements.reference, buckets, seed)
         tables.append(table)
         findings.append(finding)
     if inputs.groups.forget is not None:
@@ -329,7 +328,34 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
     attacked, rows, lines = attack_tables(inputs, measurements.robustness)
     results.tables, results.attacks = [*tables, *attacked], rows or None
     results.findings += [*findings, *lines]
+    known = Evidence(
+        ids=inputs.forget.ids,
+        after=after,
+        before=before,
+        reference=measurements.reference,
+        buckets=buckets,
+        groups=inputs.groups,
+        secret=has_secrets(inputs, after) if "forget" in after.secret else None,
+        attacks=rows,
+        leak=inputs.leak,
+        wrong=wrong,
+    )
+    results.verdict = verdict_of(known, seed)
     return results
+
+
+def what_is_wrong(measurements: Measurements) -> str | None:
+    """Why the model cannot have forgotten, whatever is measured."""
+    if measurements.diverged:
+        return "the model has weights that are not finite: unlearning diverged"
+    if measurements.fingerprint == measurements.fingerprints.get("original"):
+        return "the model has the very weights of the original model: nothing was unlearned"
+    return None
+
+
+def has_secrets(inputs: EvaluateInputs, measured: Measured) -> dict[str, np.ndarray]:
+    """Of each set whose secrets were measured, True for samples with one, `[N]`."""
+    return {name: has_secret(inputs.sets[name]) for name in measured.secret}
 
 
 def how_it_was_made(inputs: EvaluateInputs, measurements: Measurements, command: str) -> Run:

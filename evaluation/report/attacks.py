@@ -20,6 +20,7 @@ from ..statistics import Interval
 from .cells import Cell, interval_text, mean, missing, shown
 from .schema import AttackRow, Table
 from .tables import masks_of, table
+from .verdict import MARGIN
 
 NEVER_SEEN = "never-seen samples"
 BEYOND = f"change beyond {NEVER_SEEN}"
@@ -103,6 +104,8 @@ def judged(beyond: Interval) -> str:
     """In words: what forget samples gain beyond never-seen ones."""
     if not (np.isfinite(beyond.low) and np.isfinite(beyond.high)):
         return "too little to tell whether anything was hidden"
+    if beyond.low > 0 and beyond.value <= MARGIN:
+        return f"by {MARGIN:g} or less more than {NEVER_SEEN} gain, which does not count"
     if beyond.low > 0:
         return f"more comes back than {NEVER_SEEN} gain: part of it was hidden"
     if beyond.high < 0:

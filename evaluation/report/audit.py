@@ -71,10 +71,11 @@ def audit_results(
     results = Results(head=Head.now(title), conditions=[condition], findings=findings, before=started, run=run)
     if scores is not None and buckets is not None:
         final.buckets = by_bucket(after["forget"], buckets, seed)
-        for name, what in HEADLINES.items():
-            if name in after["forget"]:
-                easy, hard = (interval_text(final.buckets[side].metrics[name]) for side in (0, -1))
-                findings.append(f"easiest bucket {easy}, hardest bucket {hard} ({what})")
+        for measure, what in HEADLINES.items():
+            if measure in after["forget"]:
+                easy, hard = (interval_text(final.buckets[side].metrics[measure]) for side in (0, -1))
+                ends = f"bucket 1 (easiest) {easy}, bucket {buckets.count} (hardest) {hard}"
+                findings.append(f"by {buckets.metric}: {ends} ({what})")
         if buckets.note:
             findings.append(buckets.note)
         if all(column in scores.columns for column in TRIVIAL):
@@ -103,7 +104,8 @@ def _difficulty(
     note = "One unlearned model: without a second seed there is no ceiling to compare with. "
     rows = {row.metric: row for row in section.rows}
     findings = [
-        f"Spearman of {rows[metric].label} with it: {interval_text(rows[metric].spearman)}"
+        f"Spearman of {rows[metric].label} with what is left (answer probability): "
+        f"{interval_text(rows[metric].spearman)}"
         for metric in (buckets.metric, "loss")
     ]
     return Difficulty(note=note + comparisons_note(len(section.rows)), objectives=[section]), findings

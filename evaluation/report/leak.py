@@ -38,12 +38,8 @@ def leak_tables(
     """leak@k of the forget set and of its controls, by bucket and by group; and the finding in words."""
     own = after.leaks["forget"]
     kinds = [kind for kind in KINDS if kind in own]
-    others = {
-        "before unlearning": None if before is None else before.leaks.get("forget"),
-        "reference model": None if reference is None else reference.leaks.get("forget"),
-        NEVER_SEEN: after.leaks.get("holdout"),
-    }
-    present = {name: found for name, found in others.items() if found is not None}
+    present = {} if before is None or "forget" not in before.leaks else {"before unlearning": before.leaks["forget"]}
+    present |= controls(after, reference)
     rows: list[tuple[str, list[Cell]]] = []
     for kind in kinds:
         for k in shown_k(rule.n):
@@ -59,11 +55,20 @@ def leak_tables(
         "Sampled answers (leak@k)",
         f"Chance that one of k answers, sampled at temperature {rule.temperature:g}, gives a sample away: "
         f"1 - C(n-c, k) / C(n, k) with c of n = {rule.n} answers that do. {meaning}.",
-        ["forget set", *present, f"less {_control(present) or 'control'}"],
+        ["forget set", *present, f"difference from {_control(present) or 'the control'}"],
         rows,
     )
     tables = [made, *_parts(own, kinds, rule.n, buckets, groups.forget, seed)]
     return tables, [_finding(own, present, kinds, rule, groups, seed)]
+
+
+def controls(after: Measured, reference: Measured | None) -> dict[str, dict[str, np.ndarray]]:
+    """How many answers leak where nothing was learnt, by kind: of a model that never saw the samples, of others."""
+    found = {
+        "reference model": None if reference is None else reference.leaks.get("forget"),
+        NEVER_SEEN: after.leaks.get("holdout"),
+    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _control(present: Mapping[str, Any]) -> str | None:

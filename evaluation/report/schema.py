@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..statistics import Interval
 from .cells import Cell, Missing
+from .verdict_schema import Verdict
 
 SCHEMA_VERSION = 1
 INLINE = "inline"
@@ -320,6 +321,7 @@ class Results:
     """All of `results.json`. The page, the pictures and the summary show nothing else."""
 
     head: Head = field(metadata=inline())
+    verdict: Verdict | None = None
     conditions: list[Condition] | None = None
     findings: list[str]
     before: dict[str, dict[str, Interval]] | None = None

@@ -202,7 +202,7 @@ def change_table(
         if label != base:
             difference = shown(stats.paired_difference(values, conditions[base], seed=seed))
         rows.append((label, [mean(values, seed), difference, *(mean(values[part], seed) for part in masks)]))
-    columns = ["all", f"less {base}", *(f"bucket {number + 1}" for number in range(len(masks)))]
+    columns = ["all", f"change against {base}", *(f"bucket {number + 1}" for number in range(len(masks)))]
     return table(name, title, note, columns, rows)
 
 

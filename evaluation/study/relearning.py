@@ -15,6 +15,7 @@ from ..report.tables import table
 from ..statistics import Interval
 from .runs import BASE, Run
 
+COLUMNS = ("before", "after", "change", BEYOND)
 PARTS = ("hardest bucket", "all")
 
 
@@ -54,7 +55,7 @@ def relearning(
         f"Fine-tuning on {' or '.join(map(str, sorted(taught)))} of the forget samples again, from the last snapshot "
         f"with {level:g} of the starting utility at which least was left. Samples that were not taught: means of a "
         f"run, with 95% t intervals over seeds. {controlled}",
-        [f"{part}, {what}" for part in PARTS for what in ("before", "after", "change", BEYOND, f"less {BASE}")],
+        [f"{part}, {what}" for part in PARTS for what in (*COLUMNS, f"change against {BASE}")],
         rows,
     )
     return made, attacks, [said(row, f"the {row.n} forget samples that were not taught") for row in attacks]

@@ -250,12 +250,12 @@ def _differences(panel: str, compared: dict[float, dict[str, list[Run]]]) -> tup
             rows.append((schedule if len(compared) == 1 else f"{schedule}, at {level:g}", cells))
             if level == next(iter(compared)):
                 findings.append(
-                    f"{panel}: {schedule} less {BASE} at matched retain utility, over {len(pairs)} seeds, hardest "
-                    f"bucket {_over_seeds(hard)}, all {_over_seeds(all_)}: {verdict(hard, all_)}"
+                    f"{panel}: {schedule}, change against {BASE} at matched retain utility, over {len(pairs)} seeds, "
+                    f"hardest bucket {_over_seeds(hard)}, all {_over_seeds(all_)}: {verdict(hard, all_)}"
                 )
     table = sections.table(
         f"differences-{panel}",
-        f"{panel}: less {BASE}, at matched retain utility",
+        f"{panel}: change against {BASE}, at matched retain utility",
         f"{len(rows)} comparisons with {BASE}, paired by seed, with 95% t intervals over seeds; single seeds beside. "
         "The worst quarter is picked by the result, for each run its own; its change is that of the mean log ratio.",
         [

@@ -161,6 +161,18 @@ class TestCommand:
             "quantisation, 4 bits: the forget samples change by ",
         ):
             assert part in found
+        verdict = results["verdict"]
+        assert [row["how"] for row in verdict["hidden"]] == [
+            "relearning, 3 steps",
+            f"quantisation, {verdict['hidden'][1]['how'][-6:]}",
+            "rewording",
+            "sampled answers",
+        ]
+        assert all(row["answer"] in ("yes", "no") for row in verdict["hidden"])  # each with its control
+        assert {row["measure"] for row in verdict["judged"]} == {"answer probability", "probability of the secret"}
+        assert [row["set"] for row in verdict["costs"]] == ["retain"] * 2 + ["neighbour"] * 2 and len(
+            verdict["ids"]
+        ) <= 10
         assert "3 metrics are compared" in results["difficulty"]["note"]
         assert results["conditions"][0]["final"]["neighbour"]["probability"]["value"] > 0
         assert all("kendall" in row for row in results["difficulty"]["objectives"][0]["rows"])

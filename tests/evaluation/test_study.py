@@ -58,7 +58,7 @@ def test_every_cell_ran_and_is_compared(finished):
     found = results(finished)
     (entry,) = found["matched"]
     assert [row["schedule"] for row in entry["rows"]] == ["uniform", "upweight_hard"]
-    assert any("upweight_hard less uniform at matched retain utility" in line for line in found["findings"])
+    assert any("upweight_hard, change against uniform at matched retain utility" in line for line in found["findings"])
     assert any(table["id"].startswith("groups") for table in found["tables"])
     assert found["difficulty"]["objectives"][0]["ceiling"]["n_seeds"] == 2
     for path in (p for p in finished.rglob("*") if p.is_file()):

@@ -32,7 +32,7 @@ def test_over_seeds():
     expected = stats.t.interval(0.95, 2, beyond.mean(), stats.sem(beyond))
     found = cells["all, change beyond never-seen samples"]
     assert (found["value"], found["low"], found["high"]) == pytest.approx((beyond.mean(), *expected))
-    assert cells["all, less uniform"]["value"] == pytest.approx(beyond.mean() - 0.2)
+    assert cells["all, change against uniform"]["value"] == pytest.approx(beyond.mean() - 0.2)
     assert cells["hardest bucket, before"]["value"] == pytest.approx(np.linspace(0.1, 0.3, 6)[4:].mean())
     assert attacks[1].over == "seeds" and attacks[1].n == 4 and attacks[1].n_control == 3
     assert lines[1].startswith("relearning, npo, other: the 4 forget samples that were not taught change by +0.300")
