@@ -80,7 +80,9 @@ class DemoArguments:
     workers: int | None = field(default=None, metadata={"help": "Unlearning runs at a time (default: one per core)."})
     tiny: bool = field(
         default=False,
-        metadata={"help": "Try the installation: a smaller world and model, one retain weight. No result."},
+        metadata={
+            "help": "Try the installation: a smaller world and model, one objective and retain weight. No result."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -190,7 +192,7 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
     scores: dict[str, DifficultyScores] = {}
     circuits = output / CIRCUITS_FILE
     circuits.unlink(missing_ok=True)
-    for objective in OBJECTIVES:
+    for objective in objectives(args):
         scores[objective] = score_difficulty(
             model,
             testbed.forget,
@@ -254,7 +256,7 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> tuple[list[Run
                 "retain_weight": list(dict.fromkeys(args.retain_weights)),
                 "seed": [args.seed + number for number in range(1 + args.report_seeds)],
             }
-            for objective in OBJECTIVES
+            for objective in objectives(args)
         ],
         arms=ARMS,
         train={
@@ -289,6 +291,11 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - start, 1)
+
+
+def objectives(args: DemoArguments) -> tuple[str, ...]:
+    """Those that are compared: of `--tiny` the last one."""
+    return OBJECTIVES[-1:] if args.tiny else OBJECTIVES
 
 
 def _world(args: DemoArguments) -> Testbed:
