@@ -137,18 +137,23 @@ def check_values(kind: type, values: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {error}") from None
 
 
+def defaults(options: Any) -> dict[str, Any]:
+    """What the fields of a dataclass, or of its instance, are when nothing is said; they all have a default."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(options)
+    }
+
+
 def check_void(options: Any, needs: dict[str, str]) -> None:
     """Raise `ValueError` naming an option that was set although the one that gives it a meaning was not.
 
     Args:
         needs: that other option, by option; several, of which one is enough, are joined by "|".
     """
-    defaults = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(options)
-    }
+    usual = defaults(options)
     for name, needed in needs.items():
-        set_ = getattr(options, name) != defaults[name]
+        set_ = getattr(options, name) != usual[name]
         if set_ and not any(getattr(options, one) for one in needed.split("|")):
             raise ValueError(f"{name} has no effect without {' or '.join(needed.split('|'))}")
 

@@ -81,11 +81,11 @@ def results(
         fit += trials(same, by_condition[objective, schedule], retain_level, objective)
     findings: list[str] = []
     difficulty, conditions, matched, tables, found = [], [], [], [], {}
-    for objective in OBJECTIVES:
+    for objective in scores:
         uniform = by_condition[objective, SCHEDULES[0]]
         residuals = [averaged_residual(list(run.forget))[0] for run in uniform]
         section, against = _difficulty(objective, scores[objective], residuals, seed)
-        if objective == OBJECTIVES[0]:
+        if objective == next(iter(scores)):
             note = f"Buckets are those of CUD calibrated for {objective}; what is left is that of {objective}, uniform."
             left = np.mean(residuals, axis=0)
             pictures = circuit_section(

@@ -38,7 +38,7 @@ class Head:
     @classmethod
     def now(cls, title: str) -> Head:
         """The head of results that are made now."""
-        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return cls(schema_version=SCHEMA_VERSION, title=title, created=created)
 
 
