@@ -109,8 +109,8 @@ def activations(shape: Shape, tokens: float, answer: float) -> float:
 
 
 def kept_top(answer: float, top: int = 128) -> float:
-    """Bytes of the retain loss kl: 12 for each of k tokens, and 4, at every answer token of the retain set."""
-    return answer * (12 * top + 4)
+    """Bytes of the retain loss kl: 8 for each of k tokens, and 4, at every answer token of the retain set."""
+    return answer * (8 * top + 4)
 
 
 def on_one_gpu(shape: Shape, kind: str, gpus: int, tokens: float, answer: float) -> float:

@@ -42,7 +42,7 @@ def test_by_hand():
     assert states(TINY, "lora") == 2000 + 16 * 16 * 128 and states(TINY, "qlora") == 562.5 + 16 * 16 * 128
     assert activations(TINY, 10, 5) == (4 + 64) * 8 * 10 + 12 * 10 * 5
     assert on_one_gpu(TINY, "full", 4, 10, 5) == 4000 + 1000 + activations(TINY, 10, 5)
-    assert kept_top(10, top=2) == 280
+    assert kept_top(10, top=2) == 200
     assert hours(989e12 * 0.4 * 3600) == pytest.approx(1) and hours(0, 67e12 * 0.4 * 3600, gpus=2) == pytest.approx(0.5)
 
 
