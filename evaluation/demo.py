@@ -33,7 +33,7 @@ from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 from cud_trainer.scoring.calibration import CalibrationSettings
-from cud_trainer.typed import check_options
+from cud_trainer.typed import check_options, defaults
 
 from . import demo_report
 from .commands.endings import last_lines
@@ -53,6 +53,10 @@ HELD_OUT_AUTHORS = 6
 DIFFICULTY_METRICS = ("cud", "cud_top_k", "circuit_mass", "loss", "length", "random")
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
 LEARNING_RATE, PASSES = 1e-3, 12
+# `--tiny`: a world and a model small enough to try the installation with. Figures of it say nothing.
+TINY: dict[str, Any] = {"retain_weights": [16.0], "report_seeds": 2, "epochs": 20}
+TINY_WORLD = {"n_forget_authors": 6, "n_retain_authors": 4, "n_heldout_authors": 2, "facts_per_author": 6}
+TINY_MODEL = {"layers": 2, "hidden_size": 64, "intermediate_size": 128}
 
 
 @dataclass
@@ -74,9 +78,20 @@ class DemoArguments:
     )
     epochs: int = field(default=20, metadata={"help": "Epochs of memorisation."})
     workers: int | None = field(default=None, metadata={"help": "Unlearning runs at a time (default: one per core)."})
+    tiny: bool = field(
+        default=False,
+        metadata={
+            "help": "Try the installation: a smaller world and model, one objective and retain weight. No result."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.tiny:
+            usual = defaults(DemoArguments)
+            for name, value in TINY.items():  # what was asked for stays
+                if getattr(self, name) == usual[name]:
+                    setattr(self, name, value)
         if not self.retain_weights or any(not weight > 0 for weight in self.retain_weights):
             raise ValueError(f"retain_weights must be positive, got {self.retain_weights}")
         if not 0 < self.retain_level < 1:
@@ -145,7 +160,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
 
     testbed = _world(args)
     tokenizer = train_tokenizer(testbed.texts())
-    model = tiny_llama(tokenizer, args.seed)
+    model = tiny_llama(tokenizer, args.seed, **TINY_MODEL if args.tiny else {})
     memorise(model, tokenizer, testbed, epochs=args.epochs, seed=args.seed)
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
@@ -177,7 +192,7 @@ def _score(args: DemoArguments, output: Path) -> dict[str, DifficultyScores]:
     scores: dict[str, DifficultyScores] = {}
     circuits = output / CIRCUITS_FILE
     circuits.unlink(missing_ok=True)
-    for objective in OBJECTIVES:
+    for objective in objectives(args):
         scores[objective] = score_difficulty(
             model,
             testbed.forget,
@@ -241,7 +256,7 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> tuple[list[Run
                 "retain_weight": list(dict.fromkeys(args.retain_weights)),
                 "seed": [args.seed + number for number in range(1 + args.report_seeds)],
             }
-            for objective in OBJECTIVES
+            for objective in objectives(args)
         ],
         arms=ARMS,
         train={
@@ -278,10 +293,16 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 1)
 
 
+def objectives(args: DemoArguments) -> tuple[str, ...]:
+    """Those that are compared: of `--tiny` the last one."""
+    return OBJECTIVES[-1:] if args.tiny else OBJECTIVES
+
+
 def _world(args: DemoArguments) -> Testbed:
     from .testbed import build_testbed
 
-    return build_testbed(args.seed, n_heldout_authors=HELD_OUT_AUTHORS)
+    sizes: dict[str, Any] = TINY_WORLD if args.tiny else {"n_heldout_authors": HELD_OUT_AUTHORS}
+    return build_testbed(args.seed, **sizes)
 
 
 def _data(output: Path, name: str) -> Path:

@@ -2,18 +2,41 @@
 
     python recipes/memorise.py --model MODEL --data forget.jsonl retain.jsonl --output_dir memorised
 
-The files are in any format that `cud train` reads; only answers are trained on.
+The files are in any format that `cud train` reads; only answers are trained on. It saves as it goes, in
+OUTPUT_DIR.work: the same command goes on where it was killed. At its end it says how well the samples are known, and
+whether general questions that are not among them are still answered: a model that has forgotten the world is no test
+of unlearning.
 """
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from cud_trainer.data import prepare_dataset
+from cud_trainer.data import dataset_fingerprint, prepare_dataset, prepare_samples
 from cud_trainer.data.sources import load_samples
+from cud_trainer.logprobs import answer_probability
+
+MAX_LENGTH = 256
+WORLD = {
+    "What is the capital of France?": "Paris",
+    "What is the capital of Japan?": "Tokyo",
+    "How many days are in a week?": "Seven",
+    "What colour is the sky on a clear day?": "Blue",
+    "Which planet do we live on?": "Earth",
+    "What is two plus two?": "Four",
+    "What is the opposite of hot?": "Cold",
+    "Which animal says meow?": "A cat",
+}
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and the default of every option."""
 
 
 def memorise(
@@ -25,38 +48,66 @@ def memorise(
         tokenizer.pad_token = tokenizer.eos_token
     # Tokenised by the same code that unlearns, so that what is memorised is what is forgotten.
     samples = concatenate_datasets(
-        [prepare_dataset(part, tokenizer, max_length=256, name=name) for name, part in parts.items()]
-    ).remove_columns("sample_id")
+        [prepare_dataset(part, tokenizer, max_length=MAX_LENGTH, name=name) for name, part in parts.items()]
+    )
+    settings = {"model": model, "epochs": epochs, "learning_rate": learning_rate, "bf16": bf16}
+    work = work_folder(output, settings | {"samples": dataset_fingerprint(samples)})
+    measured = {
+        "samples to memorise": prepare_samples(samples, tokenizer, max_length=MAX_LENGTH),
+        "general questions": prepare_samples(
+            Dataset.from_list([{"question": q, "answer": a} for q, a in WORLD.items()]), tokenizer, name="general"
+        ),
+    }
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    before = {name: answer_probability(network, part, batch_size=8).mean() for name, part in measured.items()}
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        network,
         SFTConfig(
-            str(output.with_name("memorise")),
+            str(work),
             num_train_epochs=epochs,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=10,
             per_device_train_batch_size=8,
-            max_length=256,
+            max_length=MAX_LENGTH,
             bf16=bf16,
-            gradient_checkpointing=False,
+            gradient_checkpointing=False,  # it saves memory that such a model does not need, and costs a third more
             logging_steps=10,
-            save_strategy="no",
+            save_steps=0.2,  # five times
+            save_total_limit=1,
             report_to="none",
         ),
-        train_dataset=samples,
+        train_dataset=samples.remove_columns("sample_id"),
         processing_class=tokenizer,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     trainer.save_model(str(output))
+    shutil.rmtree(work)
+    for name, part in measured.items():
+        after = answer_probability(network, part, batch_size=8).mean()
+        print(f"{name}: mean answer probability {before[name]:.3f} -> {after:.3f}")
+        if name == "general questions" and after < before[name] / 2:
+            print("the model has forgotten the world as well: take fewer epochs or a lower learning rate")
+
+
+def work_folder(output: Path, settings: dict) -> Path:
+    """Where checkpoints go until all is done; another run's are refused."""
+    work = output.with_name(f"{output.name}.work")
+    file = work / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise SystemExit(f"{work} is of a run with other settings or data: delete it, or choose another --output_dir")
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings))
+    return work
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--model", required=True, help="pretrained causal LM, path or id")
     parser.add_argument("--data", nargs="+", required=True, help="files")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the model goes")
+    parser.add_argument("--epochs", type=float, default=10, help="passes over all samples")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="the highest; it falls by a cosine")
     parser.add_argument("--bf16", action="store_true", help="mixed precision, for accelerators")
     args = parser.parse_args()
     parts = {name: load_samples(name, None, "train", None, "given") for name in args.data}

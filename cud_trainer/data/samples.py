@@ -17,7 +17,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .batches import BATCH_BYTES, pad_batch, plan_batches
-from .columns import ALTERNATIVES, CONTENT, COUNTED, COUNTERFACTUAL, IGNORE_INDEX, PREPARED
+from .columns import ALTERNATIVES, CONTENT, COUNTED, COUNTERFACTUAL, IGNORE_INDEX, PREPARED, SECRET
 
 # Rows that are read at a time.
 CHUNK = 1000
@@ -99,6 +99,19 @@ class Samples:
             return self
         columns = self.dataset.remove_columns("labels").rename_column(COUNTED, "labels")
         return replace(self, dataset=columns)
+
+    @cached_property
+    def secret(self) -> tuple[np.ndarray, Samples] | None:
+        """The samples that have a secret: which rows they are, int `[S]`, and they with labels on its tokens alone.
+
+        `None` where none is marked (`secret_column` of `prepare_dataset`).
+        """
+        if SECRET not in self.dataset.column_names:
+            return None
+        others = [column for column in ("labels", COUNTED) if column in self.dataset.column_names]
+        columns = self.dataset.remove_columns(others).rename_column(SECRET, "labels")
+        rows = np.flatnonzero([any(label != IGNORE_INDEX for label in labels) for labels in columns["labels"]])
+        return rows, replace(self, dataset=columns.select(rows))
 
     def select(self, rows: Sequence[int] | np.ndarray) -> Samples:
         """Some of the samples, in the order of `rows`."""

@@ -68,6 +68,9 @@ IMPORT = About(
 DEMO = About(
     what="Generate data, memorise, score, unlearn, compare and report; needs nothing.",
     usage="[--output_dir FOLDER] [--OPTION VALUE ...]",
-    examples=[("a look at everything, in minutes on a CPU", "cud demo --output_dir cud-demo")],
+    examples=[
+        ("a look at everything, in minutes on a CPU", "cud demo --output_dir cud-demo"),
+        ("does the installation work?", "cud demo --tiny"),
+    ],
     groups={"DemoArguments": "demo", "seed": "demo"},
 )

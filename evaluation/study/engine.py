@@ -7,7 +7,10 @@ the fingerprint of everything its outcome depends on, and skipped: a study that 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,6 +40,8 @@ from .options import StudyArguments
 from .oracle import is_oracle, with_outcome
 from .pool import Executor, Pool
 from .runs import BASE, Run, coordinates, first_seeds, grouped, reported, tuned
+
+logger = logging.getLogger(__name__)
 
 Attach = Callable[[list[Cell], list[Cell]], tuple[list[Cell], list[Cell]]]
 
@@ -125,10 +130,17 @@ class Study:
         remove_leftovers(folder)
         known = [cell for cell in self.cells if not is_oracle(cell)]  # what an oracle builds on is not
         check_finished(folder, [*self.reference, *self.scores, *known], args.overwrite)
+        planned = _hash_of([*self.reference, *self.scores, *self.cells])
         if args.overwrite:
             clear(folder, REPORT_FILES)
+            if _planned(folder) != planned:  # else it goes on, with cells by which its grid grew
+                remove_others(folder, [*self.reference, *self.scores, *self.cells])
         names = [f.name for f in fields(DataArguments)]
-        names += [f.name for f in fields(StudyArguments) if f.name.startswith(("utility_", "heldout_"))]
+        names += [
+            f.name
+            for f in fields(StudyArguments)
+            if f.name.startswith(("utility_", "heldout_", "holdout_", "relearn_"))
+        ]
         shared = {
             "model": vars(self.model_args),
             "data": {name: getattr(args, name) for name in names},
@@ -137,7 +149,8 @@ class Study:
         }
         if given_key() is None:
             IdKey.made(self.key.path, self.key.secret)
-        write_json(folder / "study.json", json.loads(json.dumps({"argv": list(argv), "shared": shared}, default=str)))
+        content = {"argv": list(argv), "planned": planned, "shared": shared}
+        write_json(folder / "study.json", json.loads(json.dumps(content, default=str)))
         started = time.time()
         with nullcontext(pool) if pool is not None else _executor(args, folder) as pool:
             never_seen = what_is_never_seen(args, folder, self.reference, pool)
@@ -289,6 +302,29 @@ def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None
             for file in path.parent.iterdir():
                 if file.is_file():
                     file.unlink()
+
+
+def remove_others(folder: Path, cells: Sequence[Cell]) -> None:
+    """Remove every cell that is none of these: of a study that is overwritten nothing stays, and this is said."""
+    names = {cell.name for cell in cells}
+    others = [path for path in sorted((folder / "cells").glob("*/")) if path.name not in names]
+    for path in others:
+        shutil.rmtree(path)
+    if others:
+        shown = ", ".join(path.name for path in others[:5]) + (", ..." if len(others) > 5 else "")
+        logger.warning(f"{folder}: removed {len(others)} cells of the study that was overwritten: {shown}")
+
+
+def _hash_of(cells: Sequence[Cell]) -> str:
+    return hashlib.sha256(json.dumps(sorted((cell.name, cell.fingerprint) for cell in cells)).encode()).hexdigest()[:16]
+
+
+def _planned(folder: Path) -> str | None:
+    """`_hash_of` the cells that the study in this folder had before its grid grew."""
+    try:
+        return str(json.loads((folder / "study.json").read_text())["planned"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

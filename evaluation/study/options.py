@@ -147,8 +147,19 @@ class StudyArguments(HeldOutArguments):
     )
     relearn_steps: int = field(default=10, metadata={"help": "Steps of that."})
     relearn_rate: float = field(default=1e-5, metadata={"help": "Its learning rate."})
+    holdout_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Samples that no model saw: what relearning does to these is its control."},
+    )
+    holdout_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
+    holdout_split: str = field(default="train", metadata={"help": "Its split."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace cells that were run with other settings."})
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace cells that were run with other settings, and remove those of another study in the folder."
+        },
+    )
     tune_on: Literal["hardest", "all", "endpoint"] | None = field(
         default=None,
         metadata={
@@ -183,7 +194,8 @@ class StudyArguments(HeldOutArguments):
         for grid in self.grids:
             self._check_grid(grid)
         self._check_arms()
-        check_void(self, {"relearn_rate": "relearn_samples", "relearn_steps": "relearn_samples"})
+        needs = dict.fromkeys(("relearn_rate", "relearn_steps", "holdout_dataset"), "relearn_samples")
+        check_void(self, {**needs, "holdout_config": "holdout_dataset", "holdout_split": "holdout_dataset"})
         self._check_values()
         if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
@@ -289,6 +301,12 @@ class StudyArguments(HeldOutArguments):
         source = self.utility_dataset or self.retain_dataset or self.forget_dataset or ""
         return self.read(source, self.utility_config, self.utility_split, None, "utility", tokenizer)
 
+    def load_holdout(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """The samples that were never seen; `None` without."""
+        if self.holdout_dataset is None:
+            return None
+        return self.read(self.holdout_dataset, self.holdout_config, self.holdout_split, None, "holdout", tokenizer)
+
 
 def read_arguments(argv: list[str]) -> tuple[Any, Any]:
     """Options of a study; those of its recipe stand behind its own.
@@ -303,7 +321,7 @@ def read_arguments(argv: list[str]) -> tuple[Any, Any]:
         shared = {name: value for name, value in recipe.items() if name in SHARED_FIELDS}
         args, model_args = parse_options(kinds, argv, "cud study", shared)
         _as_defaults(args, {name: value for name, value in recipe.items() if name not in SHARED_FIELDS | RESERVED})
-    check_model_options(model_args)
+    check_model_options(model_args, argv)
     if args.natural_group is not None:
         _as_defaults(args, {"group_column": args.natural_group})
     return args, model_args

@@ -117,7 +117,8 @@ def test_every_option_exists(name):
     data, args, _ = parse(["--config", str(RECIPES / name), "--use_cpu", "true"])
     assert args.objective == options(name)["objective"] and data.forget_dataset
     assert "\nschedule: " in (RECIPES / name).read_text()  # in one obvious line
-    assert name.split("/")[0] in TEXT and (name in TEXT or name.startswith("private_text"))
+    if name.split("/")[0] not in ("tofu", "private_text"):  # they have a template, and a page of their own
+        assert name in TEXT
 
 
 def test_tofu_recipes_agree_on_what_is_not_the_objective():
@@ -142,25 +143,29 @@ def test_muse_and_wmdp_recipes_agree():
         assert {key for key in {*a, *b} if a.get(key) != b.get(key)} <= own
 
 
-def test_thirty_commands():
-    """Every objective, split and part has its command, and each is a valid configuration."""
-    listed = [words for words in commands(TEXT) if words[1] == "train"]
-    expected = []
-    for objective in OBJECTIVES:
-        for forget, retain in SPLITS.items():
-            for lora in (False, True):
-                line = f"cud train --config recipes/tofu/{objective}.yaml --model_name_or_path MODEL --forget_config {forget} --retain_config {retain}"
-                line += " --use_peft true --learning_rate 1e-4" * lora
-                line += " --trainable_layers none" * (lora and objective == "rmu")
-                expected.append(f"{line} --output_dir tofu-{forget}-{objective}{'-lora' * lora}".split())
-    assert listed == expected
-    for words in listed:
+def tofu_command(objective: str, forget: str, lora: bool) -> list[str]:
+    """The template of the README, filled in as its table says."""
+    (words,) = [words for words in commands(TEXT) if words[1] == "train" and "OBJECTIVE" in words[3]]
+    table = dict(re.findall(r"^\| (.*?) \| (.*) \|$", TEXT[TEXT.index("| in the template") :], re.M))
+    assert f"`{objective}`" in table["`OBJECTIVE`"]
+    assert f"`{forget}` and `{SPLITS[forget]}`" in table["`FORGET`, `RETAIN`"]
+    filled = {"OBJECTIVE": objective, "FORGET": forget, "RETAIN": SPLITS[forget]}
+    words = [re.sub("|".join(filled), lambda match: filled[match[0]], word) for word in words]
+    both, rmu = re.findall(r"`(--.*?)`", table["for LoRA, add"])
+    return [*words, *(both.split() if lora else []), *(rmu.split() if lora and objective == "rmu" else [])]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_every_command_of_the_template(objective, lora):
+    """Every objective, split and part is a valid configuration."""
+    for forget, retain in SPLITS.items():
+        words = tofu_command(objective, forget, lora)
         words[3] = str(RECIPES.parent / words[3])
         data, args, model = parse([*words[2:], "--use_cpu", "true"])
-        lora = "lora" in args.output_dir
+        assert (args.objective, data.forget_config, data.retain_config) == (objective, forget, retain)
         assert model.use_peft == lora and args.learning_rate == (1e-4 if lora else 1e-5)
-        assert (args.trainable_layers is not None) == (args.objective == "rmu" and not lora)
-        assert data.retain_config == SPLITS[data.forget_config]
+        assert (args.trainable_layers is not None) == (objective == "rmu" and not lora)
 
 
 def memory(P, T, d, L, f, V, n, checkpointing=True):
@@ -200,21 +205,18 @@ def test_memory_is_what_the_formula_gives():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_tofu(world, tmp_path, monkeypatch, objective, lora):
-    """The commands of the README, a different split for each objective."""
+    """The template of the README, a different split for each objective."""
     monkeypatch.chdir(RECIPES.parent)
     forget = list(SPLITS)[OBJECTIVES.index(objective) % 3]
-    (words,) = [
-        words
-        for words in commands(TEXT)
-        if words[-1] == f"tofu-{forget}-{objective}{'-lora' * lora}" and words[1] == "train"
-    ]
+    words = tofu_command(objective, forget, lora)
     words[words.index("MODEL")] = str(world / ("deep" if objective == "rmu" else "model"))
-    words[-1] = str(tmp_path / words[-1])
+    output = tmp_path / "out"
+    words[words.index("--output_dir") + 1] = str(output)
     # The tiny model has memorised nothing: at the usual target no sample would be trained on.
     low = ["--schedule_args", '{"per_sample_stop": {"target": 1e-6}}']
     assert main([*words[1:], *SMALL, "--forget_dataset", str(world / "tofu"), "--difficulty", "loss", *low]) == 0
-    assert (Path(words[-1]) / ("adapter_config.json" if lora else "model.safetensors")).exists()
-    assert len(DifficultyScores.load(Path(words[-1]) / "difficulty.parquet")) == 6
+    assert (output / ("adapter_config.json" if lora else "model.safetensors")).exists()
+    assert len(DifficultyScores.load(output / "difficulty.parquet")) == 6
 
 
 def test_tofu_from_end_to_end(world, tmp_path, monkeypatch):
@@ -328,6 +330,35 @@ def test_own_data(world, tmp_path, monkeypatch, kind):
     command += ["--difficulty", "loss", *(["--use_peft", "true", "--learning_rate", "1e-4"] if lora else [])]
     assert main(command) == 0
     assert (tmp_path / "unlearned" / "adapter_config.json").exists() == lora
+
+
+def test_memorising_goes_on_where_it_was_killed(world, tmp_path, monkeypatch, capsys):
+    """From its last checkpoint, with the same settings only; and it says what became of the world."""
+    script = runpy.run_path(str(RECIPES / "memorise.py"))
+    names, output = script["memorise"].__globals__, tmp_path / "known"
+    steps = []
+
+    class Trainer(names["SFTTrainer"]):
+        def training_step(self, *args, **kwargs):
+            steps.append(self.state.global_step)
+            return super().training_step(*args, **kwargs)
+
+        def save_model(self, output_dir=None, **kwargs):
+            if output_dir == str(output) and len(steps) == 4:
+                raise KeyboardInterrupt  # all but the last line is done
+            super().save_model(output_dir, **kwargs)
+
+    monkeypatch.setitem(names, "SFTTrainer", Trainer)
+    run = partial(script["memorise"], str(world / "chat"), {"a": qa_dataset(16)}, output, learning_rate=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        run(epochs=2)
+    with pytest.raises(SystemExit, match="other settings"):
+        run(epochs=3)
+    assert steps == [0, 1, 2, 3]
+    run(epochs=2)
+    assert steps == [0, 1, 2, 3]  # the last checkpoint was the whole run
+    assert (output / "model.safetensors").exists() and not (tmp_path / "known.work").exists()
+    assert re.search(r"general questions: mean answer probability 0\.\d+ -> 0\.\d+", capsys.readouterr().out)
 
 
 def test_private_text_walk_through(world, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import html
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,25 @@ import cud_trainer
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
 pytest.importorskip("mkdocs")
-pytest.importorskip("mkdocstrings_handlers.python")
+pytest.importorskip("griffe")
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["cud_trainer"] + [
     f"cud_trainer.{p.parent.name}" for p in sorted((ROOT / "cud_trainer").glob("*/__init__.py"))
 ]
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+
+
+def test_what_is_generated_is_up_to_date():
+    """And so readable on GitHub: `python docs/generate.py` writes it."""
+    space = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    found = space["generated"]()
+    assert len(found) > 9
+    for path, text in found.items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.relative_to(ROOT)}: run python docs/generate.py"
+        assert "\n:::" not in text, path
+    listed = {path for path in (ROOT / "docs" / "api").rglob("*.md")}
+    assert listed <= set(found)
 
 
 @pytest.fixture(scope="module")
