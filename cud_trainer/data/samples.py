@@ -169,8 +169,9 @@ def dataset_fingerprint(prepared: Dataset) -> str:
     """
     digest = hashlib.sha256()
     if CONTENT in prepared.column_names:
-        pairs = zip(prepared["sample_id"], prepared[CONTENT], strict=True)
-        digest.update("".join(f"{name}|{content}\n" for name, content in pairs).encode())
+        for table in prepared.select_columns(["sample_id", CONTENT]).with_format("arrow").iter(CHUNK):
+            lines = pc.binary_join_element_wise(table["sample_id"], "|", table[CONTENT], "\n", "")
+            digest.update("".join(lines.to_pylist()).encode())
         return f"sha256:{digest.hexdigest()[:16]}"
     for table in prepared.select_columns(list(PREPARED)).with_format("arrow").iter(CHUNK):
         ids, tokens, labels = (table[name].combine_chunks() for name in PREPARED)
@@ -213,14 +214,18 @@ def check_unseen(held_out: Samples, seen: Samples, name: str) -> None:
 def first_shared(ours: Samples, others: Samples) -> tuple[str | None, str | None]:
     """The first of our samples that is also in `others`, and the id that it has there if only the content is the same.
 
+    Of the others, which may be many, nothing is kept but what is also ours.
+
     Both are `None` where no sample is shared.
     """
-    ids, contents = set(others.ids), dict(zip(_contents(others), others.ids, strict=True))
+    ids, contents = set(ours.ids), set(_contents(ours))
+    ids = {name for name in others.ids if name in ids}
+    same = {content: name for content, name in zip(_contents(others), others.ids, strict=True) if content in contents}
     for sample_id, content in zip(ours.ids, _contents(ours), strict=True):
         if sample_id in ids:
             return sample_id, None
-        if content in contents:
-            return sample_id, contents[content]
+        if content in same:
+            return sample_id, same[content]
     return None, None
 
 

@@ -119,7 +119,7 @@ class VoidWatch:
     def batch_has_weight(self, step: int) -> bool:
         """Whether a forget sample of the next batch has a weight."""
         rows = slice(step * self.global_batch, (step + 1) * self.global_batch)
-        weights = np.array(self.plan.rows["weight"][rows])
+        weights = self.plan.rows["weight"][rows]
         return bool((weights * self.progress.factor[self.plan.rows["forget_index"][rows]]).any())
 
     def _gradients(self) -> list[Tensor]:

@@ -34,10 +34,11 @@ from .data import StudyData
 from .extend import grow, is_wanted
 from .grid import Cell, plan
 from .heldout import identity_of_heldout, reference_cell
+from .jobs import Jobs, withdraw
 from .keys import key_of_study
 from .options import StudyArguments
 from .oracle import is_oracle, with_outcome
-from .pool import Pool
+from .pool import Executor, Pool
 from .runs import BASE, Run, coordinates, first_seeds, grouped, reported, tuned
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Study:
         done = sum((self.folder / "cells" / cell.name / "result.json").exists() for cell in cells)
         return f"{done} cells are finished, of {len(cells)} at most, in {self.folder / 'cells'}."
 
-    def run(self, argv: Sequence[str] = (), pool: Pool | None = None) -> Finished:
+    def run(self, argv: Sequence[str] = (), pool: Executor | None = None) -> Finished:
         """Run what is not finished, in `pool`, or one of its own.
 
         Args:
@@ -151,7 +152,7 @@ class Study:
         content = {"argv": list(argv), "planned": planned, "shared": shared}
         write_json(folder / "study.json", json.loads(json.dumps(content, default=str)))
         started = time.time()
-        with nullcontext(pool) if pool is not None else Pool(args.workers, args.devices) as pool:
+        with nullcontext(pool) if pool is not None else _executor(args, folder) as pool:
             never_seen = what_is_never_seen(args, folder, self.reference, pool)
             work = _Work(args, folder, self.base, pool, never_seen)
             cells = work.extended(self.scores, known, lambda scores, cells: (scores, cells))
@@ -168,7 +169,7 @@ class _Work:
     args: StudyArguments
     folder: Path
     base: dict[str, Any]
-    pool: Pool
+    pool: Executor
     never_seen: float | None
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -240,6 +241,15 @@ class _Work:
         return self.extended(scores, ready, attach) if ready else []
 
 
+def _executor(args: StudyArguments, folder: Path) -> Executor:
+    """What the cells of a study run in."""
+    if args.executor == "slurm":
+        return Jobs(folder, args.slurm, args.workers)  # type: ignore[arg-type]
+    for job in folder.glob("cells/*/job.json"):  # of a start on a cluster
+        withdraw(job.parent)
+    return Pool(args.workers or 1, args.devices)
+
+
 def _day_of(folder: Path) -> str:
     """The day on which the study began: what is today for chat templates in all its cells."""
     try:
@@ -248,14 +258,14 @@ def _day_of(folder: Path) -> str:
         return datetime.date.today().isoformat()
 
 
-def run_study(args: StudyArguments, model_args: ModelConfig, pool: Pool | None = None) -> Finished:
+def run_study(args: StudyArguments, model_args: ModelConfig, pool: Executor | None = None) -> Finished:
     """Check a study and run it, in `pool`, or one of its own; it writes no report."""
     study = Study(args, model_args)
     with study.locked():
         return study.run(pool=pool)
 
 
-def what_is_never_seen(args: StudyArguments, folder: Path, cells: list[Cell], pool: Pool) -> float | None:
+def what_is_never_seen(args: StudyArguments, folder: Path, cells: list[Cell], pool: Executor) -> float | None:
     """The worst quarter of the forget set under a model that never saw it; `None` where the study knows of none.
 
     Raises:
@@ -288,6 +298,7 @@ def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None
                     f"cell {cell.name} in {folder} was run with other settings ({changed}); pass overwrite to run it "
                     "anew, or choose another output_dir"
                 )
+            withdraw(path.parent)
             for file in path.parent.iterdir():
                 if file.is_file():
                     file.unlink()

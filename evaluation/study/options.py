@@ -18,6 +18,7 @@ from cud_trainer.commands.parser import parse_options
 from cud_trainer.typed import check_options, check_values, check_void
 
 from ..commands.help import STUDY
+from .slurm import check_jobs
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
@@ -69,7 +70,20 @@ class StudyArguments(HeldOutArguments):
         default=None,
         metadata={"help": "A YAML file of `cud train` whose options hold wherever the study does not say otherwise."},
     )
-    workers: int = field(default=1, metadata={"help": "Cells at a time."})
+    executor: Literal["local", "slurm"] = field(
+        default="local",
+        metadata={"help": "Where cells run: processes of this machine, or jobs of a Slurm cluster (see `slurm`)."},
+    )
+    slurm: dict[str, Any] | str = field(
+        default_factory=dict,
+        metadata={
+            "help": "What the job of a cell asks for: time (minutes), partition, account, qos, constraint, gpus, cpus, "
+            "mem (GB), setup (shell commands), sbatch (its other options). `cluster: local` tries it without Slurm."
+        },
+    )
+    workers: int | None = field(
+        default=None, metadata={"help": "Cells at a time. Default: 1; with executor slurm, all of them."}
+    )
     devices: list[str] = field(
         default_factory=list,
         metadata={"help": "GPUs to deal the cells to (CUDA_VISIBLE_DEVICES of each), for example 0 1 2."},
@@ -174,6 +188,7 @@ class StudyArguments(HeldOutArguments):
         check_options(self)
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
+        self._check_executor()
         if self.extensions is None:
             self.extensions = 0 if self.heldout_dataset is None else EXTENSIONS
         for grid in self.grids:
@@ -191,6 +206,15 @@ class StudyArguments(HeldOutArguments):
                 raise ValueError(
                     f"tuning_seeds {self.tuning_seeds} leaves no seed to report on: {seeds} in a mapping of grid"
                 )
+
+    def _check_executor(self) -> None:
+        """Raise `ValueError` for jobs that cannot be, or options of one executor beside the other."""
+        if self.executor == "slurm":
+            check_jobs(self.slurm)
+            if self.devices:
+                raise ValueError("devices has no effect with executor slurm; a job gets its own: slurm: {gpus: 1}")
+        elif self.slurm:
+            raise ValueError("slurm has no effect with executor local")
 
     def _check_endpoint(self) -> None:
         """Raise `ValueError` for what an endpoint on held-out samples cannot be made of; sets `tune_on`."""
