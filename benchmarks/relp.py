@@ -1,0 +1,363 @@
+"""Is RelP nearer to exact activation patching than the gradients that it replaces, and what does it cost?
+
+    python benchmarks/relp.py --output benchmarks/results/relp.json
+
+Relevance patching (arXiv 2508.21258) scores an edge as EAP does, `(corrupt_u - clean_u) . g_v`, with g_v not a gradient
+but what the backward pass gives under the rules of layer-wise relevance propagation:
+
+    LN        y = gain c(x) / s + bias: the scale s(x) is a constant
+    identity  a(x): its derivative is a(x) / x
+    half      gate(x) up(x): half of what arrives goes to each factor
+    AH        pattern(q, k) v: the pattern is a constant, so edges into q and k score 0
+
+`relp` is the first three, as the authors' code has them by default; `relp+ah` is all four.
+
+Models: tiny ones of several architectures, in float64, that have learned made-up facts by heart (and, with `--model`,
+one that is on the disk). What is exact: an edge, or all edges out of a node, is patched alone and the model is run. Per
+sample: Pearson and Spearman correlation of the scores with that, Spearman of their absolute values, overlap of the
+strongest tenth. Over samples: Spearman of the sum of the absolute values (the circuit mass). Mean over samples with a 95%
+bootstrap interval.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from cud_trainer.circuits import attribution, edge_attributions
+from cud_trainer.circuits.contraction import GradientSums
+from cud_trainer.circuits.faithfulness import circuit_metric
+from cud_trainer.circuits.maps import NormMap, norm_map
+from cud_trainer.circuits.parts import DecoderParts
+from cud_trainer.circuits.verification import verified_parts
+from cud_trainer.data import prepare_samples
+from cud_trainer.files import write_json
+from cud_trainer.logprobs import score_answers
+from cud_trainer.models.fingerprint import versions
+from cud_trainer.models.modes import answering
+from evaluation.statistics import bootstrap_mean
+
+RULES = ("ln", "identity", "half")
+METHODS = {
+    "eap": {"method": "eap"},
+    "eap-ig, 5 steps": {"method": "eap-ig", "steps": 5},
+    "ig-activations, 5 steps": {"method": "ig-activations", "steps": 5},
+    "relp": {"rules": RULES},
+    "relp+ah": {"rules": (*RULES, "ah")},
+    "only ln": {"rules": ("ln",)},
+    "only identity and half": {"rules": ("identity", "half")},
+}
+SETTINGS = (("zero", "prob"), ("zero", "logprob"), ("counterfactual", "prob"), ("counterfactual", "logit_diff"))
+TINY = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gpt2": {},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},
+    "gpt_neox": {},
+}
+
+
+class ConstantScale(GradientSums):
+    """Gradients pulled back through norms whose scale is a constant: without the rank-one part of their Jacobian."""
+
+    def add(self, *args, **kwargs) -> None:
+        super().add(*args, **kwargs)
+        for layer in self.layers:
+            layer.rank_one, layer.folded = [], None
+
+
+def constant_scale(norm: NormMap, x: Tensor) -> Tensor:
+    x = norm.centre(x)
+    return norm.gain.to(x) * x * norm.inverse_scale(x.detach()) + norm.bias.to(x)
+
+
+def as_identity(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x = args[0]
+    ratio = (output / x.where(x != 0, torch.ones_like(x))).detach()
+    return output.detach() + (x - x.detach()) * ratio
+
+
+def halved(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """All that is behind the product is linear, so half of its gradient is half of the output's."""
+    return output.detach() / 2 + output / 2
+
+
+def activations(mlp: nn.Module) -> list[nn.Module]:
+    return [part for name, part in mlp.named_modules() if name.rpartition(".")[2].startswith("act")]
+
+
+def gated(mlp: nn.Module) -> bool:
+    return any("gate" in name for name, _ in mlp.named_modules())
+
+
+@contextmanager
+def relevance(parts: DecoderParts, rules: tuple[str, ...]) -> Iterator[None]:
+    """The backward pass of the decoder follows these rules, inside. What it computes stays as it is."""
+    norms = [parts.final_norm]
+    with ExitStack() as stack:
+
+        def hook(handle: torch.utils.hooks.RemovableHandle) -> None:
+            stack.callback(handle.remove)
+
+        for layer in parts.layers:
+            norms += [layer.attention_norm, layer.attention_output_norm, layer.mlp_norm, layer.mlp_output_norm]
+            if "identity" in rules:
+                found = activations(layer.mlp)
+                assert found, f"no activation in {type(layer.mlp).__name__}"
+                for module in found:
+                    hook(module.register_forward_hook(as_identity))
+            if "half" in rules and gated(layer.mlp):
+                hook(layer.mlp.register_forward_hook(halved))
+            if "ah" in rules:
+                for number, module in enumerate(layer.qkv):
+                    hook(module.register_forward_hook(partial(constant_pattern, parts, number)))
+        if "ln" in rules:
+            assert not any(layer.shared_norm for layer in parts.layers)
+            for norm in norms:
+                if norm is not None:
+                    forward = partial(constant_scale, norm_map(norm, parts.hidden_size))
+                    stack.enter_context(answering(norm, forward))
+            stack.enter_context(patch.object(attribution, "GradientSums", ConstantScale))
+        yield
+
+
+def constant_pattern(parts: DecoderParts, number: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+    """The gradient of queries and keys is 0, as if the pattern that they make were a constant."""
+    if not output.requires_grad:
+        return
+    keep = torch.ones_like(output, requires_grad=False)
+    if len(parts.layers[0].qkv) == 3:
+        keep *= float(number == 2)
+    elif parts.description.qkv_layout == "interleaved":
+        keep.unflatten(-1, (parts.n_heads, 3, parts.head_dim))[..., :2, :] = 0.0
+    else:
+        keep[..., : -parts.n_kv_heads * parts.head_dim] = 0.0
+    output.register_hook(lambda gradient: gradient * keep)
+
+
+def scores(model: PreTrainedModel, batch: dict[str, Tensor], rules: tuple[str, ...] = (), **options) -> Tensor:
+    """Edge scores `[B, n_edges]`."""
+    parts = verified_parts(model)
+    with relevance(parts, rules):
+        return edge_attributions(model, batch, **options).edges
+
+
+def exact_edges(model: PreTrainedModel, batch: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    """What the metric changes by when one edge, or all edges out of one node, are patched: `[B, edges]`, `[B, nodes]`."""
+    graph = verified_parts(model).graph()
+    sources = graph.mask.nonzero()[:, 0]
+    single = ~torch.eye(graph.n_edges, dtype=torch.bool)
+    whole = sources.unsqueeze(0) != torch.arange(len(graph.sources)).unsqueeze(1)
+    chosen = torch.cat([torch.ones(1, graph.n_edges, dtype=torch.bool), single, whole])
+    rows = []
+    for row in range(len(batch["input_ids"])):
+        repeated = {key: value[row : row + 1].expand(len(chosen), -1) for key, value in batch.items()}
+        rows.append(circuit_metric(model, repeated, chosen, **options))
+    metric = torch.stack(rows)
+    change = metric[:, 1:] - metric[:, :1]
+    return change[:, : graph.n_edges], change[:, graph.n_edges :]
+
+
+@torch.no_grad()
+def zeroed_nodes(model: PreTrainedModel, batch: dict[str, Tensor], rows_at_once: int = 16) -> dict[str, Tensor]:
+    """What each metric changes by when one node writes nothing, `[B, nodes]` each: for models with many edges."""
+    parts = verified_parts(model)
+    graph = parts.graph()
+    found: dict[str, list[Tensor]] = {"prob": [], "logprob": []}
+    keep = torch.cat([torch.ones(1, len(graph.sources)), 1 - torch.eye(len(graph.sources))])
+    for row in range(len(batch["input_ids"])):
+        logps = []
+        for some in keep.split(rows_at_once):
+            repeated = {key: value[row : row + 1].expand(len(some), -1) for key, value in batch.items()}
+            embeddings = model.get_input_embeddings()(repeated["input_ids"]) * some[:, 0].view(-1, 1, 1)
+            with ExitStack() as stack:
+                for index, layer in enumerate(parts.layers):
+                    first = graph.sources_before_attention(index)
+                    heads = some[:, first : first + graph.n_heads].repeat_interleave(parts.head_dim, 1).unsqueeze(1)
+                    stack.callback(layer.o.register_forward_pre_hook(partial(times_input, heads)).remove)
+                    mlp = some[:, first + graph.n_heads].view(-1, 1, 1)
+                    stack.callback(layer.mlp_output.register_forward_hook(partial(times_output, mlp)).remove)
+                logps.append(score_answers(model, repeated, inputs_embeds=embeddings).mean_logps)
+        value = torch.cat(logps)
+        for metric, changed in (("prob", value.exp()), ("logprob", value)):
+            found[metric].append(changed[1:] - changed[0])
+    return {metric: torch.stack(rows) for metric, rows in found.items()}
+
+
+def times_input(factor: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] * factor, *args[1:])
+
+
+def times_output(factor: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output * factor
+
+
+def by_node(model: PreTrainedModel, edges: Tensor) -> Tensor:
+    """Sum over the edges out of each node, `[B, nodes]`."""
+    graph = verified_parts(model).graph()
+    sources = graph.mask.nonzero()[:, 0]
+    return torch.zeros(len(edges), len(graph.sources), dtype=edges.dtype).index_add_(1, sources, edges)
+
+
+def agreement(found: Tensor, exact: Tensor) -> dict:
+    """How well scores agree with exact effects, both `[B, n]`."""
+    k = max(1, round(found.shape[1] / 10))
+    columns = {"pearson": [], "spearman": [], "spearman_absolute": [], "top_tenth_overlap": []}
+    for a, b in zip(found, exact, strict=True):
+        columns["pearson"].append(float(torch.corrcoef(torch.stack([a, b]))[0, 1]))
+        columns["spearman"].append(float(spearmanr(a, b).statistic))
+        columns["spearman_absolute"].append(float(spearmanr(a.abs(), b.abs()).statistic))
+        top = [set(x.abs().topk(k).indices.tolist()) for x in (a, b)]
+        columns["top_tenth_overlap"].append(len(top[0] & top[1]) / k)
+    row = {
+        name: {**bootstrap_mean(np.array(values), seed=0).as_dict(), "min": min(values)}
+        for name, values in columns.items()
+    }
+    mass = [x.abs().sum(1) for x in (found, exact)]
+    return {**row, "mass_over_samples": float(spearmanr(*mass).statistic)}
+
+
+def facts(count: int, seed: int) -> dict[str, Tensor]:
+    """Made-up facts: `<s> first-name last-name relation ?` and four random tokens; another fact of the same relation."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.randperm(12 * 12, generator=generator)[: count // 2]
+    first, last = 2 + pairs // 12, 14 + pairs % 12
+    rows = []
+    for relation in (26, 27):
+        start, ask = torch.full_like(first, 1), torch.full_like(first, 28)
+        prompt = torch.stack([start, first, last, torch.full_like(first, relation), ask], 1)
+        rows.append(torch.cat([prompt, torch.randint(30, 62, (len(pairs), 4), generator=generator)], 1))
+    tokens = torch.cat(rows)
+    labels = tokens.clone()
+    labels[:, :5] = -100
+    other = torch.cat([half.roll(1, 0) for half in rows])
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "labels": labels,
+        "counterfactual_input_ids": other,
+    }
+
+
+def learned(model_type: str, batch: dict[str, Tensor], layers: int, until: float, seed: int) -> PreTrainedModel:
+    """A tiny model that knows the facts by heart, in float64."""
+    settings = dict(TINY[model_type])
+    attention = settings.pop("attn_implementation", "sdpa")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        model_type,
+        **{"vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
+        **{**sizes, **settings},
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    plain = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+    for _ in range(2000):
+        loss = model(**plain, use_cache=False).loss
+        if float(torch.exp(-loss.detach())) >= until:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.double().eval().requires_grad_(False)
+
+
+def compare(model: PreTrainedModel, batch: dict[str, Tensor], name: str) -> list[dict]:
+    rows = []
+    for baseline, metric in SETTINGS:
+        options = {"baseline": baseline, "metric": metric}
+        edges, nodes = exact_edges(model, batch, **options)
+        for method, how in METHODS.items():
+            start = time.process_time()
+            found = scores(model, batch, **how, **options)
+            seconds = time.process_time() - start
+            rows.append(
+                {
+                    "model": name,
+                    **options,
+                    "method": method,
+                    "edges": agreement(found, edges),
+                    "nodes": agreement(by_node(model, found), nodes),
+                    "seconds": seconds,
+                }
+            )
+            line = {
+                k: f"{rows[-1][k]['pearson']['value']:.3f}/{rows[-1][k]['spearman']['value']:.3f}"
+                for k in ("edges", "nodes")
+            }
+            print(name, baseline, metric, f"{method:24s}", line, flush=True)
+    return rows
+
+
+def compare_nodes(model: PreTrainedModel, batch: dict[str, Tensor], name: str) -> list[dict]:
+    """As `compare`, nodes and zero baseline only, one sample at a time."""
+    exact, rows = zeroed_nodes(model, batch), []
+    for method, how in METHODS.items():
+        for metric in exact:
+            start = time.process_time()
+            alone = [
+                scores(model, {key: value[row : row + 1] for key, value in batch.items()}, **how, metric=metric)
+                for row in range(len(batch["input_ids"]))
+            ]
+            seconds = time.process_time() - start
+            row = {"model": name, "baseline": "zero", "metric": metric, "method": method, "seconds": seconds}
+            rows.append({**row, "nodes": agreement(by_node(model, torch.cat(alone)), exact[metric])})
+            print(
+                name,
+                metric,
+                method,
+                {k: v for k, v in rows[-1]["nodes"].items() if k == "pearson" or k == "spearman"},
+                seconds,
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="*", default=list(TINY))
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--facts", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=12)
+    parser.add_argument("--until", type=float, default=0.95, help="mean probability of an answer token to train to")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--model", help="folder of a model that knows the answers of --dataset; nodes only")
+    parser.add_argument("--dataset", help="its questions and answers, JSON Lines")
+    parser.add_argument("--model_samples", type=int, default=4)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for seed in args.seeds:
+        batch = facts(args.facts, seed)
+        some = {key: value[:: max(1, args.facts // args.samples)][: args.samples] for key, value in batch.items()}
+        for model_type in args.types:
+            model = learned(model_type, batch, args.layers, args.until, seed)
+            rows += compare(model, some, f"{model_type}, seed {seed}")
+    if args.model:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        prepared = prepare_samples(load_dataset("json", data_files=args.dataset, split="train"), tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
+        batch = prepared.pad(list(range(args.model_samples)))
+        rows += compare_nodes(
+            model, {key: value for key, value in batch.items() if isinstance(value, Tensor)}, Path(args.model).name
+        )
+    if args.output:
+        settings = {key: value for key, value in vars(args).items() if key != "output"}
+        write_json(args.output, {"settings": settings, "versions": versions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
