@@ -1,31 +1,22 @@
 """Is RelP nearer to exact activation patching than the gradients that it replaces, and what does it cost?
 
     python benchmarks/relp.py --output benchmarks/results/relp.json
+    python benchmarks/relp.py --types --model memorised --dataset facts.jsonl --output relp-memorised.json
 
-Relevance patching (arXiv 2508.21258) scores an edge as EAP does, `(corrupt_u - clean_u) . g_v`, with g_v not a gradient
-but what the backward pass gives under the rules of layer-wise relevance propagation:
-
-    LN        y = gain c(x) / s + bias: the scale s(x) is a constant
-    identity  a(x): its derivative is a(x) / x
-    half      gate(x) up(x): half of what arrives goes to each factor
-    AH        pattern(q, k) v: the pattern is a constant, so edges into q and k score 0
-
-`relp` is the first three, as the authors' code has them by default; `relp+ah` is all four.
-
-Models: tiny ones of several architectures, in float64, that have learned made-up facts by heart (and, with `--model`,
-one that is on the disk). What is exact: an edge, or all edges out of a node, is patched alone and the model is run. Per
+Models: tiny ones of several architectures, in float64, that know made-up facts by heart; with `--model` one from
+the disk. What is exact: one edge alone, or all edges out of one node, carry the baseline, and the model is run. Per
 sample: Pearson and Spearman correlation of the scores with that, Spearman of their absolute values, overlap of the
-strongest tenth. Over samples: Spearman of the sum of the absolute values (the circuit mass). Mean over samples with a 95%
-bootstrap interval.
+strongest tenth; mean over samples with a 95% bootstrap interval. Over samples: Spearman of the sum of absolute values
+(the circuit mass). `relp+ah` is RelP with the attention pattern as a constant (AH-rule): edges into queries
+and keys score 0. CPU seconds, all samples in one batch.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,28 +25,21 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from cud_trainer.circuits import attribution, edge_attributions
-from cud_trainer.circuits.contraction import GradientSums
-from cud_trainer.circuits.faithfulness import circuit_metric
-from cud_trainer.circuits.maps import NormMap, norm_map
+from cud_trainer.circuits import circuit_metric, edge_attributions
 from cud_trainer.circuits.parts import DecoderParts
 from cud_trainer.circuits.verification import verified_parts
 from cud_trainer.data import prepare_samples
 from cud_trainer.files import write_json
 from cud_trainer.logprobs import score_answers
 from cud_trainer.models.fingerprint import versions
-from cud_trainer.models.modes import answering
 from evaluation.statistics import bootstrap_mean
 
-RULES = ("ln", "identity", "half")
 METHODS = {
     "eap": {"method": "eap"},
     "eap-ig, 5 steps": {"method": "eap-ig", "steps": 5},
     "ig-activations, 5 steps": {"method": "ig-activations", "steps": 5},
-    "relp": {"rules": RULES},
-    "relp+ah": {"rules": (*RULES, "ah")},
-    "only ln": {"rules": ("ln",)},
-    "only identity and half": {"rules": ("identity", "half")},
+    "relp": {"method": "relp"},
+    "relp+ah": {"method": "relp", "constant_patterns": True},
 }
 SETTINGS = (("zero", "prob"), ("zero", "logprob"), ("counterfactual", "prob"), ("counterfactual", "logit_diff"))
 TINY = {
@@ -65,70 +49,6 @@ TINY = {
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},
     "gpt_neox": {},
 }
-
-
-class ConstantScale(GradientSums):
-    """Gradients pulled back through norms whose scale is a constant: without the rank-one part of their Jacobian."""
-
-    def add(self, *args, **kwargs) -> None:
-        super().add(*args, **kwargs)
-        for layer in self.layers:
-            layer.rank_one, layer.folded = [], None
-
-
-def constant_scale(norm: NormMap, x: Tensor) -> Tensor:
-    x = norm.centre(x)
-    return norm.gain.to(x) * x * norm.inverse_scale(x.detach()) + norm.bias.to(x)
-
-
-def as_identity(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    x = args[0]
-    ratio = (output / x.where(x != 0, torch.ones_like(x))).detach()
-    return output.detach() + (x - x.detach()) * ratio
-
-
-def halved(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """All that is behind the product is linear, so half of its gradient is half of the output's."""
-    return output.detach() / 2 + output / 2
-
-
-def activations(mlp: nn.Module) -> list[nn.Module]:
-    return [part for name, part in mlp.named_modules() if name.rpartition(".")[2].startswith("act")]
-
-
-def gated(mlp: nn.Module) -> bool:
-    return any("gate" in name for name, _ in mlp.named_modules())
-
-
-@contextmanager
-def relevance(parts: DecoderParts, rules: tuple[str, ...]) -> Iterator[None]:
-    """The backward pass of the decoder follows these rules, inside. What it computes stays as it is."""
-    norms = [parts.final_norm]
-    with ExitStack() as stack:
-
-        def hook(handle: torch.utils.hooks.RemovableHandle) -> None:
-            stack.callback(handle.remove)
-
-        for layer in parts.layers:
-            norms += [layer.attention_norm, layer.attention_output_norm, layer.mlp_norm, layer.mlp_output_norm]
-            if "identity" in rules:
-                found = activations(layer.mlp)
-                assert found, f"no activation in {type(layer.mlp).__name__}"
-                for module in found:
-                    hook(module.register_forward_hook(as_identity))
-            if "half" in rules and gated(layer.mlp):
-                hook(layer.mlp.register_forward_hook(halved))
-            if "ah" in rules:
-                for number, module in enumerate(layer.qkv):
-                    hook(module.register_forward_hook(partial(constant_pattern, parts, number)))
-        if "ln" in rules:
-            assert not any(layer.shared_norm for layer in parts.layers)
-            for norm in norms:
-                if norm is not None:
-                    forward = partial(constant_scale, norm_map(norm, parts.hidden_size))
-                    stack.enter_context(answering(norm, forward))
-            stack.enter_context(patch.object(attribution, "GradientSums", ConstantScale))
-        yield
 
 
 def constant_pattern(parts: DecoderParts, number: int, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -145,15 +65,18 @@ def constant_pattern(parts: DecoderParts, number: int, module: nn.Module, args: 
     output.register_hook(lambda gradient: gradient * keep)
 
 
-def scores(model: PreTrainedModel, batch: dict[str, Tensor], rules: tuple[str, ...] = (), **options) -> Tensor:
+def scores(model: PreTrainedModel, batch: dict[str, Tensor], constant_patterns: bool = False, **options: Any) -> Tensor:
     """Edge scores `[B, n_edges]`."""
     parts = verified_parts(model)
-    with relevance(parts, rules):
+    with ExitStack() as stack:
+        for layer in parts.layers if constant_patterns else []:
+            for number, module in enumerate(layer.qkv):
+                stack.callback(module.register_forward_hook(partial(constant_pattern, parts, number)).remove)
         return edge_attributions(model, batch, **options).edges
 
 
 def exact_edges(model: PreTrainedModel, batch: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
-    """What the metric changes by when one edge, or all edges out of one node, are patched: `[B, edges]`, `[B, nodes]`."""
+    """What the metric changes by when one edge, or all edges of one node, are patched, `[B, edges]`, `[B, nodes]`."""
     graph = verified_parts(model).graph()
     sources = graph.mask.nonzero()[:, 0]
     single = ~torch.eye(graph.n_edges, dtype=torch.bool)
@@ -168,16 +91,29 @@ def exact_edges(model: PreTrainedModel, batch: dict[str, Tensor], **options) -> 
     return change[:, : graph.n_edges], change[:, graph.n_edges :]
 
 
+def some_nodes(parts: DecoderParts, every: int) -> Tensor:
+    """Places among the sources of the embedding, all MLPs, and the heads of every so-many-th layer."""
+    graph = parts.graph()
+    places = [0]
+    for index in range(len(parts.layers)):
+        first = graph.sources_before_attention(index)
+        heads = range(first, first + graph.n_heads) if index % every == 0 else ()
+        places += [*heads, first + graph.n_heads]
+    return torch.tensor(places)
+
+
 @torch.no_grad()
-def zeroed_nodes(model: PreTrainedModel, batch: dict[str, Tensor], rows_at_once: int = 16) -> dict[str, Tensor]:
-    """What each metric changes by when one node writes nothing, `[B, nodes]` each: for models with many edges."""
+def zeroed_nodes(
+    model: PreTrainedModel, batch: dict[str, Tensor], nodes: Tensor, at_once: int = 16
+) -> dict[str, Tensor]:
+    """What each metric changes by when one of the nodes writes nothing, `[B, nodes]` each: for many edges."""
     parts = verified_parts(model)
     graph = parts.graph()
     found: dict[str, list[Tensor]] = {"prob": [], "logprob": []}
-    keep = torch.cat([torch.ones(1, len(graph.sources)), 1 - torch.eye(len(graph.sources))])
+    keep = torch.cat([torch.ones(1, len(graph.sources)), 1 - torch.eye(len(graph.sources))[nodes]])
     for row in range(len(batch["input_ids"])):
         logps = []
-        for some in keep.split(rows_at_once):
+        for some in keep.split(at_once):
             repeated = {key: value[row : row + 1].expand(len(some), -1) for key, value in batch.items()}
             embeddings = model.get_input_embeddings()(repeated["input_ids"]) * some[:, 0].view(-1, 1, 1)
             with ExitStack() as stack:
@@ -228,7 +164,7 @@ def agreement(found: Tensor, exact: Tensor) -> dict:
 
 
 def facts(count: int, seed: int) -> dict[str, Tensor]:
-    """Made-up facts: `<s> first-name last-name relation ?` and four random tokens; another fact of the same relation."""
+    """Made-up facts: `<s> first-name last-name relation ?` and four random tokens; beside each another of its kind."""
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.randperm(12 * 12, generator=generator)[: count // 2]
     first, last = 2 + pairs // 12, 14 + pairs % 12
@@ -249,7 +185,7 @@ def facts(count: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def learned(model_type: str, batch: dict[str, Tensor], layers: int, until: float, seed: int) -> PreTrainedModel:
+def learned(model_type: str, batch: dict[str, Tensor], layers: int, until: float) -> PreTrainedModel:
     """A tiny model that knows the facts by heart, in float64."""
     settings = dict(TINY[model_type])
     attention = settings.pop("attn_implementation", "sdpa")
@@ -259,7 +195,7 @@ def learned(model_type: str, batch: dict[str, Tensor], layers: int, until: float
         **{"vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
         **{**sizes, **settings},
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -282,47 +218,49 @@ def compare(model: PreTrainedModel, batch: dict[str, Tensor], name: str) -> list
         for method, how in METHODS.items():
             start = time.process_time()
             found = scores(model, batch, **how, **options)
-            seconds = time.process_time() - start
-            rows.append(
-                {
-                    "model": name,
-                    **options,
-                    "method": method,
-                    "edges": agreement(found, edges),
-                    "nodes": agreement(by_node(model, found), nodes),
-                    "seconds": seconds,
-                }
-            )
-            line = {
-                k: f"{rows[-1][k]['pearson']['value']:.3f}/{rows[-1][k]['spearman']['value']:.3f}"
-                for k in ("edges", "nodes")
-            }
-            print(name, baseline, metric, f"{method:24s}", line, flush=True)
+            row = {"model": name, **options, "method": method, "seconds": time.process_time() - start}
+            rows.append({**row, "edges": agreement(found, edges), "nodes": agreement(by_node(model, found), nodes)})
+            say(rows[-1])
     return rows
 
 
-def compare_nodes(model: PreTrainedModel, batch: dict[str, Tensor], name: str) -> list[dict]:
-    """As `compare`, nodes and zero baseline only, one sample at a time."""
-    exact, rows = zeroed_nodes(model, batch), []
-    for method, how in METHODS.items():
+def compare_nodes(model: PreTrainedModel, batch: dict[str, Tensor], name: str, methods: list[str]) -> list[dict]:
+    """As `compare`, some nodes and the zero baseline only."""
+    nodes = some_nodes(verified_parts(model), 3)
+    exact, rows = zeroed_nodes(model, batch, nodes), []
+    for method in methods:
         for metric in exact:
             start = time.process_time()
-            alone = [
-                scores(model, {key: value[row : row + 1] for key, value in batch.items()}, **how, metric=metric)
-                for row in range(len(batch["input_ids"]))
-            ]
-            seconds = time.process_time() - start
-            row = {"model": name, "baseline": "zero", "metric": metric, "method": method, "seconds": seconds}
-            rows.append({**row, "nodes": agreement(by_node(model, torch.cat(alone)), exact[metric])})
-            print(
-                name,
-                metric,
-                method,
-                {k: v for k, v in rows[-1]["nodes"].items() if k == "pearson" or k == "spearman"},
-                seconds,
-                flush=True,
-            )
+            found = scores(model, batch, **METHODS[method], metric=metric)
+            row = {"model": name, "baseline": "zero", "metric": metric, "method": method}
+            row["seconds"] = time.process_time() - start
+            rows.append({**row, "nodes": agreement(by_node(model, found)[:, nodes], exact[metric])})
+            say(rows[-1])
     return rows
+
+
+def say(row: dict) -> None:
+    for kind in ("edges", "nodes"):
+        if kind in row:
+            shown = ", ".join(f"{name} {row[kind][name]['value']:.3f}" for name in ("pearson", "spearman"))
+            print(row["model"], row["baseline"], row["metric"], row["method"], kind, shown, flush=True)
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Means over models and metrics, by baseline and method."""
+    found = []
+    for baseline in ("zero", "counterfactual"):
+        for method in METHODS:
+            chosen = [row for row in rows if row["baseline"] == baseline and row["method"] == method and "edges" in row]
+            if not chosen:
+                continue
+            line: dict[str, Any] = {"baseline": baseline, "method": method, "cells": len(chosen)}
+            for kind in ("edges", "nodes"):
+                for name in ("pearson", "spearman", "spearman_absolute", "top_tenth_overlap"):
+                    line[f"{kind}_{name}"] = float(np.mean([row[kind][name]["value"] for row in chosen]))
+                line[f"{kind}_mass_over_samples"] = float(np.mean([row[kind]["mass_over_samples"] for row in chosen]))
+            found.append({**line, "seconds": sum(row["seconds"] for row in chosen)})
+    return found
 
 
 def main() -> None:
@@ -330,33 +268,30 @@ def main() -> None:
     parser.add_argument("--types", nargs="*", default=list(TINY))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--facts", type=int, default=48)
-    parser.add_argument("--samples", type=int, default=12)
-    parser.add_argument("--until", type=float, default=0.95, help="mean probability of an answer token to train to")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--until", type=float, default=0.95, help="probability of the answers to train to")
     parser.add_argument("--model", help="folder of a model that knows the answers of --dataset; nodes only")
     parser.add_argument("--dataset", help="its questions and answers, JSON Lines")
-    parser.add_argument("--model_samples", type=int, default=4)
+    parser.add_argument("--model_samples", type=int, default=2)
+    parser.add_argument("--model_methods", nargs="+", default=list(METHODS))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for seed in args.seeds:
-        batch = facts(args.facts, seed)
-        some = {key: value[:: max(1, args.facts // args.samples)][: args.samples] for key, value in batch.items()}
-        for model_type in args.types:
-            model = learned(model_type, batch, args.layers, args.until, seed)
-            rows += compare(model, some, f"{model_type}, seed {seed}")
+    rows, facts_known = [], facts(args.facts, 0)
+    some = {key: value[:: max(1, args.facts // args.samples)][: args.samples] for key, value in facts_known.items()}
+    for model_type in args.types:
+        rows += compare(learned(model_type, facts_known, args.layers, args.until), some, model_type)
     if args.model:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         prepared = prepare_samples(load_dataset("json", data_files=args.dataset, split="train"), tokenizer)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
-        batch = prepared.pad(list(range(args.model_samples)))
-        rows += compare_nodes(
-            model, {key: value for key, value in batch.items() if isinstance(value, Tensor)}, Path(args.model).name
-        )
+        batch = {
+            key: value for key, value in prepared.pad(range(args.model_samples)).items() if isinstance(value, Tensor)
+        }
+        rows += compare_nodes(model, batch, Path(args.model).name, args.model_methods)
     if args.output:
-        settings = {key: value for key, value in vars(args).items() if key != "output"}
-        write_json(args.output, {"settings": settings, "versions": versions(), "rows": rows})
+        settings = {key: value for key, value in vars(args).items() if key not in ("output", "model", "dataset")}
+        write_json(args.output, {"settings": settings, "versions": versions(), "summary": summary(rows), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..logprobs import wide
 from ..models.layers import device_and_dtype
 from .maps import NormMap, norm_map
-from .parts import DecoderParts
+from .parts import DecoderParts, decoder_parts
 from .recording import hidden_states_of
 
-# How far the number of factors may be from a whole one; in half precision sums are rounded.
+# How far the number of factors may be from a whole one; sums of half-precision and quantised weights are rounded.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.03
 
 _factors: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -41,7 +42,7 @@ def relevance_rules(parts: DecoderParts) -> Iterator[None]:
     Raises:
         ValueError: for MLPs that are not products of one or two factors which read the residual stream (experts).
     """
-    factors = [mlp_factors(layer.mlp, index, parts) for index, layer in enumerate(parts.layers)]
+    factors = _factors_by_layer(parts)
     norms: list[nn.Module | None] = [parts.final_norm]
     with ExitStack() as stack:
         for layer, count in zip(parts.layers, factors, strict=True):
@@ -54,6 +55,15 @@ def relevance_rules(parts: DecoderParts) -> Iterator[None]:
             hook = partial(_with_constant_scale, norm_map(norm, parts.hidden_size))
             stack.callback(norm.register_forward_hook(hook).remove)
         yield
+
+
+def check_relevance(model: PreTrainedModel) -> None:
+    """Raise `ValueError` when the rules have no meaning for the model, as with experts; no pass of the model is run."""
+    _factors_by_layer(decoder_parts(model))
+
+
+def _factors_by_layer(parts: DecoderParts) -> list[int]:
+    return [mlp_factors(layer.mlp, index, parts) for index, layer in enumerate(parts.layers)]
 
 
 def mlp_factors(mlp: nn.Module, index: int, parts: DecoderParts) -> int:
@@ -77,7 +87,8 @@ def mlp_factors(mlp: nn.Module, index: int, parts: DecoderParts) -> int:
         written = wide(hidden_states_of(torch.func.functional_call(mlp, biases, (x,)), x))
         (gradient,) = torch.autograd.grad((written * written.detach()).sum(), x)
     degree = float((wide(gradient) * wide(x.detach())).sum() / written.detach().square().sum())
-    tolerance = HALF_TOLERANCE if dtype in (torch.bfloat16, torch.float16) else TOLERANCE
+    precise = all(parameter.dtype in (torch.float32, torch.float64) for parameter in mlp.parameters())
+    tolerance = TOLERANCE if precise else HALF_TOLERANCE
     if not min(abs(degree - 1), abs(degree - 2)) <= tolerance:
         raise ValueError(
             f"method 'relp' is not available for architecture {parts.model_type!r}: the MLP of layer {index} is not a "

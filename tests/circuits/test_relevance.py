@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from builders import make_tokenizer, qa_dataset
 from edges import random_samples, to_batch
 from oracle import CASES, Oracle, double_precision, gain, make_case
 
 from cud_trainer.circuits import edge_attributions
+from cud_trainer.scoring import score_difficulty
 
 FURTHER_DENSE = ("gemma", "granite", "glm4", "stablelm_parallel", "starcoder2", "nemotron", "apertus", "cohere")
 
@@ -66,6 +68,10 @@ def mlp_rules(mlp):
     return apply
 
 
+def hooked(model):
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def samples_and_batch(side="left"):
     samples = random_samples(0, lengths=(9, 13))
     rivals = [(torch.where(torch.arange(len(t)) < p, t, (t + 7) % 250), p) for t, p in samples]
@@ -101,7 +107,7 @@ def test_leaves_the_model_as_it_was():
     before = edge_attributions(model, batch, method="eap").scores
     edge_attributions(model, batch, method="relp")
     assert torch.equal(edge_attributions(model, batch, method="eap").scores, before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not hooked(model)
 
 
 def test_half_precision_is_read_in_float32():
@@ -126,4 +132,13 @@ def test_experts_are_refused(name):
     model = make_case(name)
     with pytest.raises(ValueError, match="'relp' is not available for architecture .* layer 0 .* experts"):
         edge_attributions(model, samples_and_batch()[2], method="relp")
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not hooked(model)
+
+
+def test_experts_are_refused_before_anything_is_scored(monkeypatch):
+    model = make_case("mixtral").float()
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("the model was run"))
+    with pytest.raises(ValueError, match="'relp' is not available for architecture 'mixtral'"):
+        score_difficulty(
+            model, qa_dataset(4), make_tokenizer(), metrics=["circuit_mass"], circuit_args={"method": "relp"}
+        )
