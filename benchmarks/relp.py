@@ -1,7 +1,7 @@
 """Is RelP nearer to exact activation patching than the gradients that it replaces, and what does it cost?
 
     python benchmarks/relp.py --output benchmarks/results/relp.json
-    python benchmarks/relp.py --types --model memorised --dataset facts.jsonl --output relp-memorised.json
+    python benchmarks/relp.py --types --model smollm2-memorised --dataset facts.jsonl --output relp-smollm2.json
 
 Models: tiny ones of several architectures, in float64, that know made-up facts by heart; with `--model` one from
 the disk. What is exact: one edge alone, or all edges out of one node, carry the baseline, and the model is run. Per
@@ -155,12 +155,13 @@ def agreement(found: Tensor, exact: Tensor) -> dict:
         columns["spearman_absolute"].append(float(spearmanr(a.abs(), b.abs()).statistic))
         top = [set(x.abs().topk(k).indices.tolist()) for x in (a, b)]
         columns["top_tenth_overlap"].append(len(top[0] & top[1]) / k)
-    row = {
+    row: dict[str, Any] = {
         name: {**bootstrap_mean(np.array(values), seed=0).as_dict(), "min": min(values)}
         for name, values in columns.items()
     }
-    mass = [x.abs().sum(1) for x in (found, exact)]
-    return {**row, "mass_over_samples": float(spearmanr(*mass).statistic)}
+    if len(found) > 4:
+        row["mass_over_samples"] = float(spearmanr(*(x.abs().sum(1) for x in (found, exact))).statistic)
+    return row
 
 
 def facts(count: int, seed: int) -> dict[str, Tensor]:

@@ -197,26 +197,21 @@ def edge_attributions(
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     counterfactual = batch.get(COUNTERFACTUAL)
-    relevance = method == "relp"
     with (
         evaluation_without_gradients(model),
         nearly_exact(model),
-        relevance_rules(parts) if relevance else nullcontext(),
+        relevance_rules(parts) if method == "relp" else nullcontext(),
         Recorder(parts, ungroup_kv) as recorder,
     ):
         embeddings = embedded(model, batch["input_ids"])
         corrupt = means
         if baseline == "counterfactual":
-            assert counterfactual is not None
-            corrupt = forward_outputs(model, recorder, batch, counterfactual)
-        start = torch.zeros_like(embeddings[:1, :1])
-        if corrupt is not None:
-            start = corrupt.embedding.to(embeddings) / parts.description.embedding_scale
+            corrupt = forward_outputs(model, recorder, batch, batch[COUNTERFACTUAL])
 
         def evaluate(inputs: Tensor) -> Point:
             return metric_point(metric, score_answers(model, batch, inputs_embeds=inputs), counterfactual)
 
-        sums = GradientSums(recorder, constant_scale=relevance)
+        sums = GradientSums(recorder, constant_scale=method == "relp")
         with torch.enable_grad():
             if method == "ig-activations":
                 point, record = interpolate_nodes(
@@ -224,7 +219,7 @@ def edge_attributions(
                 )
             else:
                 steps = steps if method == "eap-ig" else 1
-                point, record = _interpolate_inputs(recorder, sums, evaluate, start, embeddings, steps)
+                point, record = _interpolate_inputs(recorder, sums, evaluate, embeddings, corrupt, steps)
         clean = recorder.outputs(record, embeddings)
     with torch.autocast(device.type, enabled=False):
         result = contract(sums, graph, clean, corrupt, batch["attention_mask"])
@@ -241,11 +236,14 @@ def _interpolate_inputs(
     recorder: Recorder,
     sums: GradientSums,
     evaluate: Callable[[Tensor], Point],
-    start: Tensor,
     embeddings: Tensor,
+    corrupt: SourceOutputs | None,
     steps: int,
 ) -> tuple[Point, Pass]:
-    """Add the gradients at `steps` points from `start` to the clean input to `sums`; the clean point and its record."""
+    """Add the gradients at `steps` points from baseline to clean input to `sums`; the clean point and its record."""
+    start = torch.zeros_like(embeddings[:1, :1])
+    if corrupt is not None:
+        start = corrupt.embedding.to(embeddings) / recorder.parts.description.embedding_scale
     point = record = None
     for k in range(1, steps + 1):  # ends at the clean input, whose outputs are the clean ones
         point = record = None  # frees the last point's tensors before the next one's are made

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +26,6 @@ from ..logprobs import wide
 from ..models.layers import device_and_dtype
 from .maps import NormMap, norm_map
 from .parts import DecoderParts, decoder_parts
-from .recording import hidden_states_of
 
 # How far the number of factors may be from a whole one; sums of half-precision and quantised weights are rounded.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.03
@@ -77,25 +75,34 @@ def mlp_factors(mlp: nn.Module, index: int, parts: DecoderParts) -> int:
     """
     if mlp in _factors:
         return _factors[mlp]
+    degree = float("nan") if _has_experts(mlp) else _degree(mlp, parts.hidden_size)
+    precise = all(parameter.dtype in (torch.float32, torch.float64) for parameter in mlp.parameters())
+    if not min(abs(degree - 1), abs(degree - 2)) <= (TOLERANCE if precise else HALF_TOLERANCE):
+        raise ValueError(
+            f"method 'relp' is not available for architecture {parts.model_type!r}: the MLP of layer {index} is not a "
+            "product of one or two factors that read the residual stream, as with experts"
+        )
+    _factors[mlp] = round(degree)
+    return _factors[mlp]
+
+
+def _has_experts(mlp: nn.Module) -> bool:
+    """Whether there are matrices side by side: a router's share is a factor, too, and no rule says its part."""
+    return any(parameter.ndim > 2 for parameter in mlp.parameters()) or any(
+        isinstance(module, nn.ModuleList) for module in mlp.modules()
+    )
+
+
+def _degree(mlp: nn.Module, width: int) -> float:
     device, dtype = device_and_dtype(mlp)
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, 8, parts.hidden_size, generator=generator, dtype=torch.float64)
+    probe = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     biases = {name: torch.zeros_like(p) for name, p in mlp.named_parameters() if name.rpartition(".")[2] == "bias"}
     with ExitStack() as stack, torch.enable_grad():
         _follow_identity(stack, mlp)
         x = probe.to(dtype).to(device).requires_grad_()
-        written = wide(hidden_states_of(torch.func.functional_call(mlp, biases, (x,)), x))
+        written = wide(torch.func.functional_call(mlp, biases, (x,)))
         (gradient,) = torch.autograd.grad((written * written.detach()).sum(), x)
-    degree = float((wide(gradient) * wide(x.detach())).sum() / written.detach().square().sum())
-    precise = all(parameter.dtype in (torch.float32, torch.float64) for parameter in mlp.parameters())
-    tolerance = TOLERANCE if precise else HALF_TOLERANCE
-    if not min(abs(degree - 1), abs(degree - 2)) <= tolerance:
-        raise ValueError(
-            f"method 'relp' is not available for architecture {parts.model_type!r}: the MLP of layer {index} is not a "
-            f"product of one or two factors that read the residual stream (found {degree:.3g}), as with experts"
-        )
-    _factors[mlp] = round(degree)
-    return _factors[mlp]
+    return float((wide(gradient) * wide(x.detach())).sum() / written.detach().square().sum())
 
 
 def _follow_identity(stack: ExitStack, mlp: nn.Module) -> None:
@@ -118,7 +125,6 @@ def _with_constant_scale(norm: NormMap, module: nn.Module, args: tuple[Tensor, .
     return output.detach() + (linear - linear.detach()).to(output.dtype)
 
 
-def _shared(count: int, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-    written = output[0] if isinstance(output, tuple) else output
-    if written.requires_grad:
-        written.register_hook(lambda gradient: gradient / count)
+def _shared(count: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient / count)
