@@ -218,17 +218,13 @@ def edge_attributions(
                     recorder, sums, evaluate, embeddings, corrupt, steps=steps, reference_quirk=reference_quirk
                 )
             else:
-                steps = steps if method == "eap-ig" else 1
-                point, record = _interpolate_inputs(recorder, sums, evaluate, embeddings, corrupt, steps)
+                points = steps if method == "eap-ig" else 1
+                point, record = _interpolate_inputs(recorder, sums, evaluate, embeddings, corrupt, points)
         clean = recorder.outputs(record, embeddings)
     with torch.autocast(device.type, enabled=False):
         result = contract(sums, graph, clean, corrupt, batch["attention_mask"])
     return EdgeAttributions(
-        result.cpu(),
-        graph,
-        point.value.cpu(),
-        point.scores.mean_logps.detach().cpu(),
-        point.scores.lengths.cpu(),
+        result.cpu(), graph, point.value.cpu(), point.scores.mean_logps.detach().cpu(), point.scores.lengths.cpu()
     )
 
 
