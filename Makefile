@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= cud-demo
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint docs clean
+.PHONY: demo test test-fast deepspeed lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/cud demo --output_dir $(OUT) --overwrite
@@ -32,6 +32,16 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,gguf]'
+	touch $@
+
+# The tests of DeepSpeed are skipped without it. Half a minute: nothing is compiled. Its set-up reads the torch of this
+# environment.
+deepspeed: $(VENV)/.installed-deepspeed
+
+$(VENV)/.installed-deepspeed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation deepspeed
 	touch $@
 
 $(VENV)/.installed-dev: $(STAMP)

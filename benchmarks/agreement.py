@@ -1,4 +1,4 @@
-"""How well one-pass EAP and EAP-IG agree with exact node-wise interpolation (`ig-activations`), and what each costs.
+"""How well one-pass EAP, RelP and EAP-IG agree with node-wise interpolation (`ig-activations`), and what each costs.
 
     python benchmarks/agreement.py --model tofu-run/memorised --dataset locuslab/TOFU --configs forget01 retain90 \
         --samples 50 --output benchmarks/results/agreement.json
@@ -31,6 +31,7 @@ from evaluation.statistics import bootstrap_mean
 METHODS = {
     "eap": {"method": "eap"},
     "eap-ig, 5 steps": {"method": "eap-ig", "steps": 5},
+    "relp": {"method": "relp"},
     "ig-activations, 5 steps": {"method": "ig-activations", "steps": 5},
 }
 EXACT = "ig-activations, 5 steps"

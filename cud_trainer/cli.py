@@ -98,13 +98,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cud {name}: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
     except Exception as error:
-        from .data.ids import without_hashes
-
+        # Before that is imported, there are no hashes; and importing takes seconds.
+        ids = sys.modules.get(f"{__package__}.data.ids")
         if os.environ.get("CUD_TRACEBACK"):
             raise
         _end_progress_bars()
         code = exit_code(error)
-        said = without_hashes(one_line(error))
+        said = one_line(error) if ids is None else ids.without_hashes(one_line(error))
         if code == 1:
             said = f"{type(error).__name__}: {said} (a fault of cud: CUD_TRACEBACK=1 shows where)"
         print(f"cud {name}: error: {said}", file=sys.stderr)

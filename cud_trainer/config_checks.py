@@ -5,8 +5,12 @@ Each takes a `CUDConfig`; errors are one line that names the option.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from transformers.integrations.deepspeed import is_deepspeed_available
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .circuits.components import check_trainable
 from .models.trainable import layer_range
@@ -42,6 +46,13 @@ def check_mappings(config: Any) -> None:
             if not Path(value).expanduser().is_file():
                 raise ValueError(f"{name} {value} is no file")
         check_numbers_within(name, value)
+    if isinstance(config.accelerator_config, dict):
+        known = [one.name for one in fields(AcceleratorConfig)]
+        for name in config.accelerator_config:
+            if name not in known:
+                raise ValueError(f"accelerator_config has no option {name!r}; it has {known}")
+    if config.deepspeed and not is_deepspeed_available():
+        raise ValueError("deepspeed needs the package deepspeed (pip install cud-trainer[deepspeed])")
     if config.log_level not in LOG_LEVELS or config.log_level_replica not in LOG_LEVELS:
         raise ValueError(f"log_level and log_level_replica must be one of {LOG_LEVELS}")
 

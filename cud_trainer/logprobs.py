@@ -6,6 +6,7 @@ report is the same number the loss was made of.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,11 @@ class AnswerScores:
     def counted_mean_logps(self) -> Tensor:
         """Mean log-probability of the tokens that figures are made of (`Samples.measured`), `[B]`."""
         return self.mean_logps if self.counted is None else answer_mean(self.token_logps, self.counted)
+
+    def before(self, stop: Tensor) -> Tensor:
+        """True on the answer tokens before the first of the tokens `stop`, `[B, K]`: what the answer says."""
+        ended = torch.isin(self.targets, stop) & self.mask
+        return self.mask & (ended.long().cumsum(-1) == 0)
 
     def __getitem__(self, rows: slice | Tensor) -> AnswerScores:
         return AnswerScores(
@@ -156,6 +162,49 @@ def answer_probability(
         for rows, batch in samples.measured.batches(batch_size, device=device):
             values[rows] = score_answers(model, batch).mean_logps.exp().cpu().double()
     return values.numpy()
+
+
+def extraction_strength(correct: Sequence[bool], *, corrected: bool = False) -> float:
+    """`1 - k/n`, k the length of the shortest answer prefix after which the arg max continues correctly to the end.
+
+    As in open-unlearning (after Carlini et al. 2021) at least the last token counts as extracted, so that the smallest
+    value is 1/n and short answers look memorised; `corrected` lets k be n, with smallest value 0.
+    """
+    n = len(correct)
+    if n == 0:
+        return float("nan")
+    k = n
+    while k > 0 and correct[k - 1]:
+        k -= 1
+    return 1 - (k if corrected else min(k, n - 1)) / n
+
+
+@torch.no_grad()
+def answer_recall(
+    model: PreTrainedModel,
+    samples: Samples,
+    stop: Sequence[int],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`answer_probability`, and `extraction_strength` of what stands before an end token, `[N]` each, in one pass.
+
+    Args:
+        stop: tokens that end an answer (`stop_tokens`); a sample that says nothing before them has NaN.
+        device: of the batches; by default that of the embedding.
+    """
+    if device is None:
+        device = model.get_input_embeddings().weight.device
+    probability, strength = np.zeros(len(samples)), np.zeros(len(samples))
+    with evaluation_mode(model), exact(model):
+        for rows, batch in samples.measured.batches(batch_size, device=device):
+            scores = score_answers(model, batch)
+            probability[rows] = scores.mean_logps.exp().cpu().double().numpy()
+            hits = (scores.logits.argmax(-1) == scores.targets).cpu()
+            said = scores.before(torch.tensor(list(stop), device=scores.targets.device, dtype=torch.long)).cpu()
+            strength[rows] = [extraction_strength(row[own].tolist()) for row, own in zip(hits, said, strict=True)]
+    return probability, strength
 
 
 # Nats of a mean answer log-probability that may lie between a sample alone and beside a longer one: rounding.

@@ -82,8 +82,8 @@ def run_file(path: str | Path, registries: Sequence[Registry[Any]], option: str)
 
 
 def imported_files() -> list[Path]:
-    """The files that `run_file` has run, in this order."""
-    return list(_added)
+    """The files that have registered something (`run_file`), in this order."""
+    return [path for path, names in _added.items() if names]
 
 
 def keyword_options(function: Callable[..., Any]) -> dict[str, Any]:

@@ -84,6 +84,20 @@ ACTS = frozenset(
     """.split()
 )
 
+# Of `ACTS`, those that do nothing without another one.
+NEEDS = {"hub_strategy": "push_to_hub", "hub_always_push": "push_to_hub"}
+
+# Of these a command that uploads nothing makes no use; in Python `push_to_hub()` may be called later.
+OF_AN_UPLOAD = (
+    "hub_token",
+    "hub_private_repo",
+    "hub_model_id",
+    "hub_revision",
+    "hub_strategy",
+    "hub_always_push",
+    "hub_difficulty",
+)
+
 # What may differ between a checkpoint and the run that goes on from it, if it is asked for.
 OVERRIDABLE = (
     "learning_rate",
@@ -112,6 +126,8 @@ def check_stack_options(config: Any, stack: Iterable[dataclasses.Field]) -> list
     lines = []
     for name in (field.name for field in stack):
         value = getattr(config, name)
+        if name in NEEDS and value != defaults[name] and not getattr(config, NEEDS[name]):
+            lines.append(f"{name}={value!r} has no effect without {NEEDS[name]}")
         if value == defaults[name] or value in HARMLESS.get(name, ()) or name in ACTS:
             continue
         if name in REFUSED:
@@ -129,4 +145,4 @@ def higher_is_better(metric: str) -> bool:
     """Direction of a metric that checkpoints are compared by: what is left of the forget set, and losses, are better
     lower."""
     name = metric.removeprefix("eval_")
-    return not (name.endswith("loss") or name.split("/")[0] == "forget_prob")
+    return not (name.endswith("loss") or name.split("/")[0] in ("forget_prob", "forget_extraction"))

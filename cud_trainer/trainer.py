@@ -22,6 +22,7 @@ from .files import remove_leftovers
 from .logprobs import check_padding
 from .models.layers import widest_float
 from .models.modes import on_device
+from .models.shards import as_deepspeed_trains
 from .objectives import STEPS
 from .ownership import clear, owned
 from .schedule import DynamicWeights
@@ -152,6 +153,8 @@ class CUDTrainer(SFTTrainerHooks):
         # Only a run that looks at itself after every step pays for it.
         limits = (args.retain_limit, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
+        if self.is_deepspeed_enabled:
+            as_deepspeed_trains(self.model, self.accelerator.state.deepspeed_plugin.hf_ds_config)
         with on_device(self.model, args.device, put_back=inputs.shards_model):
             check_padding(self.model, "forget", inputs.forget)
             if self.stepwise or inputs.loss.uses_reference:

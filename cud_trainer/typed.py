@@ -64,10 +64,16 @@ RANGES: dict[str, tuple[float, float] | tuple[float, float, str]] = {
     "circuit_share": (0, 1, "("),
     "samples": (0, 10_000),
     "temperature": (0, math.inf, "("),
+    "leak_rouge": (0, 1, "("),
+    "leak_span": (1, MANY),
     "relearn_samples": (0, MANY),
     "relearn_steps": (1, 1_000_000),
     "relearn_rate": (0, math.inf, "("),
     "workers": (1, 1024),
+    "time": (1, MANY),
+    "gpus": (0, 1024),
+    "cpus": (1, 2**16),
+    "mem": (0, 2**20, "("),
     "snapshot_every": (1, MANY),
     "retain_eval_samples": (1, MANY),
     "tuning_seeds": (1, MANY),
@@ -127,6 +133,8 @@ def check_values(kind: type, values: dict[str, Any], where: str) -> None:
         unsaid = isinstance(value, ALSO.get(name, ())) or (value is None and name not in RANGES)
         if _is_plain(value) and not fits(value, hint) and not unsaid:
             raise ValueError(f"{where}: {name} must be {described(hint)}, got {shown(value)}")
+        if value == "" and name not in MAY_BE_EMPTY:
+            raise ValueError(f"{where}: {name} is empty")
         try:
             check_number(name, value)
         except ValueError as error:
@@ -196,7 +204,8 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in inner)
+        named = _names(hint)
+        return value in named if named and isinstance(value, str) else any(fits(value, one) for one in inner)
     if origin is Literal:
         return value in inner
     if origin is list:
@@ -218,11 +227,19 @@ def described(hint: Any) -> str:
     """A type in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
+        if _names(hint):
+            return f"one of {_names(hint)}"
         return " or ".join(dict.fromkeys(described(one) for one in inner))
     if origin is list:
         return f"a list of {described(inner[0])}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
     return "a mapping" if origin is dict or hint is dict else words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _names(hint: Any) -> list[str]:
+    """The names that a text may be where the stack takes an enumeration or its text; empty for any other type."""
+    kinds = [one for one in get_args(hint) if isinstance(one, type) and issubclass(one, Enum)]
+    return [str(member.value) for kind in kinds for member in kind]
 
 
 @cache

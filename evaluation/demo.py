@@ -301,7 +301,8 @@ def objectives(args: DemoArguments) -> tuple[str, ...]:
 def _world(args: DemoArguments) -> Testbed:
     from .testbed import build_testbed
 
-    return build_testbed(args.seed, **TINY_WORLD if args.tiny else {"n_heldout_authors": HELD_OUT_AUTHORS})
+    sizes: dict[str, Any] = TINY_WORLD if args.tiny else {"n_heldout_authors": HELD_OUT_AUTHORS}
+    return build_testbed(args.seed, **sizes)
 
 
 def _data(output: Path, name: str) -> Path:

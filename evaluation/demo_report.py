@@ -24,7 +24,7 @@ from .report.difficulty import difficulty_section
 from .report.schema import DifficultySection, Head, Table, jsonable
 from .report.tables import table
 from .study.evidence import decided, evidence
-from .study.report import condition
+from .study.report import condition, extraction_figure
 from .study.runs import Run, grouped, left_at, trials, tuned
 from .trajectory import averaged_residual
 
@@ -100,10 +100,11 @@ def results(
         ]
         matched.append(_matched(objective, chosen, retain_level, seed))
         worst, means = (_figures(chosen, retain_level, of) for of in (worst_quarter, np.mean))
+        strengths = _strengths(chosen, retain_level)
         found[objective] = evidence(objective, chosen, groups, None, seed)
-        tables += [*found[objective].tables, _by_seed(objective, worst, means)]
+        tables += [*found[objective].tables, _by_seed(objective, worst, means, strengths)]
         findings += found[objective].findings
-        findings.append(_schedule_finding(objective, matched[-1]["retain_level"], worst, means))
+        findings.append(_schedule_finding(objective, matched[-1]["retain_level"], worst, means, strengths))
     return {
         **jsonable(Head.now("cud demo: which fictitious authors are hard to forget?")),
         "run": _run(command, sizes, seed),
@@ -164,6 +165,7 @@ def _matched(objective: str, chosen: dict[str, list[Run]], retain_level: float, 
             "retain_weight": group[0].options["retain_weight"],
             "forget": stats.bootstrap_mean(left[schedule], seed=seed).as_dict(),
             "hardest_bucket": stats.bootstrap_mean(left[schedule][hardest], seed=seed).as_dict(),
+            **extraction_figure(group, retain_level, seed),
             "steps": float(np.mean([run.at(retain_level)[1] for run in group])),
             "reason": None,
         }
@@ -198,11 +200,21 @@ def _figures(chosen: dict[str, list[Run]], level: float, of: Callable[[np.ndarra
     return {schedule: {run.seed: float(of(run.at(level)[0])) for run in group} for schedule, group in chosen.items()}
 
 
-def _schedule_finding(objective: str, level: float, worst: BySeed, means: BySeed) -> str:
+def _strengths(chosen: dict[str, list[Run]], level: float) -> BySeed:
+    """Mean extraction strength of every run at matched retain utility."""
+    found = {schedule: {run.seed: run.extraction_at(level) for run in group} for schedule, group in chosen.items()}
+    return {
+        schedule: {seed: float(np.mean(one)) for seed, one in runs.items() if one is not None}
+        for schedule, runs in found.items()
+    }
+
+
+def _schedule_finding(objective: str, level: float, worst: BySeed, means: BySeed, strengths: BySeed) -> str:
     change = _change(worst)
     return (
         f"{objective} at retain probability {level:.3f}, worst quarter by outcome, seed by seed: {_seeds(worst)}; "
-        f"change {_percent(change)} over {len(worst[SCHEDULES[0]])} seeds. Mean of all samples: {_seeds(means)}."
+        f"change {_percent(change)} over {len(worst[SCHEDULES[0]])} seeds. Mean of all samples: {_seeds(means)}. "
+        f"Extraction strength, mean of all samples: {_seeds(strengths)}."
     )
 
 
@@ -226,21 +238,21 @@ def _percent(change: stats.Interval) -> str:
     return f"{100 * change.value:+.0f}% [{100 * change.low:+.0f}, {high}]"
 
 
-def _by_seed(objective: str, worst: BySeed, means: BySeed) -> Table:
+def _by_seed(objective: str, worst: BySeed, means: BySeed, strengths: BySeed) -> Table:
     """The table behind the finding."""
     return table(
         f"seeds-{objective}",
         f"{objective}: schedules by seed, at matched retain utility",
         "The worst quarter is picked by the result, of each run its own. Change: geometric mean over seeds, with "
         "its 95% t interval over seeds of the paired log ratio.",
-        ["worst quarter by outcome", "all samples"],
+        ["worst quarter by outcome", "all samples", "extraction strength, all samples"],
         [
             *(
-                (f"{schedule}, seed {run}", [worst[schedule][run], means[schedule][run]])
+                (f"{schedule}, seed {run}", [worst[schedule][run], means[schedule][run], strengths[schedule][run]])
                 for schedule in worst
                 for run in sorted(worst[schedule])
             ),
-            (f"change with {SCHEDULES[1]}", [_percent(_change(worst)), _percent(_change(means))]),
+            (f"change with {SCHEDULES[1]}", [_percent(_change(one)) for one in (worst, means, strengths)]),
         ],
     )
 

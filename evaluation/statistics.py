@@ -113,17 +113,41 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: in
     return bootstrap_mean(a - b, seed=seed, n_boot=n_boot)
 
 
-def difference_of_means(a: np.ndarray, b: np.ndarray, *, seed: int = 0, n_boot: int = 2000) -> Interval:
-    """Mean of `a` less mean of `b`, other samples, `[N]` and `[M]`; each side is drawn apart."""
-    a, b = (np.sort(np.asarray(side, dtype=float)) for side in (a, b))
+def difference_of_means(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    groups: tuple[Sequence[Any] | None, Sequence[Any] | None] = (None, None),
+    seed: int = 0,
+    n_boot: int = 2000,
+) -> Interval:
+    """Mean of `a` less mean of `b`, other samples, `[N]` and `[M]`; each side is drawn apart.
+
+    Args:
+        groups: of the samples of either side, which are drawn together then; `None`: each sample for itself. A side
+            with one group has nothing to draw: the ends are NaN.
+    """
+    a, b = (np.asarray(side, dtype=float) for side in (a, b))
     if reason := why_undefined(a) or why_undefined(b):
         return undefined(reason)
     generator = np.random.default_rng(seed)
-    left, right = (
-        np.concatenate([side[rows].mean(1) for rows in _draws(generator, len(side), n_boot)]) for side in (a, b)
-    )
+    left, right = (_drawn_means(side, of, generator, n_boot) for side, of in zip((a, b), groups, strict=True))
     low, high = np.percentile(left - right, LEVELS)
-    return Interval(float(a.mean() - b.mean()), float(low), float(high))
+    return Interval(float(np.sort(a).mean() - np.sort(b).mean()), float(low), float(high))
+
+
+def _drawn_means(
+    values: np.ndarray, groups: Sequence[Any] | None, generator: np.random.Generator, n_boot: int
+) -> np.ndarray:
+    """Means of `values [N]` over samples, or groups of samples, drawn with replacement, `[n_boot]`."""
+    if groups is None:
+        values = np.sort(values)
+        return np.concatenate([values[rows].mean(1) for rows in _draws(generator, len(values), n_boot)])
+    _, place = np.unique(np.array([str(group) for group in groups]), return_inverse=True)
+    sums, sizes = _in_order(np.bincount(place, weights=values), np.bincount(place).astype(float))
+    if len(sums) < 2:
+        return np.full(n_boot, np.nan)
+    return np.concatenate([sums[rows].sum(1) / sizes[rows].sum(1) for rows in _draws(generator, len(sums), n_boot)])
 
 
 def t_interval(values: np.ndarray) -> Interval:

@@ -23,7 +23,7 @@ class Path:
         forget: answer probability of every forget sample at each snapshot, `[T, N]`.
         retain: mean answer probability of the retain evaluation set, `[T]`.
         held_out: answer probability of every held-out sample, `[T, M]`; empty without such a set.
-        extraction: extraction strength of every forget sample, `[T, N]`; empty likewise.
+        extraction: extraction strength of every forget sample, `[T, N]`; empty where it is not measured.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -83,7 +83,8 @@ class TradeoffCallback(TrainerCallback):
         keep_at: keep the trainable weights of the snapshot that has forgotten most with at least this share of the
             starting retain probability (`best`); `None` keeps none.
         held_out: prepared samples of groups that no loss of the run sees.
-        extraction: of the forget samples, by which extraction strength is measured beside probability.
+        extraction: from a model and samples to probability and extraction strength of each, `[N]` both, in one pass
+            (`cud_trainer.logprobs.answer_recall`); `None`: probability alone.
 
     Attributes:
         path: the snapshots so far.
@@ -99,7 +100,7 @@ class TradeoffCallback(TrainerCallback):
         progress: Any = None,
         keep_at: float | None = None,
         held_out: Samples | None = None,
-        extraction: Callable[[Any, Samples], np.ndarray] | None = None,
+        extraction: Callable[[Any, Samples], tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         self.path = Path()
         self.best: tuple[int, dict[str, Tensor]] | None = None
@@ -110,12 +111,15 @@ class TradeoffCallback(TrainerCallback):
     def _snapshot(self, model: Any, step: int) -> None:
         forget, retain = self._sets
         self.path.steps.append(step)
-        self.path.forget.append(answer_probability(model, forget))
+        if self._extraction is None:
+            self.path.forget.append(answer_probability(model, forget))
+        else:
+            probability, strength = self._extraction(model, forget)
+            self.path.forget.append(probability)
+            self.path.extraction.append(strength)
         self.path.retain.append(float(answer_probability(model, retain).mean()))
         if self._held_out is not None:
             self.path.held_out.append(answer_probability(model, self._held_out))
-        if self._extraction is not None:
-            self.path.extraction.append(self._extraction(model, forget))
         if self._keep_at is None or not self.path.retain[-1] >= self._keep_at * self.path.retain[0]:
             return
         left = [snapshot.mean() for snapshot in self.path.forget]

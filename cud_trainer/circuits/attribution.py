@@ -7,7 +7,8 @@ For a metric M of a sample and an edge u -> v (Syed et al. 2023, arXiv 2310.1034
 where `u` is what a component adds to the residual stream and `input_v` v's own copy of that stream *before* its norm.
 EAP takes the gradient at the clean input; EAP-IG (Hanna et al. 2024, arXiv 2403.17806) its mean over m points between
 the baseline and the clean embedding; node-wise interpolation (`ig-activations`, what the CUD authors ran) its mean over
-m points for every component in turn (`interpolation.py`).
+m points for every component in turn (`interpolation.py`). RelP (arXiv 2508.21258) replaces derivatives of norms and
+MLPs by the rules of relevance propagation, at the clean input (`relevance.py`).
 
 How it is computed (the scores are exact, nothing is approximated): one backward pass per point of a whole batch gives
 the gradients of the *outputs* of the q, k and v projections. Pulling a gradient back through projection and norm is
@@ -19,6 +20,7 @@ with the source outputs by one batched matrix product per layer, in chunks of po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +40,14 @@ from .graph import Graph
 from .interpolation import interpolate_nodes
 from .parts import DecoderParts
 from .recording import Pass, Recorder, SourceOutputs, embedded
+from .relevance import relevance_rules
 from .verification import verified_parts
 
 METHODS = {  # name -> what it is, for `cud list attributions`
     "eap": "edge attribution patching: the gradient at the clean input (Syed et al. 2023)",
     "eap-ig": "its mean over `steps` points between baseline and clean embedding (Hanna et al. 2024)",
     "ig-activations": "its mean over `steps` points for every component in turn, as the CUD authors ran it",
+    "relp": "relevance patching: rules of relevance propagation in place of derivatives, one pass (Rezaei Jafari 2025)",
 }
 BASELINES = ("zero", "mean", "counterfactual")
 CIRCUIT_METRICS = ("prob", "logprob", "logit_diff")
@@ -164,10 +168,12 @@ def edge_attributions(
         batch: `input_ids`, `attention_mask`, `labels` (-100 outside the answer), each `[B, T]`; any padding side. For
             `baseline="counterfactual"` and `metric="logit_diff"` also `counterfactual_input_ids` `[B, T]`, token by
             token beside `input_ids`.
-        method: `"eap"` (gradient at the clean input), `"eap-ig"` (mean gradient over `steps` points) or
-            `"ig-activations"` (mean over `steps` points for each component in turn: costly, the CUD authors' choice).
+        method: `"eap"` (gradient at the clean input), `"eap-ig"` (mean gradient over `steps` points),
+            `"ig-activations"` (mean over `steps` points for each component in turn: costly, the CUD authors' choice) or
+            `"relp"` (relevance in place of the gradient, at the clean input; not for experts).
         steps: points `baseline + (k/steps) * (clean - baseline)` for k = 1..steps. The baseline itself (k = 0) is left
-            out: the Jacobian of an RMS norm at zero is 1/sqrt(eps) per layer and overflows. Ignored by `"eap"`.
+            out: the Jacobian of an RMS norm at zero is 1/sqrt(eps) per layer and overflows. `"eap"` and `"relp"` have
+            one point, the clean input.
         baseline: what sources write in `corrupt_u`: `"zero"`, nothing; `"mean"`, their mean over a dataset (`means`);
             `"counterfactual"`, what they write on the counterfactual tokens.
         metric: `"prob"`, `"logprob"` or `"logit_diff"`, see `metric_point`.
@@ -182,7 +188,7 @@ def edge_attributions(
 
     Raises:
         ValueError: for an unknown option, an unsupported architecture, a sample without an answer token, or when
-            `means` or the counterfactual tokens are missing or do not fit.
+            `means` or the counterfactual tokens are missing or do not fit; for `"relp"` on a model with experts.
     """
     check_options(method, steps, baseline, metric)
     parts = verified_parts(model)
@@ -191,37 +197,34 @@ def edge_attributions(
     device = embedding_device(model)
     batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     counterfactual = batch.get(COUNTERFACTUAL)
-    with evaluation_without_gradients(model), nearly_exact(model), Recorder(parts, ungroup_kv) as recorder:
+    with (
+        evaluation_without_gradients(model),
+        nearly_exact(model),
+        relevance_rules(parts) if method == "relp" else nullcontext(),
+        Recorder(parts, ungroup_kv) as recorder,
+    ):
         embeddings = embedded(model, batch["input_ids"])
         corrupt = means
         if baseline == "counterfactual":
-            assert counterfactual is not None
-            corrupt = forward_outputs(model, recorder, batch, counterfactual)
-        start = torch.zeros_like(embeddings[:1, :1])
-        if corrupt is not None:
-            start = corrupt.embedding.to(embeddings) / parts.description.embedding_scale
+            corrupt = forward_outputs(model, recorder, batch, batch[COUNTERFACTUAL])
 
         def evaluate(inputs: Tensor) -> Point:
             return metric_point(metric, score_answers(model, batch, inputs_embeds=inputs), counterfactual)
 
-        sums = GradientSums(recorder)
+        sums = GradientSums(recorder, constant_scale=method == "relp")
         with torch.enable_grad():
             if method == "ig-activations":
                 point, record = interpolate_nodes(
                     recorder, sums, evaluate, embeddings, corrupt, steps=steps, reference_quirk=reference_quirk
                 )
             else:
-                steps = 1 if method == "eap" else steps
-                point, record = _interpolate_inputs(recorder, sums, evaluate, start, embeddings, steps)
+                points = steps if method == "eap-ig" else 1
+                point, record = _interpolate_inputs(recorder, sums, evaluate, embeddings, corrupt, points)
         clean = recorder.outputs(record, embeddings)
     with torch.autocast(device.type, enabled=False):
         result = contract(sums, graph, clean, corrupt, batch["attention_mask"])
     return EdgeAttributions(
-        result.cpu(),
-        graph,
-        point.value.cpu(),
-        point.scores.mean_logps.detach().cpu(),
-        point.scores.lengths.cpu(),
+        result.cpu(), graph, point.value.cpu(), point.scores.mean_logps.detach().cpu(), point.scores.lengths.cpu()
     )
 
 
@@ -229,11 +232,14 @@ def _interpolate_inputs(
     recorder: Recorder,
     sums: GradientSums,
     evaluate: Callable[[Tensor], Point],
-    start: Tensor,
     embeddings: Tensor,
+    corrupt: SourceOutputs | None,
     steps: int,
 ) -> tuple[Point, Pass]:
-    """Add the gradients at `steps` points from `start` to the clean input to `sums`; the clean point and its record."""
+    """Add the gradients at `steps` points from baseline to clean input to `sums`; the clean point and its record."""
+    start = torch.zeros_like(embeddings[:1, :1])
+    if corrupt is not None:
+        start = corrupt.embedding.to(embeddings) / recorder.parts.description.embedding_scale
     point = record = None
     for k in range(1, steps + 1):  # ends at the clean input, whose outputs are the clean ones
         point = record = None  # frees the last point's tensors before the next one's are made

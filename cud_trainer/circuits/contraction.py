@@ -37,10 +37,13 @@ class GradientSums:
 
     With y = gain * c(x) * r + bias, r = 1/rms(c(x)), c = centring, the gradient g of a projection output W y pulls back
     to x as `r c(gain W^T g) - c(x) r^2 <g, W (y - bias)> / d`: linear in `r g`, plus one direction per pass.
+
+    Args:
+        constant_scale: r is a constant, as in `relevance.py`: without that direction.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, constant_scale: bool = False) -> None:
+        self.recorder, self.constant_scale = recorder, constant_scale
         self.layers = [_LayerSum() for _ in recorder.maps]
         self.final: Tensor | None = None
 
@@ -79,7 +82,8 @@ class GradientSums:
             assert layer.norm_input is not None
             inverse = maps.norm.inverse_scale(maps.norm.centre(wide(layer.norm_input)))
             scale = scale * inverse
-            coefficient = scale * inverse / layer.norm_input.shape[-1]
+            if not self.constant_scale:
+                coefficient = scale * inverse / layer.norm_input.shape[-1]
         if total.heads is None:
             shape = (*first.shape[:2], maps.n_destinations, head_dim)
             total.heads = torch.zeros(shape, dtype=scale.dtype, device=first.device)
@@ -111,7 +115,10 @@ class GradientSums:
             inverse = norm.inverse_scale(x)
             x = x * inverse
             inner = wide(gradient) * norm.gain
-            gradient = inverse * (norm.centre(inner) - x * (inner * x).mean(-1, keepdim=True))
+            gradient = norm.centre(inner)
+            if not self.constant_scale:
+                gradient = gradient - x * (inner * x).mean(-1, keepdim=True)
+            gradient = inverse * gradient
         total.mlp = _add_scaled(total.mlp, gradient, share)
 
     def _fold(self, index: int, total: _LayerSum) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..circuits import run_description
 from ..config import CUDConfig
@@ -24,6 +26,7 @@ from ..data.turns import CONVERSATION, every_turn, holds_conversations
 from ..difficulty import METRICS
 from ..models.loading import tokenizer_home
 from ..registry import keyword_options
+from ..stack_options import OF_AN_UPLOAD
 from ..typed import check_void
 from .help import About
 from .parser import parse_options
@@ -50,6 +53,7 @@ READ = {
     "original_open_unlearning",
     "reference_open_unlearning",
     "lm_eval_include",
+    "nli_model",
 }
 
 SCORED = ("cud", "cud_top_k", "circuit_mass", "loss", "length")
@@ -315,21 +319,34 @@ def model_options(model_args: ModelConfig) -> dict[str, Any]:
     return options
 
 
+def adapter_options(model_args: ModelConfig) -> Any:
+    """The adapter that the model options stand for, a `LoraConfig`; `None` without `use_peft`.
+
+    TRL makes a text of a single module name, which PEFT would match as a regular expression against whole paths.
+    """
+    adapter, modules = get_peft_config(model_args), model_args.lora_target_modules
+    if adapter is not None and isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
+        adapter.target_modules = {modules}
+    return adapter
+
+
 # Of these nothing else would read them.
 OF_AN_ADAPTER = [name for name in ModelConfig.__dataclass_fields__ if name.startswith(("lora_", "use_rs", "use_dora"))]
 OF_FOUR_BITS = [name for name in ModelConfig.__dataclass_fields__ if "bnb_" in name]
 
 
-def check_model_options(model_args: ModelConfig, *, trains: bool = True) -> None:
+def check_model_options(model_args: ModelConfig, argv: Sequence[str], *, trains: bool = True) -> None:
     """Raise `ValueError` naming an option of the model that has no effect, or cannot be.
 
     Args:
+        argv: the command line. A recipe file may have options of an adapter that a command line can ask for.
         trains: whether the command trains anything, so that an adapter can be asked for.
     """
     if model_args.use_peft and not trains:
         raise ValueError("use_peft has no effect here: nothing is trained; an adapter is loaded from its folder")
     needs = dict.fromkeys(OF_AN_ADAPTER, "use_peft") | dict.fromkeys(OF_FOUR_BITS, "load_in_4bit")
-    check_void(model_args, needs)
+    named = {text.removeprefix("--").split("=")[0] for text in argv}
+    check_void(model_args, {name: needed for name, needed in needs.items() if name in named})
     if model_args.lora_task_type != "CAUSAL_LM":
         raise ValueError(f"lora_task_type must be 'CAUSAL_LM', got {model_args.lora_task_type!r}")
     name = str(model_args.model_name_or_path)
@@ -339,6 +356,7 @@ def check_model_options(model_args: ModelConfig, *, trains: bool = True) -> None
 
 def parse_command(first: type, argv: list[str], program: str, about: About) -> tuple[Any, CUDConfig, ModelConfig]:
     data_args, args, model_args = parse_options((first, CUDConfig, ModelConfig), argv, program, about=about)
-    check_model_options(model_args)
+    check_model_options(model_args, argv)
+    check_void(args, dict.fromkeys(OF_AN_UPLOAD, "push_to_hub"))
     args.group_column = args.group_column or data_args.natural_group
     return data_args, args, model_args

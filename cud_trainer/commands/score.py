@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from ..circuits.components import check_adapter_can_follow, train_by_circuit
 from ..config import CUDConfig
@@ -22,7 +22,7 @@ from ..ownership import check_no_input, check_output_file, owned, same_file
 from ..resumable import WorkDir, remove_work
 from ..scoring import check_metrics, score_difficulty
 from .help import About
-from .options import ScoreArguments, inputs_of, load_tokenizer, model_options, parse_command
+from .options import ScoreArguments, adapter_options, inputs_of, load_tokenizer, model_options, parse_command
 from .summary import after_scoring, score_summary
 
 ABOUT = About(
@@ -54,7 +54,7 @@ def score_model(
 ) -> DifficultyScores:
     """Load the model and score it as `args` say; `options` are further ones of `score_difficulty`."""
     trust = bool(getattr(model_args, "trust_remote_code", False))
-    adapter = get_peft_config(model_args)
+    adapter = adapter_options(model_args)
     model = load_causal_lm(
         str(model_args.model_name_or_path),
         merge_adapter=adapter is not None,

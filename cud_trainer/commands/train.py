@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from ..config import CUDConfig
 from ..difficulty import DifficultyScores
@@ -13,7 +13,7 @@ from ..ownership import output_directory
 from ..trainer import CUDTrainer
 from ..training.checkpoints import CHECKPOINTS, RUN_FILES, begun
 from .help import About
-from .options import TrainArguments, inputs_of, load_tokenizer, model_options, parse_command
+from .options import TrainArguments, adapter_options, inputs_of, load_tokenizer, model_options, parse_command
 from .summary import train_summary
 
 NOTHING_DONE = 3  # exit code
@@ -73,7 +73,7 @@ def _train(data_args: TrainArguments, args: CUDConfig, model_args: ModelConfig, 
         retain_dataset=retain,
         heldout_dataset=heldout,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_options(model_args),
         difficulty_scores=scores,
     )
     trainer.train(resume_from_checkpoint=resume)

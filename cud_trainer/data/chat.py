@@ -15,7 +15,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .columns import IGNORE_INDEX
-from .encode import Encoder, Span, covered, parts
+from .encode import Encoder, Span, parts
+from .secret import secret_spans
 from .template import DATE_STRING, TRAIN_ON, Renderer, TemplateContext
 
 # Other names for what an assistant thinks before it answers.
@@ -34,6 +35,7 @@ class Tokens(NamedTuple):
         undated: prompt and tokens as they would be on no day in particular; `None` where the template writes no date.
         earlier: answers of the assistant in the prompt.
         opens: whether nobody has spoken before: what counts is then all that is trained on.
+        secret: where the tokens of the secret in the answer stand; `None` where nobody asks for it.
     """
 
     prompt: int
@@ -42,6 +44,7 @@ class Tokens(NamedTuple):
     undated: tuple[int, list[int]] | None = None
     earlier: int = 0
     opens: bool = False
+    secret: list[Span] | None = None
 
     @property
     def labels(self) -> list[int]:
@@ -53,21 +56,28 @@ class Tokens(NamedTuple):
     @property
     def counted_labels(self) -> list[int] | None:
         """`ids`, -100 for what does not count."""
-        if self.counted is None:
-            return None
+        return None if self.counted is None else self._only(self.counted)
+
+    @property
+    def secret_labels(self) -> list[int] | None:
+        """`ids`, -100 for what is not secret."""
+        return None if self.secret is None else self._only(self.secret)
+
+    def _only(self, spans: list[Span]) -> list[int]:
         labels = [IGNORE_INDEX] * len(self.ids)
-        for start, end in self.counted:
+        for start, end in spans:
             labels[start:end] = self.ids[start:end]
         return labels
 
 
 class Chat(NamedTuple):
-    """A conversation, and what the template is told beside it (`tools` and its variables)."""
+    """A conversation, what the template is told beside it (`tools`, variables), and the secrets in its answer."""
 
     prompt: list[dict[str, Any]]
     completion: list[dict[str, Any]]
     options: dict[str, Any]
     where: str
+    secrets: list[str] | None = None
 
 
 def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -107,7 +117,11 @@ def chat_tokens(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, conte
         starts = encoder.beginnings(written.starts, written.wholes, wholes)
         for row, chat in enumerate(written.chats):
             ids = wholes[row].ids
-            spans = [covered(span, wholes[row], tokenizer) for span in written.spans[row]]
+            spans = [encoder.covered(span, wholes[row]) for span in written.spans[row]]
+            secret = None
+            if chat.secrets is not None:
+                places = secret_spans(written.wholes[row], written.spans[row], chat.secrets, chat.where)
+                secret = [encoder.covered(place, wholes[row]) for place in places]
             first = spans[0][0]
             asked = _is_asked(chat)
             answers_only = context.train_on == "answer" and any(_split(message)[0] for message in chat.completion)
@@ -115,7 +129,7 @@ def chat_tokens(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, conte
             prompt = first if not asked or answers_only else min(starts[row], first)
             canonical = (_same_end(ids[prompt:], undated[row].ids), undated[row].ids) if undated else None
             earlier = sum(message["role"] == "assistant" for message in chat.prompt)
-            tokens.append(Tokens(prompt, ids, spans, canonical, earlier, opens=not asked))
+            tokens.append(Tokens(prompt, ids, spans, canonical, earlier, opens=not asked, secret=secret))
     return tokens
 
 

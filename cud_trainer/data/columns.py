@@ -21,11 +21,14 @@ TEXTS = (
     "perturbed_answer",
     "paraphrased_answer",
     "paraphrased_question",
+    "secret",
 )
 # Beside `input_ids` token by token: the same sample with another answer, for counterfactual circuits.
 COUNTERFACTUAL = "counterfactual_input_ids"
 # Beside `labels`: -100 also for what a chat template adds around the answer. Figures are made of these tokens.
 COUNTED = "counted"
+# Of the answer, what must not be known: spans of its text in the data, beside `labels` the same with -100 elsewhere.
+SECRET = "secret"
 # A hash of the sample as it would be on no day in particular, where a chat template writes the date.
 CONTENT = "content"
 # The same sample with the answer that is to take its place, for preference objectives.

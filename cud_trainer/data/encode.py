@@ -95,6 +95,28 @@ class Encoder:
             counts[row] = shared(alone.ids, encoded[row].ids)
         return counts  # type: ignore[return-value]
 
+    def covered(self, span: Span, encoded: Encoded) -> Span:
+        """The tokens, from, to, that cover some characters; a token that covers others beside them is one."""
+        ids, encoding = encoded
+        first = last = None
+        if encoding is not None:
+            first, last = encoding.char_to_token(span[0]), encoding.char_to_token(span[1] - 1)
+        if first is not None and last is not None:
+            while last + 1 < len(ids) and _within(encoding.token_to_chars(last + 1), span):
+                last += 1  # a character may have several tokens
+            return first, last + 1
+        offsets = list(self._by_decoding(ids)) if encoding is None else encoding.offsets
+        inside = [row for row, chars in enumerate(offsets) if _within(chars, span)]
+        return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))
+
+    def _by_decoding(self, tokens: list[int]) -> Iterator[Span]:
+        """The characters of each token, for a tokenizer that does not say; tokens that it adds itself have none."""
+        before = 0
+        for size in range(1, len(tokens) + 1):
+            after = len(self.tokenizer.decode(tokens[:size], skip_special_tokens=self.special))
+            yield before, after
+            before = after
+
     def _read_off(self, start: str, text: str, encoded: Encoded) -> int | None:
         """`beginnings` of one text where its tokens tell without a second look; else `None`.
 
@@ -152,31 +174,8 @@ def shared(start: list[int], whole: list[int]) -> int:
     return length
 
 
-def covered(span: Span, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Span:
-    """The tokens, from, to, that cover some characters; a token that covers others beside them is one."""
-    ids, encoding = encoded
-    first = last = None
-    if encoding is not None:
-        first, last = encoding.char_to_token(span[0]), encoding.char_to_token(span[1] - 1)
-    if first is not None and last is not None:
-        while last + 1 < len(ids) and _within(encoding.token_to_chars(last + 1), span):
-            last += 1  # a character may have several tokens
-        return first, last + 1
-    offsets = list(_by_decoding(ids, tokenizer)) if encoding is None else encoding.offsets
-    inside = [row for row, chars in enumerate(offsets) if _within(chars, span)]
-    return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))
-
-
 def _within(chars: Span | None, span: Span) -> bool:
     return chars is not None and chars[0] < span[1] and chars[1] > span[0] and chars[1] > chars[0]
-
-
-def _by_decoding(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
-    before = 0
-    for size in range(1, len(tokens) + 1):
-        after = len(tokenizer.decode(tokens[:size]))
-        yield before, after
-        before = after
 
 
 def _stay_apart(a: str, b: str) -> bool:

@@ -16,6 +16,7 @@ from .chat import Chat, Tokens, chat_tokens, template_options
 from .columns import COUNTERFACTUAL, IGNORE_INDEX
 from .encode import Encoded, Encoder, parts
 from .readers import is_written_list
+from .secret import secret_spans, secrets_of
 from .template import TemplateContext
 
 FORMATS = {
@@ -129,6 +130,7 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     context: TemplateContext | None = None,
+    secret_column: str | None = None,
 ) -> list[Tokens]:
     """The tokens of rows of one format.
 
@@ -136,6 +138,7 @@ def tokenise(
         kind: key of `FORMATS`.
         names: what to call each row in an error.
         context: what a chat template sees beside the messages; by default nothing but today's date.
+        secret_column: spans of the answers, whose tokens are to be marked.
 
     Raises:
         ValueError: for a row that is malformed, named. A batch may name another one than its first.
@@ -143,27 +146,47 @@ def tokenise(
     named = list(zip(rows, names, strict=True))
     if kind == "tokenised":
         return [_given_tokens(row, tokenizer, where) for row, where in named]
+    secrets = None if secret_column is None else [secrets_of(row[secret_column], where) for row, where in named]
     if kind == "text":
-        return [Tokens(0, tokens) for tokens in text_tokens([row["text"] for row in rows], tokenizer, names)]
+        texts = [("", filled(row["text"], "text", where), where) for row, where in named]
+        return _texts(texts, tokenizer, secrets, prompted=False)
     pairs = [(*_prompt_and_completion(row, kind, tokenizer, where), where) for row, where in named]
     if not isinstance(pairs[0][0], str):  # a column has one type, so that all are messages or none
         messages = [(*pair[:2], row, pair[2]) for pair, row in zip(pairs, rows, strict=True)]
-        return _chats(messages, tokenizer, context or TemplateContext())
+        return _chats(messages, tokenizer, context or TemplateContext(), secrets)
     for _, completion, where in pairs:
         filled(completion, "completion", where)
+    return _texts(pairs, tokenizer, secrets)
+
+
+def _texts(
+    pairs: Sequence[tuple[str, str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    secrets: Sequence[list[str]] | None,
+    *,
+    prompted: bool = True,
+) -> list[Tokens]:
+    """Tokens of plain texts, given as prompt, completion and name; without `prompted` all of them are answer."""
     encoder, made = Encoder(tokenizer), []
-    for (starts, texts), encoded in encoder.each(_starts_and_texts(pairs)):
+    own = iter([None] * len(pairs) if secrets is None else secrets)
+    for part, encoded in encoder.each(_starts_and_texts(pairs)):
         encoded = [Encoded(ids, one.encoding) for ids, one in zip(_with_eos(encoded, tokenizer), encoded, strict=True)]
-        counts = encoder.beginnings(starts, texts, encoded)
-        made += [Tokens(count, one.ids) for count, one in zip(counts, encoded, strict=True)]
+        starts, texts = [start for start, _, _ in part], [text for _, text, _ in part]
+        counts = encoder.beginnings(starts, texts, encoded) if prompted else [0] * len(part)
+        for (start, text, where), one, count in zip(part, encoded, counts, strict=True):
+            told, secret = next(own), None
+            if told is not None:
+                spans = secret_spans(text, [(len(start), len(text))], told, where)
+                secret = [encoder.covered(span, one) for span in spans]
+            made.append(Tokens(count, one.ids, secret=secret))
     return made
 
 
-def _starts_and_texts(pairs: Sequence[tuple[str, str, str]]) -> Iterator[tuple[tuple[list[str], list[str]], list[str]]]:
-    """Prompts and texts, some at a time; and of what tokens are wanted."""
+def _starts_and_texts(pairs: Sequence[tuple[str, str, str]]) -> Iterator[tuple[list[tuple[str, str, str]], list[str]]]:
+    """Prompts, texts and names, some at a time; and of what tokens are wanted."""
     for part in parts(pairs):
         texts = [prompt + completion for prompt, completion, _ in part]
-        yield ([prompt for prompt, _, _ in part], texts), texts
+        yield [(prompt, text, where) for (prompt, _, where), text in zip(part, texts, strict=True)], texts
 
 
 def text_tokens(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[list[int]]:
@@ -197,11 +220,14 @@ def _prompt_and_completion(row: Row, kind: str, tokenizer: PreTrainedTokenizerBa
 
 
 def _chats(
-    pairs: Sequence[tuple[list, list, Row, str]], tokenizer: PreTrainedTokenizerBase, context: TemplateContext
+    pairs: Sequence[tuple[list, list, Row, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    context: TemplateContext,
+    secrets: Sequence[list[str]] | None = None,
 ) -> list[Tokens]:
     """Tokens of conversations, through the chat template."""
     chats = []
-    for prompt, completion, row, where in pairs:
+    for number, (prompt, completion, row, where) in enumerate(pairs):
         for message in [*prompt, *(completion or [])]:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
                 raise ValueError(f"{where}: a message must have a role and a content, got {_keys(message)}")
@@ -210,7 +236,8 @@ def _chats(
         filled(completion[-1].get("content"), "assistant message", where)
         if not tokenizer.chat_template:
             raise ValueError(f"{where}: the data is conversational but the tokenizer has no chat template")
-        chats.append(Chat(prompt, completion, template_options(row, where), where))
+        own = None if secrets is None else secrets[number]
+        chats.append(Chat(prompt, completion, template_options(row, where), where, own))
     return chat_tokens(chats, tokenizer, context)
 
 

@@ -7,6 +7,7 @@ So nothing that is computed depends on a key, and nothing that is written leads 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
@@ -18,6 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..files import DiskFullError
 
 KEY_FILE = "ids.key"
 PLAIN = re.compile(r"sha256:[0-9a-f]{16}")
@@ -70,10 +73,10 @@ class IdKey:
     def made(cls, path: str | Path, secret: bytes | None = None) -> IdKey:
         """The key in a file, which is made for its owner alone if it is not there: random, or `secret`."""
         path = Path(path).expanduser()
+        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
                 new.unlink(missing_ok=True)
                 with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                     file.write(secret or cls.new(path).secret)
@@ -81,6 +84,9 @@ class IdKey:
                     os.link(new, path)
                 new.unlink()
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                new.unlink(missing_ok=True)
+                raise DiskFullError(path) from None
             raise ValueError(f"cannot read id_key {path}: {error.strerror or error}") from None
         return cls.read(path)
 

@@ -29,6 +29,7 @@ from .columns import (
     COUNTERFACTUAL,
     IGNORE_INDEX,
     PREPARED,
+    SECRET,
     check_unique,
     id_column,
 )
@@ -57,7 +58,7 @@ MANY_ROWS = 10_000
 # Rows that are prepared at a time.
 BATCH = 2000
 # Columns that some samples may have and others not, which is an error.
-OPTIONAL = (COUNTERFACTUAL, *ALTERNATIVES, COUNTED)
+OPTIONAL = (COUNTERFACTUAL, *ALTERNATIVES, COUNTED, SECRET)
 
 
 def prepare_dataset(
@@ -68,6 +69,7 @@ def prepare_dataset(
     name: str = "forget",
     keep_columns: Sequence[str] = (),
     counterfactual_column: str | None = None,
+    secret_column: str | None = None,
     template: TemplateContext | None = None,
 ) -> Dataset:
     """Tokenise `dataset` and mark the answer tokens.
@@ -90,6 +92,8 @@ def prepare_dataset(
         counterfactual_column: another answer (a string, or a list of which the one nearest in length is taken; TOFU:
             `"perturbed_answer"`). It becomes `counterfactual_input_ids`, as long as `input_ids`: what is longer is cut,
             what is shorter ends with the answer's own last tokens. Tokenised data may bring that column along.
+        secret_column: a span of each answer, or a list of spans, that must not be known; empty where there is none.
+            It becomes `secret`: as `labels`, but -100 for all other tokens. Tokenised data may bring that along.
 
     Returns:
         `Dataset` with `sample_id` (column `sample_id` or `id` if present, else a hash of the content, whatever date a
@@ -99,11 +103,11 @@ def prepare_dataset(
 
     Raises:
         ValueError: for a missing, empty or iterable dataset, unknown columns, an empty answer, an answer that does not
-            fit into `max_length` or that the chat template does not write as it is, or duplicate ids. The message
-            names the sample, the first at fault.
+            fit into `max_length` or that the chat template does not write as it is, a secret that does not occur in its
+            answer, or duplicate ids. The message names the sample, the first at fault.
     """
     check_tokenizer(tokenizer)
-    return _prepare(dataset, tokenizer, max_length, name, keep_columns, counterfactual_column, template)
+    return _prepare(dataset, tokenizer, max_length, name, keep_columns, counterfactual_column, template, secret_column)
 
 
 def _prepare(
@@ -114,17 +118,18 @@ def _prepare(
     keep_columns: Sequence[str] = (),
     counterfactual_column: str | None = None,
     template: TemplateContext | None = None,
+    secret_column: str | None = None,
 ) -> Dataset:
     """`prepare_dataset` with a tokenizer that is known to be good."""
     _check_dataset(dataset, name)
     dataset = standardised(dataset, name)
-    _check_columns(dataset, name, keep_columns, counterfactual_column)
+    _check_columns(dataset, name, keep_columns, counterfactual_column, secret_column)
     kind = detect_format(dataset.column_names, name)
     if kind == "tokenised":
         check_one_document(dataset, name)
     named_by = id_column(dataset.column_names)
     brought = (*OPTIONAL, CONTENT) if kind == "tokenised" else TEMPLATE_COLUMNS
-    read = {*FORMATS[kind], named_by, counterfactual_column, *brought} & {*dataset.column_names}
+    read = {*FORMATS[kind], named_by, counterfactual_column, secret_column, *brought} & {*dataset.column_names}
     made = [*PREPARED, *OPTIONAL, CONTENT]
     columns = [column for column in dataset.column_names if column in read or column in keep_columns]
     features = {column: dataset.features[column] for column in keep_columns}
@@ -141,6 +146,7 @@ def _prepare(
         template or TemplateContext(),
         Features(features),
         tuple(column for column in keep_columns if column not in made),
+        secret_column,
     )
     with _bar_for(len(dataset)), _no_collection():
         prepared = (
@@ -204,8 +210,8 @@ def _check_dataset(dataset: Any, name: str) -> None:
         raise ValueError(f"{name} dataset is empty")
 
 
-def _check_columns(dataset: Dataset, name: str, keep_columns: Sequence[str], counterfactual_column: str | None) -> None:
-    wanted = [*keep_columns, *([counterfactual_column] if counterfactual_column else [])]
+def _check_columns(dataset: Dataset, name: str, keep_columns: Sequence[str], *asked_for: str | None) -> None:
+    wanted = [*keep_columns, *filter(None, asked_for)]
     missing = [column for column in wanted if column not in dataset.column_names]
     if missing:
         raise ValueError(f"{name} dataset has no column {missing[0]!r}; it has {sorted(dataset.column_names)}")
@@ -252,6 +258,7 @@ class _Preparation:
     template: TemplateContext
     features: Features
     kept: tuple[str, ...]
+    secret_column: str | None = None
     earlier: dict[int, int] = field(default_factory=dict)
 
     def warn(self, size: int) -> None:
@@ -273,7 +280,7 @@ class _Preparation:
 
     def _prepare(self, rows: list[Row], indices: list[int]) -> dict[str, list]:
         names = [self._name(row, index) for row, index in zip(rows, indices, strict=True)]
-        tokenised = tokenise(rows, self.kind, self.tokenizer, names, self.template)
+        tokenised = tokenise(rows, self.kind, self.tokenizer, names, self.template, self.secret_column)
         hashes = [_content(tokens) for tokens in tokenised]
         if self.named_by is None:
             ids = hashes
@@ -286,13 +293,14 @@ class _Preparation:
         ]
         counted = [tokens.counted_labels for tokens in tokenised]
         for tokens, trained, measured, where in zip(tokenised, labels, counted, names, strict=True):
-            self._check_answer(tokens.ids, measured or trained, where)
+            self._check_answer(tokens, measured or trained, where)
         columns: dict[str, list] = {
             "sample_id": ids,
             "input_ids": [tokens.ids for tokens in tokenised],
             "labels": labels,
             **{column: [None] * len(rows) for column in OPTIONAL},
             COUNTED: counted,
+            SECRET: [tokens.secret_labels for tokens in tokenised],
             # of all rows of a batch or of none
             CONTENT: hashes if any(tokens.undated is not None for tokens in tokenised) else [None] * len(rows),
         }
@@ -316,13 +324,15 @@ class _Preparation:
             raise ValueError(f"{self.name} sample {index} has no {self.named_by}")
         return f"{self.name} sample {row[self.named_by]!r}"
 
-    def _check_answer(self, tokens: list[int], counted: list[int], where: str) -> None:
+    def _check_answer(self, tokens: Tokens, counted: list[int], where: str) -> None:
         # the first token of a sequence cannot be predicted
         if len(counted[1:]) == counted[1:].count(IGNORE_INDEX):
             raise ValueError(f"{where}: it has no answer token that can be predicted")
-        if self.max_length is not None and len(tokens) > self.max_length:
+        if tokens.secret and all(end < 2 for _, end in tokens.secret):
+            raise ValueError(f"{where}: its secret is the first token of the text, which nothing predicts")
+        if self.max_length is not None and len(tokens.ids) > self.max_length:
             raise ValueError(
-                f"{where}: its answer ends at token {len(tokens)}, beyond max_length={self.max_length}; "
+                f"{where}: its answer ends at token {len(tokens.ids)}, beyond max_length={self.max_length}; "
                 "raise max_length or shorten the sample (answers are never cut silently)"
             )
 
@@ -338,11 +348,17 @@ class _Preparation:
             for column, also in zip(ALTERNATIVES, ((), (IGNORE_INDEX,)), strict=True):
                 check_tokens(row[column], column, self.tokenizer, where, *also)
             brought |= {column: row[column] for column in ALTERNATIVES}
-        if row.get(COUNTED) is not None:
-            check_tokens(row[COUNTED], COUNTED, self.tokenizer, where, IGNORE_INDEX)
-            if len(row[COUNTED]) != len(row["input_ids"]):
-                raise ValueError(f"{where}: {COUNTED} and input_ids differ in length")
-            brought[COUNTED] = row[COUNTED]
+        for column in (COUNTED, SECRET):
+            if row.get(column) is None:
+                continue
+            if not isinstance(row[column], list):
+                if column == SECRET and self.secret_column is None:
+                    continue  # a column of the user's that nobody asks for
+                raise ValueError(f"{where}: its {column} are no token labels, as they must be beside input_ids")
+            check_tokens(row[column], column, self.tokenizer, where, IGNORE_INDEX)
+            if len(row[column]) != len(row["input_ids"]):
+                raise ValueError(f"{where}: {column} and input_ids differ in length")
+            brought[column] = row[column]
         if isinstance(row.get(CONTENT), str):  # of samples that were prepared before
             brought[CONTENT] = row[CONTENT]
         return brought

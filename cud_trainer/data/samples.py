@@ -17,7 +17,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .batches import BATCH_BYTES, pad_batch, plan_batches
-from .columns import ALTERNATIVES, CONTENT, COUNTED, COUNTERFACTUAL, IGNORE_INDEX, PREPARED
+from .columns import ALTERNATIVES, CONTENT, COUNTED, COUNTERFACTUAL, IGNORE_INDEX, PREPARED, SECRET
 
 # Rows that are read at a time.
 CHUNK = 1000
@@ -100,6 +100,19 @@ class Samples:
         columns = self.dataset.remove_columns("labels").rename_column(COUNTED, "labels")
         return replace(self, dataset=columns)
 
+    @cached_property
+    def secret(self) -> tuple[np.ndarray, Samples] | None:
+        """The samples that have a secret: which rows they are, int `[S]`, and they with labels on its tokens alone.
+
+        `None` where none is marked (`secret_column` of `prepare_dataset`).
+        """
+        if SECRET not in self.dataset.column_names:
+            return None
+        others = [column for column in ("labels", COUNTED) if column in self.dataset.column_names]
+        columns = self.dataset.remove_columns(others).rename_column(SECRET, "labels")
+        rows = np.flatnonzero([any(label != IGNORE_INDEX for label in labels) for labels in columns["labels"]])
+        return rows, replace(self, dataset=columns.select(rows))
+
     def select(self, rows: Sequence[int] | np.ndarray) -> Samples:
         """Some of the samples, in the order of `rows`."""
         return replace(self, dataset=self.dataset.select(rows))
@@ -156,8 +169,9 @@ def dataset_fingerprint(prepared: Dataset) -> str:
     """
     digest = hashlib.sha256()
     if CONTENT in prepared.column_names:
-        pairs = zip(prepared["sample_id"], prepared[CONTENT], strict=True)
-        digest.update("".join(f"{name}|{content}\n" for name, content in pairs).encode())
+        for table in prepared.select_columns(["sample_id", CONTENT]).with_format("arrow").iter(CHUNK):
+            lines = pc.binary_join_element_wise(table["sample_id"], "|", table[CONTENT], "\n", "")
+            digest.update("".join(lines.to_pylist()).encode())
         return f"sha256:{digest.hexdigest()[:16]}"
     for table in prepared.select_columns(list(PREPARED)).with_format("arrow").iter(CHUNK):
         ids, tokens, labels = (table[name].combine_chunks() for name in PREPARED)
@@ -200,14 +214,18 @@ def check_unseen(held_out: Samples, seen: Samples, name: str) -> None:
 def first_shared(ours: Samples, others: Samples) -> tuple[str | None, str | None]:
     """The first of our samples that is also in `others`, and the id that it has there if only the content is the same.
 
+    Of the others, which may be many, nothing is kept but what is also ours.
+
     Both are `None` where no sample is shared.
     """
-    ids, contents = set(others.ids), dict(zip(_contents(others), others.ids, strict=True))
+    ids, contents = set(ours.ids), set(_contents(ours))
+    ids = {name for name in others.ids if name in ids}
+    same = {content: name for content, name in zip(_contents(others), others.ids, strict=True) if content in contents}
     for sample_id, content in zip(ours.ids, _contents(ours), strict=True):
         if sample_id in ids:
             return sample_id, None
-        if content in contents:
-            return sample_id, contents[content]
+        if content in same:
+            return sample_id, same[content]
     return None, None
 
 

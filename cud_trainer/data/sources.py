@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.utils import logging as datasets_logging
 
+from .columns import SECRET
 from .readers import SUFFIXES, kind_of, read_file
 
 # What lies in a folder beside its data.
@@ -80,7 +81,10 @@ def renamed(dataset: Dataset, columns: Mapping[str, str], what: str, known: Mapp
     Raises:
         ValueError: for a column that is not there, or a name of no format.
     """
-    wanted = {column for needed in known.values() for column in needed} | {"id", "sample_id"}
+    if what != "forget" and columns.get(SECRET) not in dataset.column_names:  # only what is forgotten must name secrets
+        columns = {target: column for target, column in columns.items() if target != SECRET}
+    also = {"id", "sample_id", SECRET}
+    wanted = {column for needed in known.values() for column in needed} | also
     for target, column in columns.items():
         if target not in wanted:
             raise ValueError(f"columns: {target!r} is no column of a format; choose from {sorted(wanted)}")
@@ -88,7 +92,8 @@ def renamed(dataset: Dataset, columns: Mapping[str, str], what: str, known: Mapp
             raise ValueError(f"{what} dataset has no column {column!r}; it has {sorted(dataset.column_names)}")
     given = set(columns.values())
     ids = set() if {"id", "sample_id"} & set(columns) else {"id", "sample_id"}
-    dropped = [column for column in dataset.column_names if column in wanted - ids and column not in given]
+    kept = ids if SECRET in columns else {*ids, SECRET}
+    dropped = [column for column in dataset.column_names if column in wanted - kept and column not in given]
     dataset = dataset.remove_columns(dropped)
     return dataset.rename_columns({column: target for target, column in columns.items() if column != target})
 

@@ -142,12 +142,12 @@ class DifficultyScores:
         return str(recorded["objective"]) if reads and isinstance(recorded, dict) and "objective" in recorded else None
 
     def to_pandas(self) -> pd.DataFrame:
-        """Columns `sample_id`, one per metric, `fold` (if cross-fitted), `bucket` (of the primary, if it ranks)."""
+        """Columns `sample_id`, one per metric, `fold`, `bucket` (1 = easiest; of the primary, if it ranks)."""
         frame = pd.DataFrame({"sample_id": self.ids, **self.columns})
         if self.fold is not None:
             frame["fold"] = self.fold
         if self.metrics[0] not in self.constant:
-            frame["bucket"] = self.buckets(n=min(4, len(self.ids)))
+            frame["bucket"] = self.buckets(n=min(4, len(self.ids))) + 1
         return frame
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:

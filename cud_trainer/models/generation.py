@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,9 +26,11 @@ from transformers import (
 
 from ..data.timeout import apply_chat_template
 from .modes import evaluation_mode
-from .positions import own_positions, positions_of
+from .positions import own_positions, position_ids, positions_of
 
 MARK = "answer"
+# Sequences that are drawn at a time, by prompts of a batch: a step of generation takes one position of each.
+DRAWN_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class Sampling:
     Attributes:
         temperature: of the distribution; positive.
         top_p: smallest share of the probability mass that is drawn from, in (0, 1].
-        seed: whatever tells one series of draws from another. A draw depends on it and on the prompt alone.
+        seed: whatever tells one series of draws from another. A draw depends on it, on its own number and on the
+            prompt: not on the device, nor on how many are drawn, nor, but for rounding, on what shares its batch.
+        draws: of each prompt, which is encoded once.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: Any = 0
+    draws: int = 1
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
@@ -95,47 +101,92 @@ def continuations(
     sampling: Sampling | None = None,
     desc: str | None = None,
 ) -> list[list[int]]:
-    """What the model writes after each prompt, tokens, `[N]` lists: greedily, or drawn.
+    """What the model writes after each prompt, tokens, `[N]` lists: greedily, or drawn, `[N x draws]` lists.
 
     Each ends before the first of its stop tokens, at its own limit, or at the model's last position. So none depends on
-    which others share its batch.
+    which others share its batch. The draws of a prompt follow each other.
 
     Args:
         prompts: tokens, `[N]` lists of at least one.
         limits: tokens to write at most, `[N]`.
         stop: tokens that end an answer (`stop_tokens`).
         pad: fills shorter prompts of a batch.
+        batch_size: prompts at a time; of several draws each, at most `DRAWN_AT_ONCE` times as many sequences.
         sampling: draw instead.
         desc: label of a progress bar; `None` shows none.
     """
-    device = model.get_input_embeddings().weight.device
+    draws = 1 if sampling is None else sampling.draws
     room = [_room(model, len(prompt)) for prompt in prompts]
     most = [max(0, min(limit, space)) for limit, space in zip(limits, room, strict=True)]
-    written: list[list[int]] = [[] for _ in prompts]
+    written: list[list[int]] = [[] for _ in range(len(prompts) * draws)]
+    at_once = max(1, min(draws, DRAWN_AT_ONCE * batch_size))
+    batch_size = max(1, min(batch_size, DRAWN_AT_ONCE * batch_size // at_once))
     with (
         evaluation_mode(model),
         tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="sample", leave=False) as bar,
     ):
-        ends = list(stop)
         for rows in _batches(prompts, most, room, batch_size):
-            longest, length = max(len(prompts[row]) for row in rows), max(most[row] for row in rows)
-            if length:
-                inputs, mask = _left_padded([prompts[row] for row in rows], longest, pad)
-                config = GenerationConfig(
-                    max_new_tokens=length, do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=pad
-                )
-                with without_generation_config(model), own_positions(model):
-                    output = model.generate(
-                        input_ids=inputs.to(device),
-                        attention_mask=mask.to(device),
-                        generation_config=config,
-                        logits_processor=_drawn([prompts[row] for row in rows], sampling),
-                    )
-                for row, tokens in zip(rows, output[:, longest:].tolist(), strict=True):
-                    cut = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-                    written[row] = tokens[: min(cut, most[row])]
+            for first in range(0, draws if max(most[row] for row in rows) else 0, at_once):
+                numbers = range(first, min(first + at_once, draws))
+                asked = [prompts[row] for row in rows]
+                answers = iter(_written(model, asked, [most[row] for row in rows], stop, pad, sampling, numbers))
+                for row in rows:
+                    for number in numbers:
+                        written[row * draws + number] = next(answers)
             bar.update(len(rows))
     return written
+
+
+def _written(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    stop: Sequence[int],
+    pad: int,
+    sampling: Sampling | None,
+    numbers: range,
+) -> list[list[int]]:
+    """Continuations of one batch, at most so many tokens each, those with these `numbers` of a prompt in a row."""
+    device, ends = model.get_input_embeddings().weight.device, list(stop)
+    longest, length = max(len(prompt) for prompt in prompts), max(most)
+    inputs, mask = (part.to(device) for part in _left_padded(prompts, longest, pad))
+    config = GenerationConfig(
+        max_new_tokens=length, do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=pad
+    )
+    with without_generation_config(model), own_positions(model):
+        encoded = _encoded_once(model, inputs, mask, len(numbers))
+        output = model.generate(
+            input_ids=inputs.repeat_interleave(len(numbers), 0),
+            attention_mask=mask.repeat_interleave(len(numbers), 0),
+            generation_config=config,
+            logits_processor=_drawn(prompts, sampling, numbers, length),
+            **({} if encoded is None else {"past_key_values": encoded}),
+        )
+    limits = [limit for limit in most for _ in numbers]
+    found = []
+    for limit, tokens in zip(limits, output[:, longest:].tolist(), strict=True):
+        cut = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        found.append(tokens[: min(cut, limit)])
+    return found
+
+
+def _encoded_once(model: Any, inputs: Tensor, mask: Tensor, times: int) -> Any:
+    """What the model keeps of all but the last token of each prompt, so many times each; `None` where it is of no use.
+
+    `generate` alone would encode every prompt as often as it is drawn from.
+    """
+    if times == 1 or inputs.shape[1] < 2:
+        return None
+    start = mask[:, :-1]
+    options = {"position_ids": position_ids(start), "use_cache": True, "logits_to_keep": 1}
+    cache = getattr(model(input_ids=inputs[:, :-1], attention_mask=start, **options), "past_key_values", None)
+    if cache is None:
+        return None
+    try:
+        cache.batch_repeat_interleave(times)
+    except (AttributeError, NotImplementedError, TypeError):  # a state of another kind
+        return None
+    return cache
 
 
 def _room(model: Any, used: int) -> int:
@@ -171,11 +222,23 @@ def _left_padded(prompts: Sequence[Sequence[int]], longest: int, pad: int) -> tu
     return inputs, mask
 
 
-def _drawn(prompts: Sequence[Sequence[int]], sampling: Sampling | None) -> LogitsProcessorList:
+def _drawn(
+    prompts: Sequence[Sequence[int]], sampling: Sampling | None, numbers: range, length: int
+) -> LogitsProcessorList:
     if sampling is None:
         return LogitsProcessorList()
     cut = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-    return LogitsProcessorList([_Temperature(sampling.temperature), *cut, _Draw(prompts, sampling.seed)])
+    levels = np.concatenate([_levels(prompt, sampling.seed, numbers, length) for prompt in prompts])
+    return LogitsProcessorList([_Temperature(sampling.temperature), *cut, _Draw(torch.from_numpy(levels))])
+
+
+def _levels(prompt: Sequence[int], seed: Any, numbers: range, length: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) that decide on the tokens of these draws, float32 `[len(numbers), length]`."""
+    made = []
+    for number in numbers:
+        digest = hashlib.sha256(f"{seed}|{number}|{list(prompt)}".encode()).digest()
+        made.append(np.random.default_rng(int.from_bytes(digest[:16], "big")).random(length, dtype=np.float32))
+    return np.stack(made)
 
 
 class _Temperature(LogitsProcessor):
@@ -187,20 +250,22 @@ class _Temperature(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Gumbel noise on the log-probabilities: their arg max is a draw from them (Gumbel-max trick).
+    """Leaves one token of each row, drawn from its distribution: the first at which the sum of the probabilities so far
+    exceeds a uniform number (inverse transform sampling).
 
-    Every row has a generator of its own, so that its draws do not depend on the others.
+    Args:
+        levels: the uniform numbers, `[rows, steps]`; each step takes one, so that a row depends on no other.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], seed: Any) -> None:
-        texts = [f"{seed}|{list(prompt)}".encode() for prompt in prompts]
-        self.seeds = [int.from_bytes(hashlib.sha256(text).digest()[:7], "big") for text in texts]
-        self.generators: list[torch.Generator] = []
+    def __init__(self, levels: Tensor) -> None:
+        self.levels, self.step = levels, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.generators:
-            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
-        noise = torch.empty_like(scores)
-        for row, generator in enumerate(self.generators):
-            noise[row].exponential_(generator=generator)
-        return scores - noise.clamp(min=torch.finfo(scores.dtype).tiny).log()
+        self.levels = self.levels.to(scores.device, scores.dtype)  # once
+        level = self.levels[:, self.step, None]
+        self.step += 1
+        sums = scores.softmax(-1).cumsum(-1)
+        total = sums[:, -1:]
+        below = torch.minimum(level * total, torch.nextafter(total, torch.zeros_like(total)))
+        token = torch.searchsorted(sums, below, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

@@ -17,9 +17,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ValueError: when there is no list of as many modules as the configuration says layers.
     """
-    inner: Any = model
-    while not hasattr(inner, "config"):
-        inner = inner.module
+    inner = base_causal_lm(model)  # wrappers have configurations of their own
     depth = inner.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and not any(word in name for word in SENSES):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .layers import base_causal_lm, decoder_layers, embedding_device
 from .modes import answering, evaluation_mode
+from .shards import is_partitioned
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -106,6 +107,8 @@ def can_be_exact(model: nn.Module) -> bool:
     if getattr(inner, "hf_quantizer", None) is not None or "flash" in str(inner.config._attn_implementation):
         return False
     if not all(type(weight.data) is Tensor and weight.device.type != "meta" for weight in model.parameters()):
+        return False
+    if any(is_partitioned(weight) for weight in model.parameters()):
         return False
     if inner not in _takes_copies:
         _takes_copies[inner] = _tried(inner)

@@ -19,7 +19,7 @@ class TopTokens:
     """The likeliest tokens at every answer position of each sample; lists over samples.
 
     Attributes:
-        logps, ids: their log-probabilities and ids, `[n_tokens, k]`.
+        logps, ids: their log-probabilities, float32 or wider, and ids, int32, `[n_tokens, k]`.
         rest: log of the probability of all other tokens, `[n_tokens]`; -inf where there is none.
     """
 
@@ -37,15 +37,17 @@ class TopTokens:
         ranked = logps.scatter(-1, scores.targets.unsqueeze(-1), torch.inf) if with_target else logps
         ids = ranked.topk(min(k, logps.shape[-1]), dim=-1).indices
         top, rest = logps.gather(-1, ids), logps.scatter(-1, ids, -torch.inf).logsumexp(-1)
-        for position, row in enumerate(rows):
-            answer = scores.mask[position]
-            # Kept off the accelerator: it grows with the dataset, a batch of it does not.
-            self.logps[row], self.ids[row] = top[position, answer].cpu(), ids[position, answer].cpu()
-            self.rest[row] = rest[position, answer].cpu()
+        sizes = scores.mask.sum(-1).tolist()
+        # Kept off the accelerator: it grows with the dataset, a batch of it does not. One tensor a batch, not a sample.
+        kept = ((self.logps, top), (self.ids, ids.int()), (self.rest, rest))
+        for values, of_batch in kept:
+            for row, own in zip(rows, of_batch[scores.mask].cpu().split(sizes), strict=True):
+                values[row] = own
 
     def batch(self, rows: list[int], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`logps [B, K, k]`, `ids [B, K, k]`, `rest [B, K]` on the True positions of `mask [B, K]`, 0 elsewhere."""
-        return tuple(spread([values[row] for row in rows], mask) for values in (self.logps, self.ids, self.rest))  # type: ignore[return-value]
+        logps, ids, rest = (spread([values[row] for row in rows], mask) for values in (self.logps, self.ids, self.rest))
+        return logps, ids.long(), rest
 
 
 def spread(values: list[Tensor], mask: Tensor) -> Tensor:

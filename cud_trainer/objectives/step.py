@@ -295,7 +295,7 @@ class UnlearningLoss:
         with evaluation_mode(model), torch.enable_grad():
             hidden = self._scored(model, batch)[1]
             assert hidden is not None
-            if hidden.requires_grad:
+            if hidden.requires_grad and outside:
                 gradients = torch.autograd.grad(hidden.sum(), list(outside.values()), allow_unused=True)
         without = {key for key, gradient in zip(outside, gradients, strict=True) if gradient is None}
         return [value for key, value in trained.items() if key in without or key.startswith(behind)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ class Schedule:
 
     Attributes:
         name: of the schedule.
-        order: forget sample ids in the order they are served, `[passes * N]`.
+        order: forget sample ids in the order they are served, `[passes * N]`; an array of objects, one for each sample.
         weight: weight of each served sample, float64 `[passes * N]`; mean 1 over every pass.
         retain_id: the retain sample paired with each, `[passes * N]`, or `None` without a retain set.
         settings: name, options, seed and passes.
@@ -82,7 +82,7 @@ class Schedule:
         *,
         forget_lengths: np.ndarray | None = None,
         retain_lengths: np.ndarray | None = None,
-    ) -> dict[str, list]:
+    ) -> dict[str, np.ndarray]:
         """Columns of the training dataset, one row per pair; the length is a multiple of `global_batch`.
 
         The last batch is filled up with rows of weight 0 (`row` = -1), and its real rows are scaled up by the same
@@ -99,11 +99,11 @@ class Schedule:
         last = count - (global_batch - padding) if padding else count
         scale = np.ones(count)
         scale[last:] = global_batch / (global_batch - padding) if padding else 1.0
-        retain_index = np.zeros(count, dtype=int)
+        retain_index = np.zeros(count, dtype=np.int64)
         if self.retain_id is not None and retain_ids is not None:
             retain_position = {sample_id: index for index, sample_id in enumerate(retain_ids)}
-            retain_index = np.array([retain_position[sample_id] for sample_id in self.retain_id.tolist()])
-        forget_index = np.array([forget_position[sample_id] for sample_id in self.order.tolist()])
+            retain_index = np.fromiter((retain_position[sample_id] for sample_id in self.retain_id), np.int64, count)
+        forget_index = np.fromiter((forget_position[sample_id] for sample_id in self.order), np.int64, count)
         retain_weight = np.ones(count) if self.retain_weight is None else self.retain_weight
         weight, retain_scale = self.weight * scale, retain_weight * scale
         batch = np.arange(count) // global_batch
@@ -114,8 +114,8 @@ class Schedule:
             # The weights scale the mean over tokens, they do not cancel in it: their own mean is not 1.
             retain_scale = _by_tokens(np.ones(count), lengths, batch, global_batch) * retain_weight
 
-        def filled(values: np.ndarray, fill: float) -> list:
-            return np.concatenate([values, np.full(padding, fill, dtype=values.dtype)]).tolist()
+        def filled(values: np.ndarray, fill: float) -> np.ndarray:
+            return np.concatenate([values, np.full(padding, fill, dtype=values.dtype)])
 
         return {
             "row": filled(np.arange(count), -1),
@@ -143,11 +143,11 @@ class Schedule:
         Columns: `forget_id`, `weight`, and with a retain set `retain_id`, with weights of its own `retain_weight`.
         """
         check_new_file(path, overwrite)
-        ids = [self.order.tolist(), None if self.retain_id is None else self.retain_id.tolist()]
-        written = self._named(*keyed_for(path, ids, self.keys))
-        columns: dict[str, Any] = {"forget_id": written.order.tolist(), "weight": self.weight}
+        ids = list(dict.fromkeys([*self.order, *([] if self.retain_id is None else self.retain_id)]))
+        written = self._named(dict(zip(ids, keyed_for(path, ids, self.keys), strict=True)))
+        columns: dict[str, Any] = {"forget_id": written.order, "weight": self.weight}
         if written.retain_id is not None:
-            columns["retain_id"] = written.retain_id.tolist()
+            columns["retain_id"] = written.retain_id
         if self.retain_weight is not None:
             columns["retain_weight"] = self.retain_weight
         header = {"name": self.name, "settings": self.settings, "hash": written.hash, "dynamic": self.dynamic}
@@ -155,26 +155,28 @@ class Schedule:
             header["values"] = self._values()
         return write_parquet(path, pa.table(columns), header)
 
-    def _named(self, order: list[str], retain: list[str] | None) -> Schedule:
+    def _named(self, names: Mapping[str, str]) -> Schedule:
         """The same with other names for the samples."""
-        return replace(self, order=np.array(order), retain_id=None if retain is None else np.array(retain))
+        order = array_of(map(names.__getitem__, self.order))
+        retain = None if self.retain_id is None else array_of(map(names.__getitem__, self.retain_id))
+        return replace(self, order=order, retain_id=retain)
 
     def keyed(self, key: IdKey) -> Schedule:
         """As it stands in a file, with ids of this key."""
-        retain = None if self.retain_id is None else key.keyed_values(self.retain_id.tolist())
-        return self._named(key.keyed_values(self.order.tolist()), retain)
+        ids = list(dict.fromkeys([*self.order, *([] if self.retain_id is None else self.retain_id)]))
+        return self._named(dict(zip(ids, key.keyed_values(ids), strict=True)))
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
         """Read what `save` wrote; `ValueError` for a missing, foreign or altered file."""
         table, header = read_parquet(path, "a schedule")
         try:
-            retain = table["retain_id"].to_pylist() if "retain_id" in table.column_names else None
+            retain = _read_ids(table["retain_id"]) if "retain_id" in table.column_names else None
             schedule = cls(
                 header["name"],
-                np.array(table["forget_id"].to_pylist()),
+                _read_ids(table["forget_id"]),
                 table["weight"].to_numpy(),
-                None if retain is None else np.array(retain),
+                retain,
                 header["settings"],
                 tuple((name, options) for name, options in header.get("dynamic", [])),
                 {name: np.array(column, dtype=np.float64) for name, column in header.get("values", {}).items()},
@@ -276,16 +278,35 @@ def schedule_of(
     following = [(part, part_options) for part, part_options in parts if part.kind == "dynamic"]
     return Schedule(
         name,
-        np.array(list(forget_ids))[order_of_rows],
+        array_of(forget_ids)[order_of_rows],
         np.concatenate(weights),
         _partners(retain_ids, len(order_of_rows), seed)
         if neighbours is None or retain_ids is None
-        else np.array(list(retain_ids))[_in_turn(neighbours, order_of_rows)],
+        else array_of(retain_ids)[_in_turn(neighbours, order_of_rows)],
         settings,
         tuple((part.name, dict(part_options)) for part, part_options in following),
         {name: column for part, _ in following for name, column in zip(part.metrics, values[part.name], strict=True)},
         None if retain_weight is None else retain_weight[order_of_rows],
     )
+
+
+def array_of(ids: Iterable[str]) -> np.ndarray:
+    """Ids as an array of objects, which are shared by all its copies; one of texts would be as wide as the longest."""
+    ids = [str(name) for name in ids]
+    array = np.empty(len(ids), dtype=object)
+    array[:] = ids
+    return array
+
+
+def _read_ids(column: pa.ChunkedArray) -> np.ndarray:
+    """The ids in a column of a file, each of them in memory once."""
+    coded = column.combine_chunks().dictionary_encode()
+    if isinstance(coded, pa.ChunkedArray):
+        coded = coded.unify_dictionaries().combine_chunks()
+    names = coded.dictionary.to_pylist()
+    if not all(isinstance(name, str) for name in names) or coded.null_count:
+        raise ValueError("an id is no text")
+    return array_of(names)[coded.indices.to_numpy(zero_copy_only=False)]
 
 
 def _difficulty(part: ScheduleRule, metric: str, difficulty: Any, size: int) -> np.ndarray:
@@ -312,7 +333,7 @@ def _partners(retain_ids: Sequence[str] | None, count: int, seed: int) -> np.nda
     """Retain samples in random order, all of them before any comes again."""
     if retain_ids is None:
         return None
-    ids = np.array(list(retain_ids))
+    ids = array_of(retain_ids)
     rounds = -(-count // len(ids))
     drawn = [np.random.default_rng([seed, 1, number]).permutation(len(ids)) for number in range(rounds)]
     return ids[np.concatenate(drawn)[:count]]

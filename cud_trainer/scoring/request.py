@@ -9,6 +9,7 @@ from typing import Any
 
 from ..circuits import check_architecture
 from ..circuits.attribution import check_options, needs_counterfactual
+from ..circuits.relevance import check_relevance
 from ..data import Samples
 from ..difficulty import METRICS
 from ..difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
@@ -110,6 +111,8 @@ class ScoringRequest:
             raise ValueError(f"unknown circuit option {unknown[0]!r}; choose from {sorted(CIRCUIT_DEFAULTS)}")
         options = {**CIRCUIT_DEFAULTS, **self.circuit_args}
         check_options(options["method"], options["steps"], options["baseline"], options["metric"])
+        if options["method"] == "relp" and self.reads_circuits:
+            check_relevance(model)
 
     def check_forget(self, forget: Samples) -> None:
         """Raise `ValueError` naming what the forget samples lack."""

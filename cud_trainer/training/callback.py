@@ -63,6 +63,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.recorder.flush(state.global_step)
+        self.trainer.void.after_training()
 
     def _follow(self, state: TrainerState, control: TrainerControl) -> None:
         """Take in the step that has just ended: new weights, a new balance, or the end."""

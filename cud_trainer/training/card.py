@@ -71,6 +71,8 @@ def unlearning_section(trainer: Any) -> str:
         )
     whose = "forget samples of these steps" if measured is None else "forget set"
     lines += ["", "| | |", "|---|---|", f"| {whose} | {figures['forget_prob']:.4f} |"]
+    if "forget_extraction" in figures:
+        lines.append(f"| {whose}, extraction strength | {figures['forget_extraction']:.4f} |")
     buckets = sorted((key for key in figures if key.startswith(BUCKET)), key=lambda key: int(key.removeprefix(BUCKET)))
     for key in buckets:
         number = int(key.removeprefix(BUCKET))

@@ -36,6 +36,7 @@ from ..models.fingerprint import model_fingerprint
 from ..models.loading import adapter_file, load_causal_lm, tokenizer_home
 from ..models.modes import on_device
 from ..models.positions import check_sets
+from ..models.shards import is_partitioned, loaded_whole
 from ..models.trainable import check_trained, train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
@@ -150,11 +151,6 @@ class RunInputs:
         check_sets(model, **dict(zip(("forget", "retain", "held-out"), sets, strict=True)))
         inputs = cls(args, loss, model, tokenizer, peft_config, *sets, evaluated, None, template, merged)
         inputs = replace(inputs, scores=inputs._checked_scores(scores))
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise ValueError(
-                "the model's weights are already partitioned by DeepSpeed: difficulty and reference quantities are "
-                "computed before that. Load it without zero.Init (`zero3_init_flag: false`)"
-            )
         check_stack(args, model, own_optimizer=own_optimizer)
         if peft_config is None:
             warn_of_still_weights(args, model)
@@ -416,9 +412,18 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
             options.setdefault("dtype", "float32")
         options.setdefault("trust_remote_code", args.trust_remote_code)
         # A new adapter goes on top of what is there.
-        model = load_causal_lm(model, merge_adapter=peft_config is not None, **options)
+        # What transformers was told of: by the option, or by `accelerate launch`.
+        told = getattr(args, "hf_deepspeed_config", None) or getattr(args.deepspeed_plugin, "dschf", None)
+        with loaded_whole(told):
+            model = load_causal_lm(model, merge_adapter=peft_config is not None, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
     else:
+        if any(map(is_partitioned, model.parameters())):
+            raise ValueError(
+                "the model's weights are already partitioned by DeepSpeed (zero.Init): no difficulty metric and no "
+                "reference quantity can be computed of the parts. Give the model's name or path: it is loaded whole "
+                "by every process, and partitioned when training starts"
+            )
         check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
     # Of a compiled model the one that was compiled, whose weights it has: `torch_compile` compiles the training step.
     model = getattr(model, "_orig_mod", model)

@@ -54,7 +54,7 @@ class RunPlan:
     scores: DifficultyScores | None
     buckets: Buckets | None
     schedule: Schedule
-    rows: dict[str, list]
+    rows: dict[str, np.ndarray]
     collator: PairedCollator
     forget_row: np.ndarray
     steps: int
@@ -98,7 +98,6 @@ class RunPlan:
         within = schedule.weight_within_batches(batch)
         if batch == 1 and np.isfinite(within) and args.max_grad_norm:
             logger.warning(VOID_WEIGHTS.format(what="With one pair per optimizer step"))
-        position = {sample_id: row for row, sample_id in enumerate(inputs.forget.ids)}
         computed_on = None if scores is None else scores.provenance.get("model")
         return cls(
             str(computed_on or inputs.model_fingerprint),
@@ -113,7 +112,7 @@ class RunPlan:
                 inputs.loss.uses_alternative,
                 torch.promote_types(next(inputs.model.parameters()).dtype, torch.float32),
             ),
-            np.array([position[sample_id] for sample_id in schedule.order.tolist()]),
+            rows["forget_index"][: len(schedule)],
             len(rows["row"]) // batch,
             within,
             part,

@@ -43,7 +43,7 @@ def _reference(trainer: Any, inputs: RunInputs, plan: RunPlan) -> Reference:
     if not loss.uses_reference and not loss.uses_hidden:
         return Reference()
     device = trainer.model.get_input_embeddings().weight.device
-    served = sorted(set(plan.rows["retain_index"]))
+    served = np.unique(plan.rows["retain_index"]).tolist()
     fingerprint = _fingerprint(trainer, inputs, served)
     path = Path(args.output_dir) / REFERENCE_FILE
     earlier = Reference.load(path, fingerprint, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from accelerate.utils import gather
 
 from ..data import Samples
 from ..difficulty import Buckets
-from ..logprobs import answer_probability
+from ..logprobs import answer_probability, answer_recall
+from ..models.generation import stop_tokens
 from ..models.layers import widest_float
 from .inputs import RunInputs
 
@@ -31,14 +33,17 @@ class ResidualMemorisation:
     def __init__(self, trainer: Any, inputs: RunInputs, buckets: Buckets | None, *, stepwise: bool) -> None:
         self.trainer, self.inputs, self.buckets = trainer, inputs, buckets
         self.forget, self.retain, self.heldout = inputs.forget, inputs.evaluated_retain, inputs.evaluated_heldout
+        self.stop = stop_tokens(inputs.tokenizer, trainer.model)
         evaluates = inputs.args.eval_strategy != "no"
         self.at_start = self.probabilities(self.forget) if stepwise or evaluates else None
         self._retain_at_start = self._mean(self.retain) if evaluates and self.retain is not None else None
 
     def measure(self) -> tuple[np.ndarray, dict[str, float]]:
         """Answer probability of each forget sample, `[N]`, and the metrics that `CUDTrainer.predict` describes."""
-        probability = self.probabilities(self.forget)
+        probability, strength = self._of_each(self.forget, answer_recall, stop=self.stop)
         metrics = {"forget_prob": float(probability.mean())}
+        if np.isfinite(strength).any():
+            metrics["forget_extraction"] = float(np.nanmean(strength))
         if self.buckets is not None:
             metrics |= {f"forget_prob/bucket_{n}": mean for n, mean in self.buckets.means(probability).items()}
         if self.retain is not None:
@@ -59,21 +64,26 @@ class ResidualMemorisation:
 
     def probabilities(self, samples: Samples) -> np.ndarray:
         """Answer probability of each sample, `[N]`, shared among the processes."""
+        return self._of_each(samples, answer_probability)[0]
+
+    def _of_each(self, samples: Samples, measure: Callable[..., Any], **options: Any) -> np.ndarray:
+        """What `measure` says of each sample, `[figures, N]`, shared among the processes."""
         trainer, args = self.trainer, self.inputs.args
         world, count = args.world_size, len(samples)
         # Every process does as many forward passes: sharded models need all of them for each.
         rows = np.arange(args.process_index, world * -(-count // world), world) % count
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         with trainer.accelerator.autocast():
-            part = answer_probability(
+            part = measure(
                 trainer.model_wrapped if sharded else trainer.model,
                 samples.select(rows),
                 batch_size=args.per_device_eval_batch_size,
                 device=args.device if sharded else None,
+                **options,
             )
-        table = torch.from_numpy(np.stack([rows, part], axis=1))
+        table = torch.from_numpy(np.column_stack([rows, *np.atleast_2d(part)]))
         if world > 1:
             table = gather(table.to(widest_float(args.device)).to(args.device)).cpu()
-        values = np.empty(count)
-        values[table[:, 0].long().numpy()] = table[:, 1].numpy()
+        values = np.empty((table.shape[1] - 1, count))
+        values[:, table[:, 0].long().numpy()] = table[:, 1:].T.numpy()
         return values

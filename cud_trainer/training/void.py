@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..models.shards import sampled_values, whole
 from .inputs import RunInputs
 from .plan import RunPlan
 from .progress import RunProgress
@@ -34,13 +35,16 @@ class VoidWatch:
     def __init__(self, trainer: Any, inputs: RunInputs, plan: RunPlan, progress: RunProgress) -> None:
         self.trainer, self.plan, self.progress = trainer, plan, progress
         self.retain_loss, self.global_batch = inputs.loss.retain_loss, inputs.global_batch
-        # Other processes have other parts of such a model; it is taken on trust.
         self.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        self.began = self.sharded
+        fsdp2 = trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
+        # DeepSpeed has made its step when it can be asked, and FSDP 1 shows no gradient by tensor: taken on trust.
+        self.trusted = self.sharded and not fsdp2
+        self.began = self.trusted
         self.reason: str | None = None
         self._idle = False
         self._first = np.full(len(inputs.forget), np.nan)
-        self._weights = [] if self.sharded else self._looked_at()
+        self._same: bool | None = None
+        self._weights = self._looked_at() if not self.sharded or fsdp2 or trainer.is_deepspeed_enabled else []
 
     def before_step(self, step: int) -> bool:
         """Look at the gradient that the optimizer is about to follow; whether the run is to end.
@@ -80,17 +84,22 @@ class VoidWatch:
         Args:
             began: whether there was a gradient that meant something, before the checkpoint.
         """
-        self.began, self.reason, self._retain_only = self.sharded or began, None, False
+        self.began, self.reason, self._same = self.trusted or began, None, None
         self._first[:] = np.inf if resumed else np.nan
 
     def unmoved(self) -> str | None:
         """Why no weight has moved, in one sentence; `None` if some have."""
         if self.reason is not None:
             return self.reason
-        if self._weights and all(map(torch.equal, self._weights, self._looked_at())):
+        if self._weights and (self._is_same() if self._same is None else self._same):
             why = "a learning rate of 0, or steps too small for the dtype of the weights"
             return f"nothing was unlearned: no weight has changed ({why})"
         return None
+
+    def after_training(self) -> None:
+        """Look at weights that are split while every process is here: later, one alone may ask."""
+        if self.sharded and self._weights:
+            self._same = self._is_same()
 
     def unforgotten(self, start: float | None, end: float | None) -> str | None:
         """That no more is forgotten than before, in one sentence; `None` if it is, or nobody knows.
@@ -110,7 +119,7 @@ class VoidWatch:
     def batch_has_weight(self, step: int) -> bool:
         """Whether a forget sample of the next batch has a weight."""
         rows = slice(step * self.global_batch, (step + 1) * self.global_batch)
-        weights = np.array(self.plan.rows["weight"][rows])
+        weights = self.plan.rows["weight"][rows]
         return bool((weights * self.progress.factor[self.plan.rows["forget_index"][rows]]).any())
 
     def _gradients(self) -> list[Tensor]:
@@ -123,7 +132,7 @@ class VoidWatch:
             return True
         exact = max(gradients, key=lambda gradient: torch.finfo(gradient.dtype).bits).dtype
         limit = min(torch.finfo(exact).eps, torch.finfo(torch.float32).eps)
-        return bool(torch.nn.utils.get_total_norm(gradients) <= limit)
+        return bool(whole(torch.nn.utils.get_total_norm(gradients)) <= limit)
 
     def _drop_gradients(self) -> None:
         for parameter in self.trainer.model.parameters():
@@ -134,8 +143,12 @@ class VoidWatch:
             else:  # the scaler of float16 asks for gradients
                 parameter.grad.zero_()
 
+    def _is_same(self) -> bool:
+        now = self._looked_at()
+        return all(torch.equal(old.to(new.dtype), new) for old, new in zip(self._weights, now, strict=True))
+
     def _looked_at(self) -> list[Tensor]:
         """Up to 256 evenly spaced values of every tensor that is trained."""
-        trained = [parameter.detach() for parameter in self.trainer.model.parameters() if parameter.requires_grad]
-        flat = [parameter.reshape(-1) for parameter in trained]
-        return [values[:: max(1, -(-len(values) // SAMPLES_PER_TENSOR))].clone() for values in flat]
+        trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+        values = [sampled_values(parameter, SAMPLES_PER_TENSOR) for parameter in trained]
+        return [value.cpu() for value in values] if self.sharded else values

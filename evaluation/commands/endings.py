@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..report.story import UNTRIED
+from ..report.verdict import HIDDEN, LEAKING, OVER, UNKNOWN
+from ..report.verdict_schema import Verdict
 
-def last_lines(done: str, report: Path, following: str) -> str:
-    """Three lines.
+
+def last_lines(done: str, report: Path, following: str, found: Sequence[str] = ()) -> str:
+    """Some lines.
 
     Args:
         done: what was done and measured.
         report: the page that was written; the files behind it are named.
         following: what comes next.
+        found: what was found, a line each.
     """
     report = report.resolve()
     files = [name for name in ("results.json", "per_sample.parquet", "summary.md") if (report.parent / name).is_file()]
     beside = f" ({', '.join(files)} beside it)" if files else ""
-    return f"{done}\nwritten: report: {report}{beside}\nnext: {following}"
+    return "\n".join([done, *found, f"written: report: {report}{beside}", f"next: {following}"])
 
 
-def after_evaluating(level: bool, original: bool) -> str:
-    """What comes after `cud evaluate`.
+def answers(verdict: Verdict) -> list[str]:
+    """The verdict, as the report has it."""
+    ids = f" ({', '.join(verdict.ids)})" if verdict.ids else ""
+    hidden = ", ".join(f"{row.how}: {row.answer}" for row in verdict.hidden)
+    return [
+        f"is it gone? {verdict.headline}{ids}",
+        f"what did it cost? {verdict.cost}",
+        f"for whom? {verdict.whom}",
+        f"was it only hidden? {hidden}",
+    ]
 
-    Args:
-        level: whether there was a reference model or a holdout set.
-        original: whether the model before unlearning was measured.
-    """
-    if not level:
+
+def after_evaluating(verdict: Verdict) -> str:
+    """What comes after `cud evaluate`."""
+    if verdict.state == UNKNOWN and all(row.against is None for row in verdict.judged):
         return "whether it is gone cannot be said without --holdout_dataset (never seen) or --reference_model; give one"
-    if not original:
+    if all(part.before is None for part in verdict.parts):
         return "what it cost cannot be said without --original_model; give it"
-    return "open the report; was it only hidden? --relearn_samples 4 --quantize 8 4"
+    if verdict.state in (LEAKING, HIDDEN):
+        return "open the report for the samples that leak most; train longer, or let the schedule weight these up"
+    if verdict.state == OVER:
+        return "open the report; train for fewer passes, or end runs earlier (docs/training.md)"
+    if any(row.answer == UNTRIED for row in verdict.hidden):
+        return "open the report; was it only hidden? --relearn_samples 4 --quantize 8 4"
+    return "open the report"

@@ -26,16 +26,23 @@ from ..metrics.depth import Depth, layer_drops
 from ..metrics.lm_eval import lm_eval_figures
 from ..metrics.measure import Measured, measure
 from ..metrics.memorization import true_answers
+from ..metrics.secret import has_secret
+from ..report.attacks import quantisation, relearning
 from ..report.audit import audit_results, measured_tables, per_sample_table
 from ..report.circuits import circuit_section, mechanism_table, signature_of, strongest_edges
 from ..report.collateral import collateral_tables, kept_samples_table
 from ..report.difficulty import reliability_by_decile
 from ..report.layers import depth_tables, layers_section
-from ..report.schema import Results, Run, Table
-from ..report.tables import change_table, group_table, line_table, lm_eval_table, relearning_table
-from .endings import after_evaluating, last_lines
+from ..report.leak import leak_tables, secret_table
+from ..report.schema import AttackRow, Results, Run, Table
+from ..report.story import Evidence, verdict_of
+from ..report.tables import group_table, line_table, lm_eval_table
+from .endings import after_evaluating, answers, last_lines
 from .help import EVALUATE as ABOUT
 from .inputs import EvaluateArguments, EvaluateInputs, read_inputs
+from .secrets import without_pattern
+
+AS_IT_IS = "as it is"
 
 
 @dataclass
@@ -43,17 +50,18 @@ class Robustness:
     """What comes back of the forget set; each part where it was asked for.
 
     Attributes:
-        quantised: answer probability of each forget sample as it is and with rounded weights, `[N]` by condition.
+        quantised: answer probability of each sample as it is and with rounded weights, `[N]` by condition and set
+            (`forget`, and `holdout` where there is one).
         line: along the straight line from the original weights (see `robustness.straight_line`).
         taught: True for forget samples that were trained on again, `[N]`.
-        relearned: answer probability of each forget sample by steps of relearning, `[N]` each.
+        relearned: answer probability by steps of relearning.
         lm_eval: general ability (see `lm_eval_figures`).
     """
 
-    quantised: dict[str, np.ndarray] = field(default_factory=dict)
+    quantised: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     line: list[dict[str, Any]] | None = None
     taught: np.ndarray | None = None
-    relearned: dict[int, np.ndarray] = field(default_factory=dict)
+    relearned: robustness.Relearned | None = None
     lm_eval: list[tuple[str, float, float | None]] | None = None
 
 
@@ -102,22 +110,22 @@ def evaluate(argv: list[str]) -> int:
     from ..report.page import write_report
 
     args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate", about=ABOUT)
-    check_model_options(model_args, trains=False)
+    check_model_options(model_args, argv, trains=False)
     read = inputs_of(args, model_args)
     with output_directory(args.output_dir, REPORT_FILES, inputs=read, overwrite=args.overwrite) as folder:
         inputs = read_inputs(args, model_args)
         if args.overwrite:
             clear(folder, REPORT_FILES)
         measurements = measure_models(inputs)
-        results = report_on(inputs, measurements, "cud evaluate " + " ".join(argv))
+        results = report_on(inputs, measurements, "cud evaluate " + " ".join(without_pattern(argv)))
         table, kept = sample_table(inputs, measurements), kept_table(inputs, measurements)
         written = write_report(results, folder, table, kept, keys=inputs.keys)
     for line in results.findings:
         print(f"- {without_hashes(line)}")
     sizes = ", ".join(f"{len(part)} {name}" for name, part in inputs.sets.items())
-    level = measurements.reference is not None or "holdout" in inputs.sets
-    following = after_evaluating(level, measurements.before is not None)
-    print(last_lines(f"measured {inputs.model_name_or_path} on {sizes} samples", written, following))
+    done = f"measured {inputs.model_name_or_path} on {sizes} samples"
+    assert results.verdict is not None
+    print(without_hashes(last_lines(done, written, after_evaluating(results.verdict), answers(results.verdict))))
     return 0
 
 
@@ -149,7 +157,7 @@ def measure_models(inputs: EvaluateInputs) -> Measurements:
         fingerprint=fingerprint,
         fingerprints=fingerprints,
         faithfulness=None if original is None else original.faithfulness,
-        robustness=measure_robustness(inputs, model, weights, after.sets["forget"]["probability"]),
+        robustness=measure_robustness(inputs, model, weights, after),
         diverged=diverged,
         depth=depth,
     )
@@ -175,9 +183,8 @@ def measure_one(inputs: EvaluateInputs, model: Any, what: str) -> Measured:
         max_length=args.max_length,
         template=inputs.template,
         generate=args.generate,
-        samples=args.samples,
-        temperature=args.temperature,
-        seed=args.seed,
+        leak=inputs.leak,
+        secrets=inputs.secrets,
         lens=args.logit_lens,
         gradients=args.gradient_norm,
         desc=what,
@@ -224,21 +231,26 @@ def measure_reference(
 
 
 def measure_robustness(
-    inputs: EvaluateInputs, model: Any, original: dict[str, Tensor] | None, left: np.ndarray
+    inputs: EvaluateInputs, model: Any, original: dict[str, Tensor] | None, after: Measured
 ) -> Robustness:
     """What of the forget set comes back, as far as it is asked for; the model is put back after each part.
 
+    The same is done to the holdout set, as far as there is one.
+
     Args:
         original: the original model's weights, for the straight line from there.
-        left: answer probability of each forget sample, `[N]`.
+        after: what was measured of the model as it is.
     """
-    args, forget = inputs.args, inputs.forget
+    args, forget, control = inputs.args, inputs.forget, inputs.sets.get("holdout")
     made = Robustness()
+    attacked = {name: inputs.sets[name] for name in ("forget", "holdout") if name in inputs.sets}
     if args.quantize:
-        made.quantised["as it is"] = left
+        made.quantised = {name: {AS_IT_IS: after.sets[name]["probability"]} for name in attacked}
     for bits in args.quantize:
         with robustness.quantised(model, bits):
-            made.quantised[f"{bits} bits"] = answer_probability(model, forget, batch_size=args.batch_size)
+            for name, part in attacked.items():
+                found = answer_probability(model, part, batch_size=args.batch_size)
+                made.quantised[name][f"{bits} bits"] = found
     if original is not None:
         sets = {name: part for name, part in inputs.sets.items() if name in ("forget", "retain")}
         made.line = robustness.straight_line(model, original, sets, batch_size=args.batch_size)
@@ -253,6 +265,7 @@ def measure_robustness(
             learning_rate=args.relearn_rate,
             batch_size=args.batch_size,
             seed=args.seed,
+            control=control,
         )
     if args.lm_eval_tasks:
         made.lm_eval = lm_eval_figures(
@@ -274,15 +287,14 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
         seed=seed,
         name=Path(inputs.model_name_or_path).name,
     )
-    if measurements.fingerprint == measurements.fingerprints.get("original"):
-        results.findings.insert(0, "the model has the very weights of the original model: nothing was unlearned")
-    if measurements.diverged:
-        results.findings.insert(0, "the model has weights that are not finite: unlearning diverged")
+    wrong = what_is_wrong(measurements)
+    if wrong is not None:
+        results.findings.insert(0, wrong)
     tables, findings = measured_tables(after, before, measurements.reference, buckets, seed)
     models = {"unlearned": after, "reference": measurements.reference, "original": before}
     said = {name: one for name, one in models.items() if one is not None}
     readable = {name: one.readable for name, one in said.items()}
-    more, lines = depth_tables(measurements.depth, readable, buckets, inputs.groups, seed)
+    more, lines = depth_tables(measurements.depth, readable, buckets, inputs.groups.forget, seed)
     tables, findings = tables + more, findings + lines
     results.layers = layers_section({name: one.lens for name, one in said.items()}, measurements.depth, seed)
     if before is not None:
@@ -291,8 +303,16 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
         )
         tables, findings = tables + kept, findings + lines
     difficulty = None if scores is None or buckets is None else scores[buckets.metric]
-    if inputs.groups is not None:
-        table, finding = group_table(left, inputs.groups, difficulty, seed)
+    if inputs.leak is not None:
+        made, lines = leak_tables(inputs.leak, after, before, measurements.reference, buckets, inputs.groups, seed)
+        tables += made
+        findings += lines
+    if "forget" in after.secret:
+        table, finding = secret_table(has_secrets(inputs, after), after, before, measurements.reference, buckets, seed)
+        tables.append(table)
+        findings.append(finding)
+    if inputs.groups.forget is not None:
+        table, finding = group_table(left, inputs.groups.forget, difficulty, seed)
         tables.append(table)
         findings.append(finding)
     if difficulty is not None:
@@ -305,9 +325,37 @@ def report_on(inputs: EvaluateInputs, measurements: Measurements, command: str) 
         table, finding = mechanism_table(signature_of(inputs.circuits), buckets, seed)
         tables.append(table)
         findings.append(finding)
-    results.tables = [*tables, *robustness_tables(inputs, measurements.robustness)]
-    results.findings += findings
+    attacked, rows, lines = attack_tables(inputs, measurements.robustness)
+    results.tables, results.attacks = [*tables, *attacked], rows or None
+    results.findings += [*findings, *lines]
+    known = Evidence(
+        ids=inputs.forget.ids,
+        after=after,
+        before=before,
+        reference=measurements.reference,
+        buckets=buckets,
+        groups=inputs.groups,
+        secret=has_secrets(inputs, after) if "forget" in after.secret else None,
+        attacks=rows,
+        leak=inputs.leak,
+        wrong=wrong,
+    )
+    results.verdict = verdict_of(known, seed)
     return results
+
+
+def what_is_wrong(measurements: Measurements) -> str | None:
+    """Why the model cannot have forgotten, whatever is measured."""
+    if measurements.diverged:
+        return "the model has weights that are not finite: unlearning diverged"
+    if measurements.fingerprint == measurements.fingerprints.get("original"):
+        return "the model has the very weights of the original model: nothing was unlearned"
+    return None
+
+
+def has_secrets(inputs: EvaluateInputs, measured: Measured) -> dict[str, np.ndarray]:
+    """Of each set whose secrets were measured, True for samples with one, `[N]`."""
+    return {name: has_secret(inputs.sets[name]) for name in measured.secret}
 
 
 def how_it_was_made(inputs: EvaluateInputs, measurements: Measurements, command: str) -> Run:
@@ -324,20 +372,32 @@ def how_it_was_made(inputs: EvaluateInputs, measurements: Measurements, command:
     )
 
 
-def robustness_tables(inputs: EvaluateInputs, robust: Robustness) -> list[Table]:
-    """A table of each part that was measured."""
-    buckets, seed = inputs.buckets, inputs.args.seed
-    tables = []
+def attack_tables(inputs: EvaluateInputs, robust: Robustness) -> tuple[list[Table], list[AttackRow], list[str]]:
+    """A table of each part that was measured; what attacks bring back, and a line on each."""
+    buckets, groups, seed = inputs.buckets, inputs.groups, inputs.args.seed
+    tables, rows, lines = [], [], []
     if robust.quantised:
-        note = "Answer probability of the forget set with rounded weights; what rises was only moved a little."
-        tables.append(change_table("quantisation", "Quantisation", note, "as it is", robust.quantised, buckets, seed))
+        forget, control = robust.quantised["forget"], robust.quantised.get("holdout")
+        table, found, said = quantisation(forget, control, AS_IT_IS, buckets, groups, seed)
+        tables, rows, lines = [table], found, said
     if robust.line is not None:
         tables.append(line_table(robust.line, seed))
-    if robust.taught is not None:
-        tables.append(relearning_table(robust.relearned, robust.taught, buckets, seed))
+    if robust.taught is not None and robust.relearned is not None:
+        table, found, said = relearning(robust.relearned, robust.taught, buckets, groups, seed)
+        tables, rows, lines = [*tables, table], [*rows, *found], [*lines, *said]
     if robust.lm_eval is not None:
         tables.append(lm_eval_table(robust.lm_eval))
-    return tables
+    return tables, rows, lines
+
+
+def attacked_columns(robust: Robustness) -> dict[str, np.ndarray]:
+    """What attacks leave of each forget sample, by the name of its column in the table of samples."""
+    named = {label: values for label, values in robust.quantised.get("forget", {}).items() if label != AS_IT_IS}
+    columns = {f"quantised/{label}": values for label, values in named.items()}
+    if robust.taught is not None and robust.relearned is not None:
+        steps = {step: values for step, values in robust.relearned.forget.items() if step}
+        columns |= {"relearn_taught": robust.taught, **{f"relearned/{step}": found for step, found in steps.items()}}
+    return columns
 
 
 def sample_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataFrame:
@@ -353,8 +413,9 @@ def sample_table(inputs: EvaluateInputs, measurements: Measurements) -> pd.DataF
     )
     if measurements.depth is not None:
         frame = frame.assign(**measurements.depth.columns())
-    if inputs.groups is not None:
-        frame = frame.assign(group=group_labels(inputs.groups))
+    frame = frame.assign(**attacked_columns(measurements.robustness))
+    if inputs.groups.forget is not None:
+        frame = frame.assign(group=group_labels(list(inputs.groups.forget)))
     if inputs.args.show_text:
         frame = frame.assign(true_answer=true_answers(forget, inputs.tokenizer))
     return frame

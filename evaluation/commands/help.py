@@ -44,7 +44,7 @@ STUDY = About(
     ],
     groups={
         "StudyArguments": "study",
-        **dict.fromkeys(("grid", "arms", "train", "recipe", "workers", "devices"), "study"),
+        **dict.fromkeys(("grid", "arms", "train", "recipe", "executor", "slurm", "workers", "devices"), "study"),
         **dict.fromkeys(("utility_dataset", "utility_config", "utility_split"), "data"),
         "reference_model": "model",
         "n_buckets": "study",

@@ -16,6 +16,7 @@ from cud_trainer.circuits import CircuitTable
 from cud_trainer.circuits.attribution import needs_counterfactual
 from cud_trainer.commands.options import HeldOutArguments, load_tokenizer, model_options
 from cud_trainer.data import Samples, TemplateContext, check_vocabulary, prepare_samples
+from cud_trainer.data.columns import SECRET
 from cud_trainer.data.groups import check_groups, group_labels
 from cud_trainer.data.ids import IdKey, as_written, key_in
 from cud_trainer.data.samples import check_unseen
@@ -30,17 +31,25 @@ from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
 from ..metrics.depth import check_layers, check_same_architecture
+from ..metrics.entailment import Entailment
 from ..metrics.gradients import check_gradient_norms
+from ..metrics.leak import LeakRule
 from ..metrics.lm_eval import check_lm_eval
 from ..metrics.measure import check_texts
+from ..metrics.secret import secret_texts
 from ..metrics.utility import UTILITY_SETS
+from ..report.attacks import Groups
 from ..report.audit import check_score_names
+from .secrets import SECRET_SETS, with_secret_column
 
 NAMES = {"heldout": "held-out"}  # of sets, in errors, where they are not those of the options
 # What gives an option its meaning.
 NEEDS = {
     "samples": "generate",
     "temperature": "samples",
+    "leak_rouge": "samples",
+    "leak_span": "samples",
+    "nli_model": "samples",
     "relearn_steps": "relearn_samples",
     "relearn_rate": "relearn_samples",
     "metric": "scores|retain_difficulty_scores",
@@ -90,9 +99,28 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments)
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
     generate: bool = field(default=True, metadata={"help": "Generate answers for ROUGE-L recall and verbatim match."})
     samples: int = field(
-        default=0, metadata={"help": "Also draw as many answers per prompt at `temperature`; the worst one counts."}
+        default=0,
+        metadata={"help": "Also sample as many answers per prompt, for leak@k: does one of k give the sample away?"},
     )
     temperature: float = field(default=1.0, metadata={"help": "Of these samples."})
+    leak_rouge: float = field(
+        default=0.8, metadata={"help": "ROUGE-L recall of the true answer from which on a sampled answer leaks."}
+    )
+    leak_span: int = field(
+        default=6,
+        metadata={"help": "Words of the true answer in a row from which on a sampled answer leaks, or all of it."},
+    )
+    nli_model: str | None = field(
+        default=None,
+        metadata={"help": "A model with a label 'entailment': does the true answer follow from a sampled one?"},
+    )
+    secret_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression for what is secret in an answer (its groups, if it has some), for data without "
+            "a column `secret`: probability, extraction and leak of those tokens beside the answer's."
+        },
+    )
     reference_model: str | None = field(
         default=None,
         metadata={"help": "A model that never saw the forget set: relative memorisation, forget quality, PrivLeak."},
@@ -186,7 +214,9 @@ class EvaluateInputs:
         sets: prepared `forget` and, where they are given, `retain`, `neighbour`, `holdout` and `heldout` sets.
         template: what a chat template sees beside the messages.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
-        groups: of each forget sample, for a table by group.
+        groups: of each forget sample and, where it has that column, of each holdout sample.
+        secrets: spans of the answers of the forget and the holdout set, where the data names them.
+        leak: what counts as a leak of sampled answers; `None` where none are sampled.
         scores, buckets: difficulty of the forget samples, in their order.
         retain_scores, retain_buckets, retain_groups: the same of the retain samples.
         circuits: edge scores of the forget samples, in their order.
@@ -200,7 +230,9 @@ class EvaluateInputs:
     sets: dict[str, Samples]
     template: TemplateContext
     utility: dict[str, Dataset]
-    groups: list[Any] | None
+    groups: Groups
+    secrets: dict[str, list[list[str]] | None]
+    leak: LeakRule | None
     scores: DifficultyScores | None
     buckets: Buckets | None
     circuits: CircuitTable | None
@@ -245,11 +277,16 @@ class EvaluateInputs:
 def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInputs:
     """Read and check all but the models; `ValueError` for what does not fit."""
     tokenizer = load_tokenizer(model_args, args)
-    raw = read_datasets(args, tokenizer)
+    raw = with_secret_column(read_datasets(args, tokenizer), args.secret_pattern, args.chunk_tokens)
     scores = DifficultyScores.load(args.scores) if args.scores else None
     template = args.template_context(template_of(str(model_args.model_name_or_path), scores))
     options: dict[str, Any] = {"max_length": args.max_length, "template": template}
-    sets = {name: prepare_samples(part, tokenizer, name=NAMES.get(name, name), **options) for name, part in raw.items()}
+    secrets = {name: secret_texts(raw[name], name) for name in SECRET_SETS if name in raw}
+    marked = {name: SECRET if secrets.get(name) is not None else None for name in raw}
+    sets = {
+        name: prepare_samples(part, tokenizer, name=NAMES.get(name, name), secret_column=marked[name], **options)
+        for name, part in raw.items()
+    }
     forget = sets["forget"]
     for name in ("retain", "neighbour", "holdout"):
         if name in sets:
@@ -261,7 +298,7 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
     if args.tofu:
         utility = {part: load_samples(args.tofu, name, "train", None, part) for part, name in UTILITY_SETS.items()}
     check_texts(raw["forget"], utility, tokenizer, **options)
-    groups = None if args.group_column is None else read_groups(raw["forget"], args.group_column)
+    groups = Groups() if args.group_column is None else read_groups(raw, args.group_column)
     of_retain = "retain" in raw and args.group_column in raw["retain"].column_names
     if args.relearn_samples >= len(forget):
         raise ValueError(
@@ -289,6 +326,8 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
         template=template,
         utility=utility,
         groups=groups,
+        secrets=secrets,
+        leak=leak_rule(args),
         scores=scores,
         buckets=buckets,
         circuits=circuits,
@@ -314,11 +353,11 @@ def ranked_scores(
     """Scores in the order of the samples of the set `of`, and their buckets; `ValueError` where they do not fit."""
     if scores is None or samples is None:
         return None, None
+    check_score_names(scores)
     if samples.template is not None:
         scores.check_provenance(template=samples.template)
     check_same_samples(scores, samples)
     scores = scores.aligned(samples.ids, of)
-    check_score_names(scores)
     return scores, scores.bucketed(args.metric, args.n_buckets)
 
 
@@ -367,14 +406,25 @@ def read_datasets(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -
     return raw
 
 
-def read_groups(forget: Dataset, column: str) -> list[Any]:
-    """The group of each forget sample; `ValueError` without that column, or where all are in one group."""
+def leak_rule(args: EvaluateArguments) -> LeakRule | None:
+    """What counts as a leak, with the entailment model loaded; `None` where no answers are sampled."""
+    if not args.samples:
+        return None
+    entailment = None if args.nli_model is None else Entailment(args.nli_model)
+    return LeakRule(args.samples, args.temperature, args.seed, args.leak_rouge, args.leak_span, entailment)
+
+
+def read_groups(raw: Mapping[str, Dataset], column: str) -> Groups:
+    """The group of each forget and, if it has that column, holdout sample; `ValueError` where the forget set has none,
+    or one group only."""
+    forget, holdout = raw["forget"], raw.get("holdout")
     if column not in forget.column_names:
         raise ValueError(f"forget dataset has no column {column!r}; it has {sorted(forget.column_names)}")
     groups = list(forget[column])
     if len(set(group_labels(groups))) < 2:
         raise ValueError(f"group column {column!r} has one value only")
-    return groups
+    known = holdout is not None and column in holdout.column_names
+    return Groups(groups, list(holdout[column]) if known and holdout is not None else None)
 
 
 def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,16 @@ from cud_trainer.data import Samples, TemplateContext, prepare_samples
 
 from .depth import logit_lens
 from .gradients import gradient_norms
-from .memorization import MEASURES, TOKEN_STATISTICS, evaluate_memorization, teacher_forced, true_answers
+from .leak import LeakRule, by_name, sampled_leaks
+from .memorization import (
+    MEASURES,
+    SECRET_SAID,
+    TOKEN_STATISTICS,
+    evaluate_memorization,
+    teacher_forced,
+    true_answers,
+)
+from .secret import measure_secret
 from .utility import answer_logps, prepare_answers, questions_and_answers, tofu_utility, truth_ratio
 
 
@@ -29,6 +38,8 @@ class Measured:
         paraphrased: answer probability of the forget samples asked in other words, `[N]`.
         utility: TOFU's figures, per sample.
         lens: answer probability of the forget samples read off every layer, `[N, L]`; only if asked for.
+        leaks: of the forget and the holdout set, how many of the sampled answers leak, by kind (`sampled_leaks`).
+        secret: of the same sets, what is left of the secret's tokens alone (`measure_secret`).
     """
 
     sets: dict[str, dict[str, np.ndarray]]
@@ -38,6 +49,8 @@ class Measured:
     paraphrased: np.ndarray | None = None
     utility: dict[str, np.ndarray] = field(default_factory=dict)
     lens: np.ndarray | None = None
+    leaks: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    secret: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     @property
     def readable(self) -> np.ndarray | None:
@@ -54,7 +67,7 @@ class Measured:
             columns["paraphrased_probability"] = self.paraphrased
         if self.readable is not None:
             columns["logit_lens"] = self.readable
-        return columns
+        return {**columns, **self.secret.get("forget", {}), **by_name(self.leaks.get("forget", {}))}
 
 
 def measure(
@@ -68,9 +81,8 @@ def measure(
     max_length: int | None = 1024,
     template: TemplateContext | None = None,
     generate: bool = True,
-    samples: int = 0,
-    temperature: float = 1.0,
-    seed: int = 0,
+    leak: LeakRule | None = None,
+    secrets: Mapping[str, Sequence[Sequence[str]] | None] | None = None,
     lens: bool = False,
     gradients: bool = False,
     desc: str = "",
@@ -84,10 +96,12 @@ def measure(
             in which one is missing.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
         template: what a chat template sees beside the messages, for what is not prepared yet.
+        leak: sample answers of the forget and the holdout set, too, and count those that leak.
+        secrets: of these sets, spans of each true answer as text; the prepared samples have their tokens marked.
         lens: also read the answers off every layer.
         gradients: also take the norm of each sample's gradient, of the sets that attacks compare.
     """
-    result = Measured({})
+    result, secrets = Measured({}), secrets or {}
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "template": template}
     for name, prepared in sets.items():
         what = f"{desc}: {name}"
@@ -100,18 +114,25 @@ def measure(
                 tokenizer,
                 batch_size=batch_size,
                 generate=generate,
-                samples=samples if name == "forget" else 0,
-                temperature=temperature,
-                seed=seed,
                 token_statistics=True,
+                secrets=secrets.get(name),
                 desc=what,
             )
         result.statistics[name] = {key: values.pop(key) for key in TOKEN_STATISTICS}
         result.sets[name] = {key: values[key] for key in MEASURES if key in values}
         result.texts[name] = true_answers(prepared, tokenizer)
-        if gradients and name in ("forget", "holdout"):
+        if name not in ("forget", "holdout"):
+            continue
+        if gradients:
             norms = gradient_norms(model, prepared, batch_size=batch_size, desc=f"{what}, gradients")
             result.statistics[name]["gradient_norm"] = norms
+        if secret := measure_secret(model, prepared, tokenizer, batch_size=batch_size, desc=f"{what}, secret"):
+            result.secret[name] = secret | {key: values[key] for key in (SECRET_SAID,) if key in values}
+        if leak is not None:
+            told = secrets.get(name)
+            result.leaks[name] = sampled_leaks(
+                model, prepared, tokenizer, leak, secrets=told, batch_size=batch_size, desc=f"{what}, sampling"
+            )
     if lens:
         result.lens = logit_lens(model, sets["forget"], batch_size=batch_size, desc=f"{desc}: layers")
     others = {

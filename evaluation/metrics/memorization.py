@@ -11,17 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, PREPARED, Samples
-from cud_trainer.logprobs import AnswerScores, score_answers, wide
+from cud_trainer.logprobs import AnswerScores, extraction_strength, score_answers, wide
 from cud_trainer.models.generation import Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
 from cud_trainer.models.precision import exact
 
-from .words import rouge_l_recall, verbatim
+from .words import rouge_l_recall, tells, verbatim
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
 GENERATED = ("rouge_l_recall", "verbatim")
-SAMPLED = ("sampled_rouge_l_recall", "sampled_verbatim")
-MEASURES = (*TEACHER_FORCED, *GENERATED, *SAMPLED)
+MEASURES = (*TEACHER_FORCED, *GENERATED)
+SECRET_SAID = "secret_verbatim"
 # Kept by the same pass for attacks and truth ratios (see `privacy`); no measures of memorisation themselves.
 TOKEN_STATISTICS = ("mean_logps", "min_k", "min_k_plus_plus")
 MIN_K = 0.2
@@ -30,21 +30,6 @@ MIN_K = 0.2
 def exact_memorization(correct: Sequence[bool]) -> float:
     """Share of answer tokens that are the arg max given the true prefix, in [0, 1] (Tirumala et al. 2022)."""
     return float(np.mean(correct)) if len(correct) else float("nan")
-
-
-def extraction_strength(correct: Sequence[bool], *, corrected: bool = False) -> float:
-    """`1 - k/n`, k the length of the shortest answer prefix after which the arg max continues correctly to the end.
-
-    As in open-unlearning (after Carlini et al. 2021) at least the last token counts as extracted, so that the smallest
-    value is 1/n and short answers look memorised; `corrected` lets k be n, with smallest value 0.
-    """
-    n = len(correct)
-    if n == 0:
-        return float("nan")
-    k = n
-    while k > 0 and correct[k - 1]:
-        k -= 1
-    return 1 - (k if corrected else min(k, n - 1)) / n
 
 
 @torch.no_grad()
@@ -75,7 +60,7 @@ def teacher_forced(
             mean_logps = scores.mean_logps.cpu().double()
             plain, standard = scores.token_logps.cpu().double(), _standardised(scores).cpu().double()
             hits = (scores.logits.argmax(-1) == scores.targets).cpu()
-            content = (scores.mask & ~_from_first(torch.isin(scores.targets, stop))).cpu()
+            content = scores.before(stop).cpu()
             for position, row in enumerate(rows):
                 correct = hits[position][content[position]].tolist()
                 values["mean_logps"][row] = mean_logps[position]
@@ -95,8 +80,7 @@ def generate_answers(
     *,
     batch_size: int = 16,
     extra_tokens: int = 16,
-    temperature: float | None = None,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     desc: str | None = None,
 ) -> list[str]:
     """Continuation of each sample's prompt, `[N]` strings; `extra_tokens` more than the true answer at most.
@@ -106,8 +90,7 @@ def generate_answers(
     generation config counts but its end tokens (see `cud_trainer.models.generation`).
 
     Args:
-        temperature: of sampling; greedy by default.
-        seed: of sampling.
+        sampling: draw instead of writing greedily: `[N x draws]` strings, those of a sample after each other.
     """
     stop = stop_tokens(tokenizer, model)
     prompts, limits, prepared = [], [], with_pad_token(prepared, tokenizer).measured
@@ -123,7 +106,7 @@ def generate_answers(
         stop=stop,
         pad=prepared.pad_token_id,
         batch_size=batch_size,
-        sampling=None if temperature is None else Sampling(temperature=temperature, seed=seed),
+        sampling=sampling,
         desc=desc,
     )
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in written]
@@ -169,45 +152,34 @@ def evaluate_memorization(
     *,
     batch_size: int = 16,
     generate: bool = True,
-    samples: int = 0,
-    temperature: float = 1.0,
-    seed: int = 0,
     token_statistics: bool = False,
+    secrets: Sequence[Sequence[str]] | None = None,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
     """All metrics of residual memorisation, each `[N]`; higher = more is left.
 
     Args:
+        secrets: spans of each true answer, `[N]` lists: also `SECRET_SAID`, 1 where the greedy answer has one of them,
+            NaN for a sample without any.
         token_statistics: also return `TOKEN_STATISTICS`, which the same pass gives.
         generate: also continue the prompts greedily: `rouge_l_recall`, and `verbatim`, 1 where the answer begins with
             the true one, word by word.
-        samples: also draw as many continuations at `temperature`; `sampled_*` is the largest over them (what somebody
-            who asks as often can get).
     """
     values = teacher_forced(model, prepared, tokenizer, batch_size=batch_size, desc=desc)
     if not token_statistics:
         values = {name: column for name, column in values.items() if name not in TOKEN_STATISTICS}
-    if generate or samples:
-        truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
     if generate:
+        truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
         answers = generate_answers(
             model, prepared, tokenizer, batch_size=batch_size, desc=desc and f"{desc}, generating"
         )
         values["rouge_l_recall"] = rouge_l_recall(truths, answers)
         values["verbatim"] = verbatim(truths, answers)
-    for number in range(samples):
-        answers = generate_answers(
-            model,
-            prepared,
-            tokenizer,
-            batch_size=batch_size,
-            temperature=temperature,
-            seed=seed + number,
-            desc=desc and f"{desc}, sample {number + 1}",
-        )
-        for name, metric in (("rouge_l_recall", rouge_l_recall), ("verbatim", verbatim)):
-            drawn, largest = metric(truths, answers), values.get(f"sampled_{name}")
-            values[f"sampled_{name}"] = drawn if largest is None else np.maximum(largest, drawn)
+        if secrets is not None:
+            said = zip(truths, answers, secrets, strict=True)
+            values[SECRET_SAID] = np.array(
+                [float(any(tells(truth, answer, one) for one in own)) if own else np.nan for truth, answer, own in said]
+            )
     return values
 
 
@@ -224,8 +196,3 @@ def _standardised(scores: AnswerScores) -> Tensor:
     mean = (p * finite).sum(-1)
     variance = (p * finite.square()).sum(-1) - mean.square()
     return (scores.token_logps - mean) / variance.clamp(min=1e-6).sqrt()
-
-
-def _from_first(flags: Tensor) -> Tensor:
-    """True from the first True on, along the last axis."""
-    return flags.long().cumsum(-1) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,19 @@ from cud_trainer.logprobs import answer_probability, score_answers
 from cud_trainer.models.modes import all_trained, restored_afterwards
 
 
+@dataclass(frozen=True)
+class Relearned:
+    """Answer probability of every sample by steps of relearning, `[N]` each; 0 is the model as it was.
+
+    Attributes:
+        forget: of the forget set, what was taught again included.
+        control: of samples that the model has never seen, `[M]` each; `None` without such.
+    """
+
+    forget: dict[int, np.ndarray]
+    control: dict[int, np.ndarray] | None = None
+
+
 def relearn(
     model: PreTrainedModel,
     forget: Samples,
@@ -25,18 +39,30 @@ def relearn(
     learning_rate: float = 1e-5,
     batch_size: int = 16,
     seed: int = 0,
-) -> dict[int, np.ndarray]:
-    """Answer probability of every forget sample after training on a few of them again, by step, `[N]` each.
+    control: Samples | None = None,
+) -> Relearned:
+    """Answer probability of every forget sample after training on a few of them again, by step.
 
     Full fine-tuning by AdamW on the answers of `rows`, at most `batch_size` of them a step, in random order; weights
-    are put back bit for bit. Step 0 is the model as it is. What comes back of the *other* samples was not gone.
+    are put back bit for bit. Step 0 is the model as it is. A few steps on such text make all text like it more likely:
+    what comes back of the *other* samples is only what they gain beyond samples that were never seen.
+
+    Args:
+        control: samples that the model has never seen, measured at the same steps.
 
     Raises:
         ValueError: for no rows or a step that is not positive.
     """
     if not len(rows) or not steps or min(steps) < 1:
         raise ValueError(f"relearning needs samples and steps of at least 1, got {len(rows)} and {list(steps)}")
-    by_step = {0: answer_probability(model, forget, batch_size=batch_size)}
+    found = Relearned({}, None if control is None else {})
+
+    def look(step: int) -> None:
+        found.forget[step] = answer_probability(model, forget, batch_size=batch_size)
+        if control is not None and found.control is not None:
+            found.control[step] = answer_probability(model, control, batch_size=batch_size)
+
+    look(0)
     generator = np.random.default_rng(seed)
     device = model.get_input_embeddings().weight.device
     with all_trained(model), restored_afterwards(model, None):
@@ -52,8 +78,8 @@ def relearn(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if step in steps:
-                by_step[step] = answer_probability(model, forget, batch_size=batch_size)
-    return by_step
+                look(step)
+    return found
 
 
 def round_trip(weight: Tensor, bits: int, group: int | None = None) -> Tensor:

@@ -102,5 +102,45 @@ def verbatim(truths: Sequence[str], answers: Sequence[str]) -> np.ndarray:
     return np.array([float(answer[: len(truth)] == truth) if truth else np.nan for truth, answer in pairs], dtype=float)
 
 
+def longest_span(truth: str, answer: str) -> tuple[int, int]:
+    """Words of the longest piece of the true answer that stands in the other one as it is, and of the true answer.
+
+    Words as for `verbatim`.
+    """
+    true, other = _pieces(truth), _pieces(answer)
+    longest, before = 0, [0] * (len(other) + 1)
+    for word in true:
+        ending = [0] * (len(other) + 1)  # the longest piece that ends with this word, by where it ends in the answer
+        for place, same in enumerate(other):
+            if word == same:
+                ending[place + 1] = before[place] + 1
+        longest, before = max(longest, *ending), ending
+    return longest, len(true)
+
+
+def tells(truth: str, answer: str, span: str) -> bool:
+    """Whether an answer holds a span of the true one, in whatever case and spacing.
+
+    Where the span is no part of a longer word or number of the true answer, nor may it be of the other one.
+    """
+    true, answer, span = (
+        " ".join(unicodedata.normalize("NFC", text).casefold().split()) for text in (truth, answer, span)
+    )
+    found = _places(answer, span)
+    return any(whole for _, whole in found) if any(whole for _, whole in _places(true, span)) else bool(found)
+
+
+def _places(text: str, span: str) -> list[tuple[int, bool]]:
+    """Where a span stands in a text, and whether it is no part of a longer word there."""
+    found = []
+    place = text.find(span) if span else -1
+    while place >= 0:
+        edges = [text[end - 1 : end + 1] for end in (place, place + len(span)) if 0 < end < len(text)]
+        inside = [all(_kind(sign) and not ALONE.match(sign) for sign in edge) for edge in edges]
+        found.append((place, not any(inside)))
+        place = text.find(span, place + 1)
+    return found
+
+
 def _pieces(text: str) -> list[str]:
     return PIECES.findall(unicodedata.normalize("NFC", text))

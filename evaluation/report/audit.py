@@ -9,7 +9,7 @@ import pandas as pd
 
 from cud_trainer.difficulty import Buckets, DifficultyScores
 
-from ..metrics import privacy
+from ..metrics import leak, privacy, secret
 from ..metrics.measure import Measured
 from ..metrics.memorization import MEASURES, TOKEN_STATISTICS
 from ..statistics import Interval
@@ -20,8 +20,15 @@ from .tables import by_bucket, change_table, forget_quality_table, privacy_table
 
 # Columns of a table of samples that are no difficulty.
 WHITE_BOX = ("logit_lens", "gradient_norm", "uds", "depth_of_change", "depth_drops", "reference_depth_drops")
-MEASURED = (*MEASURES, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability", *WHITE_BOX)
+MEASURED = (
+    *(*MEASURES, *TOKEN_STATISTICS, "truth_ratio", "paraphrased_probability", *WHITE_BOX),
+    *(*secret.COLUMNS, *(f"{leak.COLUMN}{kind}" for kind in leak.KINDS)),
+)
+ATTACKED = ("relearned/", "relearn_taught", "quantised/")
 BESIDE = ("set", "lost", "group", "true_answer", "ground_truth", "generation")
+
+# Wherever a figure says what is left, these stand side by side.
+HEADLINES = {"probability": "answer probability", "extraction_strength": "extraction strength"}
 
 Sets = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -49,11 +56,7 @@ def audit_results(
     findings = []
     for part in ("forget", "retain"):
         if part in final.sets:
-            line = f"mean {part} probability {interval_text(final.sets[part]['probability'])}"
-            if started is not None and part in started:
-                level = started[part]["probability"].value
-                line += f" (before unlearning {level:.3f})" if np.isfinite(level) else " (before unlearning n/a)"
-            findings.append(line)
+            findings.append(_headline(part, final.sets[part], None if started is None else started.get(part)))
     condition = Condition(
         name=name,
         objective=None,
@@ -68,14 +71,29 @@ def audit_results(
     results = Results(head=Head.now(title), conditions=[condition], findings=findings, before=started, run=run)
     if scores is not None and buckets is not None:
         final.buckets = by_bucket(after["forget"], buckets, seed)
-        easy, hard = (interval_text(final.buckets[side].metrics["probability"]) for side in (0, -1))
-        findings.append(f"easiest bucket {easy}, hardest bucket {hard} (answer probability)")
+        for measure, what in HEADLINES.items():
+            if measure in after["forget"]:
+                easy, hard = (interval_text(final.buckets[side].metrics[measure]) for side in (0, -1))
+                ends = f"bucket 1 (easiest) {easy}, bucket {buckets.count} (hardest) {hard}"
+                findings.append(f"by {buckets.metric}: {ends} ({what})")
         if buckets.note:
             findings.append(buckets.note)
         if all(column in scores.columns for column in TRIVIAL):
             results.difficulty, lines = _difficulty(after["forget"]["probability"], scores, buckets, seed, name)
             findings += lines
     return results
+
+
+def _headline(part: str, now: Mapping[str, Interval], before: Mapping[str, Interval] | None) -> str:
+    """What is known of a set, per token and as far as it can be extracted."""
+    said = []
+    for name in (name for name in HEADLINES if name in now):
+        line = f"{name.replace('_', ' ')} {interval_text(now[name])}"
+        if before is not None and name in before:
+            level = before[name].value
+            line += f" (before unlearning {level:.3f})" if np.isfinite(level) else " (before unlearning n/a)"
+        said.append(line)
+    return f"mean {part} " + ", ".join(said)
 
 
 def _difficulty(
@@ -86,7 +104,8 @@ def _difficulty(
     note = "One unlearned model: without a second seed there is no ceiling to compare with. "
     rows = {row.metric: row for row in section.rows}
     findings = [
-        f"Spearman of {rows[metric].label} with it: {interval_text(rows[metric].spearman)}"
+        f"Spearman of {rows[metric].label} with what is left (answer probability): "
+        f"{interval_text(rows[metric].spearman)}"
         for metric in (buckets.metric, "loss")
     ]
     return Difficulty(note=note + comparisons_note(len(section.rows)), objectives=[section]), findings
@@ -136,7 +155,8 @@ def _attacks(measured: Measured, reference: Measured | None, name: str) -> dict[
 def check_score_names(scores: DifficultyScores) -> None:
     """Raise `ValueError` naming a difficulty metric that is called like a column of what is measured."""
     for name in scores.metrics:
-        if name in BESIDE or name.removeprefix("before/").removeprefix("reference/") in MEASURED:
+        own = name.removeprefix("before/").removeprefix("reference/")
+        if name in BESIDE or own in MEASURED or name.startswith(ATTACKED):
             raise ValueError(
                 f"the scores have a metric {name!r}, which is a column of what is measured of each sample: rename it"
             )

@@ -51,7 +51,7 @@ def write_report(
     out_dir = Path(out_dir)
     plain = keyed_for(out_dir / "results.json", jsonable(results), keys)  # names of groups may be hashes, too
     read = read_results(plain)  # nothing but what stands in the file is shown
-    write_json(out_dir / "results.json", plain)
+    write_json(out_dir / "results.json", plain, private=True)  # a verdict names samples
     for name, frame in (("per_sample", per_sample), ("kept_samples", kept_samples)):
         if frame is not None:
             path = out_dir / f"{name}.parquet"
@@ -68,12 +68,19 @@ def write_report(
         atomic_write(out_dir / "plots" / f"{name}.png", partial(_write_png, figure))
     atomic_write(out_dir / "summary.md", partial(_write_text, summary(read)))
     page = render(plain, inline, metrics_of(read))
-    return atomic_write(out_dir / "report.html", partial(_write_text, page))
+    return atomic_write(out_dir / "report.html", partial(_write_text, page), private=True)
 
 
 def summary(results: Results) -> str:
-    """Markdown for a model card: findings, what is left by difficulty bucket, and every table."""
-    lines = ["## Unlearning", "", *(f"- {_markdown(finding)}" for finding in results.findings), ""]
+    """Markdown for a model card: the verdict, findings, what is left by difficulty bucket, every table. No ids."""
+    lines = ["## Unlearning", ""]
+    if (verdict := results.verdict) is not None:
+        lines += [f"**Is it gone?** {_markdown(verdict.headline)}", ""]
+        lines += [f"**What did it cost?** {_markdown(verdict.cost)}", ""]
+        lines += [f"**For whom?** {_markdown(verdict.whom)}", "", "**Was it only hidden?**", ""]
+        lines += [f"- {_markdown(row.how)}: {_markdown(row.answer)}. {_markdown(row.said)}" for row in verdict.hidden]
+        lines += ["", "### Findings", ""]
+    lines += [*(f"- {_markdown(finding)}" for finding in results.findings), ""]
     for condition in results.conditions or []:
         buckets = condition.final.buckets
         if buckets:
@@ -136,7 +143,7 @@ def lookup(results: dict[str, Any], path: str) -> Any:
 
 def make_figures(results: Results) -> dict[str, Figure]:
     """The figures that the results have data for, by name."""
-    figures = {}
+    figures = {} if results.verdict is None else {"verdict": plots.verdict(results.verdict)}
     conditions = results.conditions or []
     curves = [condition for condition in conditions if condition.curve]
     if curves:

@@ -9,7 +9,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from ..statistics import Interval
 from .schema import Circuits, Condition, DifficultySection, EdgeRow, LayerCurve, Layers, Matched
+from .verdict_schema import ANSWER, Verdict
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#777777"
@@ -38,6 +40,45 @@ def _name(condition: Condition) -> str:
 
 def _objectives(conditions: list[Condition]) -> list[str | None]:
     return list(dict.fromkeys(condition.objective for condition in conditions))
+
+
+def verdict(section: Verdict) -> Figure:
+    """Forget samples before and after unlearning, all and by bucket, and what was to be kept; a line at the level."""
+    parts = [part for part in section.parts if not part.part.startswith("group ")]
+    bars: list[tuple[str, Interval | None, Interval, Interval | None]] = [
+        ("all" if number == 0 else part.part, part.before, part.after, part.level) for number, part in enumerate(parts)
+    ]
+    bars += [(f"{row.set} set", row.before, row.after, None) for row in section.costs if row.measure == ANSWER]
+    figure, axes = _figure(1, height=0.9 + 0.42 * len(bars))
+    figure.set_size_inches(1.2 * WIDTH, figure.get_size_inches()[1])
+    ax = axes[0][0]
+    sides = [("before", GREY, -0.19, 1), ("after", COLOURS[0], 0.19, 2)]
+    for label, colour, shift, side in sides:
+        places = [(place + shift, bar[side]) for place, bar in enumerate(bars) if bar[side] is not None]
+        known = [(place, value) for place, value in places if isinstance(value, Interval)]
+        if known:
+            _bars(ax, [place for place, _ in known], [value for _, value in known], colour, label)
+    levels = [(place, bar[3]) for place, bar in enumerate(bars) if bar[3] is not None]
+    for number, (place, level) in enumerate(levels):
+        seen = "never seen" if number == 0 else None
+        ax.plot([level.value] * 2, [place - 0.42, place + 0.42], "--", color=COLOURS[1], linewidth=1.8, label=seen)
+    ax.set_yticks(range(len(bars)), [_plain(bar[0]) for bar in bars], fontsize=9)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("answer probability, per token")
+    figure.legend(fontsize=9, frameon=False, loc="outside upper center", ncols=3)
+    return figure
+
+
+def _bars(ax: Any, places: list[float], values: list[Interval], colour: str, label: str) -> None:
+    """Lying bars with their intervals."""
+    errors = [
+        [max(one.value - one.low, 0.0) for one in values],
+        [max(one.high - one.value, 0.0) for one in values],
+    ]
+    middles = [one.value for one in values]
+    style = {"elinewidth": 1}
+    ax.barh(places, middles, 0.36, xerr=errors, capsize=2, color=colour, label=label, error_kw=style)
 
 
 def tradeoff(conditions: list[Condition], matched: list[Matched]) -> Figure:
@@ -106,7 +147,8 @@ def buckets(conditions: list[Condition], metric: str = "probability") -> Figure:
                 label=_plain(condition.schedule or condition.name),
                 error_kw={"elinewidth": 1},
             )
-        ax.set_xticks(range(count), ["easiest", *[str(i + 2) for i in range(count - 2)], "hardest"][:count])
+        names = ["1\neasiest", *[str(i + 2) for i in range(count - 2)], f"{count}\nhardest"]
+        ax.set_xticks(range(count), names[:count])
         ax.set_xlabel("difficulty bucket, predicted before unlearning")
         if column == 0:
             ax.set_ylabel(f"left: {metric.replace('_', ' ')}")

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..statistics import Interval
 from .cells import Cell, Missing
+from .verdict_schema import Verdict
 
 SCHEMA_VERSION = 1
 INLINE = "inline"
@@ -202,13 +203,14 @@ class Layers:
 
 @dataclass(kw_only=True)
 class MatchedRow:
-    """What one schedule leaves at a level of retain utility, and the step at which it is there."""
+    """What one schedule leaves at a level of retain utility, `extraction` strength of all, and the step there."""
 
     schedule: str
     retain_weight: float | None
     learning_rate: float | None = None
     forget: Interval | None
     hardest_bucket: Interval | None
+    extraction: Interval | None = None
     worst_quarter: float | None = None
     steps: float | None
     seconds: float | None = None
@@ -267,6 +269,21 @@ class Table:
 
 
 @dataclass(kw_only=True)
+class AttackRow:
+    """What an attack on the weights changes of answer probability: of the forget samples, of never-seen ones, and the
+    difference, which alone says that something was hidden. `over`: what the intervals are over."""
+
+    attack: str
+    condition: str
+    n: int
+    over: str
+    change: Interval
+    n_control: int | None = None
+    control: Interval | None = None
+    beyond: Interval | None = None
+
+
+@dataclass(kw_only=True)
 class Against:
     """One arm less another, paired by seed (see `evaluation.decision.Comparison`)."""
 
@@ -304,6 +321,7 @@ class Results:
     """All of `results.json`. The page, the pictures and the summary show nothing else."""
 
     head: Head = field(metadata=inline())
+    verdict: Verdict | None = None
     conditions: list[Condition] | None = None
     findings: list[str]
     before: dict[str, dict[str, Interval]] | None = None
@@ -314,6 +332,7 @@ class Results:
     retain_weight_fit: list[Trial] | None = None
     fit_note: str | None = None
     decision: Decisions | None = None
+    attacks: list[AttackRow] | None = None
     tables: list[Table] | None = None
     run: Run
 

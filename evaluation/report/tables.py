@@ -1,4 +1,4 @@
-"""Tables of `results.json` beyond what is left by bucket: utility, privacy, robustness, groups."""
+"""Tables of `results.json` beyond what is left by bucket: utility, privacy, other wording, groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import statistics as stats
 from ..metrics import privacy
 from ..metrics.utility import UTILITY_SETS, closer_to_one, forget_quality, model_utility
 from ..statistics import Interval
-from .cells import Cell, Missing, finite, interval_text, mean, means, missing, shown
+from .cells import Cell, finite, interval_text, mean, means, missing, shown
 from .schema import BucketRow, ResidualRow, Row, Table
 
 BucketRows = TypeVar("BucketRows", bound=BucketRow)
@@ -119,7 +119,8 @@ def privacy_table(
     rows: list[tuple[str, list[Cell]]] = []
     for name in privacy.ATTACKS:
         if name not in members:
-            rows.append((name, [missing(f"needs {privacy.NEEDS[name]}")] * len(columns)))
+            why = f"needs {privacy.NEEDS[name]}" if name in privacy.NEEDS else "not measured"
+            rows.append((name, [missing(why)] * len(columns)))
             continue
         known = None if reference is None or name not in reference[0] else (reference[0][name], reference[1][name])
         parts = [privacy.attack_interval(members[name][part], others[name], seed=seed) for part in masks]
@@ -201,51 +202,8 @@ def change_table(
         if label != base:
             difference = shown(stats.paired_difference(values, conditions[base], seed=seed))
         rows.append((label, [mean(values, seed), difference, *(mean(values[part], seed) for part in masks)]))
-    columns = ["all", f"less {base}", *(f"bucket {number + 1}" for number in range(len(masks)))]
+    columns = ["all", f"change against {base}", *(f"bucket {number + 1}" for number in range(len(masks)))]
     return table(name, title, note, columns, rows)
-
-
-def relearning_table(
-    by_step: Mapping[int, np.ndarray], taught: np.ndarray, buckets: Buckets | None, seed: int
-) -> Table:
-    """Forget samples that were *not* taught again, by steps of relearning on the others.
-
-    Args:
-        by_step: answer probability of every sample after so many steps, `[N]` each; 0 is the start.
-        taught: True for samples that were trained on, `[N]`.
-        buckets: of all forget samples.
-    """
-    rest = ~taught
-    columns = ["taught", "others"]
-    parts = [rest & mask for mask in masks_of(buckets)]
-    if parts:
-        columns += [f"others, bucket {number + 1}" for number in range(len(parts))]
-        columns.append("recovered: hardest less easiest")
-    rows = []
-    for step, values in sorted(by_step.items()):
-        cells: list[Cell] = [
-            mean(values[taught], seed),
-            mean(values[rest], seed),
-            *(mean(values[part], seed) for part in parts),
-        ]
-        if parts:
-            cells.append(_recovered(values - by_step[0], parts[-1], parts[0], seed) if step else missing("the start"))
-        rows.append((f"{step} steps", cells))
-    return table(
-        "relearning",
-        "Relearning",
-        f"Answer probability after a few steps of fine-tuning on {int(taught.sum())} of the forget samples. What comes "
-        "back of the others was hidden, not gone.",
-        columns,
-        rows,
-    )
-
-
-def _recovered(gain: np.ndarray, hard: np.ndarray, easy: np.ndarray, seed: int) -> Interval | Missing:
-    """Mean gain of the hardest less that of the easiest bucket, samples of each drawn apart."""
-    if not hard.any() or not easy.any():
-        return missing("a bucket has no sample that was not taught")
-    return shown(stats.difference_of_means(gain[hard], gain[easy], seed=seed))
 
 
 def group_table(

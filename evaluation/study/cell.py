@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig
 
 from cud_trainer import CUDConfig
-from cud_trainer.data import Samples
+from cud_trainer.data import Samples, evenly_spaced, prepare_samples
 from cud_trainer.data.ids import id_key_kept_in, keyed_for
 from cud_trainer.files import private_folder
 
@@ -42,6 +42,7 @@ class _World:
     retain: Dataset | None
     utility: Dataset | None
     held_out: Dataset | None
+    holdout: Dataset | None
     day: str | None
 
 
@@ -89,8 +90,8 @@ def _world(study: Path, options: dict[str, Any]) -> _World:
     # The grid is of no use here, but must be there.
     data = StudyArguments(**shared["data"], grid={"seed": [0]})
     tokenizer = load_tokenizer(model, SimpleNamespace(**options))
-    utility, held_out = data.load_utility(tokenizer), data.load_heldout(tokenizer)
-    return _World(model, tokenizer, *data.load(tokenizer), utility, held_out, shared.get("day"))
+    others = data.load_utility(tokenizer), data.load_heldout(tokenizer), data.load_holdout(tokenizer)
+    return _World(model, tokenizer, *data.load(tokenizer), *others, shared.get("day"))
 
 
 def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
@@ -116,10 +117,9 @@ def _scores(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str
 def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, Any]:
     """An unlearning run and its trade-off curve."""
     from transformers.trainer_callback import PrinterCallback
-    from trl import get_peft_config
 
     from cud_trainer import CUDTrainer
-    from cud_trainer.commands.options import model_options
+    from cud_trainer.commands.options import adapter_options, model_options
     from cud_trainer.trainer import DivergenceError
 
     settings = cell.settings
@@ -142,7 +142,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         forget_dataset=world.forget,
         retain_dataset=world.retain,
         processing_class=world.tokenizer,
-        peft_config=get_peft_config(world.model),
+        peft_config=adapter_options(world.model),
         difficulty_scores=scores,
         callbacks=[tradeoff, _End(tradeoff, settings.get("end_below", 0.0), settings.get("end_worst_quarter", 0.0))],
     )
@@ -159,7 +159,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         final = _final_metrics(trainer.model, args, world.tokenizer, forget, utility, settings.get("generate", False))
     relearned = None
     if relearning is not None and tradeoff.best is not None:
-        relearned = _relearned(trainer.model, tradeoff, forget, relearning)
+        relearned = _relearned(trainer.model, tradeoff, forget, relearning, _never_seen(args, world))
     return {
         "relearned": relearned,
         "steps": [path.steps[i] for i in finite],
@@ -186,39 +186,46 @@ def _more_passes(scores: Any, n_forget: int) -> int:
 
 
 def _endpoint_options(args: CUDConfig, world: _World, settings: dict[str, Any]) -> dict[str, Any]:
-    """What is measured of a run that is compared by its endpoint: held-out samples, and extraction strength."""
-    from cud_trainer.data import evenly_spaced, prepare_samples
+    """What is measured beside probabilities: extraction strength, and the held-out samples of a run that is compared by
+    its endpoint."""
+    from cud_trainer.logprobs import answer_recall
+    from cud_trainer.models.generation import stop_tokens
 
-    from ..metrics.memorization import teacher_forced
+    def extraction(model: Any, forget: Samples) -> tuple[np.ndarray, np.ndarray]:
+        return answer_recall(model, forget, stop_tokens(world.tokenizer, model))
 
     if world.held_out is None:
-        return {}
+        return {"extraction": extraction}
     part = evenly_spaced(world.held_out, settings["heldout_samples"])
-
-    def extraction(model: Any, forget: Samples) -> np.ndarray:
-        values = teacher_forced(model, forget, world.tokenizer, batch_size=args.per_device_eval_batch_size)
-        return values["extraction_strength"]
-
     template = args.template_context(args.recorded_template)
     held_out = prepare_samples(part, world.tokenizer, max_length=args.max_length, name="held-out", template=template)
     return {"held_out": held_out, "extraction": extraction}
 
 
 def _endpoint_results(path: Trajectory, finite: list[int]) -> dict[str, Any]:
-    """By snapshot: every held-out sample, and of the forget samples the mean and worst quarter of what is extracted."""
-    if not path.held_out:
-        return {}
+    """By snapshot: extraction strength of each forget sample, its mean and worst quarter, and each held-out sample."""
     found = np.array([path.extraction[i] for i in finite])
-    return {
-        "held_out": [path.held_out[i].tolist() for i in finite],
+    measured: dict[str, Any] = {
         "extraction": {"mean": found.mean(1).tolist(), "worst_quarter": worst_quarter(found).tolist()},
+        "strengths": found.tolist(),
     }
+    if path.held_out:
+        measured["held_out"] = [path.held_out[i].tolist() for i in finite]
+    return measured
+
+
+def _never_seen(args: CUDConfig, world: _World) -> Samples | None:
+    """The control of relearning, prepared."""
+    if world.holdout is None:
+        return None
+    template = args.template_context(args.recorded_template)
+    return prepare_samples(
+        world.holdout, world.tokenizer, max_length=args.max_length, name="holdout", template=template
+    )
 
 
 def _measured(args: CUDConfig, world: _World, most: int) -> tuple[Samples, Samples | None]:
     """What is measured during a run, prepared: the forget set, and of what measures utility `most` samples at most."""
-    from cud_trainer.data import evenly_spaced, prepare_samples
-
     template = args.template_context(args.recorded_template)
     how = {"max_length": args.max_length, "template": template}
     forget = prepare_samples(world.forget, world.tokenizer, name="forget", **how)
@@ -283,8 +290,11 @@ def _final_metrics(
     return final
 
 
-def _relearned(model: Any, tradeoff: TradeoffCallback, forget: Samples, settings: dict[str, Any]) -> dict[str, Any]:
-    """What comes back of the forget set when some of its samples are taught again, from the best snapshot."""
+def _relearned(
+    model: Any, tradeoff: TradeoffCallback, forget: Samples, settings: dict[str, Any], control: Samples | None
+) -> dict[str, Any]:
+    """What comes back of the forget set when some of its samples are taught again, from the best snapshot; and what the
+    same does to samples that were never seen."""
     from ..metrics.robustness import relearn
 
     assert tradeoff.best is not None
@@ -298,10 +308,12 @@ def _relearned(model: Any, tradeoff: TradeoffCallback, forget: Samples, settings
         rows.tolist(),
         steps=[settings["steps"]],
         learning_rate=settings["rate"],
+        control=control,
     )
     return {
         "step": tradeoff.path.steps[number],
         "taught": sorted(rows.tolist()),
-        "before": left[0].tolist(),
-        "after": left[settings["steps"]].tolist(),
+        "before": left.forget[0].tolist(),
+        "after": left.forget[settings["steps"]].tolist(),
+        **({} if left.control is None else {"control": [left.control[at].tolist() for at in (0, settings["steps"])]}),
     }

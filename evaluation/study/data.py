@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 from cud_trainer.commands.options import load_tokenizer
 from cud_trainer.data import Samples, check_disjoint, prepare_samples
+from cud_trainer.data.samples import first_shared
 from cud_trainer.data.template import TRAIN_ON, TemplateContext
 
 from .options import StudyArguments
@@ -38,7 +39,8 @@ def preparation(train: Mapping[str, Any], day: str | None = None) -> dict[str, A
 @dataclass(frozen=True)
 class StudyData:
     """Attributes:
-    raw: the sets as they were read, by name: `forget` and, where there are such, `retain`, `utility`, `held-out`.
+    raw: the sets as they were read, by name: `forget` and, where there are such, `retain`, `utility`, `held-out` (well
+        known, in no loss), `holdout` (never seen).
     samples: the same, prepared.
     group_column: of the forget set; `None` without.
     """
@@ -62,11 +64,15 @@ class StudyData:
             "retain": retain,
             "utility": args.load_utility(tokenizer),
             "held-out": args.load_heldout(tokenizer),
+            "holdout": args.load_holdout(tokenizer),
         }
         raw = {name: part for name, part in parts.items() if part is not None}
         samples = {name: prepare_samples(part, tokenizer, name=name, **how) for name, part in raw.items()}
         if "retain" in samples:
             check_disjoint(samples["forget"], samples["retain"])
+        for name in ("forget", "retain", "held-out") if "holdout" in samples else ():
+            if name in samples and (shared := first_shared(samples["holdout"], samples[name])[0]) is not None:
+                raise ValueError(f"holdout sample {shared!r} is in the {name} dataset: it was seen")
         group = train.get("group_column")
         if isinstance(group, str) and group not in forget.column_names:
             raise ValueError(f"forget dataset has no column {group!r}; it has {sorted(forget.column_names)}")
@@ -78,9 +84,10 @@ class StudyData:
 
     @property
     def fingerprints(self) -> list[str | None]:
-        """Of forget set, retain set and what measures utility; `None` for one that there is not."""
+        """Of forget set, retain set and what measures utility; `None` for one that there is not. And of `holdout`."""
         sets = [self.samples.get(name) for name in ("forget", "retain", "utility")]
-        return [None if part is None else part.fingerprint for part in sets]
+        unseen = [self.samples["holdout"].fingerprint] if "holdout" in self.samples else []
+        return [None if part is None else part.fingerprint for part in sets] + unseen
 
     @property
     def groups(self) -> list[Any] | None:

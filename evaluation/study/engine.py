@@ -7,7 +7,10 @@ the fingerprint of everything its outcome depends on, and skipped: a study that 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,11 +34,14 @@ from .data import StudyData
 from .extend import grow, is_wanted
 from .grid import Cell, plan
 from .heldout import identity_of_heldout, reference_cell
+from .jobs import Jobs, withdraw
 from .keys import key_of_study
 from .options import StudyArguments
 from .oracle import is_oracle, with_outcome
-from .pool import Pool
+from .pool import Executor, Pool
 from .runs import BASE, Run, coordinates, first_seeds, grouped, reported, tuned
+
+logger = logging.getLogger(__name__)
 
 Attach = Callable[[list[Cell], list[Cell]], tuple[list[Cell], list[Cell]]]
 
@@ -111,7 +117,7 @@ class Study:
         done = sum((self.folder / "cells" / cell.name / "result.json").exists() for cell in cells)
         return f"{done} cells are finished, of {len(cells)} at most, in {self.folder / 'cells'}."
 
-    def run(self, argv: Sequence[str] = (), pool: Pool | None = None) -> Finished:
+    def run(self, argv: Sequence[str] = (), pool: Executor | None = None) -> Finished:
         """Run what is not finished, in `pool`, or one of its own.
 
         Args:
@@ -124,10 +130,17 @@ class Study:
         remove_leftovers(folder)
         known = [cell for cell in self.cells if not is_oracle(cell)]  # what an oracle builds on is not
         check_finished(folder, [*self.reference, *self.scores, *known], args.overwrite)
+        planned = _hash_of([*self.reference, *self.scores, *self.cells])
         if args.overwrite:
             clear(folder, REPORT_FILES)
+            if _planned(folder) != planned:  # else it goes on, with cells by which its grid grew
+                remove_others(folder, [*self.reference, *self.scores, *self.cells])
         names = [f.name for f in fields(DataArguments)]
-        names += [f.name for f in fields(StudyArguments) if f.name.startswith(("utility_", "heldout_"))]
+        names += [
+            f.name
+            for f in fields(StudyArguments)
+            if f.name.startswith(("utility_", "heldout_", "holdout_", "relearn_"))
+        ]
         shared = {
             "model": vars(self.model_args),
             "data": {name: getattr(args, name) for name in names},
@@ -136,9 +149,10 @@ class Study:
         }
         if given_key() is None:
             IdKey.made(self.key.path, self.key.secret)
-        write_json(folder / "study.json", json.loads(json.dumps({"argv": list(argv), "shared": shared}, default=str)))
+        content = {"argv": list(argv), "planned": planned, "shared": shared}
+        write_json(folder / "study.json", json.loads(json.dumps(content, default=str)))
         started = time.time()
-        with nullcontext(pool) if pool is not None else Pool(args.workers, args.devices) as pool:
+        with nullcontext(pool) if pool is not None else _executor(args, folder) as pool:
             never_seen = what_is_never_seen(args, folder, self.reference, pool)
             work = _Work(args, folder, self.base, pool, never_seen)
             cells = work.extended(self.scores, known, lambda scores, cells: (scores, cells))
@@ -155,7 +169,7 @@ class _Work:
     args: StudyArguments
     folder: Path
     base: dict[str, Any]
-    pool: Pool
+    pool: Executor
     never_seen: float | None
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -227,6 +241,15 @@ class _Work:
         return self.extended(scores, ready, attach) if ready else []
 
 
+def _executor(args: StudyArguments, folder: Path) -> Executor:
+    """What the cells of a study run in."""
+    if args.executor == "slurm":
+        return Jobs(folder, args.slurm, args.workers)  # type: ignore[arg-type]
+    for job in folder.glob("cells/*/job.json"):  # of a start on a cluster
+        withdraw(job.parent)
+    return Pool(args.workers or 1, args.devices)
+
+
 def _day_of(folder: Path) -> str:
     """The day on which the study began: what is today for chat templates in all its cells."""
     try:
@@ -235,14 +258,14 @@ def _day_of(folder: Path) -> str:
         return datetime.date.today().isoformat()
 
 
-def run_study(args: StudyArguments, model_args: ModelConfig, pool: Pool | None = None) -> Finished:
+def run_study(args: StudyArguments, model_args: ModelConfig, pool: Executor | None = None) -> Finished:
     """Check a study and run it, in `pool`, or one of its own; it writes no report."""
     study = Study(args, model_args)
     with study.locked():
         return study.run(pool=pool)
 
 
-def what_is_never_seen(args: StudyArguments, folder: Path, cells: list[Cell], pool: Pool) -> float | None:
+def what_is_never_seen(args: StudyArguments, folder: Path, cells: list[Cell], pool: Executor) -> float | None:
     """The worst quarter of the forget set under a model that never saw it; `None` where the study knows of none.
 
     Raises:
@@ -275,9 +298,33 @@ def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None
                     f"cell {cell.name} in {folder} was run with other settings ({changed}); pass overwrite to run it "
                     "anew, or choose another output_dir"
                 )
+            withdraw(path.parent)
             for file in path.parent.iterdir():
                 if file.is_file():
                     file.unlink()
+
+
+def remove_others(folder: Path, cells: Sequence[Cell]) -> None:
+    """Remove every cell that is none of these: of a study that is overwritten nothing stays, and this is said."""
+    names = {cell.name for cell in cells}
+    others = [path for path in sorted((folder / "cells").glob("*/")) if path.name not in names]
+    for path in others:
+        shutil.rmtree(path)
+    if others:
+        shown = ", ".join(path.name for path in others[:5]) + (", ..." if len(others) > 5 else "")
+        logger.warning(f"{folder}: removed {len(others)} cells of the study that was overwritten: {shown}")
+
+
+def _hash_of(cells: Sequence[Cell]) -> str:
+    return hashlib.sha256(json.dumps(sorted((cell.name, cell.fingerprint) for cell in cells)).encode()).hexdigest()[:16]
+
+
+def _planned(folder: Path) -> str | None:
+    """`_hash_of` the cells that the study in this folder had before its grid grew."""
+    try:
+        return str(json.loads((folder / "study.json").read_text())["planned"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

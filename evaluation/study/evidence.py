@@ -157,7 +157,7 @@ def _less(
     for ours, other in pairs:
         found = compare(arms[ours], arms[other])
         both = crossed(chosen[ours], chosen[other], groups, seed)
-        rows.append((f"{ours} less {other}", _cells(found, both)))
+        rows.append((f"{ours}, change against {other}", _cells(found, both)))
     return sections.table(
         f"endpoint-differences-{panel}",
         f"{panel}: differences of H",

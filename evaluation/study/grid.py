@@ -17,6 +17,7 @@ from .options import EQUAL_COMPUTE, ORACLE, SCORES, StudyArguments
 # Options that scores do not depend on: runs that differ in nothing else share theirs.
 NOT_OF_SCORES = {"schedule", "schedule_args", "seed", "n_buckets", "l2_sp"}
 RANDOM = "random"  # the difficulty metric without any meaning
+LONGEST_NAME = 200  # bytes: file systems take 255, and names of files are made of it
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,13 @@ def _without(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def named(choices: dict[str, Any]) -> str:
-    """A folder name such as `objective=npo,schedule=uniform,seed=1`."""
+    """A folder name such as `objective=npo,schedule=uniform,seed=1`; one that is too long ends in a hash."""
     parts = []
     for name, value in choices.items():
         text = json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else str(value)
         parts.append(f"{name}={''.join(c if c.isalnum() or c in '.-+_' else '_' for c in text)[:40]}")
-    return ",".join(parts)
+    name = ",".join(parts)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    number = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{name.encode()[: LONGEST_NAME - 13].decode(errors='ignore')}-{number}"

@@ -18,6 +18,7 @@ from cud_trainer.commands.parser import parse_options
 from cud_trainer.typed import check_options, check_values, check_void
 
 from ..commands.help import STUDY
+from .slurm import check_jobs
 
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
@@ -69,7 +70,20 @@ class StudyArguments(HeldOutArguments):
         default=None,
         metadata={"help": "A YAML file of `cud train` whose options hold wherever the study does not say otherwise."},
     )
-    workers: int = field(default=1, metadata={"help": "Cells at a time."})
+    executor: Literal["local", "slurm"] = field(
+        default="local",
+        metadata={"help": "Where cells run: processes of this machine, or jobs of a Slurm cluster (see `slurm`)."},
+    )
+    slurm: dict[str, Any] | str = field(
+        default_factory=dict,
+        metadata={
+            "help": "What the job of a cell asks for: time (minutes), partition, account, qos, constraint, gpus, cpus, "
+            "mem (GB), setup (shell commands), sbatch (its other options). `cluster: local` tries it without Slurm."
+        },
+    )
+    workers: int | None = field(
+        default=None, metadata={"help": "Cells at a time. Default: 1; with executor slurm, all of them."}
+    )
     devices: list[str] = field(
         default_factory=list,
         metadata={"help": "GPUs to deal the cells to (CUDA_VISIBLE_DEVICES of each), for example 0 1 2."},
@@ -133,8 +147,19 @@ class StudyArguments(HeldOutArguments):
     )
     relearn_steps: int = field(default=10, metadata={"help": "Steps of that."})
     relearn_rate: float = field(default=1e-5, metadata={"help": "Its learning rate."})
+    holdout_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Samples that no model saw: what relearning does to these is its control."},
+    )
+    holdout_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
+    holdout_split: str = field(default="train", metadata={"help": "Its split."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace cells that were run with other settings."})
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace cells that were run with other settings, and remove those of another study in the folder."
+        },
+    )
     tune_on: Literal["hardest", "all", "endpoint"] | None = field(
         default=None,
         metadata={
@@ -163,12 +188,14 @@ class StudyArguments(HeldOutArguments):
         check_options(self)
         if not isinstance(self.train, dict):
             raise ValueError(f"train must be a mapping of options, got {self.train!r}")
+        self._check_executor()
         if self.extensions is None:
             self.extensions = 0 if self.heldout_dataset is None else EXTENSIONS
         for grid in self.grids:
             self._check_grid(grid)
         self._check_arms()
-        check_void(self, {"relearn_rate": "relearn_samples", "relearn_steps": "relearn_samples"})
+        needs = dict.fromkeys(("relearn_rate", "relearn_steps", "holdout_dataset"), "relearn_samples")
+        check_void(self, {**needs, "holdout_config": "holdout_dataset", "holdout_split": "holdout_dataset"})
         self._check_values()
         if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
             raise ValueError(f"retain_level must be between 0 and 1, got {self.retain_level}")
@@ -179,6 +206,15 @@ class StudyArguments(HeldOutArguments):
                 raise ValueError(
                     f"tuning_seeds {self.tuning_seeds} leaves no seed to report on: {seeds} in a mapping of grid"
                 )
+
+    def _check_executor(self) -> None:
+        """Raise `ValueError` for jobs that cannot be, or options of one executor beside the other."""
+        if self.executor == "slurm":
+            check_jobs(self.slurm)
+            if self.devices:
+                raise ValueError("devices has no effect with executor slurm; a job gets its own: slurm: {gpus: 1}")
+        elif self.slurm:
+            raise ValueError("slurm has no effect with executor local")
 
     def _check_endpoint(self) -> None:
         """Raise `ValueError` for what an endpoint on held-out samples cannot be made of; sets `tune_on`."""
@@ -265,6 +301,12 @@ class StudyArguments(HeldOutArguments):
         source = self.utility_dataset or self.retain_dataset or self.forget_dataset or ""
         return self.read(source, self.utility_config, self.utility_split, None, "utility", tokenizer)
 
+    def load_holdout(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """The samples that were never seen; `None` without."""
+        if self.holdout_dataset is None:
+            return None
+        return self.read(self.holdout_dataset, self.holdout_config, self.holdout_split, None, "holdout", tokenizer)
+
 
 def read_arguments(argv: list[str]) -> tuple[Any, Any]:
     """Options of a study; those of its recipe stand behind its own.
@@ -279,7 +321,7 @@ def read_arguments(argv: list[str]) -> tuple[Any, Any]:
         shared = {name: value for name, value in recipe.items() if name in SHARED_FIELDS}
         args, model_args = parse_options(kinds, argv, "cud study", shared)
         _as_defaults(args, {name: value for name, value in recipe.items() if name not in SHARED_FIELDS | RESERVED})
-    check_model_options(model_args)
+    check_model_options(model_args, argv)
     if args.natural_group is not None:
         _as_defaults(args, {"group_column": args.natural_group})
     return args, model_args

@@ -19,12 +19,13 @@ from ..report import tables as sections
 from ..report.cells import Cell, interval_text, means
 from ..report.difficulty import comparisons_note, difficulty_section
 from ..report.page import write_report
-from ..report.schema import Condition, CurvePoint, DifficultySection, Final, Head, Table, Trial, jsonable
+from ..report.schema import AttackRow, Condition, CurvePoint, DifficultySection, Final, Head, Table, Trial, jsonable
 from ..trajectory import averaged_residual
 from .engine import Finished
 from .evidence import Evidence, decided, evidence
 from .extend import corners
 from .options import StudyArguments
+from .relearning import relearning
 from .runs import BASE, Run, grouped, left_at, trials, tuned
 
 SEED = 0  # of the bootstrap
@@ -59,6 +60,7 @@ class _Content:
     difficulty: list[DifficultySection] = field(default_factory=list)
     samples: list[pd.DataFrame] = field(default_factory=list)
     evidence: dict[str, Evidence] = field(default_factory=dict)
+    attacks: list[AttackRow] = field(default_factory=list)
 
 
 def _results(content: _Content, runs: list[Run], finished: Finished, command: str) -> dict[str, Any]:
@@ -78,6 +80,8 @@ def _results(content: _Content, runs: list[Run], finished: Finished, command: st
         "tables": content.tables,
         "findings": content.findings,
     }
+    if content.attacks:
+        results["attacks"] = content.attacks
     if content.evidence:
         results["decision"] = decided(content.evidence)
     if content.difficulty:
@@ -124,7 +128,10 @@ def _add_panel(content: _Content, panel: str, runs: list[Run], finished: Finishe
     elif len(chosen) > 1:
         content.findings.append(f"{panel}: no {BASE!r} in the grid to compare with")
     if any(run.relearned for run in runs):
-        content.tables.append(_relearning(panel, chosen, level, SEED))
+        table, attacks, lines = relearning(panel, chosen, level)
+        content.tables.append(table)
+        content.attacks += attacks
+        content.findings += lines
     uniform = chosen.get(BASE, [])
     scores = uniform[0].scores if uniform else None
     if scores is not None:
@@ -190,11 +197,20 @@ def _matched_row(schedule: str, group: list[Run], left: np.ndarray, level: float
         "learning_rate": group[0].options.get("learning_rate"),
         "forget": stats.bootstrap_mean(left, seed=seed).as_dict(),
         "hardest_bucket": stats.bootstrap_mean(left[group[0].hardest], seed=seed).as_dict(),
+        **extraction_figure(group, level, seed),
         "worst_quarter": float(np.mean([worst_quarter(values) for values, _ in points])),
         "steps": float(np.mean([step for _, step in points])),
         "seconds": float(np.mean(spent)),
         "reason": "diverged later" if any(run.diverged for run in group) else None,
     }
+
+
+def extraction_figure(group: list[Run], level: float, seed: int) -> dict[str, Any]:
+    """Extraction strength of the forget samples at a level, mean over seeds; nothing where a run did not measure it."""
+    strengths = [run.extraction_at(level) for run in group]
+    if any(one is None for one in strengths):
+        return {}
+    return {"extraction": stats.bootstrap_mean(np.mean(strengths, axis=0), seed=seed).as_dict()}  # type: ignore[arg-type]
 
 
 def verdict(hardest: stats.Interval, everything: stats.Interval) -> str:
@@ -234,12 +250,12 @@ def _differences(panel: str, compared: dict[float, dict[str, list[Run]]]) -> tup
             rows.append((schedule if len(compared) == 1 else f"{schedule}, at {level:g}", cells))
             if level == next(iter(compared)):
                 findings.append(
-                    f"{panel}: {schedule} less {BASE} at matched retain utility, over {len(pairs)} seeds, hardest "
-                    f"bucket {_over_seeds(hard)}, all {_over_seeds(all_)}: {verdict(hard, all_)}"
+                    f"{panel}: {schedule}, change against {BASE} at matched retain utility, over {len(pairs)} seeds, "
+                    f"hardest bucket {_over_seeds(hard)}, all {_over_seeds(all_)}: {verdict(hard, all_)}"
                 )
     table = sections.table(
         f"differences-{panel}",
-        f"{panel}: less {BASE}, at matched retain utility",
+        f"{panel}: change against {BASE}, at matched retain utility",
         f"{len(rows)} comparisons with {BASE}, paired by seed, with 95% t intervals over seeds; single seeds beside. "
         "The worst quarter is picked by the result, for each run its own; its change is that of the mean log ratio.",
         [
@@ -257,38 +273,6 @@ def _differences(panel: str, compared: dict[float, dict[str, list[Run]]]) -> tup
 def _over_seeds(found: stats.Interval) -> str:
     """A figure with its interval; without one, for a single seed."""
     return interval_text(found) if np.isfinite(found.low) or not np.isfinite(found.value) else f"{found.value:.3f}"
-
-
-def _relearning(panel: str, chosen: dict[str, list[Run]], level: float, seed: int) -> Table:
-    """What comes back of samples that were not taught again, from the snapshot that has forgotten most at `level`."""
-    again: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    taught = np.zeros(len(next(iter(chosen.values()))[0].ids), dtype=bool)
-    for schedule, group in chosen.items():
-        relearned = [run.relearned for run in group if run.relearned]
-        if relearned:
-            before, after = (np.mean([one[key] for one in relearned], axis=0) for key in ("before", "after"))
-            again[schedule] = before, after
-            taught[relearned[0]["taught"]] = True
-    hardest = next(iter(chosen.values()))[0].hardest & ~taught
-    rows = []
-    for schedule, (before, after) in again.items():
-        cells: list[Cell] = []
-        for part in (hardest, ~taught):
-            cells += [sections.mean(before[part], seed), sections.mean(after[part], seed)]
-            if schedule == BASE or BASE not in again:
-                cells.append(sections.missing("the base"))
-            else:
-                cells.append(stats.paired_difference(after[part], again[BASE][1][part], seed=seed))
-        rows.append((schedule, cells))
-    columns = [f"{part}, {what}" for part in ("hardest bucket", "all") for what in ("before", "after", f"less {BASE}")]
-    return sections.table(
-        f"relearning-{panel}",
-        f"{panel}: relearning",
-        f"Fine-tuning on {int(taught.sum())} of the forget samples again, from the last snapshot with {level:g} of the "
-        "starting utility at which least was left. Samples that were not taught.",
-        columns,
-        rows,
-    )
 
 
 def _best_predictor(panel: str, section: DifficultySection) -> str:

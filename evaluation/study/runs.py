@@ -78,7 +78,9 @@ class Run:
         final: metrics of every sample at the end, by set (`forget`, `retain`).
         buckets: of the forget samples; one without scores.
         held_out: answer probability of every held-out sample at each snapshot, `[T, M]`; `None` without such.
-        extraction: extraction strength of the forget samples at each, mean and worst quarter, `[T]`; empty likewise.
+        extraction: extraction strength of the forget samples at each, mean and worst quarter, `[T]`; empty for a run
+            that did not measure it.
+        strengths: the same of each sample, `[T, N]`; `None` likewise.
         end: where the run is compared with others; `None` likewise.
         pairs: forget-retain pairs that it was planned to train on; `None` likewise.
     """
@@ -97,6 +99,7 @@ class Run:
         self.pairs: int | None = result.get("pairs")
         self.held_out = np.array(result["held_out"]) if "held_out" in result else None
         self.extraction = {name: np.array(values) for name, values in result.get("extraction", {}).items()}
+        self.strengths = np.array(result["strengths"]) if "strengths" in result else None
         self.end: Endpoint | None = None
         if self.held_out is not None:
             known = None if never_seen is None else np.array([never_seen])
@@ -128,11 +131,20 @@ class Run:
     def at(self, share: float) -> tuple[np.ndarray, float]:
         """Forget probability of each sample where the run has forgotten most at `share` of the starting retain
         probability, and the step; without a retain set, at its end."""
+        position = self._position(share)
+        return at_position(self.forget, position), float(at_position(self.steps, position))
+
+    def extraction_at(self, share: float) -> np.ndarray | None:
+        """Extraction strength of each forget sample there, `[N]`; `None` where it was not measured."""
+        return None if self.strengths is None else at_position(self.strengths, self._position(share))
+
+    def _position(self, share: float) -> float:
+        """Number of that snapshot, with a fraction between two."""
         if self.retain is None:
-            return self.forget[-1], float(self.steps[-1])
+            return float(len(self.steps) - 1)
         position = matched_position(self.retain, self.forget.mean(1), share * self.retain[0])
         assert position is not None  # the start is above the level
-        return at_position(self.forget, position), float(at_position(self.steps, position))
+        return position
 
 
 def pairs_of(scores: DifficultyScores) -> int:

@@ -7,11 +7,31 @@ import sys
 import pytest
 from builders import qa_dataset
 from command_lines import data, make_world, train
+from trl import ModelConfig
 
 from cud_trainer.cli import COMMANDS, main
+from cud_trainer.commands.options import adapter_options
 from cud_trainer.difficulty import DifficultyScores
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["self_attn.q_proj"], {"self_attn.q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (["all-linear"], "all-linear"),
+        ([".*q_proj"], ".*q_proj"),
+        (None, None),
+    ],
+)
+def test_one_module_is_a_name_and_no_pattern(modules, expected):
+    model_args = ModelConfig(use_peft=True, lora_target_modules=modules)
+    assert adapter_options(model_args).target_modules == expected
+    model_args.use_peft = False
+    assert adapter_options(model_args) is None
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +76,9 @@ def test_score_train_evaluate(world, tmp_path, capsys):
         "2",
         "--lora_target_modules",
         "q_proj",
-        "v_proj",
     ]
     assert main(train(world, unlearned, *extra)) == 0
-    assert (unlearned / "adapter_config.json").exists()
+    assert json.loads((unlearned / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
     assert "unlearned 9 samples in 5 steps" in capsys.readouterr().out
 
     command = [

@@ -27,7 +27,7 @@ def killed(tmp_path, name, shares):
 
 
 def test_a_scoring(tmp_path):
-    killed(tmp_path, "score", [0.5, 0.99])
+    killed(tmp_path, "score", [0.5, 0.95])  # fewer moments where a folder is there already
 
 
 def test_a_training_with_its_scores_and_checkpoints(tmp_path):

@@ -1,16 +1,18 @@
 """Malformed, contradictory and void invocations: one line and exit code 2, before anything is computed, no file left.
 
 Each case is one that was tried against the commands: see `ALWAYS`. The property test combines them with the command line,
-a YAML file, a study's `train` and Python, which must agree; `CUD_EXAMPLES` runs more.
+a YAML file, a study's `train` and Python, which must agree; `CUD_EXAMPLES`
+runs more, benchmarks/malformed.py all.
 """
 
 import importlib.util
 import json
 import os
+from pathlib import Path
 
 import pytest
 import yaml
-from builders import make_model, make_tokenizer, qa_dataset
+from builders import ROOT, make_model, make_tokenizer, qa_dataset
 from command_lines import data, make_world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -88,12 +90,38 @@ def text(value) -> list[str]:
     return [json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def command(world, folder, how: str, name: str, value) -> list[str]:
-    """A command line of `cud train`, or of a study, with one wrong option."""
-    options = {**BASE, name: value}
+# What only the data or the model can tell is no matter of the options alone.
+LATE_VALUES = {("counterfactual_column", "nope"), ("group_column", "nope"), ("trainable_layers", "99")}
+NOT_OF_STUDIES = {"save_strategy", "eval_strategy", "overwrite", "max_steps", "target_forget_prob"}
+
+
+def fits(how: str, name: str, value) -> bool:
+    """Whether a wrong value can be given in this way, and is wrong there."""
+    late = isinstance(value, str) and (name, value) in LATE_VALUES
+    if how == "line":  # `True` is the text "True" there
+        return value is not True and not isinstance(value, list)
+    if how == "yaml":
+        return True
+    if isinstance(value, str) and name in NUMBERS:
+        return False
+    return not late and (how == "python" or name not in NOT_OF_STUDIES)
+
+
+def names(line: str, wrong: dict) -> bool:
+    """Whether an error names one of the options, what is inside it, or a column; and is not too long."""
+    inner = [name for value in wrong.values() if isinstance(value, dict) for name in value]
+    texts = [repr(value) for value in wrong.values() if isinstance(value, str) and value]
+    return any(name in line for name in (*wrong, *map(repr, inner), *texts)) and len(line) < 2000
+
+
+def command(world, folder, how: str, wrong: dict) -> list[str]:
+    """A command line of `cud train`, or of a study, with wrong options."""
+    options = {**BASE, **wrong}
     if how == "study":
+        free = next(name for name in ("seed", "data_seed", "weight_decay") if name not in wrong)
+        options = {name: value for name, value in options.items() if name not in NOT_OF_STUDIES | {"report_to"}}
         path = folder / "c.yaml"
-        path.write_text(yaml.safe_dump({"grid": {"seed" if name != "seed" else "data_seed": [1]}, "train": options}))
+        path.write_text(yaml.safe_dump({"grid": {free: [1]}, "train": options}))
         return ["study", *data(world), "--config", str(path), "--output_dir", str(folder / "out")]
     if how == "yaml":
         path = folder / "c.yaml"
@@ -121,31 +149,21 @@ def refused(capsys, line, folder, kept=()) -> str:
 @given(case=st.sampled_from(WRONG), how=st.sampled_from(["line", "yaml", "study", "python"]))
 def test_wrong_options(world, tmp_path_factory, capsys, monkeypatch, case, how):
     name, value = case
-    if how == "line" and (value is True or isinstance(value, list)):  # `True` is the text "True" there
-        how = "yaml"
-    if how != "line" and isinstance(value, str) and name in NUMBERS:
-        how = "yaml"
     folder = tmp_path_factory.mktemp("wrong")
     monkeypatch.setattr("evaluation.study.pool.Worker.run", lambda *a: "not run here")
-    # What only the data or the model can tell is no matter of the options alone.
-    late = (
-        {"counterfactual_column", "group_column"}
-        if value == "nope"
-        else {"trainable_layers"}
-        if value == "99"
-        else set()
-    )
-    study = name in ("save_strategy", "eval_strategy", "overwrite", "max_steps", "target_forget_prob") or name in late
-    if how == "python" and name not in late:
-        with pytest.raises(ValueError) as found:
-            CUDConfig(str(folder / "out"), **{**BASE, name: value})
-        assert not list(folder.iterdir()) and len(str(found.value)) < 2000
+    how = how if fits(how, name, value) else "yaml"
+    if how != "python":
+        assert names(refused(capsys, command(world, folder, how, {name: value}), folder), {name: value})
         return
-    refused(
-        capsys,
-        command(world, folder, "yaml" if how == "python" or (how == "study" and study) else how, name, value),
-        folder,
-    )
+    with pytest.raises(ValueError) as found:
+        CUDConfig(str(folder / "out"), **{**BASE, name: value})
+    assert names(str(found.value), {name: value}) and not list(folder.iterdir())
+
+
+def test_a_thousand_were_tried():
+    found = json.loads(Path(ROOT, "benchmarks", "results", "malformed.json").read_text())
+    assert found["refused"] == found["invocations"] >= 1000 and not found["faults"]
+    assert found["options"] == len({name for name, _ in WRONG})
 
 
 EVALUATE = ["evaluate", "--generate", "false"]
@@ -157,6 +175,12 @@ ALWAYS = [
     (SCORE, ["--lora_r", "3"], "lora_r"),
     (EVALUATE, ["--samples", "2"], "samples"),  # with --generate false
     (EVALUATE, ["--temperature", "0.5"], "temperature"),  # without samples
+    (EVALUATE, ["--nli_model", "x"], "nli_model"),  # without samples
+    (EVALUATE[:1], ["--samples", "2", "--leak_rouge", "1.5"], "leak_rouge"),
+    (EVALUATE[:1], ["--samples", "2", "--leak_span", "0"], "leak_span"),
+    (EVALUATE[:1], ["--samples", "2", "--nli_model", "nowhere"], "nowhere"),
+    (EVALUATE, ["--secret_pattern", "("], "secret_pattern"),
+    (EVALUATE, ["--secret_pattern", "no such thing"], "secret_pattern"),
     (EVALUATE, ["--relearn_samples", "3", "--relearn_rate", "inf"], "relearn_rate"),
     (EVALUATE, ["--relearn_rate", "0.1"], "relearn_rate"),  # without relearn_samples
     (EVALUATE, ["--relearn_samples", "3", "--relearn_steps", "99999999999"], "relearn_steps"),
@@ -223,7 +247,7 @@ LATE = [
     (["--optim_target_modules", "zzz"], "optim_target_modules has no effect"),
     (["--lr_scheduler_kwargs", '{"nope": 1}'], "lr_scheduler_type"),
     (["--chat_template_path", "nope"], "chat_template_path 'nope'"),
-    (["--use_peft", "true", "--lora_target_modules", "nope"], "nope not found in the base model"),
+    (["--use_peft", "true", "--lora_target_modules", "nope"], "Target modules {'nope'} not found in the base model"),
     (["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj", "--lora_modules_to_save", "zzz"], "'zzz'"),
     (["--use_peft", "true", "--lora_target_parameters", "zzz"], "'zzz', which target_parameters"),
     (["--use_peft", "true", "--lora_task_type", "SEQ_CLS"], "lora_task_type"),
@@ -232,6 +256,14 @@ LATE = [
     (["--use_dora", "true"], "use_dora has no effect without use_peft"),
     (["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type has no effect without load_in_4bit"),
     (["--model_revision", "nope"], "model_revision has no effect"),
+    (["--hub_token", "x"], "hub_token has no effect without push_to_hub"),
+    (["--hub_model_id", "x/y"], "hub_model_id has no effect without push_to_hub"),
+    (["--hub_private_repo", "true"], "hub_private_repo has no effect without push_to_hub"),
+    (["--hub_strategy", "checkpoint"], "hub_strategy has no effect without push_to_hub"),
+    (["--gradient_checkpointing_kwargs", '{"nope": 1}'], "gradient_checkpointing_kwargs {'nope': 1}: "),
+    (["--dataloader_persistent_workers", "true"], "dataloader_persistent_workers has no effect without"),
+    (["--optim", "adafactor", "--optim_args", "nope=1"], "optim 'adafactor' has no option 'nope'"),
+    (["--optim", "sgd", "--optim_args", "momentum=0.0,nope=1"], "optim 'sgd' has no option 'nope'"),
 ]
 
 

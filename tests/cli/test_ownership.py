@@ -53,12 +53,12 @@ def command_of(name, world, output):
         "evaluate": (evaluate(world, output), output),
         "score": (score(world, output / "s.parquet"), output / "s.parquet.work"),
         "study": ([*study, "--output_dir", str(output)], output),
-        "import": (["import", "--open_unlearning", "none.json", "--output_dir", str(output)], output),
+        "import": (["import", "--open_unlearning", str(world / "forget.jsonl"), "--output_dir", str(output)], output),
         "demo": (["demo", "--output_dir", str(output)], output),
     }[name]
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"list"}))
 def test_a_second_command_is_refused(world, tmp_path, capsys, name):
     command, folder = command_of(name, world, tmp_path / "out")
     folder.mkdir(parents=True)

@@ -33,7 +33,7 @@ def test_no_float64_is_asked_for_on_a_device(folder):
     for path in source.files(folder):
         name, text = str(path.relative_to(source.ROOT)), path.read_text(encoding="utf-8")
         for line in text.splitlines():
-            asks = re.search(r"\.double\(\)|dtype=torch\.float64", line)
+            asks = re.search(r"\.double\(\)|(dtype=|\bto\(|\btype\()torch\.(float64|double)", line)
             safe = ".cpu().double()" in line or "torch.Generator" in line or "generator=generator" in line
             host = re.search(r"\.double\(\)(\.abs\(\))?\.numpy\(\)", line)  # numpy takes no other
             host = host or name in ON_THE_HOST or re.search(r"torch\.zeros\(len\(\w+\), dtype=torch\.float64\)$", line)

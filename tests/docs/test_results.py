@@ -309,3 +309,31 @@ def test_cud_top_k_is_called_what_it_is():
                     r"not (the score )?as published|cheap relative",
                     flat(paragraph),
                 ), path
+
+
+def test_docs_show_how_far_split_runs_come_out_apart():
+    docs = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    _, *rows = json.loads((RESULTS / "sharded.json").read_text())["rows"]
+    assert all(row["same_order"] for row in rows)
+    for row in rows:
+        figures = f"{row['loss']:.1g} | {row['log_probability']:.1g} | {abs(row['kl_at_start']):.1g}"
+        assert f"| {row['run']} | {figures} |" in docs
+
+
+def test_table_of_agreement_with_patching():
+    """What docs/circuits.md says of attribution methods beside patching itself, from the committed JSON."""
+    found = json.loads((RESULTS / "relp.json").read_text())["summary"]
+    methods = ("eap", "eap-ig, 5 steps", "ig-activations, 5 steps", "relp")
+    measures = {
+        "edges_pearson": "edges, Pearson",
+        "edges_spearman": "edges, Spearman",
+        "edges_top_tenth_overlap": "edges, overlap of the strongest tenth",
+        "nodes_pearson": "nodes, Pearson",
+        "nodes_spearman": "nodes, Spearman",
+    }
+    lines = page("docs/circuits.md").splitlines()
+    for baseline in ("zero", "counterfactual"):
+        by_method = {row["method"]: row for row in found if row["baseline"] == baseline}
+        for key, label in measures.items():
+            cells = " | ".join(f"{by_method[method][key]:.2f}" for method in methods)
+            assert f"| {baseline} baseline: {label} | {cells} |" in lines

@@ -150,8 +150,14 @@ def test_command(world, tmp_path):
         ({"retain_difficulty_scores": "s"}, "difficulty scores lack 8 of 8 retain samples, the first is '"),
         ({"heldout_config": "x"}, "heldout_config has no effect without heldout_dataset"),
         ({"heldout_dataset": "heldout.jsonl", "heldout_split": "test"}, "heldout_split has no effect: .* is a file"),
-        ({"heldout_dataset": "retained.jsonl"}, r"held-out sample '\w+' is in the retain dataset: a loss sees it"),
-        ({"heldout_dataset": "forget.jsonl"}, r"held-out sample '\w+' is in the forget dataset: a loss sees it"),
+        (
+            {"heldout_dataset": "retained.jsonl"},
+            r"held-out sample '.+' \(row 0\) is in the retain dataset: a loss sees it",
+        ),
+        (
+            {"heldout_dataset": "forget.jsonl"},
+            r"held-out sample '.+' \(row 0\) is in the forget dataset: a loss sees it",
+        ),
         (
             {"heldout_dataset": "group.jsonl", "group_column": "author"},
             r"held-out group '01' \(author\) is in the forget",

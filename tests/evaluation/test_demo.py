@@ -21,8 +21,8 @@ UNIFORM, AWARE, _ = demo_report.SCHEDULES
 
 def finding(uniform, aware):
     worst = {UNIFORM: dict(enumerate(uniform, 1)), AWARE: dict(enumerate(aware, 1))}
-    table = demo_report._by_seed("npo", worst, worst)
-    return demo_report._schedule_finding("npo", 0.9, worst, worst), jsonable(table)
+    table = demo_report._by_seed("npo", worst, worst, worst)
+    return demo_report._schedule_finding("npo", 0.9, worst, worst, worst), jsonable(table)
 
 
 def test_every_seed_is_shown():

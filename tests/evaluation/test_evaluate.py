@@ -12,12 +12,15 @@ from builders import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from scipy import stats as scipy_stats
 from tofu import tofu_like
+from transformers import BertConfig, BertForSequenceClassification
 
 from cud_trainer import DifficultyScores, score_difficulty
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_samples
-from evaluation.metrics import depth, privacy
+from cud_trainer.logprobs import answer_probability
+from evaluation.metrics import depth, privacy, robustness
 from evaluation.metrics.gradients import gradient_norms
+from evaluation.metrics.leak import leak_at_k
 from evaluation.metrics.memorization import (
     teacher_forced,
 )
@@ -37,6 +40,17 @@ def world(tmp_path_factory):
     adapted.peft_config["default"].base_model_name_or_path = str(root / "original")
     adapted.save_pretrained(root / "adapter")
     tokenizer.save_pretrained(root / "adapter")
+    nli = BertConfig(
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        id2label={0: "contradiction", 1: "entailment"},
+        label2id={"contradiction": 0, "entailment": 1},
+    )
+    BertForSequenceClassification(nli).save_pretrained(root / "nli")
+    tokenizer.save_pretrained(root / "nli")
     forget = tofu_like(12)
     forget.to_json(root / "forget.jsonl")
     tofu_like(6, 100).select_columns(["question", "answer"]).to_json(root / "retain.jsonl")
@@ -99,7 +113,9 @@ def everything(world, tmp_path_factory):
             relearn_steps=[1, 3],
             quantize=[8, 4],
             straight_line=True,
-            samples=2,
+            samples=4,
+            secret_pattern=r"\d+",
+            nli_model=world / "nli",
             n_buckets=3,
             depth=True,
             logit_lens=True,
@@ -122,6 +138,9 @@ class TestCommand:
             "depth",
             "depth_groups",
             "collateral",
+            "leak",
+            "leak_parts",
+            "secret",
             "groups",
             "calibration",
             "mechanisms",
@@ -136,14 +155,37 @@ class TestCommand:
             "membership inference",
             "4 groups",
             "as the CUD paper found: ",
+            "sampled answers (secret): leak@4 ",
+            "secret: probability ",
+            "relearning, 3 steps: the 8 forget samples that were not taught change by ",
+            "quantisation, 4 bits: the forget samples change by ",
         ):
             assert part in found
+        verdict = results["verdict"]
+        assert [row["how"] for row in verdict["hidden"]] == [
+            "relearning, 3 steps",
+            f"quantisation, {verdict['hidden'][1]['how'][-6:]}",
+            "rewording",
+            "sampled answers",
+        ]
+        assert all(row["answer"] in ("yes", "no") for row in verdict["hidden"])  # each with its control
+        assert {row["measure"] for row in verdict["judged"]} == {"answer probability", "probability of the secret"}
+        assert [row["set"] for row in verdict["costs"]] == ["retain"] * 2 + ["neighbour"] * 2 and len(
+            verdict["ids"]
+        ) <= 10
         assert "3 metrics are compared" in results["difficulty"]["note"]
         assert results["conditions"][0]["final"]["neighbour"]["probability"]["value"] > 0
         assert all("kendall" in row for row in results["difficulty"]["objectives"][0]["rows"])
         frame = pd.read_parquet(everything / "per_sample.parquet")
         assert len(frame) == 12 and {"truth_ratio", "min_k", "reference/probability", "group", "bucket"} <= set(frame)
         assert "true_answer" not in frame
+        kinds = ("rouge", "verbatim", "entailment", "secret")
+        assert {f"{of}leaks_{kind}" for kind in kinds for of in ("", "before/", "reference/")} <= set(frame)
+        assert {"secret_probability", "secret_verbatim", "before/secret_probability"} <= set(frame)
+        assert {"quantised/4 bits", "relearned/3", "relearn_taught"} <= set(frame) and frame[
+            "relearn_taught"
+        ].sum() == 4
+        assert frame["leaks_rouge"].between(0, 4).all()
 
     def test_figures_against_the_parts(self, world, everything):
         """Each again from its own function."""
@@ -167,6 +209,20 @@ class TestCommand:
         assert tables["straight_line"]["0"][0]["value"] == pytest.approx(frame["before/probability"].mean())
         hardest = frame[frame["bucket"] == 3]["probability"].mean()
         assert tables["quantisation"]["as it is"][-1]["value"] == pytest.approx(hardest)
+        rest = frame[~frame["relearn_taught"]]
+        attacks = {(row["attack"], row["condition"]): row for row in results["attacks"]}
+        row = attacks["relearning", "3 steps"]
+        assert row["change"]["value"] == pytest.approx((rest["relearned/3"] - rest["probability"]).mean())
+        assert row["n"] == 8 and row["n_control"] == 9 and row["over"] == "groups"
+        assert row["beyond"]["value"] == pytest.approx(row["change"]["value"] - row["control"]["value"])
+        with robustness.quantised(model, 4):
+            rounded = answer_probability(model, holdout)
+        change = rounded.mean() - answer_probability(model, holdout).mean()
+        assert attacks["quantisation", "4 bits"]["control"]["value"] == pytest.approx(change, abs=1e-6)
+        every = leak_at_k(frame["leaks_entailment"].to_numpy(), 4, 2)
+        assert tables["leak"]["entailment, k = 2"][0]["value"] == pytest.approx(every.mean())
+        assert tables["secret"]["secret"][1]["value"] == pytest.approx(frame["secret_probability"].mean())
+        assert "--secret_pattern ... --nli_model" in results["run"]["command"]
 
     def test_layers(self, world, everything):
         """Depth, lens and gradients of the report from their functions."""
@@ -310,7 +366,7 @@ class TestCommand:
 
         monkeypatch.setattr("evaluation.commands.inputs.load_model", loads)
         ids = DifficultyScores.load(world / "scores.parquet").ids
-        for name in ("probability", "before/verbatim", "truth_ratio", "min_k", "group"):
+        for name in ("probability", "before/verbatim", "uds", "leaks_rouge", "relearned/3", "group"):
             DifficultyScores(ids, {name: np.arange(12.0)}).save(tmp_path / "s.csv", overwrite=True)
             assert main(arguments(world, tmp_path / "out", scores=tmp_path / "s.csv")) == 2
             assert f"the scores have a metric '{name}', which is a column" in capsys.readouterr().err
@@ -327,6 +383,25 @@ class TestCommand:
         assert main(arguments(world, tmp_path / "out", **options)) == 0
         frame = pd.read_parquet(tmp_path / "out" / "per_sample.parquet")
         assert frame["group"].tolist() == ["None", "'None'", "A"] * 2
+
+    def test_secrets_of_a_column(self, world, tmp_path, capsys):
+        """Beside the whole answer, of the samples that have one; neither text nor pattern is written down."""
+        rows = [
+            {**row, "id": f"s{i}", "ssn": row["answer"].split()[1] if i else None} for i, row in enumerate(tofu_like(6))
+        ]
+        options = {"forget_dataset": tmp_path / "forget.jsonl", "columns": "question=question,answer=answer,secret=ssn"}
+        (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(arguments(world, tmp_path / "out", **options)) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        (table,) = [table for table in results["tables"] if table["id"] == "secret"]
+        assert [row["cells"][0] for row in table["rows"]] == [5, 5] and "5 of 6" in table["note"]
+        frame = pd.read_parquet(tmp_path / "out" / "per_sample.parquet")
+        assert frame["secret_probability"].isna().tolist() == [True] + 5 * [False]
+        rows[2]["ssn"] = "hush"
+        (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(arguments(world, tmp_path / "no", **options)) == 2
+        said = capsys.readouterr().err
+        assert "forget sample 's2': its secret does not occur in its answer" in said and "hush" not in said
 
     @pytest.mark.parametrize(
         ("options", "message"),

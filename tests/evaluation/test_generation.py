@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from cud_trainer.data import prepare_samples
-from cud_trainer.models.generation import Sampling, _Draw, continuations, stop_tokens
+from cud_trainer.models.generation import Sampling, _Draw, _levels, continuations, stop_tokens
 from cud_trainer.objectives.alternatives import model_alternatives
 from evaluation.metrics.memorization import evaluate_memorization, generate_answers, true_answers
 
@@ -38,13 +38,16 @@ def parts():
 def test_the_models_generation_config_has_no_say(parts):
     model, tokenizer, data = parts
     own = model.generation_config
-    greedy, drawn = generate_answers(model, data, tokenizer), generate_answers(model, data, tokenizer, temperature=2.0)
+    greedy, drawn = (
+        generate_answers(model, data, tokenizer),
+        generate_answers(model, data, tokenizer, sampling=Sampling(2.0)),
+    )
     assert greedy != drawn
     try:
         for leftover in LEFTOVERS:
             model.generation_config = given = GenerationConfig(eos_token_id=1, pad_token_id=0, **leftover)
             assert generate_answers(model, data, tokenizer) == greedy, leftover
-            assert generate_answers(model, data, tokenizer, temperature=2.0) == drawn, leftover
+            assert generate_answers(model, data, tokenizer, sampling=Sampling(2.0)) == drawn, leftover
             assert model.generation_config is given
     finally:
         model.generation_config = own
@@ -66,11 +69,11 @@ def test_no_answer_depends_on_its_batch(parts):
     model, tokenizer, _ = parts
     rows = [{"question": "Who?" * k, "answer": "Person " * (1 + 4 * (k % 3))} for k in range(1, 7)]
     data = prepare_samples(Dataset.from_list(rows), tokenizer)
-    for temperature in (None, 1.0):
-        several = [generate_answers(model, data, tokenizer, batch_size=b, temperature=temperature) for b in (1, 4, 6)]
+    for sampling in (None, Sampling()):
+        several = [generate_answers(model, data, tokenizer, batch_size=b, sampling=sampling) for b in (1, 4, 6)]
         assert several[0] == several[1] == several[2]
         order = [3, 1, 5, 0, 2, 4]
-        moved = generate_answers(model, data.select(order), tokenizer, batch_size=4, temperature=temperature)
+        moved = generate_answers(model, data.select(order), tokenizer, batch_size=4, sampling=sampling)
         assert moved == [several[0][row] for row in order]
     prompts, limits = [[5, 6], [7] * 9, [8]], [3, 40, 1]
     written = continuations(model, prompts, limits, stop=[], pad=0, batch_size=3)
@@ -141,9 +144,34 @@ def test_plain_text_starts_where_its_continuation_does(monkeypatch):
 def test_draws_are_from_the_models_distribution():
     size = 4000
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    drawn = _Draw([[row] for row in range(size)], 0)(None, p.log().repeat(size, 1)).argmax(-1)
+    levels = torch.from_numpy(_levels([5, 6], 0, range(size), 1))
+    drawn = _Draw(levels)(None, p.log().repeat(size, 1)).argmax(-1)
     found = torch.bincount(drawn, minlength=4) / size
     torch.testing.assert_close(found, p, atol=0.03, rtol=0)
+    impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf]] * 2)
+    assert _Draw(torch.tensor([[0.0], [1 - 2**-24]]))(None, impossible).argmax(-1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (6, 16)])
+def test_many_draws_are_those_one_by_one(parts, sizes, monkeypatch):
+    """However many at a time, and though the prompt is encoded once: the draws are those of whole passes."""
+    model = parts[0]
+    monkeypatch.setattr("cud_trainer.models.generation.DRAWN_AT_ONCE", sizes[1])
+    prompts, limits = [[9, 8, 7], [5], [40] * 9, [9, 8, 7, 6]], [9, 9, 4, 0]
+    options = {"stop": [70], "pad": 0}
+    several = continuations(model, prompts, limits, batch_size=sizes[0], sampling=Sampling(draws=5, seed=3), **options)
+    by_hand = []
+    for prompt, limit in zip(prompts, limits, strict=True):
+        for levels in _levels(prompt, 3, range(5), 9):
+            tokens = list(prompt)
+            for level in levels[:limit]:
+                with torch.no_grad():
+                    p = model(torch.tensor([tokens])).logits[0, -1].softmax(-1)
+                tokens.append(int((p.cumsum(-1) <= level).sum()))
+                if tokens[-1] == 70:
+                    break
+            by_hand.append([token for token in tokens[len(prompt) :] if token != 70])
+    assert several == by_hand
 
 
 def test_alternatives_do_not_depend_on_batches_or_leftovers():

@@ -14,10 +14,10 @@ from tofu import tofu_like
 
 from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
+from cud_trainer.models.generation import Sampling
 from evaluation.metrics import privacy, robustness
 from evaluation.metrics.measure import check_texts, measure
 from evaluation.metrics.memorization import (
-    evaluate_memorization,
     generate_answers,
     lowest_mean,
     teacher_forced,
@@ -159,16 +159,9 @@ class TestOnAModel:
         data = prepare_samples(qa_dataset(4), tokenizer)
         torch.manual_seed(5)
         state = torch.random.get_rng_state()
-        drawn = [generate_answers(model, data, tokenizer, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+        drawn = [generate_answers(model, data, tokenizer, sampling=Sampling(seed=seed)) for seed in (1, 1, 2)]
         assert drawn[0] == drawn[1] != drawn[2]
         assert torch.equal(torch.random.get_rng_state(), state)  # the caller's own draws go on as before
-        one = evaluate_memorization(model, data, tokenizer, samples=1, seed=3)
-        three = evaluate_memorization(model, data, tokenizer, samples=3, seed=3)
-        assert (three["sampled_rouge_l_recall"] >= one["sampled_rouge_l_recall"]).all()
-        assert set(three) - set(evaluate_memorization(model, data, tokenizer)) == {
-            "sampled_rouge_l_recall",
-            "sampled_verbatim",
-        }
 
     def test_answers_and_utility(self):
         model, tokenizer, raw = make_model(0), make_tokenizer(), tofu_like(5)
@@ -228,14 +221,19 @@ class TestOnAModel:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
             p.requires_grad_("mlp" in name)  # whatever was frozen is relearned, too
-        found = robustness.relearn(model, data, [0, 1, 2], steps=(1, 30), learning_rate=1e-2)
-        assert sorted(found) == [0, 1, 30]
+        never_seen = prepare_samples(qa_dataset(3, 50), tokenizer)
+        options = {"steps": (1, 30), "learning_rate": 1e-2}
+        both = robustness.relearn(model, data, [0, 1, 2], control=never_seen, **options)
+        found = both.forget
+        assert sorted(found) == sorted(both.control) == [0, 1, 30]
+        np.testing.assert_array_equal(both.control[0], answer_probability(model, never_seen, batch_size=16))
+        assert both.control[30].mean() > 2 * both.control[0].mean()  # by itself, like all that looks like this
         np.testing.assert_array_equal(found[0], answer_probability(model, data, batch_size=16))
         assert (found[30][:3] > 5 * found[0][:3]).all()
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         assert all(p.requires_grad == ("mlp" in name) for name, p in model.named_parameters())
-        again = robustness.relearn(model, data, [0, 1, 2], steps=(1, 30), learning_rate=1e-2)
-        assert (again[30] == found[30]).all()
+        again = robustness.relearn(model, data, [0, 1, 2], **options)
+        assert (again.forget[30] == found[30]).all() and again.control is None
         for bad in ({"rows": []}, {"rows": [0], "steps": ()}, {"rows": [0], "steps": (0,)}):
             with pytest.raises(ValueError, match="relearning needs"):
                 robustness.relearn(model, data, bad.pop("rows"), **bad)

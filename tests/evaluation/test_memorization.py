@@ -6,7 +6,8 @@ import torch
 from builders import make_model, make_tokenizer, qa_dataset
 
 from cud_trainer.data import prepare_dataset, prepare_samples
-from cud_trainer.logprobs import answer_probability
+from cud_trainer.logprobs import answer_probability, answer_recall
+from cud_trainer.models.generation import stop_tokens
 from evaluation.metrics.memorization import (
     GENERATED,
     TEACHER_FORCED,
@@ -106,6 +107,16 @@ class TestOnAModel:
         model, tokenizer, data = memorised
         expected = teacher_forced(model, data, tokenizer)["probability"]
         np.testing.assert_allclose(answer_probability(model, data, batch_size=5), expected, rtol=1e-4)
+
+    def test_both_headline_figures_in_one_pass(self, memorised):
+        model, tokenizer, data = memorised
+        values, stop = teacher_forced(model, data, tokenizer), stop_tokens(tokenizer, model)
+        probability, strength = answer_recall(model, data, stop, batch_size=3)
+        np.testing.assert_allclose(probability, values["probability"], rtol=1e-4)
+        np.testing.assert_array_equal(strength, values["extraction_strength"])
+        assert strength[:4].tolist() == [1.0] * 4 and strength[4:].max() < 1
+        padded = answer_recall(model, data, [*stop, tokenizer.pad_token_id])[1]  # what is no answer ends none
+        np.testing.assert_array_equal(padded, strength)
 
 
 def test_a_prepared_dataset_does_as_samples_do(model, tokenizer):

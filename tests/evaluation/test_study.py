@@ -22,6 +22,7 @@ from evaluation.endpoint import worst_quarter
 from evaluation.statistics import Interval
 from evaluation.study import cell as study_cell
 from evaluation.study import runs as study_runs
+from evaluation.study.engine import remove_others
 from evaluation.study.grid import plan
 from evaluation.study.options import StudyArguments
 from evaluation.study.report import verdict
@@ -57,7 +58,7 @@ def test_every_cell_ran_and_is_compared(finished):
     found = results(finished)
     (entry,) = found["matched"]
     assert [row["schedule"] for row in entry["rows"]] == ["uniform", "upweight_hard"]
-    assert any("upweight_hard less uniform at matched retain utility" in line for line in found["findings"])
+    assert any("upweight_hard, change against uniform at matched retain utility" in line for line in found["findings"])
     assert any(table["id"].startswith("groups") for table in found["tables"])
     assert found["difficulty"]["objectives"][0]["ceiling"]["n_seeds"] == 2
     for path in (p for p in finished.rglob("*") if p.is_file()):
@@ -96,6 +97,7 @@ def tuned(world, tmp_path_factory):
     columns = {"cud": np.arange(12.0), "loss": -np.arange(12.0), "length": np.ones(12) + np.arange(12) % 3}
     DifficultyScores(list(names), columns).save(root / "scores.parquet")
     qa_dataset(5, 300).to_json(root / "utility.jsonl")
+    qa_dataset(7, 400).to_json(root / "holdout.jsonl")
     common = {"difficulty_scores": [str(root / "scores.parquet")], "learning_rate": [0.0003, 0.003], "seed": [1, 2]}
     grid = [
         {**common, "schedule": ["uniform"], "difficulty": ["cud"]},
@@ -112,6 +114,7 @@ def tuned(world, tmp_path_factory):
         relearn_samples=4,
         relearn_steps=2,
         relearn_rate=0.003,
+        holdout_dataset=str(root / "holdout.jsonl"),
         generate_seeds=[2],
     )
     assert main(settings) == 0
@@ -229,6 +232,18 @@ def test_levels_utility_and_relearning(tuned):
     assert np.mean([again["after"][i] - again["before"][i] for i in again["taught"]]) > 0
     (table,) = [table for table in found["tables"] if table["id"].startswith("relearning")]
     assert [row["label"] for row in table["rows"]] == ["uniform", "upweight_hard by cud", "upweight_hard by loss"]
+    cells = dict(zip(table["columns"], table["rows"][0]["cells"], strict=True))
+    rest = np.setdiff1d(np.arange(12), again["taught"])
+    gain = np.mean(np.array(again["after"])[rest]) - np.mean(np.array(again["before"])[rest])
+    unseen = np.mean(again["control"][1]) - np.mean(again["control"][0])
+    assert len(again["control"][0]) == 7 and cells["all, change"] == pytest.approx(gain)  # one seed: no interval
+    assert cells["all, change beyond never-seen samples"] == pytest.approx(gain - unseen)
+    (line,) = [line for line in found["findings"] if line.startswith("relearning, ga, uniform: ")]
+    assert "too little to tell" in line and found["attacks"][0]["beyond"]["value"] == pytest.approx(gain - unseen)
+    first = {row["schedule"]: row for row in found["matched"][0]["rows"]}
+    at = study_runs.Run(tuned, next(c for c in finished_cells(tuned) if path.parent.name == c.name), 4)
+    assert first["uniform"]["extraction"]["value"] == pytest.approx(at.extraction_at(0.95).mean())
+    assert at.extraction["mean"] == pytest.approx(at.strengths.mean(1)) and at.strengths.shape == at.forget.shape
     (table,) = [table for table in found["tables"] if table["id"].startswith("differences")]
     assert len(table["rows"]) == 4  # two schedules at two levels
 
@@ -349,6 +364,33 @@ def test_cells_name_the_default_schedule():
     assert {coordinates(cell).schedule for cell in cells} == {"upweight_hard+odds+per_sample_stop"}
     named = plan(StudyArguments(grid=grid, train={**train, "schedule": "upweight_hard+odds+per_sample_stop"}), {})[1]
     assert [cell.fingerprint for cell in cells] == [cell.fingerprint for cell in named]
+
+
+def test_long_names_are_cut_and_stay_apart():
+    grid = {
+        "schedule": ["upweight_hard+odds+per_sample_stop"],
+        **{name: [0.5] for name in ("learning_rate", "retain_weight", "weight_decay", "calibration_share", "l2_sp")},
+        **{name: [1] for name in ("passes", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")},
+        "max_grad_norm": [1.0, 2.0, 3.0],
+        "refusals": [[f"{'é' * 300}"], [f"{'é' * 300}."]],
+    }
+    train = {"objective": "idk_nll", "bf16": False, "use_cpu": True}
+    names = [cell.name for cell in plan(StudyArguments(grid=grid, train=train), {})[1]]
+    assert len(set(names)) == 6 and all(150 < len(name.encode()) <= 200 for name in names)
+    short = StudyArguments(grid={"schedule": ["uniform"], "seed": [1]}, train=train)
+    assert [cell.name for cell in plan(short, {})[1]] == ["schedule=uniform,seed=1"]
+
+
+def test_cells_of_another_study_go_with_it(tmp_path, caplog):
+    for name in ("schedule=uniform,seed=1", "schedule=uniform,seed=2", "scores-00000000"):
+        (tmp_path / "cells" / name).mkdir(parents=True)
+        (tmp_path / "cells" / name / "cell.json").write_text("{}")
+    args = StudyArguments(grid={"schedule": ["uniform"], "seed": [1]}, train={"bf16": False, "use_cpu": True})
+    remove_others(tmp_path, plan(args, {})[1])
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["schedule=uniform,seed=1"]
+    assert "removed 2 cells of the study that was overwritten: schedule=uniform,seed=2, scores-00000000" in caplog.text
+    remove_others(tmp_path, plan(args, {})[1])
+    assert len(caplog.records) == 1
 
 
 def test_scores_are_shared_by_what_they_do_not_depend_on():

@@ -62,7 +62,8 @@ def world(tmp_path_factory):
 
 def small(world, output, **changes):
     """A study of a score cell and two runs."""
-    return config(world, output, grid={"schedule": ["uniform", "upweight_hard"]}, **changes)
+    shared = ["--id_key", str(world / "ids.key")]  # the same ids in every folder
+    return [*config(world, output, grid={"schedule": ["uniform", "upweight_hard"]}, **changes), *shared]
 
 
 def start(

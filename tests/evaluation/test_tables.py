@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from cud_trainer.difficulty import Buckets, DifficultyScores
+from evaluation.metrics.robustness import Relearned
 from evaluation.metrics.utility import UTILITY_SETS
 from evaluation.report import tables as sections
+from evaluation.report.attacks import Groups, relearning
 from evaluation.report.audit import audit_results
 from evaluation.report.circuits import MECHANISMS, mechanism_table
 from evaluation.report.difficulty import reliability_by_decile
@@ -105,17 +107,21 @@ class TestSections:
         bucket = np.repeat([0, 1], 4)
         start = np.full(8, 0.1)
         found = {0: start, 5: start + np.where(bucket == 1, 0.5, 0.2)}
-        table = jsonable(sections.relearning_table(found, taught, Buckets(bucket, 2), seed=0))
+        table = jsonable(relearning(Relearned(found), taught, Buckets(bucket, 2), Groups(), seed=0)[0])
         assert table["columns"] == [
             "taught",
             "others",
+            "change",
+            "never-seen samples",
+            "their change",
+            "change beyond never-seen samples",
             "others, bucket 1",
             "others, bucket 2",
             "recovered: hardest less easiest",
         ]
         cells = table["rows"][1]["cells"]
-        assert cells[2]["value"] == pytest.approx(0.3) and cells[3]["value"] == pytest.approx(0.6)
-        assert cells[4]["value"] == pytest.approx(0.3) and table["rows"][0]["cells"][4]["reason"] == "the start"
+        assert cells[6]["value"] == pytest.approx(0.3) and cells[7]["value"] == pytest.approx(0.6)
+        assert cells[8]["value"] == pytest.approx(0.3) and table["rows"][0]["cells"][8]["reason"] == "the start"
 
 
 SIZE = 24
@@ -145,7 +151,7 @@ def every_table(order=None, broken=()):
         sections.privacy_table(attacks, others, (attacks, others), 0, buckets),
         sections.utility_table({**utility, "retain/probability": c["a"]}, utility, 0),
         sections.change_table("change", "", "", "x", {"x": c["b"], "y": c["a"], "z": c["line"]}, buckets, 0),
-        sections.relearning_table({0: c["b"], 5: c["a"], 9: c["line"]}, taught, buckets, 0),
+        relearning(Relearned({0: c["b"], 5: c["a"], 9: c["line"]}), taught, buckets, Groups(), 0)[0],
         sections.group_table(c["a"], groups, c["loss"], 0)[0],
         sections.line_table([{"share": 0.0, "forget": c["a"], "retain": c["b"]}], 0),
         mechanism_table({"mean_edge_length": c["a"], **dict.fromkeys(MECHANISMS[1:], c["b"])}, buckets, 0, n_boot=50)[

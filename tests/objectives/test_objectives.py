@@ -445,7 +445,7 @@ class TestStep:
             scores = score_answers(model, pad_batch([sample], 0))
             top = scores.logits[0].log_softmax(-1).sort(descending=True, stable=True)
             torch.testing.assert_close(reference.retain_top.logps[row].double(), top.values[:, :5].detach())
-            assert torch.equal(reference.retain_top.ids[row], top.indices[:, :5])
+            assert torch.equal(reference.retain_top.ids[row].long(), top.indices[:, :5])
 
     @pytest.mark.parametrize("name", ["npo", "ga"])
     def test_reference_puts_every_mode_back(self, name):

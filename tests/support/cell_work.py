@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import signal
+import time
 
 
 def work(study, cell):
@@ -17,6 +18,10 @@ def work(study, cell):
         raise RuntimeError("of ours")
     elif what == "full":
         raise RuntimeError("lost") from OSError(errno.ENOSPC, "No space left on device")
+    elif what == "waits":
+        print("it waits", flush=True)
+        while not (study / "go").exists():
+            time.sleep(0.05)
     library = ctypes.CDLL(None)
     library.puts(b"a line from C")
     library.fflush(None)

@@ -2,8 +2,7 @@
 
 Usage: ddp_worker.py OUTPUT_DIR RESULT.json OPTIONS.json [CHECKPOINT]
 
-The option `kill_at` kills the process in the middle of that step; `fsdp` shards the model: accelerate does that on
-accelerators only, so it is told that it may.
+The option `kill_at` kills the process in the middle of that step.
 """
 
 import json
@@ -19,21 +18,6 @@ from transformers import TrainerCallback
 from cud_trainer import CUDTrainer
 
 
-def shard_on_cpu() -> None:
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    original = AcceleratorState.__init__
-
-    def init(self, *args, **options):
-        original(self, *args, **options)
-        self._shared_state["distributed_type"] = DistributedType.FSDP
-        if options.get("fsdp_plugin") is not None:
-            self._shared_state["fsdp_plugin"] = options["fsdp_plugin"]
-
-    AcceleratorState.__init__ = init
-
-
 class Kill(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -47,12 +31,10 @@ def main() -> None:
     output, result, given, *checkpoint = sys.argv[1:]
     options = json.loads(given)
     processes, kill_at = options.pop("processes", 2), options.pop("kill_at", None)
-    if options.get("fsdp"):
-        shard_on_cpu()
     args = config(output, **{"ddp_find_unused_parameters": False, "overwrite": True, **options})
     assert args.world_size == processes
     trainer = CUDTrainer(
-        make_model(0).double() if not options.get("fsdp") else make_model(0),
+        make_model(0).double(),
         args,
         forget_dataset=qa_dataset(9),
         retain_dataset=qa_dataset(7, 100),
@@ -68,12 +50,8 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "left": trainer.predict().predictions.tolist(),
         "progress": trainer.progress.state(),
-        "type": str(trainer.accelerator.distributed_type),
+        "checksum": checksum(trainer.model),
     }
-    if options.get("fsdp"):
-        trainer.save_model(output + "/final")
-    else:
-        found["checksum"] = checksum(trainer.model)
     if trainer.is_world_process_zero():
         Path(result).write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()

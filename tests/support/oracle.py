@@ -320,6 +320,10 @@ class Oracle:
             results.append(scores.softmax(-1)[:, :length] @ values[group])
         return results
 
+    def scale_behind(self, norm, total):
+        """What a norm behind W_O multiplies every head's output with."""
+        return gain(norm) * rms(norm, total) / total
+
     def run(self, embeddings, constants=None, circuit=None, corrupt=None):
         """`(source outputs, what each destination read, which sources it could read, logits)`, `embeddings [T, d]`.
 
@@ -367,7 +371,7 @@ class Oracle:
             offset = 0 if view.out.bias is None else view.out.bias
             if view.post1 is not None:
                 total = sum(written) + offset
-                factor = gain(view.post1) * rms(view.post1, total) / total
+                factor = self.scale_behind(view.post1, total)
                 written, offset = [value * factor for value in written], offset * factor
             offset = offset * self.into
             for head, value in enumerate(written):

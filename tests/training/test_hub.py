@@ -85,6 +85,7 @@ def test_model_and_card_are_uploaded_and_nothing_about_samples(hub, tmp_path, lo
         "| objective | npo |",
         "| schedule | upweight_hard |",
         "| difficulty | loss |",
+        f"| forget set, extraction strength | {measured['eval_forget_extraction']:.4f} |",
         f"| difficulty bucket 1, easiest | {measured['eval_forget_prob/bucket_1']:.4f} |",
         f"| difficulty bucket 4, hardest | {measured['eval_forget_prob/bucket_4']:.4f} |",
         f"| retain set | {measured['eval_retain_prob']:.4f} |",

@@ -7,7 +7,7 @@ from builders import make_model, make_tokenizer, qa_dataset
 from runs import checksum, make_trainer, torchrun
 
 from cud_trainer.data import prepare_samples
-from cud_trainer.training.neighbours import nearest
+from cud_trainer.training.neighbours import Nearest, nearest
 
 NEAREST = {"retain_pairing": "nearest", "schedule": "uniform", "retain_loss": "nll"}
 
@@ -62,7 +62,7 @@ def test_a_run_serves_them_in_turn(tmp_path):
         assert partner == expected[name][turn % 7], (name, turn)
     assert schedule.settings["retain_pairing"] == "nearest" and set(seen.values()) == {8}
     ids = trainer.retain.ids
-    assert trainer.plan.rows["retain_index"][:4] == [ids.index(name) for name in schedule.retain_id[:4]]
+    assert trainer.plan.rows["retain_index"][:4].tolist() == [ids.index(name) for name in schedule.retain_id[:4]]
     drawn = make_trainer(tmp_path / "drawn", passes=9, **{**NEAREST, "retain_pairing": "random"}).schedule
     assert drawn.order.tolist() == schedule.order.tolist() and drawn.hash != schedule.hash
 
@@ -90,3 +90,18 @@ def test_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_several_processes_found_is_what_one_finds():
+    generator = np.random.default_rng(1)
+    forget, retain = generator.normal(size=(6, 4)), np.repeat(generator.normal(size=(20, 4)), 2, axis=0)  # with ties
+    parts = [Nearest(forget, 5) for _ in range(3)]
+    for number, part in enumerate(parts):
+        rows = np.arange(number, 40, 3)
+        part.see(rows[::-1], retain[rows[::-1]])
+    for other in [*parts]:  # its own, too, as they are gathered
+        parts[0].take(*other.found())
+    assert parts[0].found()[0].tolist() == nearest(forget, retain, 5).tolist()
+    cosine = [[f @ r / np.linalg.norm(f) / np.linalg.norm(r) for r in retain] for f in forget]
+    by_hand = [np.argsort(np.negative(np.round(row, 4)), kind="stable")[:5].tolist() for row in cosine]
+    assert parts[0].found()[0].tolist() == by_hand

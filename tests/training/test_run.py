@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from builders import ROOT, SUPPORT, make_model, make_tokenizer, qa_dataset
+from builders import SUPPORT, make_model, make_tokenizer, qa_dataset
 from datasets import Dataset
 from peft import LoraConfig
 from processes import run
@@ -122,6 +121,20 @@ class TestFollowing:
         )
         names = {name for name, parameter in alone.model.named_parameters() if id(parameter) in reached}
         assert names == {name for name in names if name.startswith(("model.embed_tokens.", "model.layers.0."))} != set()
+
+    @pytest.mark.parametrize("layers", [None, "0", "1"])
+    def test_what_rmu_cannot_reach(self, tmp_path, layers):
+        options = {"objective": "rmu", "objective_args": {"layer": 0}, "trainable_layers": layers, "passes": 1}
+        if layers == "1":  # behind the only layer that is read
+            with pytest.raises(ValueError, match="gradient"):
+                make_trainer(tmp_path / "out", **options).train()
+            return
+        trainer = make_trainer(tmp_path / "out", **options)
+        behind = {id(parameter) for parameter in trainer.inputs.loss.unreached(trainer.model)}
+        trained = {name: id(value) for name, value in trainer.model.named_parameters() if value.requires_grad}
+        expected = [name for name in trained if not name.startswith(("model.embed_tokens.", "model.layers.0."))]
+        assert {name for name, number in trained.items() if number in behind} == set(expected)
+        assert bool(expected) == (layers is None)
 
     def test_train_again_starts_again(self, tmp_path):
         trainer = make_trainer(tmp_path / "out", **{**LIVELY, "overwrite": True, "save_strategy": "no"})
@@ -511,7 +524,9 @@ class TestEvaluation:
             assert torch.equal(ours, theirs)
 
     def test_held_out_samples_that_a_loss_sees(self, tmp_path):
-        with pytest.raises(ValueError, match=r"held-out sample '\w+' is in the forget dataset: a loss sees it"):
+        with pytest.raises(
+            ValueError, match=r"held-out sample '\S+' \(row \d+\) is in the forget dataset: a loss sees it"
+        ):
             make_trainer(tmp_path / "out", heldout_dataset=qa_dataset(3))
         with pytest.raises(ValueError, match=r"is in the retain dataset: a loss sees it"):
             make_trainer(tmp_path / "out", heldout_dataset=qa_dataset(3, 100))
@@ -610,48 +625,6 @@ class TestCard:
         trainer.train()
         card = unlearning_section(trainer)
         assert "in the last training steps" in card and "held at a loss of 5" in card and "bucket" not in card
-
-
-class TestSharded:
-    @pytest.mark.subprocess
-    def test_fsdp_on_two_processes_is_the_same_run(self, tmp_path):
-        """FSDP 2 over gloo: reference and difficulty are computed before the model is sharded."""
-        options = {"objective": "npo", "passes": 2, "schedule": "upweight_hard+dynamic", "save_strategy": "no"}
-        alone = make_trainer(tmp_path / "one", model=make_model(0), **options)
-        alone.train()
-        found = torchrun(
-            tmp_path / "two",
-            tmp_path / "r.json",
-            per_device_train_batch_size=2,
-            gradient_checkpointing=False,
-            fsdp=True,
-            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-            **options,
-        )
-        assert found["type"] == "DistributedType.FSDP"
-        assert found["served"] == found["planned"] == alone.served_ids
-        losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
-        np.testing.assert_allclose(found["losses"], losses, rtol=1e-4)
-        np.testing.assert_allclose(found["left"], alone.predict().predictions, rtol=1e-3)
-        from transformers import AutoModelForCausalLM
-
-        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final")
-        left = answer_probability(saved, alone.forget)
-        np.testing.assert_allclose(left, found["left"], rtol=1e-3)
-
-    def test_partitioned_weights_are_refused(self, tmp_path):
-        model = make_model(0)
-        next(model.parameters()).ds_id = 0
-        with pytest.raises(ValueError, match="already partitioned by DeepSpeed"):
-            make_trainer(tmp_path / "out", model=model)
-
-    @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
-    def test_accelerate_reads_the_configurations(self, path):
-        from accelerate.commands.config.config_args import load_config_from_file
-
-        loaded = load_config_from_file(str(path))
-        assert loaded.mixed_precision == "bf16" and loaded.use_cpu is False
-        assert str(loaded.distributed_type.value) == yaml.safe_load(path.read_text())["distributed_type"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, EarlyStoppingCallback
 from trl import SFTConfig
 
 from cud_trainer.cli import main
-from cud_trainer.stack_options import ACTS, HARMLESS, IDLE, REFUSED, higher_is_better
+from cud_trainer.stack_options import ACTS, HARMLESS, IDLE, NEEDS, REFUSED, higher_is_better
+from cud_trainer.training.stack import check_stack
 
 FIELDS = {field.name: field for field in dataclasses.fields(SFTConfig)}
 OTHER = {
@@ -56,6 +57,38 @@ def test_no_effect_is_said(name, tmp_path, caplog):
     caplog.clear()
     config(tmp_path)
     assert not [record for record in caplog.records if "has no effect" in record.message]
+
+
+@pytest.mark.parametrize(("name", "value"), [("hub_strategy", "end"), ("hub_always_push", True)])
+def test_no_effect_without_another_one_is_said(name, value, tmp_path, caplog):
+    import logging
+
+    logging.getLogger("cud_trainer").propagate = True
+    config(tmp_path, **{name: value}, push_to_hub=True)
+    assert not [record for record in caplog.records if "has no effect" in record.message]
+    config(tmp_path, **{name: value})
+    assert f"{name}={value!r} has no effect without push_to_hub" in [record.message for record in caplog.records]
+    assert set(NEEDS) <= set(ACTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "sgd", "optim_args": "momentum=0.0"}, None),
+        ({"optim": "sgd", "optim_args": "nesterov=false,momentum=0.5"}, None),
+        ({"optim": "sgd", "optim_args": "momentum=0.5,beta=1"}, "optim_args: optim 'sgd' has no option 'beta'"),
+        ({"optim": "adamw_torch", "optim_args": "beta1=0.5"}, "optim_args: optim 'adamw_torch' has no option 'beta1'"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, None),
+        ({"gradient_checkpointing_kwargs": {"nope": 1}}, "gradient_checkpointing_kwargs {'nope': 1}: "),
+    ],
+)
+def test_options_inside_options(tmp_path, options, message):
+    args = config(tmp_path, **options)
+    if message is None:
+        check_stack(args, make_model(0), own_optimizer=False)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_stack(args, make_model(0), own_optimizer=False)
 
 
 def test_the_documentation_names_them_all():

@@ -1,0 +1,243 @@
+"""Does a rule keep more of what no loss sees, and does difficulty add to it? By a protocol that is committed before.
+
+    python benchmarks/evidence.py development     # every arm with every retain weight, on seeds that nothing reports
+    python benchmarks/evidence.py confirmation    # arms and weights as they stand then: fresh model, fresh seeds
+
+A protocol (benchmarks/evidence/NAME.yaml) names worlds, objectives, parts (full, LoRA), arms and seeds. The endpoint is
+that of every study with held-out samples: H, the share of the held-out probability that is kept at the first snapshot
+at which a run's own worst quarter is at most 0.10 (or what a model says that never saw the samples, if that is more).
+`weights: NAME` takes the retain weight of every arm from the results of that protocol: the one that kept most at the
+endpoint there. What is found goes to benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for several
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HERE = Path(__file__).parent
+SETS = ("forget", "retain", "retain_eval", "held_out")
+LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
+SHARED = {
+    "group_column": "author",
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "max_length": 512,
+}
+SEED = 0  # of bootstraps
+
+
+def world(work: Path, name: str, spec: dict[str, Any]) -> tuple[Path, float]:
+    """Data and a model that knows it by heart, in a folder; and the worst quarter of the forget set under a model that
+    learned all but that."""
+    from evaluation.endpoint import worst_quarter
+    from evaluation.testbed import build_testbed, memorise, tiny_llama, train_tokenizer
+
+    folder, seed = work / f"{name}-{spec['seed']}", spec["seed"]
+    sizes = {f"n_{part}_authors": spec[part] for part in ("forget", "retain", "heldout")}
+    testbed = build_testbed(seed, **sizes)
+    tokenizer = train_tokenizer(testbed.texts())
+
+    def learned(train: Any) -> Any:
+        from dataclasses import replace
+
+        model = tiny_llama(tokenizer, seed)
+        memorise(model, tokenizer, replace(testbed, train=train), epochs=spec["epochs"], seed=seed, progress=False)
+        return model
+
+    if not (folder / "model").exists():
+        model = learned(testbed.train)
+        model.save_pretrained(folder / "part")
+        tokenizer.save_pretrained(folder / "part")
+        os.replace(folder / "part", folder / "model")
+    for part in SETS:
+        if not (folder / f"{part}.jsonl").exists():
+            getattr(testbed, part).to_json(folder / "part.jsonl")
+            os.replace(folder / "part.jsonl", folder / f"{part}.jsonl")
+    if not (folder / "never-seen.json").exists():
+        from cud_trainer.data import prepare_samples
+        from cud_trainer.files import write_json
+        from cud_trainer.logprobs import answer_probability
+
+        model = learned(testbed.train.filter(lambda split: split != "forget", input_columns="split"))
+        said = answer_probability(model, prepare_samples(testbed.forget, tokenizer, name="forget"))
+        write_json(folder / "never-seen.json", np.asarray(said).tolist())
+    never_seen = np.array(json.loads((folder / "never-seen.json").read_text()))
+    return folder, float(worst_quarter(never_seen))
+
+
+def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any]]:
+    """Options of every arm of a condition, with the retain weight that an earlier protocol has chosen."""
+    arms = {name: dict(options) for name, options in protocol["arms"].items()}
+    chosen = {}
+    if "weights" in protocol:
+        earlier = json.loads((HERE / "results" / f"evidence-{protocol['weights']}.json").read_text())
+        chosen = earlier["conditions"][condition]["weights"]
+    for name, options in arms.items():
+        like = options.pop("like", name)
+        if chosen:
+            options["retain_weight"] = chosen[like]
+    only = protocol.get("only", {}).get(condition)
+    return arms if only is None else {name: arms[name] for name in only}
+
+
+def study(folder: Path, never_seen: float, protocol: dict[str, Any], condition: str, workers: int) -> Any:
+    """Run the study of one condition, `OBJECTIVE-PART`, in the folder of its world."""
+    from trl import ModelConfig
+
+    from evaluation.study.engine import run_study
+    from evaluation.study.options import StudyArguments
+
+    objective, part = condition.split("-")
+    grid = {"objective": [objective], "seed": protocol["seeds"]}
+    if "weights" not in protocol:
+        grid["retain_weight"] = protocol["retain_weights"]
+    arguments = StudyArguments(
+        forget_dataset=str(folder / "forget.jsonl"),
+        retain_dataset=str(folder / "retain.jsonl"),
+        utility_dataset=str(folder / "retain_eval.jsonl"),
+        heldout_dataset=str(folder / "held_out.jsonl"),
+        never_seen=never_seen,
+        output_dir=str(folder / f"{protocol['name']}-{condition}"),
+        extensions=0,
+        workers=workers,
+        tune_on="endpoint",
+        tuning_seeds=1,
+        snapshot_every=protocol["snapshot_every"],
+        retain_eval_samples=60,
+        end_worst_quarter=max(0.1, never_seen),
+        grid=grid,
+        arms=arms_of(protocol, condition),
+        train={
+            **SHARED,
+            "difficulty": "none",
+            "passes": protocol["passes"],
+            "per_device_train_batch_size": protocol["batch"],
+            "learning_rate": protocol["learning_rates"][condition],
+        },
+    )
+    adapter = LORA if part == "lora" else {}
+    return run_study(arguments, ModelConfig(model_name_or_path=str(folder / "model"), **adapter))
+
+
+def row(run: Any) -> dict[str, Any]:
+    """A run as it stands in the results."""
+    end = run.end
+    there = end.snapshot
+    return {
+        "retain_weight": run.options.get("retain_weight", 1.0),
+        "seed": run.seed,
+        "H": end.kept,
+        "step": None if there is None else int(run.steps[there]),
+        "left": end.left,
+        "extraction": None if there is None else float(run.extraction["worst_quarter"][there]),
+        "worst_at_90": end.worst_at_kept,
+        "left_at_90": end.left_at_kept,
+        "lowest": end.lowest,
+        "calibration_pairs": run.calibration_pairs,
+    }
+
+
+def condition_results(finished: Any, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Every run by arm; the weight that each arm did best with, or the decisions of the rule."""
+    from dataclasses import asdict
+
+    from evaluation.report.schema import jsonable
+    from evaluation.study.evidence import evidence
+    from evaluation.study.runs import Run, finished_cells, grouped
+
+    cells = [cell for cell in finished_cells(finished.folder) if cell.kind == "run"]
+    runs = [Run(finished.folder, cell, 4, finished.never_seen) for cell in cells]
+    runs = [run for run in runs if run.schedule in protocol["arms"]]
+    by_arm = grouped(sorted(runs, key=lambda run: (run.tuning[1] or 0, run.seed)), lambda run: run.schedule)
+    by_arm = {name: by_arm[name] for name in protocol["arms"] if name in by_arm}
+    results = {
+        "never_seen": finished.never_seen,
+        "failed": finished.failed,
+        "arms": {name: [row(run) for run in same] for name, same in by_arm.items()},
+    }
+    if "weights" not in protocol:
+        results["weights"] = {name: best_weight(rows) for name, rows in results["arms"].items()}
+    else:
+        found = evidence("all", by_arm, finished.heldout_groups, finished.never_seen, SEED)
+        results["findings"] = found.findings
+        results["decisions"] = {name: jsonable(asdict(decision)) for name, decision in found.decisions.items()}
+    return results
+
+
+def best_weight(rows: list[dict[str, Any]]) -> float:
+    """The retain weight that keeps most at the endpoint; where none gets there, the one that comes nearest."""
+
+    def rank(weight: float) -> tuple[float, float]:
+        same = [one for one in rows if one["retain_weight"] == weight]
+        kept = np.mean([-1.0 if one["H"] is None else one["H"] for one in same])
+        return float(kept), -float(np.mean([one["lowest"] for one in same]))
+
+    return max(sorted({one["retain_weight"] for one in rows}), key=rank)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables of the results."""
+
+    def shown(value: float | None) -> str:
+        return "never" if value is None else f"{value:.3f}"
+
+    lines = [f"# Evidence: {results['protocol']['name']}", "", f"`{results['command']}`", ""]
+    for condition, found in results["conditions"].items():
+        lines += [f"## {condition}", "", "H by arm, every seed by itself; mean left and worst quarter at H = 90%.", ""]
+        lines += [
+            "| arm | retain weight | H | step | extraction | worst quarter at H = 90% |",
+            "|---|---|---|---|---|---|",
+        ]
+        for arm, rows in found["arms"].items():
+            for weight in sorted({one["retain_weight"] for one in rows}):
+                same = [one for one in rows if one["retain_weight"] == weight]
+                steps = " ".join("-" if one["step"] is None else str(one["step"]) for one in same)
+                cells = [" ".join(shown(one[name]) for one in same) for name in ("H", "extraction", "worst_at_90")]
+                lines.append(f"| {arm} | {weight:g} | {cells[0]} | {steps} | {cells[1]} | {cells[2]} |")
+        lines += ["", *[f"- {finding}" for finding in found.get("findings", [])], ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", help="name of a file in benchmarks/evidence/")
+    parser.add_argument("--conditions", nargs="+", help="OBJECTIVE-PART, for example graddiff-full; by default all")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work_dir", type=Path, default=Path("evidence-study"))
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    protocol = {"name": args.protocol, **yaml.safe_load((HERE / "evidence" / f"{args.protocol}.yaml").read_text())}
+    path = args.output / f"evidence-{args.protocol}.json"
+    from cud_trainer.files import write_json
+    from cud_trainer.models.fingerprint import versions
+
+    results: dict[str, Any] = {"conditions": {}}
+    if path.exists():  # what stands there of other conditions stays
+        results = json.loads(path.read_text())
+    results |= {"protocol": protocol, "versions": versions(), "command": " ".join(["python", *sys.argv])}
+    for (name, spec), condition in itertools.product(protocol["worlds"].items(), protocol["learning_rates"]):
+        if args.conditions and condition not in args.conditions:
+            continue
+        folder, never_seen = world(args.work_dir, name, spec)
+        finished = study(folder, never_seen, protocol, condition, args.workers)
+        results["conditions"][condition] = condition_results(finished, protocol)
+        write_json(path, results)
+        path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+        print(markdown({**results, "conditions": {condition: results["conditions"][condition]}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
