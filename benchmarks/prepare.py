@@ -61,7 +61,7 @@ def listed_fingerprint(prepared: Dataset) -> str:
     digest = hashlib.sha256()
     for sample_id, tokens, labels in zip(prepared["sample_id"], prepared["input_ids"], prepared["labels"], strict=True):
         digest.update(f"{sample_id}|{list(tokens)}|{list(labels)}\n".encode())
-    return digest.hexdigest()[:16]
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def listed_overlap(forget: Dataset, retain: Dataset) -> None:
