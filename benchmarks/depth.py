@@ -8,12 +8,10 @@ predicted, with no state put in. CPU time; alternated, `--repeats` times; median
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cud_trainer.data import IGNORE_INDEX, prepare_samples
 from cud_trainer.files import write_json
@@ -39,7 +37,8 @@ def bare_passes(model, prepared, times, batch_size) -> None:
 
 
 def main() -> None:
-    from attribution import machine  # the script beside this one
+    from attribution import machine  # the scripts beside this one
+    from timing import alternated, said, small_llama, spread
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -53,21 +52,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world = build_testbed(seed=0)
     tokenizer = train_tokenizer(world.texts())
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=512,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    models = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        models.append(LlamaForCausalLM(config).eval())
+    models = [small_llama(args, seed, vocab_size=args.vocabulary) for seed in range(3)]
     original, reference, unlearned = models
     prepared = prepare_samples(world.forget, tokenizer)
     prepared = prepared.select(range(min(args.samples, len(prepared)))).measured
@@ -78,16 +63,9 @@ def main() -> None:
 
     passes = 2 * args.layers + 3
     work = {"bare passes": lambda: bare_passes(original, prepared, passes, args.batch_size), "UDS": score}
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(args.repeats + 1):
-        for name in list(work)[:: 1 if repeat % 2 else -1]:
-            start = time.process_time()
-            work[name]()
-            if repeat:  # the first warms up
-                seconds[name].append(time.process_time() - start)
-    found = {name: np.array(values) for name, values in seconds.items()}
-    low, middle, high = np.percentile(found["UDS"] / found["bare passes"], [0, 50, 100])
-    print(f"UDS: {middle:.3f} ({low:.3f}-{high:.3f}) of {passes} bare passes")
+    found = alternated(work, args.repeats)
+    cost = spread(found["UDS"] / found["bare passes"])
+    print(f"UDS: {said(cost)} of {passes} bare passes")
     result = {
         "command": "python benchmarks/depth.py",
         "samples": len(prepared),
@@ -96,7 +74,7 @@ def main() -> None:
         "passes": passes,
         "machine": machine(),
         "parameters": sum(p.numel() for p in original.parameters()),
-        "table": [{"what": "UDS", "against": f"{passes} bare passes", "ratio": middle, "lowest": low, "highest": high}],
+        "table": [{"what": "UDS", "against": f"{passes} bare passes", **cost}],
         "seconds": {name: float(np.median(values)) for name, values in found.items()},
     }
     write_json(args.output, result)

@@ -7,12 +7,10 @@ greedy generation, both in batches of similar length. CPU time; alternated, `--r
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cud_trainer.data import IGNORE_INDEX, prepare_samples
 from cud_trainer.files import write_json
@@ -55,7 +53,8 @@ def bare_generation(model, prepared, pad, eos, batch_size=BATCH) -> None:
 
 
 def main() -> None:
-    from attribution import machine  # the script beside this one
+    from attribution import machine  # the scripts beside this one
+    from timing import alternated, said, small_llama, spread
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -66,20 +65,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world = build_testbed(seed=0)
     tokenizer = train_tokenizer(world.texts())
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32000,
-            hidden_size=args.hidden,
-            intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            max_position_embeddings=512,
-            eos_token_id=None,
-            bos_token_id=None,
-        )
-    ).eval()
+    model = small_llama(args)
     # The model knows nothing, so that it never ends an answer: both sides generate to the limit.
     prepared = prepare_samples(world.forget, tokenizer)
     pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
@@ -95,23 +81,15 @@ def main() -> None:
             model, prepared, tokenizer, batch_size=BATCH, token_statistics=True
         ),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(args.repeats + 1):
-        for name in list(work)[:: 1 if repeat % 2 else -1]:
-            start = time.process_time()
-            work[name]()
-            if repeat:  # the first warms up
-                seconds[name].append(time.process_time() - start)
-    found = {name: np.array(values) for name, values in seconds.items()}
+    found = alternated(work, args.repeats)
     floor = found["bare pass"] + found["bare generation"]
     table = []
     for name, base, values in (
         ("teacher-forced metrics", "bare pass", found["teacher-forced metrics"] / found["bare pass"]),
         ("all metrics", "bare pass and generation", found["all metrics"] / floor),
     ):
-        low, middle, high = np.percentile(values, [0, 50, 100])
-        table.append({"what": name, "against": base, "ratio": middle, "lowest": low, "highest": high})
-        print(f"{name}: {middle:.3f} ({low:.3f}-{high:.3f}) of {base}")
+        table.append({"what": name, "against": base, **spread(values)})
+        print(f"{name}: {said(table[-1])} of {base}")
     result = {
         "command": "python benchmarks/evaluate.py",
         "samples": len(prepared),

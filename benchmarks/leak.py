@@ -8,12 +8,10 @@ CPU time, one thread; alternated, `--repeats` times; median, lowest, highest.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cud_trainer.data import IGNORE_INDEX, prepare_samples
 from cud_trainer.files import write_json
@@ -49,7 +47,8 @@ def bare_sampling(model, prepared, pad, eos, n) -> None:
 
 
 def main() -> None:
-    from attribution import machine  # the script beside this one
+    from attribution import machine  # the scripts beside this one
+    from timing import alternated, said, small_llama, spread
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -62,21 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world = build_testbed(seed=0)
     tokenizer = train_tokenizer(world.texts())
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32000,
-            hidden_size=args.hidden,
-            intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            eos_token_id=None,
-            bos_token_id=None,
-            initializer_range=0.2,
-        )
-    ).eval()
+    model = small_llama(args, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
     prepared = prepare_samples(world.forget, tokenizer).select(range(args.samples))
     pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
     with torch.no_grad():
@@ -88,18 +73,10 @@ def main() -> None:
             "bare": lambda n=n: bare_sampling(model, prepared, pad, eos, n),
             "leak@k": lambda n=n: sampled_leaks(model, prepared, tokenizer, LeakRule(n), batch_size=BATCH),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in work}
-        for repeat in range(args.repeats + 1):
-            for name in list(work)[:: 1 if repeat % 2 else -1]:
-                start = time.process_time()
-                work[name]()
-                if repeat:  # the first warms up
-                    seconds[name].append(time.process_time() - start)
-        ratios = np.array(seconds["leak@k"]) / np.array(seconds["bare"])
-        low, middle, high = np.percentile(ratios, [0, 50, 100])
-        table.append({"answers": n, "ratio": middle, "lowest": low, "highest": high})
+        seconds = alternated(work, args.repeats)
+        table.append({"answers": n, **spread(seconds["leak@k"] / seconds["bare"])})
         table[-1]["seconds"] = {name: float(np.median(values)) for name, values in seconds.items()}
-        print(f"{n} answers: {middle:.3f} ({low:.3f}-{high:.3f}) of bare sampling")
+        print(f"{n} answers: {said(table[-1])} of bare sampling")
     result = {
         "command": "python benchmarks/leak.py",
         "samples": len(prepared),

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from attribution import machine
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from timing import said, small_llama, spread
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from cud_trainer import CUDConfig, CUDTrainer, score_difficulty
@@ -119,20 +120,8 @@ def main() -> None:
     torch.set_num_threads(1)
     world = build_testbed(seed=0)
     tokenizer = train_tokenizer(world.texts())
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16384,
-            hidden_size=args.hidden,
-            intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            max_position_embeddings=512,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = small_llama(args, vocab_size=16384, **ends)
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
     second = LlamaForCausalLM(model.config).eval()
     forget, retain = (prepare_samples(part, tokenizer) for part in (world.forget, world.retain))
@@ -197,11 +186,9 @@ def main() -> None:
     table = []
     usual = list(variants)[5]
     for name, other in [*base.items(), (list(variants)[-1], usual)]:
-        ratios = np.array(seconds[name]) / np.array(seconds[other])
-        low, middle, high = np.percentile(ratios, [0, 50, 100])
-        cost = float(np.median(seconds[name]))
-        table.append({"step": name, "seconds": cost, "against": other, "ratio": middle, "lowest": low, "highest": high})
-        print(f"{name}: {middle:.3f} ({low:.3f}-{high:.3f}) of {other}")
+        ratios = spread(np.array(seconds[name]) / np.array(seconds[other]))
+        table.append({"step": name, "seconds": float(np.median(seconds[name])), "against": other, **ratios})
+        print(f"{name}: {said(ratios)} of {other}")
     result = {
         "command": "python benchmarks/step.py",
         "settings": {key: str(value) for key, value in vars(args).items() if key != "output"} | {"batch": BATCH},

@@ -7,7 +7,6 @@ So nothing that is computed depends on a key, and nothing that is written leads 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import hmac
 import json
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import DiskFullError
+from ..files import DiskFullError, disk_full
 
 KEY_FILE = "ids.key"
 PLAIN = re.compile(r"sha256:[0-9a-f]{16}")
@@ -84,7 +83,7 @@ class IdKey:
                     os.link(new, path)
                 new.unlink()
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if disk_full(error):
                 new.unlink(missing_ok=True)
                 raise DiskFullError(path) from None
             raise ValueError(f"cannot read id_key {path}: {error.strerror or error}") from None

@@ -90,6 +90,9 @@ class DifficultyContext:
 
     @cached_property
     def _circuits(self) -> tuple[Tensor, Tensor, Tensor, Graph]:
+        return self._attributed(self.circuit_settings)
+
+    def _attributed(self, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Graph]:
         return attribute_dataset(
             self.model,
             self.forget,
@@ -97,7 +100,7 @@ class DifficultyContext:
             batch_bytes=self.batch_bytes,
             work=self.work,
             progress=self.progress,
-            **self.circuit_settings,
+            **options,
         )
 
     def circuits(self, options: dict[str, Any] | None = None) -> tuple[Tensor, Graph]:
@@ -106,16 +109,8 @@ class DifficultyContext:
             return self.edges, self.graph
         key = json.dumps(options, sort_keys=True)
         if key not in self._other_circuits:
-            edges, _, _, graph = attribute_dataset(
-                self.model,
-                self.forget,
-                batch_size=self.batch_size,
-                batch_bytes=self.batch_bytes,
-                work=self.work,
-                progress=self.progress,
-                name=f"circuits-{hashlib.sha256(key.encode()).hexdigest()[:8]}",
-                **options,
-            )
+            name = f"circuits-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+            edges, _, _, graph = self._attributed({**options, "name": name})
             self._other_circuits[key] = edges, graph
         return self._other_circuits[key]
 
