@@ -9,6 +9,20 @@ settings.register_profile("tests", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("tests")
 
 
+@pytest.fixture(autouse=True)
+def registered_put_back():
+    """What a test registers, and the files that it imports, are unknown to the next: a study asks for both."""
+    from cud_trainer import registry
+    from cud_trainer.commands.imports import registries
+
+    kept = [registry._added, *registries().values()]
+    before = [dict(entries) for entries in kept]
+    yield
+    for entries, known in zip(kept, before, strict=True):
+        entries.clear()
+        entries.update(known)
+
+
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()

@@ -35,16 +35,7 @@ def tiny(model_type, **settings):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **settings})).eval()
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """The registry, put back afterwards."""
-    before = dict(ARCHITECTURES)
-    yield ARCHITECTURES
-    ARCHITECTURES.clear()
-    ARCHITECTURES.update(before)
-
-
-def test_a_wrong_description_is_refused_when_it_is_registered(registry):
+def test_a_wrong_description_is_refused_when_it_is_registered():
     for model_type, wrong, message in (
         ("phi3", Architecture(), r"'phi3' does not fit: no qkv \(layer.self_attn.q_proj\)"),
         (
@@ -58,19 +49,19 @@ def test_a_wrong_description_is_refused_when_it_is_registered(registry):
             r"'olmo2' does not fit .*off by [\d.]+ of the largest",
         ),
     ):
-        del registry[model_type]
+        del ARCHITECTURES[model_type]
         with pytest.raises(ValueError, match=message):
             register_architecture(model_type, wrong)
-        assert model_type not in registry
+        assert model_type not in ARCHITECTURES
 
 
-def test_a_wrong_description_is_refused_when_a_model_is_first_used(registry):
+def test_a_wrong_description_is_refused_when_a_model_is_first_used():
     """What the default sizes of a type hide: Granite multiplies with numbers that are 1 by default."""
     model, batch = tiny("granite", **MULTIPLIERS), to_batch(random_samples(0))
-    registry["granite"] = Architecture()
+    ARCHITECTURES["granite"] = Architecture()
     with pytest.raises(ValueError, match=r"edges out of the embedding do not add up to what autograd says \(off by"):
         edge_attributions(model, batch)
-    registry["granite"] = Architecture(embedding_scale=3.0, residual_scale=0.5)
+    ARCHITECTURES["granite"] = Architecture(embedding_scale=3.0, residual_scale=0.5)
     edge_attributions(model, batch)
 
 
@@ -134,7 +125,7 @@ def test_what_works_without_circuits_is_said(model_type, message):
     check_metrics(["loss"], {}, AutoConfig.for_model(model_type))
 
 
-def test_a_file_of_descriptions(registry, tmp_path):
+def test_a_file_of_descriptions(tmp_path):
     from cud_trainer.commands.options import ScoreArguments
 
     path = tmp_path / "mine.py"
@@ -144,7 +135,7 @@ def test_a_file_of_descriptions(registry, tmp_path):
     )
     for _ in range(2):  # every command may read its options more than once
         ScoreArguments(architecture=str(path))
-    assert registry["my_own"].mlp == "ffn"
+    assert ARCHITECTURES["my_own"].mlp == "ffn"
     for text, message in (("1 / 0", "division by zero"), ("x = 1", "calls register_architecture for no model type")):
         other = tmp_path / f"{len(message)}.py"
         other.write_text(text)

@@ -33,16 +33,11 @@ with open("times.txt", "a") as file:
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A file that registers something, in the working directory; the registries are put back afterwards."""
-    before = {kind: dict(entries) for kind, entries in registries().items()}
-    monkeypatch.setattr(registry, "_added", {})
+    """A file that registers something, in the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "helper_beside.py").write_text("TEXT = 'x'\n")
     (tmp_path / "mine.py").write_text(MINE)
-    yield tmp_path / "mine.py"
-    for kind, entries in registries().items():
-        entries.clear()
-        entries.update(before[kind])
+    return tmp_path / "mine.py"
 
 
 def test_it_runs_once_and_is_listed(mine, capsys):
