@@ -134,6 +134,21 @@ def tokenise(
 ) -> list[Tokens]:
     """The tokens of rows of one format.
 
+    Args and errors: see `each_tokenised`.
+    """
+    return list(each_tokenised(rows, kind, tokenizer, names, context, secret_column))
+
+
+def each_tokenised(
+    rows: Sequence[Row],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    context: TemplateContext | None = None,
+    secret_column: str | None = None,
+) -> Iterator[Tokens]:
+    """The tokens of rows of one format, in order: while the first are used, the next are made.
+
     Args:
         kind: key of `FORMATS`.
         names: what to call each row in an error.
@@ -145,7 +160,7 @@ def tokenise(
     """
     named = list(zip(rows, names, strict=True))
     if kind == "tokenised":
-        return [_given_tokens(row, tokenizer, where) for row, where in named]
+        return (_given_tokens(row, tokenizer, where) for row, where in named)
     secrets = None if secret_column is None else [secrets_of(row[secret_column], where) for row, where in named]
     if kind == "text":
         texts = [("", filled(row["text"], "text", where), where) for row, where in named]
@@ -165,9 +180,9 @@ def _texts(
     secrets: Sequence[list[str]] | None,
     *,
     prompted: bool = True,
-) -> list[Tokens]:
+) -> Iterator[Tokens]:
     """Tokens of plain texts, given as prompt, completion and name; without `prompted` all of them are answer."""
-    encoder, made = Encoder(tokenizer), []
+    encoder = Encoder(tokenizer)
     own = iter([None] * len(pairs) if secrets is None else secrets)
     for part, encoded in encoder.each(_starts_and_texts(pairs)):
         encoded = [Encoded(ids, one.encoding) for ids, one in zip(_with_eos(encoded, tokenizer), encoded, strict=True)]
@@ -178,8 +193,7 @@ def _texts(
             if told is not None:
                 spans = secret_spans(text, [(len(start), len(text))], told, where)
                 secret = [encoder.covered(span, one) for span in spans]
-            made.append(Tokens(count, one.ids, secret=secret))
-    return made
+            yield Tokens(count, one.ids, secret=secret)
 
 
 def _starts_and_texts(pairs: Sequence[tuple[str, str, str]]) -> Iterator[tuple[list[tuple[str, str, str]], list[str]]]:
@@ -224,7 +238,7 @@ def _chats(
     tokenizer: PreTrainedTokenizerBase,
     context: TemplateContext,
     secrets: Sequence[list[str]] | None = None,
-) -> list[Tokens]:
+) -> Iterator[Tokens]:
     """Tokens of conversations, through the chat template."""
     chats = []
     for number, (prompt, completion, row, where) in enumerate(pairs):
@@ -394,7 +408,7 @@ def counterfactuals(
         others += [{**row, ANSWERS[kind]: filled(text, column, where)} for text in texts]
         sizes.append(len(texts))
     whose = [where for where, size in zip(names, sizes, strict=True) for _ in range(size)]
-    rivals = iter(tokenise(others, kind, tokenizer, whose, context))
+    rivals = each_tokenised(others, kind, tokenizer, whose, context)
     return [_aligned(own, [next(rivals) for _ in range(size)]) for own, size in zip(tokenised, sizes, strict=True)]
 
 

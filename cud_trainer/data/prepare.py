@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -33,6 +34,7 @@ from .columns import (
     check_unique,
     id_column,
 )
+from .encode import Span
 from .formats import (
     FORMATS,
     TEMPLATE_COLUMNS,
@@ -41,9 +43,9 @@ from .formats import (
     check_tokens,
     counterfactuals,
     detect_format,
+    each_tokenised,
     first_at_fault,
     standardised,
-    tokenise,
 )
 from .ids import content_id
 from .samples import Samples
@@ -282,38 +284,38 @@ class _Preparation:
 
     def _prepare(self, rows: list[Row], indices: list[int]) -> dict[str, list]:
         names = [self._name(row, index) for row, index in zip(rows, indices, strict=True)]
-        tokenised = tokenise(rows, self.kind, self.tokenizer, names, self.template, self.secret_column)
-        hashes = [_content(tokens) for tokens in tokenised]
-        if self.named_by is None:
-            ids = hashes
-            names = [f"{self.name} sample {own} (row {index})" for own, index in zip(ids, indices, strict=True)]
-        else:
-            ids = [str(row[self.named_by]) for row in rows]
-        labels = [
-            row["labels"] if self.kind == "tokenised" else tokens.labels
-            for row, tokens in zip(rows, tokenised, strict=True)
-        ]
-        counted = [tokens.counted_labels for tokens in tokenised]
-        for tokens, trained, measured, where in zip(tokenised, labels, counted, names, strict=True):
-            self._check_answer(tokens, measured or trained, where)
-        columns: dict[str, list] = {
-            "sample_id": ids,
-            "input_ids": [tokens.ids for tokens in tokenised],
-            "labels": labels,
+        given = self.kind == "tokenised"
+        tokenised: list[Tokens] = []
+        hashes: list[str] = []
+        made = each_tokenised(rows, self.kind, self.tokenizer, names, self.template, self.secret_column)
+        for number, (row, index, tokens) in enumerate(zip(rows, indices, made, strict=True)):
+            hashes.append(_content(tokens))
+            tokenised.append(tokens)
+            if self.named_by is None:
+                names[number] = f"{self.name} sample {hashes[-1]} (row {index})"
+            self._check_answer(tokens, row["labels"] if given else None, names[number])
+            if tokens.earlier:
+                self.earlier[index] = tokens.earlier
+        input_ids = pa.array([tokens.ids for tokens in tokenised], self.features.arrow_schema.field("input_ids").type)
+        columns: dict[str, Any] = {
+            "sample_id": hashes if self.named_by is None else [str(row[self.named_by]) for row in rows],
+            "input_ids": input_ids,
+            "labels": [row["labels"] for row in rows] if given else _marked(input_ids, [t.trained for t in tokenised]),
             **{column: [None] * len(rows) for column in OPTIONAL},
-            COUNTED: counted,
-            SECRET: [tokens.secret_labels for tokens in tokenised],
             # of all rows of a batch or of none
             CONTENT: hashes if any(tokens.undated is not None for tokens in tokenised) else [None] * len(rows),
         }
-        self.earlier.update(
-            {index: tokens.earlier for index, tokens in zip(indices, tokenised, strict=True) if tokens.earlier}
-        )
+        for column, spans in (
+            (COUNTED, [tokens.counted for tokens in tokenised]),
+            (SECRET, [tokens.secret for tokens in tokenised]),
+        ):
+            if None not in spans:
+                columns[column] = _marked(input_ids, spans)
         if self.counterfactual_column is not None:
             columns[COUNTERFACTUAL] = counterfactuals(
                 rows, self.kind, self.counterfactual_column, self.tokenizer, tokenised, names, self.template
             )
-        if self.kind == "tokenised":
+        if given:
             for number, (row, where) in enumerate(zip(rows, names, strict=True)):
                 for column, values in self._brought(row, where).items():
                     columns[column][number] = values
@@ -326,9 +328,14 @@ class _Preparation:
             raise ValueError(f"{self.name} sample {index} has no {self.named_by}")
         return f"{self.name} sample {row[self.named_by]!r}"
 
-    def _check_answer(self, tokens: Tokens, counted: list[int], where: str) -> None:
+    def _check_answer(self, tokens: Tokens, labels: list[int] | None, where: str) -> None:
         # the first token of a sequence cannot be predicted
-        if len(counted[1:]) == counted[1:].count(IGNORE_INDEX):
+        if labels is None:
+            spans = tokens.trained if tokens.counted is None else tokens.counted
+            predicted = any(end > max(start, 1) for start, end in spans)
+        else:
+            predicted = len(labels[1:]) > labels[1:].count(IGNORE_INDEX)
+        if not predicted:
             raise ValueError(f"{where}: it has no answer token that can be predicted")
         if tokens.secret and all(end < 2 for _, end in tokens.secret):
             raise ValueError(f"{where}: its secret is the first token of the text, which nothing predicts")
@@ -364,6 +371,17 @@ class _Preparation:
         if isinstance(row.get(CONTENT), str):  # of samples that were prepared before
             brought[CONTENT] = row[CONTENT]
         return brought
+
+
+def _marked(input_ids: pa.ListArray, spans: Sequence[Sequence[Span]]) -> pa.ListArray:
+    """A column of labels: of each row the tokens in its spans (from, to), -100 for all others."""
+    values, firsts = input_ids.values.to_numpy(), input_ids.offsets.to_pylist()
+    bounds = [bound + first for first, row in zip(firsts, spans, strict=False) for span in row for bound in span]
+    begun, ended = (
+        np.bincount(np.array(side, dtype=np.int64), minlength=len(values) + 1) for side in (bounds[::2], bounds[1::2])
+    )
+    labels = np.where((begun - ended).cumsum()[:-1] > 0, values, IGNORE_INDEX)
+    return pa.ListArray.from_arrays(input_ids.offsets, pa.array(labels, pa.int64()))
 
 
 def _content(tokens: Tokens) -> str:
