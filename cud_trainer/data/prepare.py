@@ -7,10 +7,7 @@ of the input: nothing is shuffled, truncated or dropped, a sample that cannot be
 
 from __future__ import annotations
 
-import gc
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -48,6 +44,7 @@ from .formats import (
     standardised,
 )
 from .ids import content_id
+from .mapping import in_batches
 from .samples import Samples
 from .template import TemplateContext
 from .tokenizers import check_tokenizer
@@ -55,10 +52,6 @@ from .turns import TURN
 
 logger = logging.get_logger(__name__)
 
-# From this many rows on it takes seconds: a progress bar is shown.
-MANY_ROWS = 10_000
-# Rows that are prepared at a time.
-BATCH = 2000
 # Columns that some samples may have and others not, which is an error.
 OPTIONAL = (COUNTERFACTUAL, *ALTERNATIVES, COUNTED, SECRET)
 MADE = (*PREPARED, *OPTIONAL, CONTENT)
@@ -152,23 +145,13 @@ def _prepare(
         tuple(keep_columns),
         secret_column,
     )
-    with _bar_for(len(dataset)), _no_collection():
-        prepared = (
-            dataset.with_format(None)
-            .select_columns(columns)
-            .map(  # plain values, whatever the user looks at
-                preparation,
-                with_indices=True,
-                batched=True,
-                batch_size=BATCH,
-                remove_columns=[column for column in columns if column not in keep_columns],
-                features=preparation.features,
-                keep_in_memory=True,
-                load_from_cache_file=False,
-                new_fingerprint=uuid.uuid4().hex,  # instead of a hash of the tokenizer, which changes as it is used
-                desc=f"{name} samples",
-            )
-        )
+    prepared = in_batches(
+        dataset.select_columns(columns),
+        preparation,
+        remove=[column for column in columns if column not in keep_columns],
+        features=preparation.features,
+        what=f"{name} samples",
+    )
     ids = prepared["sample_id"][:]  # read at once, not row by row
     check_unique(ids, name)
     if TURN not in dataset.column_names:  # there, every earlier answer is a sample of its own
@@ -222,31 +205,6 @@ def _check_columns(dataset: Dataset, name: str, keep_columns: Sequence[str], *as
     taken = [column for column in keep_columns if column in MADE]
     if taken:
         raise ValueError(f"{name} dataset: column {taken[0]!r} cannot be kept beside the prepared one of that name")
-
-
-@contextmanager
-def _bar_for(rows: int) -> Iterator[None]:
-    """The progress bar of `datasets` for many rows, none for a few."""
-    enabled = not are_progress_bars_disabled()
-    if enabled and rows < MANY_ROWS:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            enable_progress_bars()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's search for cycles, off: rows have none, and it goes through all that is loaded a few times a minute."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -305,11 +263,12 @@ class _Preparation:
             # of all rows of a batch or of none
             CONTENT: hashes if any(tokens.undated is not None for tokens in tokenised) else [None] * len(rows),
         }
-        for column, spans in (
+        for column, each in (
             (COUNTED, [tokens.counted for tokens in tokenised]),
             (SECRET, [tokens.secret for tokens in tokenised]),
         ):
-            if None not in spans:
+            spans = [own for own in each if own is not None]  # of all rows or of none
+            if spans:
                 columns[column] = _marked(input_ids, spans)
         if self.counterfactual_column is not None:
             columns[COUNTERFACTUAL] = counterfactuals(
@@ -376,7 +335,7 @@ class _Preparation:
 def _marked(input_ids: pa.ListArray, spans: Sequence[Sequence[Span]]) -> pa.ListArray:
     """A column of labels: of each row the tokens in its spans (from, to), -100 for all others."""
     values, firsts = input_ids.values.to_numpy(), input_ids.offsets.to_pylist()
-    bounds = [bound + first for first, row in zip(firsts, spans, strict=False) for span in row for bound in span]
+    bounds = [bound + first for first, row in zip(firsts[:-1], spans, strict=True) for span in row for bound in span]
     begun, ended = (
         np.bincount(np.array(side, dtype=np.int64), minlength=len(values) + 1) for side in (bounds[::2], bounds[1::2])
     )
