@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, PREPARED, Samples
 from cud_trainer.logprobs import AnswerScores, extraction_strength, score_answers, wide
-from cud_trainer.models.generation import Sampling, continuations, stop_tokens
+from cud_trainer.models.generation import Engine, Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
 from cud_trainer.models.precision import exact
 
@@ -25,6 +25,7 @@ SECRET_SAID = "secret_verbatim"
 # Kept by the same pass for attacks and truth ratios (see `privacy`); no measures of memorisation themselves.
 TOKEN_STATISTICS = ("mean_logps", "min_k", "min_k_plus_plus")
 MIN_K = 0.2
+EXTRA_TOKENS = 16  # that a model may write beyond the length of the true answer
 
 
 def exact_memorization(correct: Sequence[bool]) -> float:
@@ -79,8 +80,9 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
-    extra_tokens: int = 16,
+    extra_tokens: int = EXTRA_TOKENS,
     sampling: Sampling | None = None,
+    engine: Engine | None = None,
     desc: str | None = None,
 ) -> list[str]:
     """Continuation of each sample's prompt, `[N]` strings; `extra_tokens` more than the true answer at most.
@@ -91,6 +93,7 @@ def generate_answers(
 
     Args:
         sampling: draw instead of writing greedily: `[N x draws]` strings, those of a sample after each other.
+        engine: what writes (see `cud_trainer.models.engines`); transformers' batches without one.
     """
     stop = stop_tokens(tokenizer, model)
     prompts, limits, prepared = [], [], with_pad_token(prepared, tokenizer).measured
@@ -107,6 +110,7 @@ def generate_answers(
         pad=prepared.pad_token_id,
         batch_size=batch_size,
         sampling=sampling,
+        engine=engine,
         desc=desc,
     )
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in written]
@@ -152,6 +156,7 @@ def evaluate_memorization(
     *,
     batch_size: int = 16,
     generate: bool = True,
+    engine: Engine | None = None,
     token_statistics: bool = False,
     secrets: Sequence[Sequence[str]] | None = None,
     desc: str | None = None,
@@ -164,6 +169,7 @@ def evaluate_memorization(
         token_statistics: also return `TOKEN_STATISTICS`, which the same pass gives.
         generate: also continue the prompts greedily: `rouge_l_recall`, and `verbatim`, 1 where the answer begins with
             the true one, word by word.
+        engine: what writes, see `generate_answers`.
     """
     values = teacher_forced(model, prepared, tokenizer, batch_size=batch_size, desc=desc)
     if not token_statistics:
@@ -171,7 +177,7 @@ def evaluate_memorization(
     if generate:
         truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
         answers = generate_answers(
-            model, prepared, tokenizer, batch_size=batch_size, desc=desc and f"{desc}, generating"
+            model, prepared, tokenizer, batch_size=batch_size, engine=engine, desc=desc and f"{desc}, generating"
         )
         values["rouge_l_recall"] = rouge_l_recall(truths, answers)
         values["verbatim"] = verbatim(truths, answers)
