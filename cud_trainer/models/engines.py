@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from .generation import Asked, Engine, without_generation_config
+from .generation import Asked, without_generation_config, written_by
 from .layers import base_causal_lm
 from .loading import adapter_file
 from .positions import positions_of
@@ -82,25 +82,27 @@ def _check_folder(path: str, option: str = "model") -> None:
 
 
 @contextmanager
-def engine_of(name: str, model: Any, folder: str, *, longest: int | None = None) -> Iterator[Engine | None]:
-    """The engine of this name for a model, and its memory given back; `None` for transformers' batches.
+def engine_of(name: str, model: Any, folder: str, *, longest: int | None = None) -> Iterator[None]:
+    """Inside, the engine of this name writes for the model.
 
     Args:
         folder: where the model was loaded from; vLLM loads it once more.
         longest: tokens of prompt and continuation together, at most; `None`: as many as the model has positions.
     """
-    if name != VLLM:
-        yield paged if name == PAGED else None
+    if name == TRANSFORMERS:
+        yield
         return
-    config = base_causal_lm(model).config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = min((most for most in (longest, positions) if most), default=None)
-    engine = Vllm(folder, dtype=str(base_causal_lm(model).dtype).removeprefix("torch."), longest=longest)
-    try:
-        yield engine
-    finally:
-        del engine.model
-        gc.collect()
+    engine: Any = paged
+    if name == VLLM:
+        base = base_causal_lm(model)
+        positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        longest = min((most for most in (longest, positions) if most), default=None)
+        engine = Vllm(folder, dtype=str(base.dtype).removeprefix("torch."), longest=longest)
+    with written_by(model, engine):
+        yield
+    if name == VLLM:
+        del engine
+        gc.collect()  # its memory is given back
 
 
 def check_paged(model: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,6 +62,22 @@ class Asked:
 # Writes what is asked for: of draw d of prompt n its place, n x draws + d, and its tokens, in whatever order they come.
 # It may write a stop token and go on behind it. The others are in `engines`.
 Engine = Callable[[Any, Asked], Iterable[tuple[int, Sequence[int]]]]
+_writing: WeakKeyDictionary[Any, Engine] = WeakKeyDictionary()
+
+
+@contextmanager
+def written_by(model: Any, engine: Engine) -> Iterator[None]:
+    """Inside, this engine writes whatever `continuations` is asked for of this model, by whomever."""
+    base = base_causal_lm(model)
+    before = _writing.get(base)
+    _writing[base] = engine
+    try:
+        yield
+    finally:
+        if before is None:
+            del _writing[base]
+        else:
+            _writing[base] = before
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
@@ -111,13 +128,13 @@ def continuations(
     pad: int,
     batch_size: int,
     sampling: Sampling | None = None,
-    engine: Engine | None = None,
     desc: str | None = None,
 ) -> list[list[int]]:
     """What the model writes after each prompt, tokens, `[N]` lists: greedily, or drawn, `[N x draws]` lists.
 
     Each ends before the first of its stop tokens, at its own limit, or at the model's last position. So none depends on
-    which others share its batch. The draws of a prompt follow each other.
+    which others share its batch. The draws of a prompt follow each other. An engine in place of `in_batches` writes it
+    inside `written_by`: what that writes greedily is held against the model.
 
     Args:
         prompts: tokens, `[N]` lists of at least one.
@@ -126,7 +143,6 @@ def continuations(
         pad: fills shorter prompts of a batch.
         batch_size: prompts at a time; of several draws each, at most `DRAWN_AT_ONCE` times as many sequences.
         sampling: draw instead.
-        engine: writes in place of `in_batches` (see `engines`); what it writes greedily is held against the model.
         desc: label of a progress bar, which shows tokens per second; `None` shows none.
 
     Raises:
@@ -135,12 +151,13 @@ def continuations(
     most = [max(0, min(limit, _room(model, len(prompt)))) for limit, prompt in zip(limits, prompts, strict=True)]
     asked = Asked(prompts, most, list(stop), pad, batch_size, sampling, progress=desc is not None)
     written: dict[int, list[int]] = {}
+    engine = _writing.get(base_causal_lm(model), in_batches)
     total, tokens = sum(limit > 0 for limit in most) * asked.draws, 0
     with (
         evaluation_mode(model),
         tqdm(total=total, desc=desc, disable=desc is None, unit="answer", leave=False) as bar,
     ):
-        for place, found in (engine or in_batches)(model, asked):
+        for place, found in engine(model, asked):
             limit = most[place // asked.draws]
             end = next((at for at, token in enumerate(found) if token in asked.stop), len(found))
             written[place] = list(found[: min(end, limit)])
@@ -151,7 +168,7 @@ def continuations(
             bar.update()
         if len(written) < total:
             raise ValueError(f"the engine has written {len(written)} of {total} answers")
-        if engine is not None and sampling is None:
+        if engine is not in_batches and sampling is None:
             _check_written(model, asked, written)
     return [written.get(place, []) for place in range(len(prompts) * asked.draws)]
 

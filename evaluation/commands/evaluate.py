@@ -175,7 +175,7 @@ def measure_one(inputs: EvaluateInputs, model: Any, what: str, path: str) -> Mea
     """`measure` with these options, of the model that was loaded from `path`."""
     args = inputs.args
     longest = None if args.max_length is None else args.max_length + EXTRA_TOKENS
-    with engine_of(args.generation_engine, model, path, longest=longest) as engine:
+    with engine_of(args.generation_engine, model, path, longest=longest):
         return measure(
             model,
             inputs.sets,
@@ -186,7 +186,6 @@ def measure_one(inputs: EvaluateInputs, model: Any, what: str, path: str) -> Mea
             max_length=args.max_length,
             template=inputs.template,
             generate=args.generate,
-            engine=engine,
             leak=inputs.leak,
             secrets=inputs.secrets,
             lens=args.logit_lens,

@@ -16,7 +16,7 @@ from scipy.special import gammaln
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import Samples
-from cud_trainer.models.generation import Engine, Sampling, stop_tokens
+from cud_trainer.models.generation import Sampling, stop_tokens
 
 from .entailment import Entailment
 from .memorization import generate_answers, true_answers
@@ -102,7 +102,6 @@ def sampled_leaks(
     *,
     secrets: Sequence[Sequence[str]] | None = None,
     batch_size: int = 16,
-    engine: Engine | None = None,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
     """How many of `rule.n` sampled answers leak, `[N]` by kind.
@@ -113,11 +112,9 @@ def sampled_leaks(
     Args:
         secrets: spans of the true answer of each sample, `[N]` lists: an answer with one of them leaks (kind
             `secret`), whatever else it says. NaN for a sample without any.
-        engine: what writes, see `generate_answers`.
     """
     sampling = Sampling(temperature=rule.temperature, seed=rule.seed, draws=rule.n)
-    options: dict[str, Any] = {"batch_size": batch_size, "sampling": sampling, "engine": engine, "desc": desc}
-    answers = generate_answers(model, prepared, tokenizer, **options)
+    answers = generate_answers(model, prepared, tokenizer, batch_size=batch_size, sampling=sampling, desc=desc)
     truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
     questions = asked(prepared, tokenizer) if rule.judge is not None else [""] * len(truths)
     # The same answer again is judged once.

@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import Samples, TemplateContext, prepare_samples
-from cud_trainer.models.generation import Engine
 
 from .depth import logit_lens
 from .gradients import gradient_norms
@@ -82,7 +81,6 @@ def measure(
     max_length: int | None = 1024,
     template: TemplateContext | None = None,
     generate: bool = True,
-    engine: Engine | None = None,
     leak: LeakRule | None = None,
     secrets: Mapping[str, Sequence[Sequence[str]] | None] | None = None,
     lens: bool = False,
@@ -98,7 +96,6 @@ def measure(
             in which one is missing.
         utility: TOFU's sets, by the names in `UTILITY_SETS`; may be empty.
         template: what a chat template sees beside the messages, for what is not prepared yet.
-        engine: what writes answers, see `generate_answers`.
         leak: sample answers of the forget and the holdout set, too, and count those that leak.
         secrets: of these sets, spans of each true answer as text; the prepared samples have their tokens marked.
         lens: also read the answers off every layer.
@@ -117,7 +114,6 @@ def measure(
                 tokenizer,
                 batch_size=batch_size,
                 generate=generate,
-                engine=engine,
                 token_statistics=True,
                 secrets=secrets.get(name),
                 desc=what,
@@ -135,14 +131,7 @@ def measure(
         if leak is not None:
             told = secrets.get(name)
             result.leaks[name] = sampled_leaks(
-                model,
-                prepared,
-                tokenizer,
-                leak,
-                secrets=told,
-                batch_size=batch_size,
-                engine=engine,
-                desc=f"{what}, sampling",
+                model, prepared, tokenizer, leak, secrets=told, batch_size=batch_size, desc=f"{what}, sampling"
             )
     if lens:
         result.lens = logit_lens(model, sets["forget"], batch_size=batch_size, desc=f"{desc}: layers")
@@ -157,7 +146,7 @@ def measure(
     if "asked" in others:
         result.paraphrased = np.exp(others["asked"][:, 0])
     if utility:
-        result.utility = tofu_utility(model, utility, tokenizer, generate=generate, engine=engine, desc=desc, **options)
+        result.utility = tofu_utility(model, utility, tokenizer, generate=generate, desc=desc, **options)
     return result
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cud_trainer.data import IGNORE_INDEX, PREPARED, Samples
 from cud_trainer.logprobs import AnswerScores, extraction_strength, score_answers, wide
-from cud_trainer.models.generation import Engine, Sampling, continuations, stop_tokens
+from cud_trainer.models.generation import Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
 from cud_trainer.models.precision import exact
 
@@ -82,7 +82,6 @@ def generate_answers(
     batch_size: int = 16,
     extra_tokens: int = EXTRA_TOKENS,
     sampling: Sampling | None = None,
-    engine: Engine | None = None,
     desc: str | None = None,
 ) -> list[str]:
     """Continuation of each sample's prompt, `[N]` strings; `extra_tokens` more than the true answer at most.
@@ -93,7 +92,6 @@ def generate_answers(
 
     Args:
         sampling: draw instead of writing greedily: `[N x draws]` strings, those of a sample after each other.
-        engine: what writes (see `cud_trainer.models.engines`); transformers' batches without one.
     """
     stop = stop_tokens(tokenizer, model)
     prompts, limits, prepared = [], [], with_pad_token(prepared, tokenizer).measured
@@ -110,7 +108,6 @@ def generate_answers(
         pad=prepared.pad_token_id,
         batch_size=batch_size,
         sampling=sampling,
-        engine=engine,
         desc=desc,
     )
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in written]
@@ -156,7 +153,6 @@ def evaluate_memorization(
     *,
     batch_size: int = 16,
     generate: bool = True,
-    engine: Engine | None = None,
     token_statistics: bool = False,
     secrets: Sequence[Sequence[str]] | None = None,
     desc: str | None = None,
@@ -169,7 +165,6 @@ def evaluate_memorization(
         token_statistics: also return `TOKEN_STATISTICS`, which the same pass gives.
         generate: also continue the prompts greedily: `rouge_l_recall`, and `verbatim`, 1 where the answer begins with
             the true one, word by word.
-        engine: what writes, see `generate_answers`.
     """
     values = teacher_forced(model, prepared, tokenizer, batch_size=batch_size, desc=desc)
     if not token_statistics:
@@ -177,7 +172,7 @@ def evaluate_memorization(
     if generate:
         truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
         answers = generate_answers(
-            model, prepared, tokenizer, batch_size=batch_size, engine=engine, desc=desc and f"{desc}, generating"
+            model, prepared, tokenizer, batch_size=batch_size, desc=desc and f"{desc}, generating"
         )
         values["rouge_l_recall"] = rouge_l_recall(truths, answers)
         values["verbatim"] = verbatim(truths, answers)

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cud_trainer.data import Samples, TemplateContext, prepare_samples
 from cud_trainer.data.columns import id_column
 from cud_trainer.data.formats import TEMPLATE_COLUMNS
-from cud_trainer.models.generation import Engine
 
 from .memorization import evaluate_memorization, teacher_forced
 
@@ -187,7 +186,6 @@ def tofu_utility(
     max_length: int | None = 1024,
     template: TemplateContext | None = None,
     generate: bool = True,
-    engine: Engine | None = None,
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Per sample, `"<set>/probability"`, `"<set>/rouge_l_recall"` and `"<set>/truth_ratio"` of TOFU's sets.
@@ -196,7 +194,6 @@ def tofu_utility(
         sets: by the names in `UTILITY_SETS`, with `question`, `answer`, `perturbed_answer` and, for retain,
             `paraphrased_answer`.
         generate: also ROUGE-L recall, without which there is no model utility.
-        engine: what writes, see `generate_answers`.
     """
     values: dict[str, np.ndarray] = {}
     for name, dataset in sets.items():
@@ -211,7 +208,6 @@ def tofu_utility(
             tokenizer,
             batch_size=batch_size,
             generate=generate,
-            engine=engine,
             token_statistics=True,
             desc=desc and f"{desc}: {name}",
         )

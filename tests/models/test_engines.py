@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cud_trainer.models import engines, generation
 from cud_trainer.models.engines import Vllm, check_engine, check_paged, engine_of, paged
-from cud_trainer.models.generation import continuations, in_batches
+from cud_trainer.models.generation import continuations, in_batches, written_by
 from cud_trainer.models.sampling import Sampling
 
 STOP = [70, 71]
@@ -46,6 +46,11 @@ def vllm(monkeypatch):
     monkeypatch.setattr(vllm_here, "MADE", [])
     monkeypatch.setattr(vllm_here, "ASKED", [])
     return vllm_here
+
+
+def written(model, prompts, limits, engine, **options):
+    with written_by(model, engine):
+        return continuations(model, prompts, limits, **{"stop": STOP, "pad": 0, "batch_size": 2, **options})
 
 
 @torch.no_grad()
@@ -96,21 +101,19 @@ def test_the_batch_that_takes_the_most_memory_comes_first(asked, size):
 def test_paged_writes_what_batches_write(model, asked, on_cpu):
     prompts, limits = asked
     before, attention, own = torch.random.get_rng_state(), model.config._attn_implementation, model.generation_config
-    found = continuations(model, prompts, limits, stop=STOP, pad=0, batch_size=2, engine=paged)
+    found = written(model, prompts, limits, paged)
     assert found == by_hand(model, prompts, limits)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.config._attn_implementation == attention and model.generation_config is own
     adapted = get_peft_model(make_model(3), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    options = {"stop": [], "pad": 0, "batch_size": 4}
-    found = continuations(adapted, prompts, limits, **options, engine=paged)
+    found = written(adapted, prompts, limits, paged, stop=[])
     assert found == by_hand(adapted, prompts, limits, []) != by_hand(make_model(3), prompts, limits, [])
 
 
 def test_paged_says_what_it_cannot(model, asked, monkeypatch, on_cpu):
     prompts, limits = asked
-    options = {"stop": STOP, "pad": 0, "batch_size": 2, "engine": paged}
     with pytest.raises(ValueError, match="greedily alone"):
-        continuations(model, prompts, limits, **options, sampling=Sampling())
+        written(model, prompts, limits, paged, sampling=Sampling())
     prompted = get_peft_model(make_model(0), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="paged cannot write with LlamaForCausalLM: its adapter is none on weights"):
         check_paged(prompted)
@@ -133,8 +136,8 @@ def test_vllm_is_asked_for_what_batches_write(model, asked, vllm, tmp_path):
     """Each prompt with its own limit and stop tokens, each draw with its own seed; nothing else has a say."""
     prompts, limits = asked
     model.save_pretrained(tmp_path / "model")
-    with engine_of("vllm", model, str(tmp_path / "model"), longest=1000) as engine:
-        options = {"stop": STOP, "pad": 0, "batch_size": 2, "engine": engine}
+    options = {"stop": STOP, "pad": 0, "batch_size": 2}
+    with engine_of("vllm", model, str(tmp_path / "model"), longest=1000):
         assert continuations(model, prompts, limits, **options) == by_hand(model, prompts, limits)
         draws = continuations(model, prompts, limits, **options, sampling=Sampling(2.0, seed=5, draws=3))
         fewer = continuations(model, prompts[:4], limits[:4], **options, sampling=Sampling(2.0, seed=5, draws=2))
@@ -152,25 +155,26 @@ def test_vllm_is_asked_for_what_batches_write(model, asked, vllm, tmp_path):
 def test_an_engine_is_held_against_the_model(model, asked, vllm, tmp_path):
     """Other weights, an answer that ends early or goes on, a prompt that is left out."""
     prompts, limits = asked
-    options = {"stop": STOP, "pad": 0, "batch_size": 2}
     make_model(1, num_hidden_layers=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="the engine writes what the model would not"):
-        continuations(model, prompts, limits, **options, engine=Vllm(str(tmp_path / "other")))
+        written(model, prompts, limits, Vllm(str(tmp_path / "other")))
 
     def changed(how):
         return lambda model, asked: [(place, how(found)) for place, found in in_batches(model, asked)]
 
     for how in (lambda found: found[:-1], lambda found: [3, *found[1:]], lambda found: []):
         with pytest.raises(ValueError, match="what the model would not"):
-            continuations(model, prompts, limits, **options, engine=changed(how))
+            written(model, prompts, limits, changed(how))
     with pytest.raises(ValueError, match="the engine has written 8 of 9 answers"):
-        continuations(model, prompts, limits, **options, engine=lambda *given: list(in_batches(*given))[1:])
-    same = continuations(model, prompts, limits, **options, engine=changed(list))
-    assert same == by_hand(model, prompts, limits)
+        written(model, prompts, limits, lambda *given: list(in_batches(*given))[1:])
+    assert written(model, prompts, limits, changed(list)) == by_hand(model, prompts, limits)
+    with written_by(model, changed(lambda found: [])), written_by(model, in_batches):
+        pass  # what was before is put back: here nothing
+    assert continuations(model, [[5]], [3], stop=[], pad=0, batch_size=1) == by_hand(model, [[5]], [3], [])
     broken = make_model(0, num_hidden_layers=1)
     with torch.no_grad():
         broken.lm_head.weight.fill_(torch.nan)  # it says nothing that could be held against anybody
-    continuations(broken, prompts, limits, **options, engine=in_batches)
+    written(broken, prompts, limits, changed(list))
 
 
 @pytest.mark.parametrize(
