@@ -2,7 +2,7 @@
 
     python benchmarks/generate.py --output benchmarks/results/generate.json
 
-The same greedy answers, which all go to their limits: bare `generate` in the order of the rows, sorted from the shortest,
+The same greedy answers, all up to their limits: bare `generate` in the order of the rows, sorted from the shortest,
 and one by one, each over `continuations`, which sorts, cuts, and puts the answers back into the order of the rows.
 Prompts of 8 to 40 random tokens; answers of 32 in the median (log-normal, sigma 0.6, 4 to 128). CPU time, one thread;
 alternated, `--repeats` times; median, lowest, highest. `steps`: of decoding, over those of ours; they do not depend on

@@ -50,7 +50,7 @@ def check_engine(name: str, models: Mapping[str, str | None], *, drawn: bool = F
         if importlib.util.find_spec("vllm") is None:
             raise ValueError("generation_engine vllm needs vLLM: pip install 'cud-trainer[vllm]'")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("generation_engine vllm works in one process, which shares out the GPUs itself")
+            raise ValueError("generation_engine vllm works in one process: start the command without a launcher")
         if rounded:
             raise ValueError(
                 "generation_engine vllm reads the weights in the folder, not those of load_in_4bit or 8bit"
