@@ -157,7 +157,7 @@ def continuations(
         evaluation_mode(model),
         tqdm(total=total, desc=desc, disable=desc is None, unit="answer", leave=False) as bar,
     ):
-        for place, found in engine(model, asked):
+        for place, found in engine(model, asked) if total else ():
             limit = most[place // asked.draws]
             end = next((at for at, token in enumerate(found) if token in asked.stop), len(found))
             written[place] = list(found[: min(end, limit)])
@@ -168,7 +168,7 @@ def continuations(
             bar.update()
         if len(written) < total:
             raise ValueError(f"the engine has written {len(written)} of {total} answers")
-        if engine is not in_batches and sampling is None:
+        if engine is not in_batches and sampling is None and written:
             _check_written(model, asked, written)
     return [written.get(place, []) for place in range(len(prompts) * asked.draws)]
 

@@ -171,6 +171,8 @@ def test_an_engine_is_held_against_the_model(model, asked, vllm, tmp_path):
     with written_by(model, changed(lambda found: [])), written_by(model, in_batches):
         pass  # what was before is put back: here nothing
     assert continuations(model, [[5]], [3], stop=[], pad=0, batch_size=1) == by_hand(model, [[5]], [3], [])
+    for nothing in (([], []), ([[5], [6]], [0, 0])):  # no engine is started for it
+        assert written(model, *nothing, lambda *given: 1 / 0) == [[]] * len(nothing[0])
     broken = make_model(0, num_hidden_layers=1)
     with torch.no_grad():
         broken.lm_head.weight.fill_(torch.nan)  # it says nothing that could be held against anybody
