@@ -249,7 +249,8 @@ def main() -> None:
     results: dict[str, Any] = {"conditions": {}}
     if path.exists():  # what stands there of other conditions stays
         results = json.loads(path.read_text())
-    results |= {"protocol": protocol, "versions": versions(), "command": f"python benchmarks/evidence.py {args.protocol}"}
+    command = f"python benchmarks/evidence.py {args.protocol}"
+    results |= {"protocol": protocol, "versions": versions(), "command": command}
     for (name, spec), condition in itertools.product(protocol["worlds"].items(), protocol["learning_rates"]):
         if args.conditions and condition not in args.conditions:
             continue
