@@ -70,7 +70,10 @@ NEEDS = {
 class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments):
     """What `cud evaluate` reads besides TRL's `ModelConfig`; `model_name_or_path` is the unlearned model or adapter."""
 
-    output_dir: str = field(default="cud-evaluation", metadata={"help": "Where the report goes."})
+    output_dir: str = field(
+        default="cud-evaluation",
+        metadata={"help": "Where the report goes; after a kill the same command goes on there."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that is not empty."})
     original_model: str | None = field(
         default=None, metadata={"help": "The model before unlearning, to be measured beside it."}
@@ -183,7 +186,7 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments)
     )
     batch_size: int = field(default=16, metadata={"help": "Samples per forward pass."})
     max_length: int | None = field(default=1024, metadata={"help": "The longest sample in tokens."})
-    seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
+    seed: int = field(default=0, metadata={"help": "Of bootstrap intervals, sampled answers and relearning."})
 
     @property
     def work_dir(self) -> Path:

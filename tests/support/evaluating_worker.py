@@ -1,4 +1,4 @@
-"""Run by test_processes, in one or more processes: `cud evaluate`, of which the last process may die early.
+"""Run by test_shared_passes, in one or more processes: `cud evaluate`, of which the last process may die early.
 
 Usage: evaluating_worker.py PARTS [OPTION ...]: the last process kills itself after it has kept so many parts; 0: never.
 """

@@ -15,7 +15,8 @@ from tofu import tofu_like
 
 from cud_trainer.cli import main
 from cud_trainer.data import plan_batches
-from evaluation.metrics.passes import joined
+from cud_trainer.resumable import WorkDir
+from evaluation.metrics.passes import Passes, SharedPasses, joined
 
 PARTS = "evaluation.work"
 
@@ -31,6 +32,15 @@ def test_parts_are_made_of_the_batches_of_one_process(lengths, batch_size, most)
         for batch in plan_batches([lengths[row] for row in rows], batch_size=batch_size)
     ]
     assert again == plan
+
+
+def test_figures_of_no_sample_are_computed_once(tmp_path):
+    found = [["task: acc", 0.5, None], ["task: ppl", float("inf"), 0.25]]
+    for passes in (Passes(), SharedPasses(None, 4)):
+        assert passes.of("model", "f").once("tasks", lambda: found) == found
+    kept = SharedPasses(WorkDir(tmp_path / "w", {}), 4).of("model", "f")
+    assert kept.once("tasks", lambda: found) == found == kept.once("tasks", lambda: 1 / 0)
+    assert kept.once("others", lambda: 1) == kept.of("model", "g").once("tasks", lambda: 1) == 1
 
 
 @pytest.fixture(scope="module")
