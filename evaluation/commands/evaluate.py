@@ -17,6 +17,7 @@ from cud_trainer.commands.parser import parse_options
 from cud_trainer.data import Samples
 from cud_trainer.data.groups import group_labels
 from cud_trainer.data.ids import without_hashes
+from cud_trainer.models.engines import TRANSFORMERS, engine_of
 from cud_trainer.models.fingerprint import model_fingerprint, versions
 from cud_trainer.models.whole import not_finite
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
@@ -26,8 +27,8 @@ from ..metrics import robustness
 from ..metrics.depth import Depth, layer_drops
 from ..metrics.lm_eval import lm_eval_figures
 from ..metrics.measure import Measured, measure
-from ..metrics.memorization import true_answers
-from ..metrics.passes import Passes, SharedPasses
+from ..metrics.memorization import EXTRA_TOKENS, true_answers
+from ..metrics.passes import FEW_PARTS, PARTS, Passes, SharedPasses
 from ..metrics.secret import has_secret
 from ..report.attacks import quantisation, relearning
 from ..report.audit import audit_results, measured_tables, per_sample_table
@@ -126,7 +127,7 @@ def evaluate(argv: list[str]) -> int:
             clear(folder, REPORT_FILES)
         work = begin_work(inputs)
         with work.kept_unless_refused():
-            measurements = measure_models(inputs, SharedPasses(work, args.batch_size))
+            measurements = measure_models(inputs, SharedPasses(work, args.batch_size, parts_of(args)))
         if main:
             results = report_on(inputs, measurements, "cud evaluate " + " ".join(without_pattern(argv)))
             table, kept = sample_table(inputs, measurements), kept_table(inputs, measurements)
@@ -144,6 +145,11 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def parts_of(args: EvaluateArguments) -> int:
+    """How many parts of a set are written one after the other: an engine without batches takes all that it gets."""
+    return PARTS if args.generation_engine == TRANSFORMERS else FEW_PARTS
+
+
 def measure_models(inputs: EvaluateInputs, passes: Passes) -> Measurements:
     """Measure one model after the other; each is gone before the next one comes."""
     args = inputs.args
@@ -159,7 +165,7 @@ def measure_models(inputs: EvaluateInputs, passes: Passes) -> Measurements:
     if fingerprint == fingerprints.get("reference"):
         raise ValueError(f"the reference model {args.reference_model} has the weights of the model that is evaluated")
     passes = passes.of("unlearned", fingerprint)
-    after = measure_one(inputs, model, passes)
+    after = measure_one(inputs, model, inputs.model_name_or_path, passes)
     depth = None
     if original is not None and original.model is not None:
         depth = Depth(original.drops(inputs, model, passes), unseen)
@@ -185,25 +191,27 @@ def check_line(inputs: EvaluateInputs) -> None:
     robustness.check_same_weights(ends[1], dict(ends[0].named_parameters()))
 
 
-def measure_one(inputs: EvaluateInputs, model: Any, passes: Passes) -> Measured:
-    """`measure` with these options."""
+def measure_one(inputs: EvaluateInputs, model: Any, path: str, passes: Passes) -> Measured:
+    """`measure` with these options, of the model that was loaded from `path`."""
     args = inputs.args
-    return measure(
-        model,
-        inputs.sets,
-        inputs.forget_raw,
-        inputs.utility,
-        inputs.tokenizer,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        template=inputs.template,
-        generate=args.generate,
-        leak=inputs.leak,
-        secrets=inputs.secrets,
-        lens=args.logit_lens,
-        gradients=args.gradient_norm,
-        passes=passes,
-    )
+    longest = None if args.max_length is None else args.max_length + EXTRA_TOKENS
+    with engine_of(args.generation_engine, model, path, longest=longest):
+        return measure(
+            model,
+            inputs.sets,
+            inputs.forget_raw,
+            inputs.utility,
+            inputs.tokenizer,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            template=inputs.template,
+            generate=args.generate,
+            leak=inputs.leak,
+            secrets=inputs.secrets,
+            lens=args.logit_lens,
+            gradients=args.gradient_norm,
+            passes=passes,
+        )
 
 
 def measure_original(inputs: EvaluateInputs, path: str, passes: Passes) -> Original:
@@ -214,7 +222,7 @@ def measure_original(inputs: EvaluateInputs, path: str, passes: Passes) -> Origi
     for scores in (inputs.scores, inputs.retain_scores):
         if scores is not None:
             scores.check_provenance(model=fingerprint)
-    measured = measure_one(inputs, model, passes.of("original", fingerprint))
+    measured = measure_one(inputs, model, path, passes.of("original", fingerprint))
     faithfulness, weights = None, None
     if args.faithfulness and circuits is not None:
         faithfulness = dataset_faithfulness(
@@ -239,7 +247,7 @@ def measure_reference(
     model = inputs.load_model(path)
     fingerprint = model_fingerprint(model)
     passes = passes.of("reference", fingerprint)
-    measured = measure_one(inputs, model, passes)
+    measured = measure_one(inputs, model, path, passes)
     unseen = None
     if original is not None and original.model is not None:
         unseen = original.drops(inputs, model, passes)
