@@ -7,8 +7,8 @@ A protocol (benchmarks/evidence/NAME.yaml) names worlds, objectives, parts (full
 that of every study with held-out samples: H, the share of the held-out probability that is kept at the first snapshot
 at which a run's own worst quarter is at most what a model says that never saw the samples (or 0.10, if that is more).
 With `strict: true` runs go on to 0.10, and H there stands beside it. `weights: NAME` takes the retain weight of every
-arm from the results of that protocol: the one that kept most at the endpoint there. What is found goes to
-benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
+arm from the results of that protocol (or of several, the last that has it): the one that kept most at the endpoint.
+What is found goes to benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
 """
 
 import argparse
@@ -113,9 +113,9 @@ def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any
     """Options of every arm of a condition, with the retain weight that an earlier protocol has chosen."""
     arms = {name: dict(options) for name, options in protocol["arms"].items()}
     chosen = {}
-    if "weights" in protocol:
-        earlier = json.loads((HERE / "results" / f"evidence-{protocol['weights']}.json").read_text())
-        chosen = earlier["conditions"][condition]["weights"]
+    for earlier in np.atleast_1d(protocol.get("weights", [])):
+        found = json.loads((HERE / "results" / f"evidence-{earlier}.json").read_text())
+        chosen |= found["conditions"].get(condition, {}).get("weights", {})
     for name, options in arms.items():
         like = options.pop("like", name)
         if chosen:
