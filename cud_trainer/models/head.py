@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers import base_causal_lm
 from .modes import answering
+from .shards import is_split
 
 T = TypeVar("T")
 
@@ -50,7 +51,8 @@ class HeadStates:
 
 
 def positions_at_once(model: nn.Module, positions: int, logits_bytes: int) -> int | None:
-    """How many positions' logits fit into `logits_bytes`, at least 1; `None` where all do, or have to be made at once.
+    """How many positions' logits fit into `logits_bytes`, at least 1; `None` where all do, or have to be made at once:
+    of a compiled model, of weights that are split over processes, of an architecture that does not show its states.
 
     Args:
         positions: of the whole batch.
@@ -60,7 +62,8 @@ def positions_at_once(model: nn.Module, positions: int, logits_bytes: int) -> in
     vocabulary = base.config.get_text_config().vocab_size if hasattr(base, "config") else 0
     if not logits_bytes or positions * vocabulary * BYTES_OF_A_LOGIT <= logits_bytes:
         return None
-    if _is_compiled(model) or _decoder(base) is base or not _has_states.get(base, True):
+    # A backward pass that makes logits again needs weights that are whole then, and a function that stays as it is.
+    if _is_compiled(model) or is_split(model) or _decoder(base) is base or not _has_states.get(base, True):
         return None
     return max(1, logits_bytes // (vocabulary * BYTES_OF_A_LOGIT))
 
@@ -82,8 +85,7 @@ def read_head(
 ) -> T:
     """What `function` makes of a model's states in front of its head.
 
-    It runs, and so does what it projects, within the model's forward pass: there autocast is on, weights that are split
-    over processes are whole, and wrappers see what comes out.
+    It runs within the model's forward pass: there autocast is on, and wrappers (DDP) see what comes out.
 
     Args:
         model: causal LM (bare, PEFT or wrapped by accelerate).
