@@ -137,12 +137,7 @@ def import_results(
         seed=seed,
         name=Path(after.path).parent.name or Path(after.path).stem,
     )
-    seen, without = _with_never_seen(after, ours), None
-    if reference is not None and never_saw is not None:
-        without = _with_never_seen(reference, never_saw)
-        unseen = [len(one.sets["holdout"]["probability"]) for one in (seen, without) if "holdout" in one.sets]
-        if len(set(unseen)) > 1:
-            raise ValueError(f"mia_loss of {reference.path} has another number of never-seen samples than {after.path}")
+    seen, without = _with_never_seen([(after, ours), (reference, never_saw)])
     tables, findings = measured_tables(ours, original, never_saw, buckets, seed)
     if scores is not None and buckets is not None:
         tables.append(reliability_by_decile(scores[buckets.metric], left, seed))
@@ -152,6 +147,7 @@ def import_results(
     results.tables = tables
     results.findings += findings
     ids = [str(row) for row in range(size)] if scores is None else scores.ids
+    assert seen is not None
     known = Evidence(
         ids=ids,
         after=seen,
@@ -165,12 +161,22 @@ def import_results(
     return results, per_sample_table(ids, ours, original, never_saw, scores, buckets)
 
 
-def _with_never_seen(evaluation: Evaluation, measured: Measured) -> Measured:
-    """`measured`, and what `mia_loss` has of samples that nobody saw; the sections of the report read the rest."""
-    values = evaluation.never_seen()
-    if values is None:
-        return measured
-    return replace(measured, sets=measured.sets | {"holdout": {"probability": values}})
+def _with_never_seen(models: list[tuple[Evaluation | None, Measured | None]]) -> list[Measured | None]:
+    """What was measured of each model, and what `mia_loss` has of samples that nobody saw (for the verdict alone).
+
+    Raises:
+        ValueError: where the models have different numbers of these samples.
+    """
+    made, sizes = [], {}
+    for evaluation, measured in models:
+        unseen = None if evaluation is None else evaluation.never_seen()
+        if evaluation is not None and measured is not None and unseen is not None:
+            sizes[evaluation.path] = len(unseen)
+            measured = replace(measured, sets=measured.sets | {"holdout": {"probability": unseen}})
+        made.append(measured)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"mia_loss has another number of never-seen samples in each of {', '.join(sizes)}")
+    return made
 
 
 def _what_is_wrong(after: Measured, before: Measured | None) -> str | None:

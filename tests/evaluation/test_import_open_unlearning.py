@@ -178,7 +178,7 @@ def test_never_seen_samples_of_another_forget_set_draw_no_line(tmp_path):
     assert rest["mia_loss"] == [0.5, "its forget set gets other probabilities than forget_Q_A_Prob has"]
     assert not [name for name in rest if "/" in name]
     twelve, twenty = (with_losses(results(), np.full(size, 0.1)) for size in (12, 20))
-    with pytest.raises(ValueError, match="another number of never-seen samples"):
+    with pytest.raises(ValueError, match="another number of never-seen samples in each of"):
         told(twelve, None, twenty, tmp_path)
 
 
