@@ -1,7 +1,7 @@
 """Takes the README's picture: the top of the report that the guide ends in. Needs Chromium.
 
-    python docs/picture.py            # runs the guide up to its audit (half a minute), writes docs/verdict.png
-    python docs/picture.py REPORT     # of another report.html
+python docs/picture.py            # runs the guide up to its audit (half a minute), writes docs/verdict.png
+python docs/picture.py REPORT     # of another report.html
 """
 
 from __future__ import annotations
