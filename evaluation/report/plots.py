@@ -216,10 +216,10 @@ def circuit(section: Circuits, edges: str, positive: str, negative: str, stacked
     long = min(4 + 0.5 * (layers + 2), 14)
     figure = Figure(figsize=(NARROW, long) if stacked else (long, 3.8), layout="constrained")
     ax = figure.subplots()
-    turned = slice(None, None, -1 if stacked else 1)
 
     def place(name: str) -> tuple[float, float]:
-        return node(name)[turned]
+        x, y = node(name)
+        return (y, x) if stacked else (x, y)
 
     def node(name: str) -> tuple[float, float]:
         if name == "input":
