@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -25,8 +24,10 @@ from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.logprobs import check_padding
+from cud_trainer.models.engines import PAGED, check_engine, check_paged
 from cud_trainer.models.loading import load_causal_lm, load_config, merged_adapter
 from cud_trainer.models.positions import check_sets
+from cud_trainer.resumable import WorkDir, of_main_process, process_state
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
@@ -42,10 +43,12 @@ from ..report.attacks import Groups
 from ..report.audit import check_score_names
 from .secrets import SECRET_SETS, with_secret_column
 
+WORK_DIR = "evaluation.work"  # in the output directory
 NAMES = {"heldout": "held-out"}  # of sets, in errors, where they are not those of the options
 # What gives an option its meaning.
 NEEDS = {
     "samples": "generate",
+    "generation_engine": "generate",
     "temperature": "samples",
     "leak_rouge": "samples",
     "leak_span": "samples",
@@ -69,7 +72,10 @@ NEEDS = {
 class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments):
     """What `cud evaluate` reads besides TRL's `ModelConfig`; `model_name_or_path` is the unlearned model or adapter."""
 
-    output_dir: str = field(default="cud-evaluation", metadata={"help": "Where the report goes."})
+    output_dir: str = field(
+        default="cud-evaluation",
+        metadata={"help": "Where the report goes; after a kill the same command goes on there."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that is not empty."})
     original_model: str | None = field(
         default=None, metadata={"help": "The model before unlearning, to be measured beside it."}
@@ -98,6 +104,13 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments)
     metric: str | None = field(default=None, metadata={"help": "Metric that makes the buckets (default: the primary)."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
     generate: bool = field(default=True, metadata={"help": "Generate answers for ROUGE-L recall and verbatim match."})
+    generation_engine: Literal["transformers", "paged", "vllm"] = field(
+        default="transformers",
+        metadata={
+            "help": "What writes answers: transformers in batches; its paged attention (CUDA, without samples); or "
+            "vLLM (extra `vllm`), of models in folders that are no adapters. lm_eval_tasks have their own."
+        },
+    )
     samples: int = field(
         default=0,
         metadata={"help": "Also sample as many answers per prompt, for leak@k: does one of k give the sample away?"},
@@ -182,7 +195,12 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments)
     )
     batch_size: int = field(default=16, metadata={"help": "Samples per forward pass."})
     max_length: int | None = field(default=1024, metadata={"help": "The longest sample in tokens."})
-    seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
+    seed: int = field(default=0, metadata={"help": "Of bootstrap intervals, sampled answers and relearning."})
+
+    @property
+    def work_dir(self) -> Path:
+        """Where finished parts are kept until the report is written."""
+        return Path(self.output_dir).expanduser() / WORK_DIR
 
     @property
     def works_on_weights(self) -> bool:
@@ -267,6 +285,8 @@ class EvaluateInputs:
         check_sets(model, **self.sets)
         name, samples = next(iter(self.sets.items()))
         check_padding(model, name, samples)
+        if self.args.generation_engine == PAGED:
+            check_paged(model)
         if self.args.gradient_norm:
             check_gradient_norms(model, path)
         if self.args.depth or self.args.logit_lens:
@@ -276,10 +296,17 @@ class EvaluateInputs:
 
 def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInputs:
     """Read and check all but the models; `ValueError` for what does not fit."""
+    models = {"model_name_or_path": model_args.model_name_or_path}
+    models |= {name: getattr(args, name) for name in ("original_model", "reference_model")}
+    rounded = model_args.load_in_4bit or model_args.load_in_8bit
+    check_engine(args.generation_engine, models, drawn=args.samples > 0, rounded=rounded)
     tokenizer = load_tokenizer(model_args, args)
     raw = with_secret_column(read_datasets(args, tokenizer), args.secret_pattern, args.chunk_tokens)
     scores = DifficultyScores.load(args.scores) if args.scores else None
-    template = args.template_context(template_of(str(model_args.model_name_or_path), scores))
+    known = template_of(str(model_args.model_name_or_path), scores)
+    if known is None:
+        known = WorkDir.recorded(args.work_dir).get("template")  # of a start that was killed
+    template = of_main_process(args.template_context(known))
     options: dict[str, Any] = {"max_length": args.max_length, "template": template}
     secrets = {name: secret_texts(raw[name], name) for name in SECRET_SETS if name in raw}
     marked = {name: SECRET if secrets.get(name) is not None else None for name in raw}
@@ -445,14 +472,15 @@ def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | Non
 
 
 def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) -> Any:
-    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither.
+    """A causal LM, or an adapter on its base model, in evaluation mode on the device of this process.
+
+    `ValueError` if it is neither.
 
     Args:
         finite: refuse weights that are no numbers.
     """
     model: Any = load_causal_lm(path, finite=finite, **options)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return model.to(device).eval()
+    return model.to(process_state().device).eval()
 
 
 def check_depth(args: EvaluateArguments, unlearned: str, revision: str | None) -> None:
