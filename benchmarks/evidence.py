@@ -47,7 +47,7 @@ def world(work: Path, name: str, spec: dict[str, Any]) -> tuple[Path, float]:
 
     folder, seed = work / f"{name}-{spec['seed']}", spec["seed"]
     sizes = {f"n_{part}_authors": spec[part] for part in ("forget", "retain", "heldout")}
-    testbed = build_testbed(seed, **sizes)
+    testbed = build_testbed(seed, **sizes, facts_per_author=spec.get("facts", 10))
     tokenizer = train_tokenizer(testbed.texts())
 
     def learned(train: Any) -> Any:
@@ -93,7 +93,9 @@ def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any
     return arms if only is None else {name: arms[name] for name in only}
 
 
-def study(folder: Path, never_seen: float, protocol: dict[str, Any], condition: str, workers: int) -> Any:
+def study(
+    folder: Path, never_seen: float, protocol: dict[str, Any], condition: str, workers: int, pool: Any = None
+) -> Any:
     """Run the study of one condition, `OBJECTIVE-PART`, in the folder of its world."""
     from trl import ModelConfig
 
@@ -129,7 +131,7 @@ def study(folder: Path, never_seen: float, protocol: dict[str, Any], condition: 
         },
     )
     adapter = LORA if part == "lora" else {}
-    return run_study(arguments, ModelConfig(model_name_or_path=str(folder / "model"), **adapter))
+    return run_study(arguments, ModelConfig(model_name_or_path=str(folder / "model"), **adapter), pool)
 
 
 def row(run: Any) -> dict[str, Any]:
