@@ -68,6 +68,10 @@ CHAINS = (("base", "outputs", "edges"), ("base", "no_edges", "edges"), ("outputs
 GAINS = (("base", "outputs"), ("base+outputs", "edges"), ("base+no_edges", "edges"))  # of what a step adds, and to what
 BANKS = {"cud": FEATURES, "no_edges": STEPS["no_edges"], "hidden": ("hidden",), "edges": ("edges",)}
 AGAINST = (("cud", "loss"), ("cud", "grad_norm"), ("cud", "no_edges"), ("no_edges", "loss"), ("edges", "loss"))
+RULE = (
+    "Yes: the gain (of rank R2 or of Spearman) is {worth:g} or more and its interval above 0. No: the interval ends "
+    "below {worth:g}. Else undecided."
+)
 
 Figures = dict[str, np.ndarray]  # by name; see `evaluation.prediction`
 
@@ -337,7 +341,7 @@ def summary(
             name: {"worlds": states[name], "figures": plain(means[name], by_condition[name])} for name in means
         },
         "all": plain(everywhere, means),
-        "verdicts": verdicts(everywhere, worth),
+        "verdicts": {name: verdicts(figures, worth) for name, figures in {**means, "all": everywhere}.items()},
     }
 
 
@@ -366,8 +370,12 @@ def markdown(results: dict[str, Any]) -> str:
             cells = [shown(one["figures"][part][name]) for one in conditions.values()]
             lines.append(f"| {name} | {' | '.join([*cells, shown(everywhere[part][name])])} |")
         lines.append("")
-    lines += ["## What adds something", ""]
-    lines += [f"- {question}: {verdict}" for question, verdict in results["verdicts"].items()]
+    lines += ["## What adds something", "", results["rule"], ""]
+    lines += ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    lines += [
+        f"| {question} | {' | '.join(results['verdicts'][name][question] for name in heads)} |"
+        for question in results["verdicts"]["all"]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -392,6 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
         "command": " ".join(["python", "benchmarks/prediction.py", *(["--tiny"] if args.tiny else [])]),
         "protocol": protocol,
         "versions": versions(),
+        "rule": RULE.format(worth=protocol["worth"]),
         "worlds": {},
     }
     args.output.mkdir(parents=True, exist_ok=True)
