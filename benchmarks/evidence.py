@@ -5,16 +5,16 @@
 
 A protocol (benchmarks/evidence/NAME.yaml) names worlds, objectives, parts (full, LoRA), arms and seeds. The endpoint is
 that of every study with held-out samples: H, the share of the held-out probability that is kept at the first snapshot
-at which a run's own worst quarter is at most 0.10 (or what a model says that never saw the samples, if that is more).
-`weights: NAME` takes the retain weight of every arm from the results of that protocol: the one that kept most at the
-endpoint there. What is found goes to benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
+at which a run's own worst quarter is at most what a model says that never saw the samples (or 0.10, if that is more).
+With `strict: true` runs go on to 0.10, and H there stands beside it. `weights: NAME` takes the retain weight of every
+arm from the results of that protocol: the one that kept most at the endpoint there. What is found goes to
+benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
 """
 
 import argparse
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def study(
     """Run the study of one condition, `OBJECTIVE-PART`, in the folder of its world."""
     from trl import ModelConfig
 
+    from evaluation.endpoint import LEVEL
     from evaluation.study.engine import run_study
     from evaluation.study.options import StudyArguments
 
@@ -119,7 +120,7 @@ def study(
         tuning_seeds=1,
         snapshot_every=protocol["snapshot_every"],
         retain_eval_samples=60,
-        end_worst_quarter=max(0.1, never_seen),
+        end_worst_quarter=LEVEL if protocol["strict"] else max(LEVEL, never_seen),
         grid=grid,
         arms=arms_of(protocol, condition),
         train={
@@ -154,28 +155,40 @@ def row(run: Any) -> dict[str, Any]:
 
 def condition_results(finished: Any, protocol: dict[str, Any]) -> dict[str, Any]:
     """Every run by arm; the weight that each arm did best with, or the decisions of the rule."""
+    results: dict[str, Any] = {"never_seen": finished.never_seen, "failed": finished.failed}
+    results |= at_level(finished, protocol, finished.never_seen)
+    if protocol["strict"]:
+        results["strict"] = at_level(finished, protocol, None)
+    return results
+
+
+def at_level(finished: Any, protocol: dict[str, Any], never_seen: float | None) -> dict[str, Any]:
+    """The results with that level of the worst quarter: 0.10, or `never_seen` if that is more."""
     from dataclasses import asdict
 
+    from evaluation.decision import compare
     from evaluation.report.schema import jsonable
-    from evaluation.study.evidence import evidence
+    from evaluation.study.evidence import arm_of, evidence
     from evaluation.study.runs import Run, finished_cells, grouped
 
     cells = [cell for cell in finished_cells(finished.folder) if cell.kind == "run"]
-    runs = [Run(finished.folder, cell, 4, finished.never_seen) for cell in cells]
+    runs = [Run(finished.folder, cell, 4, never_seen) for cell in cells]
     runs = [run for run in runs if run.schedule in protocol["arms"]]
     by_arm = grouped(sorted(runs, key=lambda run: (run.tuning[1] or 0, run.seed)), lambda run: run.schedule)
     by_arm = {name: by_arm[name] for name in protocol["arms"] if name in by_arm}
-    results = {
-        "never_seen": finished.never_seen,
-        "failed": finished.failed,
-        "arms": {name: [row(run) for run in same] for name, same in by_arm.items()},
-    }
+    results: dict[str, Any] = {"arms": {name: [row(run) for run in same] for name, same in by_arm.items()}}
     if "weights" not in protocol:
         results["weights"] = {name: best_weight(rows) for name, rows in results["arms"].items()}
-    else:
-        found = evidence("all", by_arm, finished.heldout_groups, finished.never_seen, SEED)
-        results["findings"] = found.findings
-        results["decisions"] = {name: jsonable(asdict(decision)) for name, decision in found.decisions.items()}
+        return results
+    found = evidence("all", by_arm, finished.heldout_groups, never_seen, SEED)
+    results["findings"] = found.findings
+    results["decisions"] = {name: jsonable(asdict(decision)) for name, decision in found.decisions.items()}
+    results["against"] = {
+        name: {
+            other: jsonable(asdict(compare(arm_of(same), arm_of(by_arm[other])))) for other in by_arm if other != name
+        }
+        for name, same in by_arm.items()
+    }
     return results
 
 
@@ -192,23 +205,32 @@ def best_weight(rows: list[dict[str, Any]]) -> float:
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables of the results."""
+    from evaluation.endpoint import LEVEL
 
     def shown(value: float | None) -> str:
         return "never" if value is None else f"{value:.3f}"
 
     lines = [f"# Evidence: {results['protocol']['name']}", "", f"`{results['command']}`", ""]
     for condition, found in results["conditions"].items():
-        lines += [f"## {condition}", "", "H by arm, every seed by itself; mean left and worst quarter at H = 90%.", ""]
+        level = max(LEVEL, found["never_seen"])
         lines += [
-            "| arm | retain weight | H | step | extraction | worst quarter at H = 90% |",
-            "|---|---|---|---|---|---|",
+            f"## {condition}",
+            "",
+            f"Every seed by itself; H at a worst quarter of {level:.3f}, strict: of {LEVEL:.2f}.",
+            "",
+        ]
+        lines += [
+            "| arm | retain weight | H | step | extraction | worst quarter at H = 90% | H, strict |",
+            "|---|---|---|---|---|---|---|",
         ]
         for arm, rows in found["arms"].items():
             for weight in sorted({one["retain_weight"] for one in rows}):
                 same = [one for one in rows if one["retain_weight"] == weight]
                 steps = " ".join("-" if one["step"] is None else str(one["step"]) for one in same)
                 cells = [" ".join(shown(one[name]) for one in same) for name in ("H", "extraction", "worst_at_90")]
-                lines.append(f"| {arm} | {weight:g} | {cells[0]} | {steps} | {cells[1]} | {cells[2]} |")
+                strict = found["strict"]["arms"][arm] if "strict" in found else []
+                cells.append(" ".join(shown(one["H"]) for one in strict if one["retain_weight"] == weight))
+                lines.append(f"| {arm} | {weight:g} | {cells[0]} | {steps} | {' | '.join(cells[1:])} |")
         lines += ["", *[f"- {finding}" for finding in found.get("findings", [])], ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -229,7 +251,8 @@ def main() -> None:
     results: dict[str, Any] = {"conditions": {}}
     if path.exists():  # what stands there of other conditions stays
         results = json.loads(path.read_text())
-    results |= {"protocol": protocol, "versions": versions(), "command": " ".join(["python", *sys.argv])}
+    command = f"python benchmarks/evidence.py {args.protocol}"
+    results |= {"protocol": protocol, "versions": versions(), "command": command}
     for (name, spec), condition in itertools.product(protocol["worlds"].items(), protocol["learning_rates"]):
         if args.conditions and condition not in args.conditions:
             continue

@@ -59,6 +59,7 @@ MANY_ROWS = 10_000
 BATCH = 2000
 # Columns that some samples may have and others not, which is an error.
 OPTIONAL = (COUNTERFACTUAL, *ALTERNATIVES, COUNTED, SECRET)
+MADE = (*PREPARED, *OPTIONAL, CONTENT)
 
 
 def prepare_dataset(
@@ -86,7 +87,8 @@ def prepare_dataset(
         tokenizer: with eos and pad tokens.
         max_length: the longest sequence in tokens, `None` for no limit.
         name: what to call the dataset in errors.
-        keep_columns: further columns to carry along (for example an author or topic column).
+        keep_columns: further columns to carry along (for example an author or topic column); none that is called like
+            one of the prepared ones.
         template: what the chat template sees beside the messages; by default nothing but today's date. The columns
             `tools` and `chat_template_kwargs` reach it too, as in TRL.
         counterfactual_column: another answer (a string, or a list of which the one nearest in length is taken; TOFU:
@@ -130,7 +132,7 @@ def _prepare(
     named_by = id_column(dataset.column_names)
     brought = (*OPTIONAL, CONTENT) if kind == "tokenised" else TEMPLATE_COLUMNS
     read = {*FORMATS[kind], named_by, counterfactual_column, secret_column, *brought} & {*dataset.column_names}
-    made = [*PREPARED, *OPTIONAL, CONTENT]
+    made = [*MADE]
     columns = [column for column in dataset.column_names if column in read or column in keep_columns]
     features = {column: dataset.features[column] for column in keep_columns}
     features |= {column: List(Value("int64")) for column in made}
@@ -145,7 +147,7 @@ def _prepare(
         counterfactual_column,
         template or TemplateContext(),
         Features(features),
-        tuple(column for column in keep_columns if column not in made),
+        tuple(keep_columns),
         secret_column,
     )
     with _bar_for(len(dataset)), _no_collection():
@@ -175,7 +177,7 @@ def _prepare(
             raise ValueError(f"{name} sample {ids[int(missing.argmax())]!r} has no {column}, others have")
         if missing.all():
             made.remove(column)
-    return prepared.select_columns([*made, *(column for column in keep_columns if column not in made)])
+    return prepared.select_columns([*made, *keep_columns])
 
 
 def prepare_samples(
@@ -215,7 +217,7 @@ def _check_columns(dataset: Dataset, name: str, keep_columns: Sequence[str], *as
     missing = [column for column in wanted if column not in dataset.column_names]
     if missing:
         raise ValueError(f"{name} dataset has no column {missing[0]!r}; it has {sorted(dataset.column_names)}")
-    taken = [column for column in keep_columns if column in PREPARED]
+    taken = [column for column in keep_columns if column in MADE]
     if taken:
         raise ValueError(f"{name} dataset: column {taken[0]!r} cannot be kept beside the prepared one of that name")
 

@@ -17,6 +17,7 @@ from cud_trainer.commands.parser import parse_options
 from cud_trainer.data.groups import group_labels
 from cud_trainer.data.ids import without_hashes
 from cud_trainer.logprobs import answer_probability
+from cud_trainer.models.engines import engine_of
 from cud_trainer.models.fingerprint import model_fingerprint, versions
 from cud_trainer.models.whole import not_finite
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
@@ -25,7 +26,7 @@ from ..metrics import robustness
 from ..metrics.depth import Depth, layer_drops
 from ..metrics.lm_eval import lm_eval_figures
 from ..metrics.measure import Measured, measure
-from ..metrics.memorization import true_answers
+from ..metrics.memorization import EXTRA_TOKENS, true_answers
 from ..metrics.secret import has_secret
 from ..report.attacks import quantisation, relearning
 from ..report.audit import audit_results, measured_tables, per_sample_table
@@ -143,7 +144,7 @@ def measure_models(inputs: EvaluateInputs) -> Measurements:
     fingerprint = model_fingerprint(model)
     if fingerprint == fingerprints.get("reference"):
         raise ValueError(f"the reference model {args.reference_model} has the weights of the model that is evaluated")
-    after = measure_one(inputs, model, "unlearned")
+    after = measure_one(inputs, model, "unlearned", inputs.model_name_or_path)
     depth = None
     if original is not None and original.model is not None:
         depth = Depth(original.drops(inputs, model, "unlearned"), unseen)
@@ -170,25 +171,27 @@ def check_line(inputs: EvaluateInputs) -> None:
     robustness.check_same_weights(ends[1], dict(ends[0].named_parameters()))
 
 
-def measure_one(inputs: EvaluateInputs, model: Any, what: str) -> Measured:
-    """`measure` with these options."""
+def measure_one(inputs: EvaluateInputs, model: Any, what: str, path: str) -> Measured:
+    """`measure` with these options, of the model that was loaded from `path`."""
     args = inputs.args
-    return measure(
-        model,
-        inputs.sets,
-        inputs.forget_raw,
-        inputs.utility,
-        inputs.tokenizer,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        template=inputs.template,
-        generate=args.generate,
-        leak=inputs.leak,
-        secrets=inputs.secrets,
-        lens=args.logit_lens,
-        gradients=args.gradient_norm,
-        desc=what,
-    )
+    longest = None if args.max_length is None else args.max_length + EXTRA_TOKENS
+    with engine_of(args.generation_engine, model, path, longest=longest):
+        return measure(
+            model,
+            inputs.sets,
+            inputs.forget_raw,
+            inputs.utility,
+            inputs.tokenizer,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            template=inputs.template,
+            generate=args.generate,
+            leak=inputs.leak,
+            secrets=inputs.secrets,
+            lens=args.logit_lens,
+            gradients=args.gradient_norm,
+            desc=what,
+        )
 
 
 def measure_original(inputs: EvaluateInputs, path: str) -> Original:
@@ -199,7 +202,7 @@ def measure_original(inputs: EvaluateInputs, path: str) -> Original:
     for scores in (inputs.scores, inputs.retain_scores):
         if scores is not None:
             scores.check_provenance(model=fingerprint)
-    measured = measure_one(inputs, model, "original")
+    measured = measure_one(inputs, model, "original", path)
     faithfulness, weights = None, None
     if args.faithfulness and circuits is not None:
         faithfulness = dataset_faithfulness(
@@ -223,7 +226,7 @@ def measure_reference(
     """What the model at `path` says that never saw the forget set, its fingerprint, and D1 (see `Depth`) if wanted."""
     model = inputs.load_model(path)
     fingerprint = model_fingerprint(model)
-    measured = measure_one(inputs, model, "reference")
+    measured = measure_one(inputs, model, "reference", path)
     unseen = None
     if original is not None and original.model is not None:
         unseen = original.drops(inputs, model, "reference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -25,6 +25,7 @@ from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.logprobs import check_padding
+from cud_trainer.models.engines import PAGED, check_engine, check_paged
 from cud_trainer.models.loading import load_causal_lm, load_config, merged_adapter
 from cud_trainer.models.positions import check_sets
 from cud_trainer.training.checkpoints import recorded_template
@@ -46,6 +47,7 @@ NAMES = {"heldout": "held-out"}  # of sets, in errors, where they are not those 
 # What gives an option its meaning.
 NEEDS = {
     "samples": "generate",
+    "generation_engine": "generate",
     "temperature": "samples",
     "leak_rouge": "samples",
     "leak_span": "samples",
@@ -98,6 +100,13 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments)
     metric: str | None = field(default=None, metadata={"help": "Metric that makes the buckets (default: the primary)."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
     generate: bool = field(default=True, metadata={"help": "Generate answers for ROUGE-L recall and verbatim match."})
+    generation_engine: Literal["transformers", "paged", "vllm"] = field(
+        default="transformers",
+        metadata={
+            "help": "What writes answers: transformers in batches; its paged attention (CUDA, without samples); or "
+            "vLLM (extra `vllm`), of models in folders that are no adapters. lm_eval_tasks have their own."
+        },
+    )
     samples: int = field(
         default=0,
         metadata={"help": "Also sample as many answers per prompt, for leak@k: does one of k give the sample away?"},
@@ -267,6 +276,8 @@ class EvaluateInputs:
         check_sets(model, **self.sets)
         name, samples = next(iter(self.sets.items()))
         check_padding(model, name, samples)
+        if self.args.generation_engine == PAGED:
+            check_paged(model)
         if self.args.gradient_norm:
             check_gradient_norms(model, path)
         if self.args.depth or self.args.logit_lens:
@@ -276,6 +287,10 @@ class EvaluateInputs:
 
 def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInputs:
     """Read and check all but the models; `ValueError` for what does not fit."""
+    models = {"model_name_or_path": model_args.model_name_or_path}
+    models |= {name: getattr(args, name) for name in ("original_model", "reference_model")}
+    rounded = model_args.load_in_4bit or model_args.load_in_8bit
+    check_engine(args.generation_engine, models, drawn=args.samples > 0, rounded=rounded)
     tokenizer = load_tokenizer(model_args, args)
     raw = with_secret_column(read_datasets(args, tokenizer), args.secret_pattern, args.chunk_tokens)
     scores = DifficultyScores.load(args.scores) if args.scores else None

@@ -25,6 +25,7 @@ SECRET_SAID = "secret_verbatim"
 # Kept by the same pass for attacks and truth ratios (see `privacy`); no measures of memorisation themselves.
 TOKEN_STATISTICS = ("mean_logps", "min_k", "min_k_plus_plus")
 MIN_K = 0.2
+EXTRA_TOKENS = 16  # that a model may write beyond the length of the true answer
 
 
 def exact_memorization(correct: Sequence[bool]) -> float:
@@ -79,7 +80,7 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
-    extra_tokens: int = 16,
+    extra_tokens: int = EXTRA_TOKENS,
     sampling: Sampling | None = None,
     desc: str | None = None,
 ) -> list[str]:
