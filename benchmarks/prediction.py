@@ -346,10 +346,10 @@ def summary(
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of the results."""
+    """The tables of the results, as they stand in JSON."""
 
     def shown(found: dict[str, Any]) -> str:
-        if not np.isfinite(found["value"]):
+        if None in (found["value"], found["low"], found["high"]):
             return "-"
         return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
@@ -419,9 +419,10 @@ def main(arguments: list[str] | None = None) -> None:
                 found[world], states[condition][world] = condition_in(folder, sets, runs, condition, protocol, number)
                 print(f"{world}, {condition}: done", flush=True)
             results |= summary(by_condition, states, protocol["worth"])  # of the worlds so far
-            write_json(args.output / "prediction.json", jsonable(results))
-            (args.output / "prediction.md").write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
+            so_far = jsonable(results)
+            write_json(args.output / "prediction.json", so_far)
+            (args.output / "prediction.md").write_text(markdown(so_far), encoding="utf-8")
+    print(markdown(so_far))
 
 
 if __name__ == "__main__":

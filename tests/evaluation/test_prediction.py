@@ -231,6 +231,7 @@ def test_every_part_of_the_benchmark(prediction, tmp_path, cells_in_process, mon
     assert found["worlds"]["tiny"]["forget"] == 12 and found["worlds"]["tiny"]["authors"]["forget"] == 6
     (condition,) = found["conditions"].values()
     assert set(condition["figures"]) == {"left", "later, bank of outcomes", "later, bank of a calibration", "lost"}
+    assert prediction.markdown(found) == (tmp_path / "prediction.md").read_text()
     for verdicts in (found["verdicts"]["npo-lora"], found["verdicts"]["all"]):
         assert len(verdicts) == 7 and set(verdicts.values()) <= {"yes", "no", "undecided"}
     assert "torch" in json.dumps(found["versions"])
