@@ -39,21 +39,21 @@ SHARED = {
 SEED = 0  # of bootstraps
 
 
-def world(work: Path, name: str, spec: dict[str, Any]) -> tuple[Path, float]:
+def world(work: Path, name: str, spec: dict[str, Any], tofu: str) -> tuple[Path, float]:
     """Data and a model that knows it by heart, in a folder; and the worst quarter of the forget set under a model that
     learned all but that."""
     from evaluation.endpoint import worst_quarter
-    from evaluation.testbed import build_testbed, memorise, tiny_llama, train_tokenizer
+    from evaluation.testbed import memorise, tiny_llama, train_tokenizer
 
     folder, seed = work / f"{name}-{spec['seed']}", spec["seed"]
-    sizes = {f"n_{part}_authors": spec[part] for part in ("forget", "retain", "heldout")}
-    testbed = build_testbed(seed, **sizes, facts_per_author=spec.get("facts", 10))
-    tokenizer = train_tokenizer(testbed.texts())
+    testbed = tofu_authors(tofu, spec) if name == "tofu" else generated_authors(spec)
+    tokenizer = train_tokenizer(testbed.texts(), *((3000,) if name == "tofu" else ()))
+    shape = {"layers": 6, "intermediate_size": 336, "max_positions": 512} if name == "tofu" else {}
 
     def learned(train: Any) -> Any:
         from dataclasses import replace
 
-        model = tiny_llama(tokenizer, seed)
+        model = tiny_llama(tokenizer, seed, **shape)
         memorise(model, tokenizer, replace(testbed, train=train), epochs=spec["epochs"], seed=seed, progress=False)
         return model
 
@@ -76,6 +76,38 @@ def world(work: Path, name: str, spec: dict[str, Any]) -> tuple[Path, float]:
         write_json(folder / "never-seen.json", np.asarray(said).tolist())
     never_seen = np.array(json.loads((folder / "never-seen.json").read_text()))
     return folder, float(worst_quarter(never_seen))
+
+
+def generated_authors(spec: dict[str, Any]) -> Any:
+    """Authors of the generated world, as many as the protocol asks for."""
+    from evaluation.testbed import build_testbed
+
+    sizes = {f"n_{part}_authors": spec[part] for part in ("forget", "retain", "heldout")}
+    return build_testbed(spec["seed"], **sizes, facts_per_author=spec.get("facts", 10))
+
+
+def tofu_authors(tofu: str, spec: dict[str, Any]) -> Any:
+    """Authors of TOFU: the first of forget10, and the last of retain90, of which the very last are held out."""
+    from datasets import concatenate_datasets, load_dataset
+
+    from evaluation.testbed import REPEATS, Testbed
+
+    n = {part: 20 * spec[part] for part in ("forget", "retain", "heldout")}
+    forget = load_dataset(tofu, "forget10", split="train").select(range(n["forget"]))
+    rest = load_dataset(tofu, "retain90", split="train")
+    rest = rest.select(range(len(rest) - n["retain"] - n["heldout"], len(rest)))
+    order = np.random.default_rng(spec["seed"]).permutation(np.resize(REPEATS, len(forget)))
+    parts = {}
+    for name, part, repeats in (
+        ("forget", forget, order),
+        ("retain", rest.select(range(n["retain"])), np.ones(n["retain"], int)),
+        ("held_out", rest.select(range(n["retain"], len(rest))), np.ones(n["heldout"], int)),
+    ):
+        part = part.select_columns(["question", "answer"]).add_column("repeats", repeats.tolist())
+        part = part.add_column("split", [name] * len(part))
+        parts[name] = part.add_column("author", [f"{name}-{row // 20}" for row in range(len(part))])
+    retain_eval = parts["retain"].select(range(0, n["retain"], 4))
+    return Testbed(**parts, retain_eval=retain_eval, train=concatenate_datasets(list(parts.values())))
 
 
 def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any]]:
@@ -239,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", help="name of a file in benchmarks/evidence/")
     parser.add_argument("--conditions", nargs="+", help="OBJECTIVE-PART, for example graddiff-full; by default all")
+    parser.add_argument("--tofu", default="locuslab/TOFU", help="hub id or folder of TOFU, for a protocol with it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work_dir", type=Path, default=Path("evidence-study"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
@@ -256,7 +289,7 @@ def main() -> None:
     for (name, spec), condition in itertools.product(protocol["worlds"].items(), protocol["learning_rates"]):
         if args.conditions and condition not in args.conditions:
             continue
-        folder, never_seen = world(args.work_dir, name, spec)
+        folder, never_seen = world(args.work_dir, name, spec, args.tofu)
         finished = study(folder, never_seen, protocol, condition, args.workers)
         results["conditions"][condition] = condition_results(finished, protocol)
         write_json(path, results)

@@ -406,7 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with Pool(1) as pool:
         for number, (world, spec) in enumerate(protocol["worlds"].items()):
-            folder, never_seen = evidence.world(args.work_dir, world, spec)
+            folder, never_seen = evidence.world(args.work_dir, world, spec, tofu="")
             sets = {name: known(folder, name) for name in ("forget", "held_out")}
             results["worlds"][world] = {
                 **{name: len(of.groups) for name, of in sets.items()},

@@ -5,6 +5,7 @@ Models bring a generation config with penalties, sampling options and lengths al
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data.timeout import apply_chat_template
 from .layers import base_causal_lm, embedding_device
@@ -22,6 +25,7 @@ from .modes import evaluation_mode
 from .positions import own_positions, position_ids, positions_of
 from .sampling import Sampling, drawing
 
+logger = logging.get_logger(__name__)
 MARK = "answer"
 # Sequences that are drawn at a time, by prompts of a batch: a step of generation takes one position of each.
 DRAWN_AT_ONCE = 16
@@ -157,7 +161,7 @@ def continuations(
         evaluation_mode(model),
         tqdm(total=total, desc=desc, disable=desc is None, unit="answer", leave=False) as bar,
     ):
-        for place, found in engine(model, asked):
+        for place, found in engine(model, asked) if total else ():
             limit = most[place // asked.draws]
             end = next((at for at, token in enumerate(found) if token in asked.stop), len(found))
             written[place] = list(found[: min(end, limit)])
@@ -168,7 +172,7 @@ def continuations(
             bar.update()
         if len(written) < total:
             raise ValueError(f"the engine has written {len(written)} of {total} answers")
-        if engine is not in_batches and sampling is None:
+        if engine is not in_batches and sampling is None and written:
             _check_written(model, asked, written)
     return [written.get(place, []) for place in range(len(prompts) * asked.draws)]
 
@@ -209,7 +213,31 @@ def in_batches(model: Any, asked: Asked) -> Iterator[tuple[int, list[int]]]:
         for first in range(0, asked.draws, at_once):
             numbers = range(first, min(first + at_once, asked.draws))
             places = [row * asked.draws + number for row in rows for number in numbers]
-            yield from zip(places, _written(model, asked, rows, numbers), strict=True)
+            yield from zip(places, _halving(model, asked, rows, numbers), strict=True)
+
+
+def _halving(model: Any, asked: Asked, rows: Sequence[int], numbers: range) -> list[list[int]]:
+    """`_written`, in halves when that does not fit into memory: of the prompts, or of the draws of a single one."""
+    try:
+        return _written(model, asked, rows, numbers)
+    except Exception as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise
+        if len(rows) == len(numbers) == 1:
+            tokens = len(asked.prompts[rows[0]]) + asked.limits[rows[0]]
+            raise ValueError(
+                f"an answer does not fit into memory by itself ({tokens} tokens with its prompt): {error}"
+            ) from None
+    # outside the handler, which keeps the failed pass's tensors alive
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    logger.warning_once("out of memory: batches of answers are halved; a smaller batch_size saves the failed attempts")
+    half = len(rows) // 2
+    if half:
+        return [one for part in (rows[:half], rows[half:]) for one in _halving(model, asked, part, numbers)]
+    half = len(numbers) // 2
+    return [one for part in (numbers[:half], numbers[half:]) for one in _halving(model, asked, rows, part)]
 
 
 def _written(model: Any, asked: Asked, rows: Sequence[int], numbers: range) -> list[list[int]]:

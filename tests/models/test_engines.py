@@ -97,6 +97,27 @@ def test_the_batch_that_takes_the_most_memory_comes_first(asked, size):
     assert steps < sum(plain) or size == 1
 
 
+@pytest.mark.parametrize("sampling", [None, Sampling(2.0, seed=5, draws=3)])
+def test_what_does_not_fit_into_memory_is_written_in_halves(model, asked, monkeypatch, sampling):
+    prompts, limits = asked
+    options = {"stop": STOP, "pad": 0, "sampling": sampling}
+    expected = continuations(model, prompts, limits, batch_size=1, **options)
+    generate, tried, room = model.generate, [], 2
+
+    def fits(input_ids, **given):
+        tried.append(len(input_ids))
+        if len(input_ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(input_ids=input_ids, **given)
+
+    monkeypatch.setattr(model, "generate", fits)
+    assert continuations(model, prompts, limits, batch_size=8, **options) == expected
+    assert max(tried) > 2 and sum(size for size in tried if size <= 2) == 9 * (3 if sampling else 1)
+    room = 0
+    with pytest.raises(ValueError, match=r"an answer does not fit into memory by itself \(21 tokens with its prompt\)"):
+        continuations(model, prompts[3:4], [12], batch_size=8, **options)
+
+
 @pytest.mark.slow
 def test_paged_writes_what_batches_write(model, asked, on_cpu):
     prompts, limits = asked
@@ -171,6 +192,8 @@ def test_an_engine_is_held_against_the_model(model, asked, vllm, tmp_path):
     with written_by(model, changed(lambda found: [])), written_by(model, in_batches):
         pass  # what was before is put back: here nothing
     assert continuations(model, [[5]], [3], stop=[], pad=0, batch_size=1) == by_hand(model, [[5]], [3], [])
+    for nothing in (([], []), ([[5], [6]], [0, 0])):  # no engine is started for it
+        assert written(model, *nothing, lambda *given: 1 / 0) == [[]] * len(nothing[0])
     broken = make_model(0, num_hidden_layers=1)
     with torch.no_grad():
         broken.lm_head.weight.fill_(torch.nan)  # it says nothing that could be held against anybody
