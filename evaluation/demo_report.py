@@ -38,7 +38,7 @@ SCHEDULES = tuple(ARMS)
 BUCKETS = 4
 CAVEAT = (
     "Retain utility is measured on retained facts asked in other words than the retain loss uses, held-out knowledge "
-    "on authors that it never mentions. Few seeds seldom decide: `--report_seeds 5` says more. The ceiling is that of "
+    "on authors that it never mentions. Few seeds seldom decide: --report_seeds 5 says more. The ceiling is that of "
     "few seeds, and noisy."
 )
 
