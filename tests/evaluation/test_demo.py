@@ -110,7 +110,7 @@ def test_the_runs_are_a_study_tuned_on_a_seed_of_its_own(tmp_path, studies):
     assert demo._unlearn(args, tmp_path, 120) == ([], [])
     (study,) = studies.studies
     cells = plan(study, {})[1]
-    assert len(cells) == 2 * 3 * 2 * 3  # objectives, arms, retain weights, seeds
+    assert len(cells) == 2 * 4 * 2 * 3  # objectives, arms, retain weights, seeds
     tried = first_seeds(cells)
     assert len(tried) == 2 * 3 * 2 and {cell.choices["seed"] for cell in tried} == {5}
     assert {cell.choices["seed"] for cell in cells if cell.settings.get("generate")} == {6}
