@@ -112,7 +112,7 @@ def test_the_runs_are_a_study_tuned_on_a_seed_of_its_own(tmp_path, studies):
     cells = plan(study, {})[1]
     assert len(cells) == 2 * 4 * 2 * 3  # objectives, arms, retain weights, seeds
     tried = first_seeds(cells)
-    assert len(tried) == 2 * 3 * 2 and {cell.choices["seed"] for cell in tried} == {5}
+    assert len(tried) == 2 * 4 * 2 and {cell.choices["seed"] for cell in tried} == {5}
     assert {cell.choices["seed"] for cell in cells if cell.settings.get("generate")} == {6}
     assert all(cell.settings["options"]["per_device_train_batch_size"] == 60 for cell in cells)
     assert {coordinates(cell).panel for cell in cells} == set(demo_report.OBJECTIVES)
