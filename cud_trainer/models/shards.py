@@ -27,6 +27,16 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def check_unpartitioned(model: nn.Module) -> None:
+    """Raise `ValueError` for a model that was made under `zero.Init`, of which each process has a part."""
+    if any(map(is_partitioned, model.parameters())):
+        raise ValueError(
+            "the model's weights are already partitioned by DeepSpeed (zero.Init): no difficulty metric and no "
+            "reference quantity can be computed of the parts. Give the model's name or path: it is loaded whole "
+            "by every process, and partitioned when training starts"
+        )
+
+
 def is_split(model: nn.Module) -> bool:
     """Whether any weight of a model is split over processes, by FSDP 1 or 2 or by DeepSpeed's stage 3."""
     wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())

@@ -15,6 +15,7 @@ from ..difficulty import METRICS
 from ..difficulty.context import CIRCUIT_DEFAULTS, circuit_settings
 from ..difficulty.folds import make_folds
 from ..files import check_new_file
+from ..models.shards import check_unpartitioned
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..resumable import WorkDir
@@ -95,6 +96,7 @@ class ScoringRequest:
         check_fields(self, strict=False)
         check_numbers_within("circuit_args", self.circuit_args)
         check_metrics(self.metrics, self.metric_args, model)
+        check_unpartitioned(model)
         check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
         if self.save_circuits is not None:
             if self.work_dir is not None and _within(self.save_circuits, self.work_dir):

@@ -36,7 +36,7 @@ from ..models.fingerprint import model_fingerprint
 from ..models.loading import adapter_file, load_causal_lm, tokenizer_home
 from ..models.modes import on_device
 from ..models.positions import check_sets
-from ..models.shards import is_partitioned, loaded_whole
+from ..models.shards import check_unpartitioned, loaded_whole
 from ..models.trainable import check_trained, train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
@@ -420,12 +420,7 @@ def _checked_model(model: nn.Module | str, args: CUDConfig, loss: UnlearningLoss
             model = load_causal_lm(model, merge_adapter=peft_config is not None, **options)
         args.model_init_kwargs = None  # used up; TRL would warn that it ignores them
     else:
-        if any(map(is_partitioned, model.parameters())):
-            raise ValueError(
-                "the model's weights are already partitioned by DeepSpeed (zero.Init): no difficulty metric and no "
-                "reference quantity can be computed of the parts. Give the model's name or path: it is loaded whole "
-                "by every process, and partitioned when training starts"
-            )
+        check_unpartitioned(model)
         check_finite(getattr(model, "name_or_path", None) or type(model).__name__, model)
     # Of a compiled model the one that was compiled, whose weights it has: `torch_compile` compiles the training step.
     model = getattr(model, "_orig_mod", model)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from builders import ROOT, SUPPORT, make_model, qa_dataset
+from builders import ROOT, SUPPORT, make_model, make_tokenizer, qa_dataset
 from peft import PeftModel
 from processes import run
 from runs import config, make_trainer
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_available
 
+from cud_trainer import score_difficulty
 from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.training import stack
@@ -98,8 +99,6 @@ def check_saved(found, path, tokenizer, lora):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from builders import make_tokenizer
-
     return make_tokenizer()
 
 
@@ -162,6 +161,8 @@ def test_partitioned_weights_are_refused(tmp_path):
     next(model.parameters()).ds_id = 0
     with pytest.raises(ValueError, match="already partitioned by DeepSpeed"):
         make_trainer(tmp_path / "out", model=model)
+    with pytest.raises(ValueError, match="already partitioned by DeepSpeed"):
+        score_difficulty(model, qa_dataset(3), make_tokenizer(), metrics=["length"], progress=False)
 
 
 SAVES = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
