@@ -82,7 +82,8 @@ def generated_authors(spec: dict[str, Any]) -> Any:
     """Authors of the generated world, as many as the protocol asks for."""
     from evaluation.testbed import build_testbed
 
-    return build_testbed(spec["seed"], **{f"n_{part}_authors": spec[part] for part in ("forget", "retain", "heldout")})
+    sizes = {f"n_{part}_authors": spec[part] for part in ("forget", "retain", "heldout")}
+    return build_testbed(spec["seed"], **sizes, facts_per_author=spec.get("facts", 10))
 
 
 def tofu_authors(tofu: str, spec: dict[str, Any]) -> Any:
@@ -124,7 +125,9 @@ def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any
     return arms if only is None else {name: arms[name] for name in only}
 
 
-def study(folder: Path, never_seen: float, protocol: dict[str, Any], condition: str, workers: int) -> Any:
+def study(
+    folder: Path, never_seen: float, protocol: dict[str, Any], condition: str, workers: int, pool: Any = None
+) -> Any:
     """Run the study of one condition, `OBJECTIVE-PART`, in the folder of its world."""
     from trl import ModelConfig
 
@@ -161,7 +164,7 @@ def study(folder: Path, never_seen: float, protocol: dict[str, Any], condition: 
         },
     )
     adapter = LORA if part == "lora" else {}
-    return run_study(arguments, ModelConfig(model_name_or_path=str(folder / "model"), **adapter))
+    return run_study(arguments, ModelConfig(model_name_or_path=str(folder / "model"), **adapter), pool)
 
 
 def row(run: Any) -> dict[str, Any]:

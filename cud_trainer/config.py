@@ -15,6 +15,7 @@ from .data import BATCH_BYTES
 from .data.template import TemplateArguments
 from .difficulty.context import circuit_settings
 from .difficulty.scores import PRECOMPUTED
+from .models.head import LOGITS_BYTES
 from .objectives import UnlearningLoss
 from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
@@ -46,8 +47,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
     > Parameters that control the objective
 
     objective, objective_args, objective_by_bucket, step, step_args, retain_loss, retain_weight, retain_pairing,
-    retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k, alternative_column, refusals, trainable_layers,
-    trainable, circuit_share
+    retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k, logits_bytes, alternative_column, refusals,
+    trainable_layers, trainable, circuit_share
 
     > Parameters that control difficulty and schedule
 
@@ -174,6 +175,13 @@ class CUDConfig(TemplateArguments, SFTConfig):
     reference_top_k: int = field(
         default=128,
         metadata={"help": "Tokens of the original distribution kept per position (retain loss 'kl', 'undial')."},
+    )
+    logits_bytes: int = field(
+        default=LOGITS_BYTES,
+        metadata={
+            "help": "Estimated memory of a step's logits at a time, in bytes. Where all take more, some are made, read "
+            "and made again for the backward pass, same values. 0 makes all at once."
+        },
     )
     alternative_column: str | None = field(
         default=None, metadata={"help": "Column of the forget dataset with the answer that 'dpo' prefers."}
@@ -388,6 +396,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
             self.retain_loss,
             self.reference_top_k,
             self.objective_by_bucket,
+            self.logits_bytes,
         )
         return UnlearningLoss(*options)  # type: ignore[arg-type]
 

@@ -6,9 +6,9 @@ report is the same number the loss was made of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .data import COUNTED, IGNORE_INDEX, Samples
+from .models.head import HeadStates, made_again, positions_at_once, read_head
 from .models.layers import base_causal_lm, embedding_device
 from .models.modes import evaluation_mode
 from .models.positions import own_positions, position_ids, positions_of
 from .models.precision import exact
+
+T = TypeVar("T")
 
 
 def wide(x: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ class AnswerScores:
         token_logps: log p(token | prefix), `[B, K]`, 0 outside the answer; float32 or wider, differentiable.
         mask: True on answer tokens, `[B, K]`.
         targets: the token ids, `[B, K]`, 0 outside the answer.
-        logits: `[B, K, vocabulary]`, in the model's dtype.
+        head: logits, or the states that they are made of where not all are there at once.
         positions: the positions, `[K]`; each predicts the token behind it.
         hidden_states: of every layer at all positions, `[B, T, hidden]` each, the embedding first; only if asked for.
         counted: True on the answer tokens that figures are made of, `[B, K]`; `None` for all of them.
@@ -49,10 +52,15 @@ class AnswerScores:
     token_logps: Tensor
     mask: Tensor
     targets: Tensor
-    logits: Tensor
+    head: Tensor | HeadStates
     positions: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     counted: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """`[B, K, vocabulary]`, in the model's dtype; made anew at every call from states."""
+        return self.head if isinstance(self.head, Tensor) else self.head.project(self.head.hidden)
 
     @property
     def logps(self) -> Tensor:
@@ -84,10 +92,27 @@ class AnswerScores:
             self.token_logps[rows],
             self.mask[rows],
             self.targets[rows],
-            self.logits[rows],
+            self.head[rows],
             self.positions,
             counted=None if self.counted is None else self.counted[rows],
         )
+
+    def map_rows(self, function: Callable[[AnswerScores, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `function` says of all rows, joined; it reads the logits of as many at a time as may be there.
+
+        Args:
+            function: from the scores of some rows, and which these are, to tensors of as many rows each.
+        """
+        if isinstance(self.head, Tensor):
+            return function(self, slice(None))
+        head, size = self.head, max(1, self.head.at_once // len(self.positions))
+
+        def some(hidden: Tensor, rows: slice) -> tuple[Tensor, ...]:
+            return function(replace(self[rows], head=head.project(hidden)), rows)
+
+        slices = [slice(start, start + size) for start in range(0, len(self.mask), size)]
+        parts = [made_again(some, head.hidden[rows], rows) for rows in slices]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def answer_positions(labels: Tensor) -> Tensor:
@@ -110,36 +135,93 @@ def score_answers(model: torch.nn.Module, batch: dict[str, Tensor], **model_inpu
     Raises:
         ValueError: for an adapter that puts virtual tokens before the input.
     """
-    _check_adapter(model)
-    labels = predictable(batch["labels"], batch["attention_mask"])
+    labels, inputs = _asked(model, batch, model_inputs)
     positions = answer_positions(labels)
-    if "inputs_embeds" not in model_inputs:
-        model_inputs["input_ids"] = batch["input_ids"]
-    limit = positions_of(model).limit
-    if limit is not None and batch["attention_mask"].shape[1] > limit:
-        longest = int(batch["attention_mask"].sum(-1).max())
-        if longest > limit:
-            raise ValueError(f"a sample has {longest} tokens, and the model has {limit} positions")
     with own_positions(model):
-        outputs = model(
-            attention_mask=batch["attention_mask"],
-            position_ids=position_ids(batch["attention_mask"]),
-            logits_to_keep=positions,
-            use_cache=False,
-            **model_inputs,
-        )
+        outputs = model(logits_to_keep=positions, **inputs)
     logits = outputs.logits
     if logits.shape[1] != len(positions):  # an architecture that ignores `logits_to_keep`
         logits = logits[:, positions.to(logits.device)]
-    labels = labels.to(logits.device)[:, positions.to(logits.device) + 1]
+    return _scores(batch, labels, positions, logits, getattr(outputs, "hidden_states", None))
+
+
+def read_answers(
+    model: torch.nn.Module,
+    batch: dict[str, Tensor],
+    function: Callable[[AnswerScores], T],
+    *,
+    logits_bytes: int = 0,
+) -> T:
+    """What `function` makes of `score_answers`, without more logits at a time than fit into `logits_bytes`.
+
+    Where they do not fit, `function` runs within the model's forward pass, and a backward pass makes every logit again.
+    All values are those of `score_answers`, to rounding.
+
+    Args:
+        function: from scores to tensors (a tensor, or a tuple of them). It reads logits by `AnswerScores.map_rows`.
+        logits_bytes: estimated memory of logits and what belongs to them; 0 for no bound. One position, and in
+            `map_rows` one row, may exceed it.
+    """
+    labels, inputs = _asked(model, batch, {})
+    positions = answer_positions(labels)
+    at_once = positions_at_once(model, len(labels) * len(positions), logits_bytes)
+    if at_once is None:
+        return function(score_answers(model, batch))
+    with own_positions(model):
+        return read_head(
+            model, positions, at_once, lambda head: function(_scores(batch, labels, positions, head)), **inputs
+        )
+
+
+def _asked(model: torch.nn.Module, batch: dict[str, Tensor], inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Labels that can be predicted, and the inputs of the model."""
+    _check_adapter(model)
+    mask = batch["attention_mask"]
+    if "inputs_embeds" not in inputs:
+        inputs["input_ids"] = batch["input_ids"]
+    limit = positions_of(model).limit
+    if limit is not None and mask.shape[1] > limit:
+        longest = int(mask.sum(-1).max())
+        if longest > limit:
+            raise ValueError(f"a sample has {longest} tokens, and the model has {limit} positions")
+    inputs |= {"attention_mask": mask, "position_ids": position_ids(mask), "use_cache": False}
+    return predictable(batch["labels"], mask), inputs
+
+
+def _scores(
+    batch: dict[str, Tensor],
+    labels: Tensor,
+    positions: Tensor,
+    head: Tensor | HeadStates,
+    hidden: tuple[Tensor, ...] | None = None,
+) -> AnswerScores:
+    """Of logits, or of the states that they are made of, at these positions."""
+    next_ones = positions.to(head.device) + 1
+    labels = labels.to(head.device)[:, next_ones]
     mask = labels != IGNORE_INDEX
     targets = labels.masked_fill(~mask, 0)
-    negative = torch.nn.functional.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none")
-    token_logps = (-negative).view_as(targets).masked_fill(~mask, 0.0)
-    hidden, counted = getattr(outputs, "hidden_states", None), None
+    if isinstance(head, Tensor):
+        token_logps = _token_logps(head, targets).masked_fill(~mask, 0.0)
+    else:
+        project, parts = head.project, []
+        for some in mask.nonzero().split(head.at_once):
+            rows, columns = some.unbind(-1)
+            chosen = head.hidden[rows.to(head.hidden.device), columns.to(head.hidden.device)]
+            parts.append(
+                made_again(lambda h, t: _token_logps(project(h), t), chosen[None], targets[rows, columns][None])
+            )
+        of_answers = torch.cat(parts, dim=1)[0]
+        token_logps = torch.zeros_like(targets, dtype=of_answers.dtype).masked_scatter(mask, of_answers)
+    counted = None
     if COUNTED in batch:
-        counted = mask & (batch[COUNTED].to(logits.device)[:, positions.to(logits.device) + 1] != IGNORE_INDEX)
-    return AnswerScores(token_logps, mask, targets, logits, positions, hidden, counted)
+        counted = mask & (batch[COUNTED].to(head.device)[:, next_ones] != IGNORE_INDEX)
+    return AnswerScores(token_logps, mask, targets, head, positions, hidden, counted)
+
+
+def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p of the tokens `targets` `[B, K]` by `logits` `[B, K, V]`."""
+    negative = torch.nn.functional.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none")
+    return (-negative).view_as(targets)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ that one process and eight compute the very same numbers.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import hashlib
 import json
@@ -71,13 +72,13 @@ def of_main_process(value: Value) -> Value:
 
 
 def end_together() -> None:
-    """Wait for all processes and part from them; the last that is done by each.
+    """Wait for all processes at the end of a command; each parts from the others when it exits.
 
-    Under a launcher a process that ends badly, or early with an error of its back end, takes the others along.
+    Under a launcher a process that ends badly, be it by a thread of its back end, takes along those that still write.
     """
     if process_state().num_processes > 1:
         gathered(None)
-        process_state().destroy_process_group()
+        atexit.register(process_state().destroy_process_group)
 
 
 @contextmanager

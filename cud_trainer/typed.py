@@ -50,6 +50,7 @@ RANGES: dict[str, tuple[float, float] | tuple[float, float, str]] = {
     "max_retain_samples": (1, MANY),
     "chunk_tokens": (2, MANY),
     "scoring_batch_bytes": (1, 2**62),
+    "logits_bytes": (0, 2**62),
     "batch_bytes": (1, 2**62),
     "passes": (1, 100_000),
     "max_passes": (1, 100_000),

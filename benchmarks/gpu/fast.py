@@ -1,4 +1,4 @@
-"""Part `fast`: seconds and peak memory of attribution, a training step and evaluation, over what they cannot avoid.
+"""Part `fast`: time and peak memory of attribution, a training step, its logits, evaluation, over what none can avoid.
 
 Attribution: random tokens, the second half of which is the answer; weights in bfloat16. `ratio` is over as many bare
 forward and backward passes of the same batch (parameters frozen, answer positions through the vocabulary) as the
@@ -25,7 +25,7 @@ from evaluation.metrics.memorization import evaluate_memorization, generate_answ
 from .clock import Work, compare, peak_gib, ratio, seconds
 from .record import Record
 from .setting import Setting, random_batch
-from .steps import training
+from .steps import logits, training
 
 BUDGET_S = 410.0
 FIGURE_S = 8.0  # of one exact attribution at most
@@ -152,6 +152,7 @@ def run(record: Record, setting: Setting) -> None:
     cheap = ("eap", "eap-ig")
     attributions(record, setting, ("llama-1b",), cheap)
     record.figure("step llama-1b full", partial(training, setting, "llama-1b", lora=False))
+    record.figure("logits llama-1b", partial(logits, setting, "llama-1b"))
     attributions(record, setting, ("llama-8b",), cheap)
     record.figure("step llama-8b lora", partial(training, setting, "llama-8b", lora=True))
     attributions(record, setting, ("smollm2",), cheap)
@@ -180,6 +181,12 @@ def table(figures: dict[str, Any]) -> list[str]:
                 peak = "" if row["peak_gib"] is None else f", peak {row['peak_gib']:.1f} GiB"
                 shown = f"{row['seconds']:.3f} s, x{row['ratio']['median']:.3f} of bare"
                 lines.append(f"  {key}, {name}: {shown}, {row['tokens_per_second']:.0f} tokens/s{peak}")
+        elif key.startswith("logits ") and "nll" in found:
+            for name in ("nll", "kl"):
+                row = found[name]
+                peaks = [f"{peak:.1f}" for peak in row["peak_gib"].values() if peak is not None]
+                peak = f", peak {' -> '.join(peaks)} GiB" if peaks else ""
+                lines.append(f"  {key}, {name}: some at a time x{row['ratio']['median']:.3f} of all at once{peak}")
         elif key.startswith("evaluate") and "ratio" in found:
             shown = f"x{found['ratio']['median']:.3f} of bare pass and generation"
             lines.append(f"  {key}: {shown}, teacher-forced x{found['teacher_forced_ratio']['median']:.3f}")

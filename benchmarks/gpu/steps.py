@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from transformers.trainer_callback import PrinterCallback
 from cud_trainer import CUDConfig, CUDTrainer, DifficultyScores
 from cud_trainer.data import PairedCollator, Samples
 from cud_trainer.logprobs import score_answers
+from cud_trainer.models.head import LOGITS_BYTES
+from cud_trainer.objectives import UnlearningLoss
 
-from .clock import peak_gib, ratio, synchronize
+from .clock import Work, compare, peak_gib, ratio, synchronize
 from .record import free
 from .setting import Setting
 
@@ -170,3 +173,39 @@ def training(setting: Setting, name: str, *, lora: bool) -> dict[str, Any]:
             for variant, found in seconds.items()
         },
     }
+
+
+def logits(setting: Setting, name: str) -> dict[str, Any]:
+    """Seconds and peak memory above the weights of a loss and its gradients: all logits at once, and some at a time.
+
+    All weights in bfloat16. NLL reads answers, KL distributions.
+    """
+    device = setting.device
+    pairs, tokens = (2, 12) if setting.tiny else (8, 512)
+    model: Any = setting.model(name)
+    setting.forget_models()
+    model.train().requires_grad_(True)
+    words = len(setting.tokenizer)
+    forget, retain = (Samples(tokenised(pairs, tokens, words, seed, part), 0) for seed, part in enumerate("fr"))
+    rows = [dict.fromkeys(("row", "forget_index", "retain_index"), row) for row in range(pairs)]
+    rows = [{**row, "weight": 1.0, "retain_scale": 1.0} for row in rows]  # type: ignore[dict-item]
+    batch = {key: value.to(device) for key, value in PairedCollator(forget, retain)(rows).items()}
+    vocabulary = model.config.vocab_size
+    sizes = {"all": 0, "some": 12 * 2 * vocabulary if setting.tiny else LOGITS_BYTES}
+    found: dict[str, Any] = {"pairs": pairs, "tokens": tokens, "vocabulary": vocabulary}
+    for retain_loss in ("nll", "kl"):
+        losses = {key: UnlearningLoss("graddiff", {}, retain_loss, logits_bytes=size) for key, size in sizes.items()}
+        reference = losses["some"].reference(model, forget, retain, batch_size=pairs, device=device)
+
+        def work(loss: UnlearningLoss, reference: Any = reference) -> None:
+            terms = loss(model, batch, reference)
+            assert terms.retain is not None
+            (terms.forget.mean() + terms.retain.mean()).backward()
+            model.zero_grad()
+
+        works: dict[str, Work] = {key: partial(work, loss) for key, loss in losses.items()}
+        peaks = {key: peak_gib(one, device) for key, one in works.items()}
+        times = compare(works, device, 1 if setting.tiny else 4)
+        found[retain_loss] = {"peak_gib": peaks, "seconds": {key: statistics.median(t) for key, t in times.items()}}
+        found[retain_loss]["ratio"] = ratio(times["some"], times["all"])
+    return found

@@ -26,7 +26,7 @@ GROUPS = {
     "schedule": "schedule schedule_args passes",
     "training": "learning_rate per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps "
     "optim seed bf16 use_cpu num_train_epochs train_sampling_strategy remove_unused_columns logging_nan_inf_filter "
-    "eval_retain_samples",
+    "eval_retain_samples logits_bytes",
     "model": "model_name_or_path trainable trainable_layers circuit_share use_peft "
     "lora_r lora_alpha lora_target_modules dtype model_revision "
     "load_in_4bit architecture",

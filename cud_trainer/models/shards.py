@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -24,6 +25,12 @@ def whole(tensor: Tensor) -> Tensor:
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether DeepSpeed keeps a part of this parameter in each process (stage 3, `zero.Init`)."""
     return hasattr(parameter, "ds_id")
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether any weight of a model is split over processes, by FSDP 1 or 2 or by DeepSpeed's stage 3."""
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return wrapped or any(isinstance(weight, DTensor) or is_partitioned(weight) for weight in model.parameters())
 
 
 def sampled_values(parameter: nn.Parameter, most: int) -> Tensor:

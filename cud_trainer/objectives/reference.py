@@ -31,23 +31,36 @@ class TopTokens:
     def empty(cls, size: int) -> TopTokens:
         return cls(*([torch.empty(0)] * size for _ in range(3)))
 
-    def keep(self, rows: list[int], scores: AnswerScores, k: int, *, with_target: bool) -> None:
-        """Take the top `k` of `scores`, the target first if `with_target`."""
-        logps = wide(scores.logits).log_softmax(-1)
-        ranked = logps.scatter(-1, scores.targets.unsqueeze(-1), torch.inf) if with_target else logps
-        ids = ranked.topk(min(k, logps.shape[-1]), dim=-1).indices
-        top, rest = logps.gather(-1, ids), logps.scatter(-1, ids, -torch.inf).logsumexp(-1)
-        sizes = scores.mask.sum(-1).tolist()
+    def keep(self, rows: list[int], mask: Tensor, top: tuple[Tensor, ...]) -> None:
+        """Take what `top_tokens` says of the answers of these samples."""
+        sizes = mask.sum(-1).tolist()
         # Kept off the accelerator: it grows with the dataset, a batch of it does not. One tensor a batch, not a sample.
-        kept = ((self.logps, top), (self.ids, ids.int()), (self.rest, rest))
-        for values, of_batch in kept:
-            for row, own in zip(rows, of_batch[scores.mask].cpu().split(sizes), strict=True):
+        logps, ids, rest = top
+        for values, of_batch in ((self.logps, logps), (self.ids, ids.int()), (self.rest, rest)):
+            for row, own in zip(rows, of_batch[mask].cpu().split(sizes), strict=True):
                 values[row] = own
 
     def batch(self, rows: list[int], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`logps [B, K, k]`, `ids [B, K, k]`, `rest [B, K]` on the True positions of `mask [B, K]`, 0 elsewhere."""
         logps, ids, rest = (spread([values[row] for row in rows], mask) for values in (self.logps, self.ids, self.rest))
         return logps, ids.long(), rest
+
+
+def top_tokens(scores: AnswerScores, k: int, *, with_target: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The `k` likeliest tokens at every position: `logps`, `ids` `[B, K, k]` and `rest` `[B, K]` of `TopTokens`.
+
+    Args:
+        with_target: the target comes first.
+    """
+
+    def of_rows(some: AnswerScores, rows: slice) -> tuple[Tensor, ...]:
+        logps = wide(some.logits).log_softmax(-1)
+        ranked = logps.scatter(-1, some.targets.unsqueeze(-1), torch.inf) if with_target else logps
+        ids = ranked.topk(min(k, logps.shape[-1]), dim=-1).indices
+        return logps.gather(-1, ids), ids, logps.scatter(-1, ids, -torch.inf).logsumexp(-1)
+
+    logps, ids, rest = scores.map_rows(of_rows)
+    return logps, ids, rest
 
 
 def spread(values: list[Tensor], mask: Tensor) -> Tensor:

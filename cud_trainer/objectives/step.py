@@ -5,22 +5,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data import Samples
-from ..logprobs import AnswerScores, score_answers
+from ..logprobs import AnswerScores, read_answers
+from ..models.head import LOGITS_BYTES
 from ..models.layers import base_causal_lm, decoder_layers, embedding_device
 from ..models.modes import evaluation_mode
 from .by_bucket import Part, parts_by_bucket
-from .reference import Reference, TopTokens, spread
+from .reference import Reference, TopTokens, spread, top_tokens
 from .registry import OBJECTIVES, Objective
 from .retain import RETAIN_LOSSES, retain_activations, retain_kl, retain_nll
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,6 +56,7 @@ class UnlearningLoss:
         by_bucket: the objectives of some buckets of difficulty in place of that one, see `parts_by_bucket` (after RUM,
             Zhao et al. 2024, arXiv 2406.01257, which unlearns one part after the other). Every sample has the loss of
             its own objective; where there are no buckets (a calibration run), all have `objective`.
+        logits_bytes: memory that logits and what belongs to them may take at a time; 0 for no bound (`read_answers`).
 
     Raises:
         ValueError: for an unknown objective, option or retain loss, or a combination that is undefined.
@@ -61,6 +67,7 @@ class UnlearningLoss:
     retain_loss: str | None = None
     reference_top_k: int = 128
     by_bucket: dict[Any, Any] = field(default_factory=dict)
+    logits_bytes: int = LOGITS_BYTES
 
     def __post_init__(self) -> None:
         OBJECTIVES.find(self.objective)
@@ -140,7 +147,16 @@ class UnlearningLoss:
     def without_retain(self) -> UnlearningLoss:
         """The same objective alone; gradient ascent for one that is undefined alone."""
         name, options = ("ga", {}) if self.spec.requires_retain else (self.objective, self.objective_args)
-        return UnlearningLoss(name, options, "none", self.reference_top_k)
+        return UnlearningLoss(name, options, "none", self.reference_top_k, logits_bytes=self.logits_bytes)
+
+    @contextmanager
+    def all_logits(self) -> Iterator[None]:
+        """Every logit at once, inside: for who looks at the output layer, which is then used once in a pass."""
+        bound, self.logits_bytes = self.logits_bytes, 0
+        try:
+            yield
+        finally:
+            self.logits_bytes = bound
 
     def option_scale(self, lengths: np.ndarray, rank: np.ndarray | None = None) -> np.ndarray | None:
         """What the option that goes by sample is multiplied by, `[N]`; `None` where none does.
@@ -216,6 +232,7 @@ class UnlearningLoss:
         """
         self.check_alternatives(forget)
         result, needs = Reference(), self.needs
+        top = "reference_top_logps" in needs
         scale = self.option_scale(np.asarray(forget.answer_lengths, dtype=np.float64))
         result.option_scale = None if scale is None else torch.from_numpy(scale)
         if "direction" in needs:
@@ -224,48 +241,55 @@ class UnlearningLoss:
             direction = torch.rand(size, generator=torch.Generator().manual_seed(seed))
             result.direction = (direction / direction.norm()).to(device)
 
-        def scored(samples: Samples) -> Iterator[tuple[list[int], AnswerScores]]:
+        def read(samples: Samples, function: Callable[[AnswerScores], T]) -> Iterator[tuple[list[int], T]]:
             for rows, batch in samples.batches(batch_size, device=device):
-                yield rows, score_answers(model, batch)
+                yield rows, read_answers(model, batch, function, logits_bytes=self.logits_bytes)
+
+        def told(scores: AnswerScores) -> tuple[Tensor, Tensor, Any]:
+            kept = top_tokens(scores, self.reference_top_k, with_target=True) if top else None
+            return scores.logps, scores.mask, kept
 
         served = np.array(sorted({*retain_rows})) if retain_rows is not None else np.arange(len(retain or ()))
 
         with evaluation_mode(model):
-            top = "reference_top_logps" in needs
             if "reference_logps" in needs or top:
                 result.forget_top = TopTokens.empty(len(forget) if top else 0)
-                for rows, scores in scored(forget):
+                for rows, (logps, mask, kept) in read(forget, told):
                     if "reference_logps" in needs:
                         if result.forget_logps is None:
-                            result.forget_logps = scores.logps.new_zeros(len(forget))
-                        result.forget_logps[rows] = scores.logps
+                            result.forget_logps = logps.new_zeros(len(forget))
+                        result.forget_logps[rows] = logps
                     if top:
-                        result.forget_top.keep(rows, scores, self.reference_top_k, with_target=True)
+                        result.forget_top.keep(rows, mask, kept)
             if "alternative_reference_logps" in needs:
                 assert forget.alternatives is not None
-                for rows, scores in scored(forget.alternatives):
+                for rows, logps in read(forget.alternatives, lambda scores: scores.logps):
                     if result.alternative_logps is None:
-                        result.alternative_logps = scores.logps.new_zeros(len(forget))
-                    result.alternative_logps[rows] = scores.logps
+                        result.alternative_logps = logps.new_zeros(len(forget))
+                    result.alternative_logps[rows] = logps
             if self.retain_loss == "kl":
                 assert retain is not None
                 result.retain_top = TopTokens.empty(len(retain))
-                for rows, scores in scored(retain.select(served)):
-                    result.retain_top.keep(served[rows].tolist(), scores, self.reference_top_k, with_target=False)
+                likeliest = partial(top_tokens, k=self.reference_top_k, with_target=False)
+                for rows, (mask, kept) in read(retain.select(served), lambda scores: (scores.mask, likeliest(scores))):
+                    result.retain_top.keep(served[rows].tolist(), mask, kept)
             if self.retain_loss == "activations":
                 assert retain is not None
                 result.retain_hidden = [torch.empty(0)] * len(retain)
                 for rows, batch in retain.select(served).batches(batch_size, device=device):
-                    scores, hidden = self._scored(model, batch)
+                    mask, hidden = self._read(model, batch, lambda scores, hidden: (scores.mask, hidden))
                     assert hidden is not None
                     for position, row in enumerate(served[rows].tolist()):
-                        result.retain_hidden[row] = hidden[position, scores.mask[position]].cpu()
+                        result.retain_hidden[row] = hidden[position, mask[position]].cpu()
         return result
 
-    def _scored(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[AnswerScores, Tensor | None]:
-        """Scores of a batch, and the output of the layer at the answer positions, `[B, K, d]`, if it is read."""
+    def _read(
+        self, model: torch.nn.Module, batch: dict[str, Tensor], function: Callable[[AnswerScores, Tensor | None], T]
+    ) -> T:
+        """What `function` makes of the scores of a batch, and of the output of the layer at the answer positions,
+        `[B, K, d]`, if it is read."""
         if not self.uses_hidden:
-            return score_answers(model, batch), None
+            return read_answers(model, batch, lambda scores: function(scores, None), logits_bytes=self.logits_bytes)
         outputs: list[Tensor] = []
         layers = decoder_layers(model)[1]
         # Only one layer is kept; and only in this pass, not in what checkpointing repeats of it.
@@ -273,10 +297,14 @@ class UnlearningLoss:
             lambda module, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
         )
         try:
-            scores = score_answers(model, batch)
+            return read_answers(
+                model,
+                batch,
+                lambda scores: function(scores, outputs[0][:, scores.positions.to(outputs[0].device)]),
+                logits_bytes=self.logits_bytes,
+            )
         finally:
             handle.remove()
-        return scores, outputs[0][:, scores.positions.to(outputs[0].device)]
 
     def unreached(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
         """The trained weights that can have no gradient, whatever the batch: those behind the only layer that is read.
@@ -293,7 +321,7 @@ class UnlearningLoss:
         batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
         gradients: Sequence[Tensor | None] = [None] * len(outside)
         with evaluation_mode(model), torch.enable_grad():
-            hidden = self._scored(model, batch)[1]
+            hidden = self._read(model, batch, lambda scores, hidden: hidden)
             assert hidden is not None
             if hidden.requires_grad and outside:
                 gradients = torch.autograd.grad(hidden.sum(), list(outside.values()), allow_unused=True)
@@ -303,13 +331,16 @@ class UnlearningLoss:
     def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """Per-sample losses of a paired batch, in one forward pass."""
         pairs = len(batch["forget_index"])
-        scores, hidden = self._scored(model, batch)
-        terms = self._forget(scores, hidden, batch["forget_index"], reference)
-        if self.uses_retain:
+
+        def terms(scores: AnswerScores, hidden: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+            forget, mean_logps = self._forget(scores, hidden, batch["forget_index"], reference)
+            if not self.uses_retain:
+                return forget, None, mean_logps
             retained = slice(pairs, 2 * pairs)
             kept = None if hidden is None else hidden[retained]
-            terms.retain = self._retain(scores[retained], kept, batch, reference)
-        return terms
+            return forget, self._retain(scores[retained], kept, batch, reference), mean_logps
+
+        return LossTerms(*self._read(model, batch, terms))
 
     def side(self, name: str, model: torch.nn.Module, batch: dict[str, Tensor], reference: Reference) -> LossTerms:
         """The losses of one side of a paired batch, in a forward pass without the other: for gradients taken apart.
@@ -323,14 +354,19 @@ class UnlearningLoss:
         rows = retained if name == "retain" else [row for row in range(size) if row not in set(retained)]
         # Whatever is there by token, a row for each sequence; the rest is a value for each pair.
         tokens = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim == 2}
-        scores, hidden = self._scored(model, tokens)
         if name == "forget":
-            return self._forget(scores, hidden, batch["forget_index"], reference)
-        empty = scores.logps.new_zeros(0)
-        return LossTerms(empty, self._retain(scores, hidden, batch, reference), empty)
+            forget, mean_logps = self._read(
+                model, tokens, lambda scores, hidden: self._forget(scores, hidden, batch["forget_index"], reference)
+            )
+            return LossTerms(forget, None, mean_logps)
+        retain = self._read(model, tokens, lambda scores, hidden: self._retain(scores, hidden, batch, reference))
+        return LossTerms(retain.new_zeros(0), retain, retain.new_zeros(0))
 
-    def _forget(self, scores: AnswerScores, hidden: Tensor | None, index: Tensor, reference: Reference) -> LossTerms:
-        """Of scores whose first rows are the forget samples `index`, and whose last their alternatives, if any."""
+    def _forget(
+        self, scores: AnswerScores, hidden: Tensor | None, index: Tensor, reference: Reference
+    ) -> tuple[Tensor, Tensor]:
+        """Losses, and mean log-probabilities, of scores whose first rows are the forget samples `index`, and whose last
+        their alternatives, if any."""
         pairs = len(index)
         forget = scores[:pairs]
         alternative = scores[-pairs:] if self.uses_alternative else None
@@ -347,7 +383,7 @@ class UnlearningLoss:
                 losses.append(self._loss(self.parts[number], forget[rows], own, None, where, reference))
                 places.append(rows)
             loss = torch.cat(losses)[torch.cat(places).argsort()]
-        return LossTerms(loss, None, forget.counted_mean_logps.detach())
+        return loss, forget.counted_mean_logps.detach()
 
     def _loss(
         self,
@@ -358,15 +394,34 @@ class UnlearningLoss:
         index: Tensor,
         reference: Reference,
     ) -> Tensor:
-        """One objective's loss of the forget samples `index`, `[B]`."""
-        top_tokens: dict[str, Tensor] = {}
+        """One objective's loss of the forget samples `index`, `[B]`; logits are read by some rows at a time."""
+        if "logits" not in part.spec.needs:
+            return self._loss_of(part, forget, alternative, hidden, index, reference)
+
+        def of_rows(some: AnswerScores, rows: slice) -> tuple[Tensor]:
+            other = None if alternative is None else alternative[rows]
+            states = None if hidden is None else hidden[rows]
+            return (self._loss_of(part, some, other, states, index[rows], reference),)
+
+        return forget.map_rows(of_rows)[0]
+
+    def _loss_of(
+        self,
+        part: Part,
+        forget: AnswerScores,
+        alternative: AnswerScores | None,
+        hidden: Tensor | None,
+        index: Tensor,
+        reference: Reference,
+    ) -> Tensor:
+        likeliest: dict[str, Tensor] = {}
         if "reference_top_logps" in part.spec.needs:
             names = ("reference_top_logps", "reference_top_ids", "reference_rest_logps")
-            top_tokens = dict(zip(names, reference.forget_top.batch(index.tolist(), forget.mask), strict=True))
+            likeliest = dict(zip(names, reference.forget_top.batch(index.tolist(), forget.mask), strict=True))
 
         def quantity(name: str) -> Tensor:
-            if name in top_tokens:
-                return top_tokens[name]
+            if name in likeliest:
+                return likeliest[name]
             if name in ("hidden", "direction"):
                 value = hidden if name == "hidden" else reference.direction
                 assert value is not None
@@ -394,4 +449,4 @@ class UnlearningLoss:
                 hidden, scores.mask, spread([reference.retain_hidden[r] for r in rows], scores.mask)
             )
         logps, ids, _ = reference.retain_top.batch(rows, scores.mask)
-        return retain_kl(scores.logits, scores.mask, logps, ids)
+        return scores.map_rows(lambda some, own: (retain_kl(some.logits, some.mask, logps[own], ids[own]),))[0]

@@ -162,7 +162,7 @@ class StepRecorder:
         row = inputs["row"].cpu()
         self.gradients = recorder = GradientRecorder(matrices)
         try:
-            with recorder.attached():
+            with recorder.attached(), self.loss.all_logits():
                 yield
         finally:
             self.gradients = None

@@ -17,7 +17,7 @@ from cud_trainer.commands.parser import parse_options
 from cud_trainer.data import Samples
 from cud_trainer.data.groups import group_labels
 from cud_trainer.data.ids import without_hashes
-from cud_trainer.models.engines import engine_of
+from cud_trainer.models.engines import TRANSFORMERS, engine_of
 from cud_trainer.models.fingerprint import model_fingerprint, versions
 from cud_trainer.models.whole import not_finite
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
@@ -28,7 +28,7 @@ from ..metrics.depth import Depth, layer_drops
 from ..metrics.lm_eval import lm_eval_figures
 from ..metrics.measure import Measured, measure
 from ..metrics.memorization import EXTRA_TOKENS, true_answers
-from ..metrics.passes import Passes, SharedPasses
+from ..metrics.passes import FEW_PARTS, PARTS, Passes, SharedPasses
 from ..metrics.secret import has_secret
 from ..report.attacks import quantisation, relearning
 from ..report.audit import audit_results, measured_tables, per_sample_table
@@ -127,7 +127,7 @@ def evaluate(argv: list[str]) -> int:
             clear(folder, REPORT_FILES)
         work = begin_work(inputs)
         with work.kept_unless_refused():
-            measurements = measure_models(inputs, SharedPasses(work, args.batch_size))
+            measurements = measure_models(inputs, SharedPasses(work, args.batch_size, parts_of(args)))
         if main:
             results = report_on(inputs, measurements, "cud evaluate " + " ".join(without_pattern(argv)))
             table, kept = sample_table(inputs, measurements), kept_table(inputs, measurements)
@@ -143,6 +143,11 @@ def evaluate(argv: list[str]) -> int:
     assert results.verdict is not None
     print(without_hashes(last_lines(done, written, after_evaluating(results.verdict), answers(results.verdict))))
     return 0
+
+
+def parts_of(args: EvaluateArguments) -> int:
+    """How many parts of a set are written one after the other: an engine without batches takes all that it gets."""
+    return PARTS if args.generation_engine == TRANSFORMERS else FEW_PARTS
 
 
 def measure_models(inputs: EvaluateInputs, passes: Passes) -> Measurements:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from cud_trainer.circuits import CircuitTable
@@ -25,13 +25,13 @@ from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.logprobs import check_padding
 from cud_trainer.models.engines import PAGED, check_engine, check_paged
-from cud_trainer.models.loading import load_causal_lm, load_config, merged_adapter
+from cud_trainer.models.loading import merged_adapter
 from cud_trainer.models.positions import check_sets
-from cud_trainer.resumable import WorkDir, of_main_process, process_state
+from cud_trainer.resumable import WorkDir, of_main_process
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
-from ..metrics.depth import check_layers, check_same_architecture
+from ..metrics.depth import check_layers
 from ..metrics.entailment import Entailment
 from ..metrics.gradients import check_gradient_norms
 from ..metrics.leak import LeakRule
@@ -41,6 +41,7 @@ from ..metrics.secret import secret_texts
 from ..metrics.utility import UTILITY_SETS
 from ..report.attacks import Groups
 from ..report.audit import check_score_names
+from .models import check_depth, check_same_tokenizer, load_model
 from .secrets import SECRET_SETS, with_secret_column
 
 WORK_DIR = "evaluation.work"  # in the output directory
@@ -341,7 +342,8 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
         if path:
             check_same_tokenizer(tokenizer, path)
     if args.depth:
-        check_depth(args, str(model_args.model_name_or_path), model_args.model_revision)
+        others = (args.reference_model, model_args.model_name_or_path)
+        check_depth(str(args.original_model), others, model_args.model_revision)
     assert model_args.model_name_or_path is not None  # it has a tokenizer
     return EvaluateInputs(
         args=args,
@@ -469,38 +471,3 @@ def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | Non
         if needs_counterfactual(table.settings["baseline"], table.settings["metric"]):
             raise ValueError("faithfulness needs circuits of the zero or mean baseline and the metric prob or logprob")
     return table
-
-
-def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) -> Any:
-    """A causal LM, or an adapter on its base model, in evaluation mode on the device of this process.
-
-    `ValueError` if it is neither.
-
-    Args:
-        finite: refuse weights that are no numbers.
-    """
-    model: Any = load_causal_lm(path, finite=finite, **options)
-    return model.to(process_state().device).eval()
-
-
-def check_depth(args: EvaluateArguments, unlearned: str, revision: str | None) -> None:
-    """Raise `ValueError` naming a model whose hidden states mean nothing in the original one."""
-    assert args.original_model is not None
-    original = load_config(args.original_model, revision=revision)
-    for path in (args.reference_model, unlearned):
-        if path:
-            check_same_architecture(original, load_config(path, revision=revision), repr(path))
-
-
-def check_same_tokenizer(tokenizer: Any, path: str) -> None:
-    """Raise `ValueError` when the model at `path` comes with another vocabulary: its figures would mean nothing."""
-    if not Path(path).is_dir() or not any(
-        (Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
-    ):
-        return
-    other = AutoTokenizer.from_pretrained(path)
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"{path!r} has another tokenizer ({len(other)} tokens, that of the evaluated model has {len(tokenizer)}): "
-            "the same text is not the same tokens"
-        )

@@ -17,6 +17,7 @@ from .inputs import EvaluateInputs
 SETTINGS = (
     "batch_size",
     "max_length",
+    "generation_engine",
     "seed",
     "samples",
     "temperature",

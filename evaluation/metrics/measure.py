@@ -129,7 +129,7 @@ def measure(
         if secret := measure_secret(model, prepared, tokenizer, batch_size=batch_size, passes=passes, name=name):
             result.secret[name] = secret | {key: values[key] for key in (SECRET_SAID,) if key in values}
         if leak is not None:
-            sampled = partial(_leaks_of_a_part, model, tokenizer, leak, secrets.get(name), batch_size)
+            sampled = partial(_leaks_of_a_part, model, tokenizer, leak, secrets.get(name), batch_size, passes.writing)
             batches = by_answer_length(prepared, batch_size)
             result.leaks[name] = passes.over(f"{name}-sampled", prepared, sampled, batches)
     if lens:
@@ -169,11 +169,12 @@ def _leaks_of_a_part(
     rule: LeakRule,
     secrets: Sequence[Sequence[str]] | None,
     batch_size: int,
+    desc: str | None,
     part: Samples,
     rows: list[int],
 ) -> dict[str, np.ndarray]:
     told = None if secrets is None else [secrets[row] for row in rows]
-    return sampled_leaks(model, part, tokenizer, rule, secrets=told, batch_size=batch_size)
+    return sampled_leaks(model, part, tokenizer, rule, secrets=told, batch_size=batch_size, desc=desc)
 
 
 def other_answers(forget: Dataset) -> dict[str, tuple[str, str]]:

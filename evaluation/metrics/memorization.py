@@ -177,7 +177,7 @@ def evaluate_memorization(
 
     def written(part: Samples, rows: list[int]) -> dict[str, np.ndarray]:
         own = None if secrets is None else [secrets[row] for row in rows]
-        label = desc and f"{desc}, generating"
+        label = f"{desc}, generating" if desc else passes.writing
         return generated(model, part, tokenizer, batch_size=batch_size, secrets=own, desc=label)
 
     values = passes.over(f"{name}-forced", samples, forced)
@@ -210,9 +210,9 @@ def generated(
 
 
 def by_answer_length(prepared: Samples, batch_size: int) -> list[list[int]]:
-    """Rows that are generated together: answers of similar length, then prompts, shortest first."""
+    """Rows that are written together: answers of similar length, then prompts, longest first (as `in_batches`)."""
     answers, lengths = prepared.measured.answer_lengths, np.array(prepared.lengths)
-    order = np.lexsort((lengths - answers, answers)).tolist()
+    order = np.lexsort((answers - lengths, -answers)).tolist()
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 

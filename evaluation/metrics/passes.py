@@ -20,10 +20,17 @@ from cud_trainer.resumable import WorkDir, of_main_process, process_state, run_p
 Measure = Callable[[Samples, list[int]], Mapping[str, np.ndarray]]
 # A set is cut into so many parts at most, each of whole batches: what is shared, and kept, costs little beside it.
 PARTS = 128
+# Where a part is not cut into batches again, and costs something by itself.
+FEW_PARTS = 8
 
 
 class Passes:
     """Every set in one go, by this process alone; nothing is kept."""
+
+    @property
+    def writing(self) -> str | None:
+        """Label of a bar within that of a pass, for what is written of a part; `None` for none."""
+        return None
 
     def of(self, what: str, fingerprint: str) -> Passes:
         """The passes of a model, or of what two of them make."""
@@ -64,12 +71,18 @@ class SharedPasses(Passes):
         work: keeps each finished part of a set, numbers only, and needs it no second time. Whatever figures depend on
             besides `whose` passes they are, their names and the rows is its identity.
         batch_size: of those that measure.
+        written: parts of a set at most whose `batches` are given: what is written.
         whose: what tells them from those of other models, each with a fingerprint (see `of`).
     """
 
     work: WorkDir | None
     batch_size: int
+    written: int = PARTS
     whose: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def writing(self) -> str | None:
+        return "writing" if process_state().is_main_process else None
 
     def of(self, what: str, fingerprint: str) -> SharedPasses:
         return replace(self, whose=(*self.whose, (what, fingerprint)))
@@ -77,7 +90,8 @@ class SharedPasses(Passes):
     def over(
         self, name: str, samples: Samples, measure: Measure, batches: list[list[int]] | None = None
     ) -> dict[str, np.ndarray]:
-        plan = joined(samples.plan(batch_size=self.batch_size) if batches is None else batches)
+        given = batches is not None
+        plan = joined(batches or samples.plan(batch_size=self.batch_size), self.written if given else PARTS)
 
         def part(rows: list[int]) -> dict[str, torch.Tensor]:
             found = measure(samples.select(rows), rows)
