@@ -35,8 +35,13 @@ def bare_generation(model, prepared, pad, eos, batch_size=BATCH) -> None:
     samples = []
     for tokens, labels in zip(prepared["input_ids"], prepared["labels"], strict=True):
         start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-        samples.append((len(tokens) - start, tokens[:start]))
-    samples.sort(key=lambda sample: sample[0])
+        samples.append((len(tokens) - start + 16, tokens[:start]))
+    written(model, sorted(samples, key=lambda sample: sample[0]), pad, eos, batch_size)
+
+
+@torch.no_grad()
+def written(model, samples, pad, eos, batch_size=BATCH) -> None:
+    """Bare greedy generation from (limit, prompt), as they come; a batch goes to its longest limit."""
     for first in range(0, len(samples), batch_size):
         part = samples[first : first + batch_size]
         longest = max(len(prompt) for _, prompt in part)
@@ -45,7 +50,7 @@ def bare_generation(model, prepared, pad, eos, batch_size=BATCH) -> None:
         model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max(size for size, _ in part) + 16,
+            max_new_tokens=max(size for size, _ in part),
             do_sample=False,
             pad_token_id=pad,
             eos_token_id=eos,

@@ -5,16 +5,16 @@
 
 A protocol (benchmarks/evidence/NAME.yaml) names worlds, objectives, parts (full, LoRA), arms and seeds. The endpoint is
 that of every study with held-out samples: H, the share of the held-out probability that is kept at the first snapshot
-at which a run's own worst quarter is at most 0.10 (or what a model says that never saw the samples, if that is more).
-`weights: NAME` takes the retain weight of every arm from the results of that protocol: the one that kept most at the
-endpoint there. What is found goes to benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
+at which a run's own worst quarter is at most what a model says that never saw the samples (or 0.10, if that is more).
+With `strict: true` runs go on to 0.10, and H there stands beside it. `weights: NAME` takes the retain weight of every
+arm from the results of that protocol (or of several, the last that has it): the one that kept most at the endpoint.
+What is found goes to benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
 """
 
 import argparse
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,21 @@ SHARED = {
 SEED = 0  # of bootstraps
 
 
-def world(work: Path, name: str, spec: dict[str, Any]) -> tuple[Path, float]:
+def world(work: Path, name: str, spec: dict[str, Any], tofu: str) -> tuple[Path, float]:
     """Data and a model that knows it by heart, in a folder; and the worst quarter of the forget set under a model that
     learned all but that."""
     from evaluation.endpoint import worst_quarter
-    from evaluation.testbed import build_testbed, memorise, tiny_llama, train_tokenizer
+    from evaluation.testbed import memorise, tiny_llama, train_tokenizer
 
     folder, seed = work / f"{name}-{spec['seed']}", spec["seed"]
-    sizes = {f"n_{part}_authors": spec[part] for part in ("forget", "retain", "heldout")}
-    testbed = build_testbed(seed, **sizes)
-    tokenizer = train_tokenizer(testbed.texts())
+    testbed = tofu_authors(tofu, spec) if name == "tofu" else generated_authors(spec)
+    tokenizer = train_tokenizer(testbed.texts(), *((3000,) if name == "tofu" else ()))
+    shape = {"layers": 6, "intermediate_size": 336, "max_positions": 512} if name == "tofu" else {}
 
     def learned(train: Any) -> Any:
         from dataclasses import replace
 
-        model = tiny_llama(tokenizer, seed)
+        model = tiny_llama(tokenizer, seed, **shape)
         memorise(model, tokenizer, replace(testbed, train=train), epochs=spec["epochs"], seed=seed, progress=False)
         return model
 
@@ -78,13 +78,45 @@ def world(work: Path, name: str, spec: dict[str, Any]) -> tuple[Path, float]:
     return folder, float(worst_quarter(never_seen))
 
 
+def generated_authors(spec: dict[str, Any]) -> Any:
+    """Authors of the generated world, as many as the protocol asks for."""
+    from evaluation.testbed import build_testbed
+
+    sizes = {f"n_{part}_authors": spec[part] for part in ("forget", "retain", "heldout")}
+    return build_testbed(spec["seed"], **sizes, facts_per_author=spec.get("facts", 10))
+
+
+def tofu_authors(tofu: str, spec: dict[str, Any]) -> Any:
+    """Authors of TOFU: the first of forget10, and the last of retain90, of which the very last are held out."""
+    from datasets import concatenate_datasets, load_dataset
+
+    from evaluation.testbed import REPEATS, Testbed
+
+    n = {part: 20 * spec[part] for part in ("forget", "retain", "heldout")}
+    forget = load_dataset(tofu, "forget10", split="train").select(range(n["forget"]))
+    rest = load_dataset(tofu, "retain90", split="train")
+    rest = rest.select(range(len(rest) - n["retain"] - n["heldout"], len(rest)))
+    order = np.random.default_rng(spec["seed"]).permutation(np.resize(REPEATS, len(forget)))
+    parts = {}
+    for name, part, repeats in (
+        ("forget", forget, order),
+        ("retain", rest.select(range(n["retain"])), np.ones(n["retain"], int)),
+        ("held_out", rest.select(range(n["retain"], len(rest))), np.ones(n["heldout"], int)),
+    ):
+        part = part.select_columns(["question", "answer"]).add_column("repeats", repeats.tolist())
+        part = part.add_column("split", [name] * len(part))
+        parts[name] = part.add_column("author", [f"{name}-{row // 20}" for row in range(len(part))])
+    retain_eval = parts["retain"].select(range(0, n["retain"], 4))
+    return Testbed(**parts, retain_eval=retain_eval, train=concatenate_datasets(list(parts.values())))
+
+
 def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any]]:
     """Options of every arm of a condition, with the retain weight that an earlier protocol has chosen."""
     arms = {name: dict(options) for name, options in protocol["arms"].items()}
     chosen = {}
-    if "weights" in protocol:
-        earlier = json.loads((HERE / "results" / f"evidence-{protocol['weights']}.json").read_text())
-        chosen = earlier["conditions"][condition]["weights"]
+    for earlier in np.atleast_1d(protocol.get("weights", [])):
+        found = json.loads((HERE / "results" / f"evidence-{earlier}.json").read_text())
+        chosen |= found["conditions"].get(condition, {}).get("weights", {})
     for name, options in arms.items():
         like = options.pop("like", name)
         if chosen:
@@ -93,10 +125,13 @@ def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any
     return arms if only is None else {name: arms[name] for name in only}
 
 
-def study(folder: Path, never_seen: float, protocol: dict[str, Any], condition: str, workers: int) -> Any:
+def study(
+    folder: Path, never_seen: float, protocol: dict[str, Any], condition: str, workers: int, pool: Any = None
+) -> Any:
     """Run the study of one condition, `OBJECTIVE-PART`, in the folder of its world."""
     from trl import ModelConfig
 
+    from evaluation.endpoint import LEVEL
     from evaluation.study.engine import run_study
     from evaluation.study.options import StudyArguments
 
@@ -117,7 +152,7 @@ def study(folder: Path, never_seen: float, protocol: dict[str, Any], condition: 
         tuning_seeds=1,
         snapshot_every=protocol["snapshot_every"],
         retain_eval_samples=60,
-        end_worst_quarter=max(0.1, never_seen),
+        end_worst_quarter=LEVEL if protocol["strict"] else max(LEVEL, never_seen),
         grid=grid,
         arms=arms_of(protocol, condition),
         train={
@@ -129,7 +164,7 @@ def study(folder: Path, never_seen: float, protocol: dict[str, Any], condition: 
         },
     )
     adapter = LORA if part == "lora" else {}
-    return run_study(arguments, ModelConfig(model_name_or_path=str(folder / "model"), **adapter))
+    return run_study(arguments, ModelConfig(model_name_or_path=str(folder / "model"), **adapter), pool)
 
 
 def row(run: Any) -> dict[str, Any]:
@@ -152,28 +187,40 @@ def row(run: Any) -> dict[str, Any]:
 
 def condition_results(finished: Any, protocol: dict[str, Any]) -> dict[str, Any]:
     """Every run by arm; the weight that each arm did best with, or the decisions of the rule."""
+    results: dict[str, Any] = {"never_seen": finished.never_seen, "failed": finished.failed}
+    results |= at_level(finished, protocol, finished.never_seen)
+    if protocol["strict"]:
+        results["strict"] = at_level(finished, protocol, None)
+    return results
+
+
+def at_level(finished: Any, protocol: dict[str, Any], never_seen: float | None) -> dict[str, Any]:
+    """The results with that level of the worst quarter: 0.10, or `never_seen` if that is more."""
     from dataclasses import asdict
 
+    from evaluation.decision import compare
     from evaluation.report.schema import jsonable
-    from evaluation.study.evidence import evidence
+    from evaluation.study.evidence import arm_of, evidence
     from evaluation.study.runs import Run, finished_cells, grouped
 
     cells = [cell for cell in finished_cells(finished.folder) if cell.kind == "run"]
-    runs = [Run(finished.folder, cell, 4, finished.never_seen) for cell in cells]
+    runs = [Run(finished.folder, cell, 4, never_seen) for cell in cells]
     runs = [run for run in runs if run.schedule in protocol["arms"]]
     by_arm = grouped(sorted(runs, key=lambda run: (run.tuning[1] or 0, run.seed)), lambda run: run.schedule)
     by_arm = {name: by_arm[name] for name in protocol["arms"] if name in by_arm}
-    results = {
-        "never_seen": finished.never_seen,
-        "failed": finished.failed,
-        "arms": {name: [row(run) for run in same] for name, same in by_arm.items()},
-    }
+    results: dict[str, Any] = {"arms": {name: [row(run) for run in same] for name, same in by_arm.items()}}
     if "weights" not in protocol:
         results["weights"] = {name: best_weight(rows) for name, rows in results["arms"].items()}
-    else:
-        found = evidence("all", by_arm, finished.heldout_groups, finished.never_seen, SEED)
-        results["findings"] = found.findings
-        results["decisions"] = {name: jsonable(asdict(decision)) for name, decision in found.decisions.items()}
+        return results
+    found = evidence("all", by_arm, finished.heldout_groups, never_seen, SEED)
+    results["findings"] = found.findings
+    results["decisions"] = {name: jsonable(asdict(decision)) for name, decision in found.decisions.items()}
+    results["against"] = {
+        name: {
+            other: jsonable(asdict(compare(arm_of(same), arm_of(by_arm[other])))) for other in by_arm if other != name
+        }
+        for name, same in by_arm.items()
+    }
     return results
 
 
@@ -190,23 +237,32 @@ def best_weight(rows: list[dict[str, Any]]) -> float:
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables of the results."""
+    from evaluation.endpoint import LEVEL
 
     def shown(value: float | None) -> str:
         return "never" if value is None else f"{value:.3f}"
 
     lines = [f"# Evidence: {results['protocol']['name']}", "", f"`{results['command']}`", ""]
     for condition, found in results["conditions"].items():
-        lines += [f"## {condition}", "", "H by arm, every seed by itself; mean left and worst quarter at H = 90%.", ""]
+        level = max(LEVEL, found["never_seen"])
         lines += [
-            "| arm | retain weight | H | step | extraction | worst quarter at H = 90% |",
-            "|---|---|---|---|---|---|",
+            f"## {condition}",
+            "",
+            f"Every seed by itself; H at a worst quarter of {level:.3f}, strict: of {LEVEL:.2f}.",
+            "",
+        ]
+        lines += [
+            "| arm | retain weight | H | step | extraction | worst quarter at H = 90% | H, strict |",
+            "|---|---|---|---|---|---|---|",
         ]
         for arm, rows in found["arms"].items():
             for weight in sorted({one["retain_weight"] for one in rows}):
                 same = [one for one in rows if one["retain_weight"] == weight]
                 steps = " ".join("-" if one["step"] is None else str(one["step"]) for one in same)
                 cells = [" ".join(shown(one[name]) for one in same) for name in ("H", "extraction", "worst_at_90")]
-                lines.append(f"| {arm} | {weight:g} | {cells[0]} | {steps} | {cells[1]} | {cells[2]} |")
+                strict = found["strict"]["arms"][arm] if "strict" in found else []
+                cells.append(" ".join(shown(one["H"]) for one in strict if one["retain_weight"] == weight))
+                lines.append(f"| {arm} | {weight:g} | {cells[0]} | {steps} | {' | '.join(cells[1:])} |")
         lines += ["", *[f"- {finding}" for finding in found.get("findings", [])], ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -215,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", help="name of a file in benchmarks/evidence/")
     parser.add_argument("--conditions", nargs="+", help="OBJECTIVE-PART, for example graddiff-full; by default all")
+    parser.add_argument("--tofu", default="locuslab/TOFU", help="hub id or folder of TOFU, for a protocol with it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work_dir", type=Path, default=Path("evidence-study"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
@@ -227,11 +284,12 @@ def main() -> None:
     results: dict[str, Any] = {"conditions": {}}
     if path.exists():  # what stands there of other conditions stays
         results = json.loads(path.read_text())
-    results |= {"protocol": protocol, "versions": versions(), "command": " ".join(["python", *sys.argv])}
+    command = f"python benchmarks/evidence.py {args.protocol}"
+    results |= {"protocol": protocol, "versions": versions(), "command": command}
     for (name, spec), condition in itertools.product(protocol["worlds"].items(), protocol["learning_rates"]):
         if args.conditions and condition not in args.conditions:
             continue
-        folder, never_seen = world(args.work_dir, name, spec)
+        folder, never_seen = world(args.work_dir, name, spec, args.tofu)
         finished = study(folder, never_seen, protocol, condition, args.workers)
         results["conditions"][condition] = condition_results(finished, protocol)
         write_json(path, results)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
 from evaluation import statistics as stats
 from evaluation.endpoint import worst_quarter
 from evaluation.report.cells import interval_text
@@ -43,6 +42,9 @@ NOTE = (
     "with two or three seeds they are wide. `by calibration` is the oracle: it knows what another uniform run left of "
     "each sample. Seconds: wall time, with other work on the machine."
 )
+# The default when these studies were made.
+DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
+DEFAULT_SCHEDULE = f"upweight_hard+{DEFAULT_WITHOUT_DIFFICULTY}"
 TWO = ' {"odds": {"power": 2}}'  # what was tried first, and with more controls
 WITHOUT_STOP = DEFAULT_SCHEDULE.removesuffix("+per_sample_stop")
 CONTROLS = [

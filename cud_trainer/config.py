@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -26,8 +27,9 @@ from .typed import check_options
 
 logger = logging.get_logger(__name__)
 
-# Being re-examined: chosen on the seeds that are reported, and most of its gain needs no difficulty (docs/results.md).
-DEFAULT_WITHOUT_DIFFICULTY = "odds+per_sample_stop"
+# No difficulty has earned a place in it: benchmarks/results/evidence-*.md, docs/results.md.
+DEFAULT_SCHEDULE = "odds+per_sample_stop"
+AUTO = "auto"  # as a difficulty: what is needed
 OWN_DICTIONARIES = (
     "objective_args",
     "objective_by_bucket",
@@ -37,7 +39,6 @@ OWN_DICTIONARIES = (
     "schedule_args",
     "chat_template_kwargs",
 )
-DEFAULT_SCHEDULE = f"upweight_hard+{DEFAULT_WITHOUT_DIFFICULTY}"
 
 
 @dataclass
@@ -206,12 +207,13 @@ class CUDConfig(TemplateArguments, SFTConfig):
         metadata={"help": "Share of the modules (q, k, v, o, MLP of each layer) that `trainable` 'circuit' chooses."},
     )
     difficulty: str | None = field(
-        default="cud",
+        default=AUTO,
         metadata={
             "help": "Difficulty metric of schedules and buckets ('cud', 'circuit_mass', 'loss', ...); 'given' for the "
-            "first metric of `difficulty_scores`, whatever it is called (published scores, say); or 'none'. 'cud' "
-            "needs a calibration run of 0.4 to 1.3 times the cost of the unlearning run; in schedules a random "
-            "difficulty gave nearly the same."
+            "first metric of `difficulty_scores`, whatever it is called (published scores, say); 'none'; or 'auto': "
+            "'cud' where something reads it (a schedule, an option by difficulty), 'given' where there are "
+            "`difficulty_scores`, else 'none'. 'cud' needs a calibration run of 0.4 to 1.3 times the cost of the "
+            "unlearning run; in schedules a random difficulty gave nearly the same."
         },
     )
     difficulty_args: dict[str, Any] | str = field(
@@ -253,9 +255,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
             "help": "How difficulty acts: an order ('uniform', 'easy_to_hard', 'competence', ...), weights "
             "('inverse_mass', 'upweight_hard', ...), weights that follow the run ('per_sample_stop', 'odds', "
             "'dynamic', ...), or several joined by '+'. "
-            "Default: 'upweight_hard+odds+per_sample_stop', or 'odds+per_sample_stop' where difficulty is 'none'. "
-            "It is being re-examined: most of its gain over 'uniform' needs no difficulty, and facts that the retain "
-            "loss never mentions are lost with it, too (docs/results.md)."
+            "Default: 'odds+per_sample_stop', which reads no difficulty: with one it kept no more (docs/results.md)."
         },
     )
     schedule_args: dict[str, Any] | str = field(
@@ -343,10 +343,13 @@ class CUDConfig(TemplateArguments, SFTConfig):
             if getattr(self, name) in ("none", "None"):
                 setattr(self, name, None)
         if self.schedule is None:
-            self.schedule = DEFAULT_SCHEDULE if self.difficulty is not None else DEFAULT_WITHOUT_DIFFICULTY
+            self.schedule = DEFAULT_SCHEDULE
         loss = self.unlearning_loss
         self.retain_loss = loss.retain_loss
         self.schedule_parts  # noqa: B018  (raises for an unknown schedule or option)
+        self._difficulty_is_auto = self.difficulty == AUTO
+        if self._difficulty_is_auto:
+            self.difficulty = self._needed_difficulty(loss)
         if self.difficulty == PRECOMPUTED:
             if self.difficulty_args:
                 raise ValueError(
@@ -387,6 +390,19 @@ class CUDConfig(TemplateArguments, SFTConfig):
         read = [metric for part, _ in self.schedule_parts for metric in part.metrics]
         named = [self.difficulty if metric == "difficulty" and self.difficulty else metric for metric in read]
         return list(dict.fromkeys(named))
+
+    def _needed_difficulty(self, loss: UnlearningLoss) -> str | None:
+        """What `difficulty` 'auto' stands for, before it is known whether there are scores."""
+        self.difficulty = None
+        read = self.schedule_metrics
+        if "difficulty" in read or loss.own or "difficulty" in loss.by.values():
+            return "cud"
+        return read[0] if read else None
+
+    def use_scores(self, metrics: Sequence[str]) -> None:
+        """Scores of these metrics are given: `difficulty` 'auto' is one of them, where nothing else was needed."""
+        if self._difficulty_is_auto and self.difficulty is None:
+            self.difficulty = "cud" if "cud" in metrics else PRECOMPUTED
 
     @property
     def unlearning_loss(self) -> UnlearningLoss:

@@ -2,62 +2,47 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_utils import PredictionOutput
 
 from .config import CUDConfig
-from .data.ids import IdKey, key_for
+from .data.ids import IdKey
 from .difficulty import DifficultyScores
-from .files import remove_leftovers
 from .logprobs import check_padding
-from .models.layers import widest_float
 from .models.modes import on_device
 from .models.shards import as_deepspeed_trains
-from .objectives import STEPS
-from .ownership import clear, owned
-from .schedule import DynamicWeights
+from .ownership import owned
 from .training.anchor import Anchor
 from .training.callback import RunCallback
 from .training.card import add_section, base_model, unlearning_section
 from .training.checkpoints import (
-    CHECKPOINTS,
     REFERENCE_FILE,
-    SCHEDULE_FILE,
-    SCORES_FILE,
-    check_starts_anew,
     checkpoint_to_resume,
     clear_before,
-    key_of_checkpoint,
-    last_checkpoint,
-    read_state,
-    remove_cut_short,
     save_base,
 )
-from .training.gradients import SplitGradients
+from .training.gradients import SIDE, SplitGradients
 from .training.hooks import SFTTrainerHooks
-from .training.identity import check_goes_on, check_same_run, run_identity
+from .training.identity import check_goes_on, run_identity
 from .training.inputs import RunInputs, prepare_evaluated, record_template
 from .training.plan import RunPlan
 from .training.progress import DivergenceError, RunProgress
 from .training.recorder import StepRecorder
 from .training.reference import check_training_mode, run_reference
-from .training.residual import ResidualMemorisation
+from .training.residual import ResidualMemorisation, has_ended, last_measured
 from .training.stack import check_best_metric
+from .training.start import RunStart, back_to_the_last_checkpoint
 from .training.void import VoidWatch
+from .training.weighted import weighted_loss
 
 __all__ = ["CUDTrainer", "DivergenceError"]
-
-SIDE = "side"  # of a batch: which of its losses is wanted, where they are taken apart
 
 
 class CUDTrainer(SFTTrainerHooks):
@@ -146,7 +131,7 @@ class CUDTrainer(SFTTrainerHooks):
     def _attach(self, inputs: RunInputs, plan: RunPlan) -> None:
         """Hang the run on the wrapped model: what it said before, and what follows it from step to step."""
         args = inputs.args
-        self.inputs, self.plan, self._started = inputs, plan, False
+        self.inputs, self.plan = inputs, plan
         if args.world_size > 1:  # which waits for a gradient of every weight that is trained
             for parameter in inputs.loss.unreached(self.model):
                 parameter.requires_grad_(False)
@@ -161,23 +146,8 @@ class CUDTrainer(SFTTrainerHooks):
                 check_training_mode(self, inputs)
             self.reference = run_reference(self, inputs, plan)
             self.residual = ResidualMemorisation(self, inputs, plan.buckets, stepwise=self.stepwise)
-        start = self.residual.at_start
-        logps = np.zeros(len(inputs.forget)) if start is None else np.log(np.maximum(start, 1e-300))
-        self.progress = RunProgress(
-            plan.forget_row,
-            DynamicWeights(plan.schedule.dynamic, logps, plan.steps, plan.schedule.values, np.unique(plan.forget_row)),
-            retain_weight=args.retain_weight,
-            retain_limit=args.retain_limit,
-            dual_rate=args.dual_rate,
-            target_forget_prob=args.target_forget_prob,
-            max_retain_loss=args.max_retain_loss,
-            steps_per_pass=-(-len(inputs.forget) // inputs.global_batch),
-        )
-        self.split = None
-        if args.step != "plain":
-            sides = ("forget", "retain") if inputs.loss.uses_retain else ("forget",)
-            self.split = SplitGradients(STEPS[args.step], dict(args.step_args), self.accelerator, sides)  # type: ignore[arg-type]
-        self._start_state = json.loads(json.dumps(self.progress.state()))
+        self.progress = RunProgress.of(inputs, plan, self.residual.at_start)
+        self.split = SplitGradients.of(inputs, self.accelerator)
         self.void = VoidWatch(self, inputs, plan, self.progress)
         self.recorder = StepRecorder(inputs, plan, self.progress, self.train_metrics, self.accelerator, self.void)
         self.forget, self.retain, self.forget_ids = inputs.forget, inputs.retain, inputs.forget.ids
@@ -185,6 +155,7 @@ class CUDTrainer(SFTTrainerHooks):
         self.buckets = None if plan.buckets is None else plan.buckets.number
         if args.l2_sp:
             self.add_callback(Anchor(self.accelerator.unwrap_model(self.model), args.l2_sp))
+        self.start = RunStart(self)
         self.add_callback(RunCallback(self))
 
     @property
@@ -217,33 +188,11 @@ class CUDTrainer(SFTTrainerHooks):
             return self._train(output, checkpoint_to_resume(output, resume_from_checkpoint), kwargs)
 
     def _train(self, output: Path, checkpoint: Path | None, options: dict[str, Any]) -> Any:
-        state = {"served": [], "progress": self._start_state, "began": False}
-        if checkpoint is not None:
-            read = read_state(checkpoint)
-            check_same_run(checkpoint, read, self.run_identity(key_of_checkpoint(checkpoint)), self.args)
-            state = {"began": True, **read}
-        elif self.is_world_process_zero() and not self._started:
-            if self.args.overwrite:
-                clear(output, [CHECKPOINTS])
-            else:
-                check_starts_anew(output, self.schedule)
-        if self.is_world_process_zero():
-            remove_leftovers(output)
-            remove_cut_short(output)
-        self._started = True
-        self.recorder.restart(state["served"])
-        self.void.restart(resumed=checkpoint is not None, began=state["began"])
-        self.progress.restore(state["progress"])
-        if checkpoint is not None and "retain_weight" in (self.args.override or ()):
-            self.progress.retain_weight = self.args.retain_weight
-        if self.is_world_process_zero():
-            self.schedule.save(output / SCHEDULE_FILE, overwrite=True)
-            if self.difficulty_scores is not None:
-                self.difficulty_scores.save(output / SCORES_FILE, overwrite=True)
+        self.start.at(output, checkpoint)
         try:
             result = self.train_loop(None if checkpoint is None else str(checkpoint), **options)
         except DivergenceError as error:
-            raise DivergenceError(f"{error} {self._back_to_the_last_checkpoint()}") from None
+            raise DivergenceError(f"{error} {back_to_the_last_checkpoint(self)}") from None
         if self.is_world_process_zero() and not self.args.keep_reference:
             (output / REFERENCE_FILE).unlink(missing_ok=True)  # no start of this run has to find it any more
         return result
@@ -254,10 +203,7 @@ class CUDTrainer(SFTTrainerHooks):
         Nothing has moved when no weight is another one than before, and nothing is forgotten when the mean forget
         probability, as it was measured last (`evaluate`), is not below that at the start, which was at least 0.1.
         """
-        start, measured = self.residual.at_start, self.measured()
-        return self.void.unmoved() or self.void.unforgotten(
-            None if start is None else float(start.mean()), None if measured is None else measured["eval_forget_prob"]
-        )
+        return self.void.why(self.residual.at_start, self.measured())
 
     def measured(self) -> dict[str, float] | None:
         """The last evaluation (`evaluate`) of the weights that the model has now; `None` where there was none.
@@ -265,35 +211,11 @@ class CUDTrainer(SFTTrainerHooks):
         It is what the card, `cud train` and `predict` agree on. The figures of training steps (`forget_prob` in the
         log) are others: of the samples of those steps, each before its step.
         """
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        ended = any("train_runtime" in entry for entry in self.state.log_history)
-        step = best if ended and best is not None else self.state.global_step
-        entries = [entry for entry in self.state.log_history if "eval_forget_prob" in entry and entry["step"] == step]
-        return entries[-1] if entries else None
-
-    def _back_to_the_last_checkpoint(self) -> str:
-        """Load the weights that were saved last, and say so."""
-        last = last_checkpoint(Path(self.args.output_dir))
-        if last is None:
-            return "No checkpoint was saved: the weights are those of the diverged run."
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return f"The last checkpoint, {last}, is good."
-        self.load_weights(last)
-        return f"The model is back at the last checkpoint, {last}."
+        return last_measured(self)
 
     def run_identity(self, key: IdKey | None = None) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that goes on from it; with a key as it stands there."""
         return run_identity(self.inputs, self.plan, self.model, self.reference, key)
-
-    def checkpoint_state(self) -> dict[str, Any]:
-        """What goes into a checkpoint beside weights and optimizer, as plain JSON values."""
-        return {
-            **self.run_identity(key_for(self.args.output_dir)),
-            "optimizer_state": not self.args.save_only_model,
-            "served": self.recorder.served,
-            "progress": self.progress.state(),
-            "began": self.void.began,
-        }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in the base class; on request with the size of every sample's part in the update, or side by side."""
@@ -325,18 +247,7 @@ class CUDTrainer(SFTTrainerHooks):
             terms = self.inputs.loss(model, inputs, self.reference)
         else:
             terms = self.inputs.loss.side("retain" if side == "retain" else "forget", model, inputs, self.reference)
-        parts = []
-        if side != "retain":
-            weight = inputs["weight"]
-            if self.schedule.dynamic:
-                index, dtype = inputs["forget_index"], widest_float(weight.device)
-                factor = torch.from_numpy(self.progress.factor).to(dtype)
-                weight = weight.to(dtype) * factor.to(index.device)[index]
-            parts.append((weight.to(terms.forget.dtype) * terms.forget).mean())
-        if terms.retain is not None:
-            scale = inputs["retain_scale"].to(terms.retain.dtype)
-            parts.append(self.progress.retain_weight * (scale * terms.retain).mean())
-        loss = sum(parts[1:], start=parts[0])
+        loss = weighted_loss(terms, inputs, self.progress, side)
         self.recorder.record(inputs, terms, side)
         if self.recorder.gradients is not None:
             loss.register_hook(self.recorder.gradients.begin_backward)
@@ -395,8 +306,7 @@ class CUDTrainer(SFTTrainerHooks):
         Once training has ended, what is left is measured for it if nobody has (not on several processes, of which one
         alone may be writing the card).
         """
-        ended = any("train_runtime" in entry for entry in self.state.log_history)
-        if ended and self.args.world_size == 1 and self.measured() is None:
+        if has_ended(self) and self.args.world_size == 1 and self.measured() is None:
             self.log(self.predict(metric_key_prefix="eval").metrics)
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir) / "README.md"

@@ -19,6 +19,8 @@ SEEDS = 4  # at least, where the other never gets there: there is no interval to
 Verdict = Literal["yes", "no", "undecided"]
 
 RULE = (
+    "H is the share of the held-out answer probability that a run keeps when the worst quarter of its forget set is "
+    "down to 0.10, or to what a model that never saw it says, if that is more. "
     f"A difficulty earns its place (yes) if it keeps at least {MARGIN:g} more of H than the random difficulty and "
     "than every arm without difficulty, paired by seed, each with its 95% t interval over seeds above 0, and if the "
     "mean that is left at H = 90% is not higher by more than seeds differ. It does not (no) if one of the intervals "

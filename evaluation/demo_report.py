@@ -29,16 +29,18 @@ from .study.runs import Run, grouped, left_at, trials, tuned
 from .trajectory import averaged_residual
 
 OBJECTIVES = ("graddiff", "npo")
+BY_CUD = f"upweight_hard+{DEFAULT_SCHEDULE}"
 ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"schedule": "uniform"},
     DEFAULT_SCHEDULE: {"schedule": DEFAULT_SCHEDULE},
-    "random difficulty": {"schedule": DEFAULT_SCHEDULE, "difficulty": "random"},
+    BY_CUD: {"schedule": BY_CUD},
+    "random difficulty": {"schedule": BY_CUD, "difficulty": "random"},
 }
 SCHEDULES = tuple(ARMS)
 BUCKETS = 4
 CAVEAT = (
     "Retain utility is measured on retained facts asked in other words than the retain loss uses, held-out knowledge "
-    "on authors that it never mentions. Few seeds seldom decide: `--report_seeds 5` says more. The ceiling is that of "
+    "on authors that it never mentions. Few seeds seldom decide: --report_seeds 5 says more. The ceiling is that of "
     "few seeds, and noisy."
 )
 
@@ -219,7 +221,7 @@ def _schedule_finding(objective: str, level: float, worst: BySeed, means: BySeed
 
 
 def _change(figures: BySeed) -> stats.Interval:
-    """Of the difficulty-aware schedule from `uniform`, paired by seed."""
+    """Of the default schedule from `uniform`, paired by seed."""
     uniform, aware = (figures[schedule] for schedule in SCHEDULES[:2])
     return stats.paired_change(*(np.array([values[run] for run in sorted(uniform)]) for values in (aware, uniform)))
 

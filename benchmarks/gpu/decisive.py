@@ -25,12 +25,13 @@ from .runs import MEMORISED, NEVER_SEEN, SCORES, Job, Plan, start, work
 from .setting import Setting
 
 BUDGET_S = 540.0
+BY_DIFFICULTY = "upweight_hard+odds+per_sample_stop"  # the default schedule, and what difficulty could add to it
 ARMS: dict[str, dict[str, Any]] = {  # by name, what they set in CUDConfig
     "uniform": {"difficulty": "none", "schedule": "uniform"},
     "per_sample_stop": {"difficulty": "none", "schedule": "per_sample_stop"},
     "tail": {"difficulty": "none", "schedule": "tail"},
-    "default by cud": {"difficulty": "cud"},
-    "default by random": {"difficulty": "given"},
+    "default by cud": {"difficulty": "cud", "schedule": BY_DIFFICULTY},
+    "default by random": {"difficulty": "given", "schedule": BY_DIFFICULTY},
 }
 CONTRASTS = [
     ("per_sample_stop", "uniform"),

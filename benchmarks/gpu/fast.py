@@ -18,7 +18,9 @@ import torch
 from benchmarks.attribution import bare
 from benchmarks.evaluate import bare_generation, bare_pass
 from cud_trainer.circuits import edge_attributions
-from evaluation.metrics.memorization import evaluate_memorization
+from cud_trainer.models.engines import check_paged, paged
+from cud_trainer.models.generation import written_by
+from evaluation.metrics.memorization import evaluate_memorization, generate_answers
 
 from .clock import Work, compare, peak_gib, ratio, seconds
 from .record import Record
@@ -103,6 +105,33 @@ def evaluation(setting: Setting) -> dict[str, Any]:
     }
 
 
+def answers(setting: Setting) -> dict[str, Any]:
+    """Greedy answers to the forget set by paged attention over those in batches; `same`: share that are alike."""
+    device, size = setting.device, 8 if setting.tiny else 64
+    model, tokenizer = setting.model("smollm2"), setting.tokenizer
+    prepared = setting.prepared(setting.samples.forget.select(range(size)))
+    try:
+        check_paged(model)
+    except ValueError as reason:
+        return {"skipped": str(reason)}
+
+    def in_batches() -> list[str]:
+        return generate_answers(model, prepared, tokenizer, batch_size=size)
+
+    def by_pages() -> list[str]:
+        with written_by(model, paged):
+            return in_batches()
+
+    same = [one == other for one, other in zip(in_batches(), by_pages(), strict=True)]
+    times = compare({"paged": by_pages, "batches": in_batches}, device, 2)
+    return {
+        "samples": size,
+        "same": sum(same) / size,
+        "seconds": statistics.median(times["paged"]),
+        "ratio": ratio(times["paged"], times["batches"]),
+    }
+
+
 def attributions(record: Record, setting: Setting, models: tuple[str, ...], methods: tuple[str, ...]) -> None:
     """Every size; batches above one that ran out of memory are not tried."""
     batches, lengths = ((1, 2), (12,)) if setting.tiny else ((1, 2, 4, 8, 16, 32), (48, 128))
@@ -128,6 +157,7 @@ def run(record: Record, setting: Setting) -> None:
     record.figure("step llama-8b lora", partial(training, setting, "llama-8b", lora=True))
     attributions(record, setting, ("smollm2",), cheap)
     record.figure("evaluate smollm2", partial(evaluation, setting))
+    record.figure("answers smollm2", partial(answers, setting))
     attributions(record, setting, MODELS, ("exact",))
     setting.forget_models()
 
@@ -160,4 +190,6 @@ def table(figures: dict[str, Any]) -> list[str]:
         elif key.startswith("evaluate") and "ratio" in found:
             shown = f"x{found['ratio']['median']:.3f} of bare pass and generation"
             lines.append(f"  {key}: {shown}, teacher-forced x{found['teacher_forced_ratio']['median']:.3f}")
+        elif key.startswith("answers") and "ratio" in found:
+            lines.append(f"  {key}: paged x{found['ratio']['median']:.3f} of batches, {found['same']:.0%} the same")
     return lines

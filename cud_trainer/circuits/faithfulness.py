@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import BATCH_BYTES, COUNTERFACTUAL, Samples
@@ -17,6 +16,7 @@ from ..logprobs import score_answers, wide
 from ..models.layers import embedding_device
 from ..models.modes import evaluation_without_gradients, ungrouped
 from ..models.precision import nearly_exact
+from ..resumable import run_parts
 from .attribution import (
     bytes_per_token,
     check_batch,
@@ -123,7 +123,7 @@ def dataset_faithfulness(
     progress: bool = True,
     **options: Any,
 ) -> Faithfulness:
-    """`faithfulness` of every sample of some, rows in dataset order.
+    """`faithfulness` of every sample of some, rows in dataset order; under `torchrun` by all processes together.
 
     Args:
         circuits: bool `[N, n_edges]`.
@@ -141,16 +141,13 @@ def dataset_faithfulness(
     plan = samples.plan(bytes_per_token=per_token, batch_size=batch_size, batch_bytes=batch_bytes)
     if options.get("baseline") == "mean" and "means" not in options:
         options["means"] = mean_outputs(model, (samples.pad(rows) for rows in plan))
-    results = [
-        faithfulness(model, samples.pad(rows), circuits[rows], seed=seed + rows[0], **options)
-        for rows in tqdm(plan, desc="faithfulness", disable=not progress)
-    ]
-    order = torch.tensor([row for rows in plan for row in rows]).argsort()
 
-    def together(name: str) -> Tensor:
-        return torch.cat([getattr(result, name) for result in results], dim=-1)[..., order]
+    def part(rows: list[int]) -> dict[str, Tensor]:
+        found = faithfulness(model, samples.pad(rows), circuits[rows], seed=seed + rows[0], **options)
+        return {name: values.movedim(-1, 0) for name, values in vars(found).items()}
 
-    return Faithfulness(*[together(field.name) for field in fields(Faithfulness)])
+    found = run_parts("faithfulness", part, plan, progress=progress)
+    return Faithfulness(**{name: values.movedim(0, -1) for name, values in found.items()})
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ NAMES = {
     "metrics": "difficulty metric",
 }
 NO_NAMES = {"difficulty": {"", "none", "None", "given"}}
-ORACLE = "oracle"  # as the difficulty of an arm of a study
+ORACLE = "oracle"  # as the difficulty of an arm of a study: what uniform runs of the other seeds have left
 # What options of files and folders say of one that is not there; `None` where it may also be a hub id.
 FILES: dict[str, str | None] = {
     "model_name_or_path": None,
@@ -40,9 +40,13 @@ FILES: dict[str, str | None] = {
     "heldout_dataset": None,
     "holdout_dataset": None,
     "neighbour_dataset": None,
+    "nli_model": None,
+    "lm_eval_include": None,
     "difficulty_scores": "cannot read difficulty scores from {path}",
     "scores": "cannot read difficulty scores from {path}",
+    "retain_difficulty_scores": "cannot read difficulty scores from {path}",
     "circuits": "cannot read circuits from {path}",
+    "anchor_bank": "cannot read an anchor bank from {path}",
     "open_unlearning": "cannot read {path}",
     "original_open_unlearning": "cannot read {path}",
     "reference_open_unlearning": "cannot read {path}",

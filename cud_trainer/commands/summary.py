@@ -76,6 +76,7 @@ def train_summary(trainer: Any, read: dict[str, Any]) -> list[str]:
             "this folder is an adapter: load it with PEFT (AutoPeftModelForCausalLM.from_pretrained), or merge it: "
             "`.merge_and_unload().save_pretrained(FOLDER)`; the other commands read it as it is"
         )
+    lines.append("is it gone? the next command says it with --holdout_dataset: samples that were never in the data")
     base = read.get("model_name_or_path")
     told = {**read, "model_name_or_path": folder, "original_model": base}
     lines.append("next: cud evaluate" + _options(told) + f" --output_dir {shlex.quote(f'{folder}-report')}")

@@ -47,25 +47,15 @@ class Tokens(NamedTuple):
     secret: list[Span] | None = None
 
     @property
+    def trained(self) -> list[Span]:
+        """Where the tokens stand that are trained on, from, to."""
+        return self.counted if self.opens and self.counted is not None else [(self.prompt, len(self.ids))]
+
+    @property
     def labels(self) -> list[int]:
         """`ids`, -100 for what is not trained on."""
-        if self.opens and self.counted_labels is not None:
-            return self.counted_labels
-        return [IGNORE_INDEX] * self.prompt + self.ids[self.prompt :]
-
-    @property
-    def counted_labels(self) -> list[int] | None:
-        """`ids`, -100 for what does not count."""
-        return None if self.counted is None else self._only(self.counted)
-
-    @property
-    def secret_labels(self) -> list[int] | None:
-        """`ids`, -100 for what is not secret."""
-        return None if self.secret is None else self._only(self.secret)
-
-    def _only(self, spans: list[Span]) -> list[int]:
         labels = [IGNORE_INDEX] * len(self.ids)
-        for start, end in spans:
+        for start, end in self.trained:
             labels[start:end] = self.ids[start:end]
         return labels
 
@@ -104,14 +94,15 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return options
 
 
-def chat_tokens(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, context: TemplateContext) -> list[Tokens]:
-    """Tokens of conversations whose last message is the assistant's.
+def chat_tokens(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, context: TemplateContext
+) -> Iterator[Tokens]:
+    """Tokens of conversations whose last message is the assistant's, in order.
 
     Raises:
         ValueError: for a conversation that the template refuses, or does not write as it is, naming one of them.
     """
     encoder = Encoder(tokenizer, special=False)
-    tokens: list[Tokens] = []
     for written, encoded in encoder.each(_written_parts(chats, tokenizer, context)):
         wholes, undated = encoded[: len(written.chats)], encoded[len(written.chats) :]
         starts = encoder.beginnings(written.starts, written.wholes, wholes)
@@ -129,8 +120,7 @@ def chat_tokens(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, conte
             prompt = first if not asked or answers_only else min(starts[row], first)
             canonical = (_same_end(ids[prompt:], undated[row].ids), undated[row].ids) if undated else None
             earlier = sum(message["role"] == "assistant" for message in chat.prompt)
-            tokens.append(Tokens(prompt, ids, spans, canonical, earlier, opens=not asked, secret=secret))
-    return tokens
+            yield Tokens(prompt, ids, spans, canonical, earlier, opens=not asked, secret=secret)
 
 
 class _Written(NamedTuple):

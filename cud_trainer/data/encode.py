@@ -18,6 +18,8 @@ Span = tuple[int, int]
 
 # Texts that are given to the tokenizer at a time: enough for all cores, few enough that there is something to overlap.
 PART = 500
+# Parts that are with the tokenizer or wait to be used: what it knows of a text takes far more memory than its tokens.
+WAITING = 3
 # Nothing else is wanted of a tokenizer; masks are a fifth of its time. What does not fit is an error of ours later.
 ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 # Normalisers that look at one character (or at what combines with it) at a time, and splitters of words likewise.
@@ -74,11 +76,12 @@ class Encoder:
             waiting: deque[tuple[Item, Future[list[Encoded]]]] = deque()
             for item, texts in made:
                 waiting.append((item, pool.submit(self, texts)))
-                while len(waiting) > 1 and waiting[0][1].done():
+                while len(waiting) > WAITING or (len(waiting) > 1 and waiting[0][1].done()):
                     before, encoded = waiting.popleft()
                     yield before, encoded.result()
-            for item, encoded in waiting:
-                yield item, encoded.result()
+            while waiting:
+                before, encoded = waiting.popleft()
+                yield before, encoded.result()
 
     def beginnings(self, starts: Sequence[str], texts: Sequence[str], encoded: Sequence[Encoded]) -> list[int]:
         """How many first tokens each text has in common with its start, taken alone.

@@ -6,15 +6,16 @@ row: `cud_trainer.data.prepare` goes back to single rows when a batch fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, Tokens, chat_tokens, template_options
 from .columns import COUNTERFACTUAL, IGNORE_INDEX
 from .encode import Encoded, Encoder, parts
+from .mapping import in_batches
 from .readers import is_written_list
 from .secret import secret_spans, secrets_of
 from .template import TemplateContext
@@ -91,19 +92,46 @@ def standardised(dataset: Dataset, name: str) -> Dataset:
     if len(readings) > 1:
         shown = " and as ".join(" + ".join({**FORMATS, **FOREIGN}[kind]) for kind in readings)
         raise ValueError(f"{name} dataset can be read as {shown}: say which by --columns, or remove the other columns")
-    kind, rows = foreign[0], dataset.with_format(None)
-    if kind == "KnowUnDo":
+    if foreign[0] == "KnowUnDo":
         return dataset.rename_columns({"text": "question", "labels": "answer"})
-    if kind == "ShareGPT":
-        chats = [_chatml(turns, f"{name} sample {row}") for row, turns in enumerate(rows["conversations"])]
-        return dataset.add_column("messages", chats).remove_columns("conversations")  # type: ignore[call-arg]
-    inputs = rows["input"] if "input" in columns else [None] * len(dataset)
-    asked = [
-        f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
-        for instruction, more in zip(rows["instruction"], inputs, strict=True)
-    ]
-    made = dataset.remove_columns([column for column in ("instruction", "input") if column in columns])
-    return made.rename_column("output", "answer").add_column("question", asked)  # type: ignore[call-arg]
+    return _from_sharegpt(dataset, name) if foreign[0] == "ShareGPT" else _from_alpaca(dataset, name)
+
+
+def _from_sharegpt(dataset: Dataset, name: str) -> Dataset:
+    def messages(batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
+        turns = zip(batch["conversations"], rows, strict=True)
+        return {"messages": [_chatml(own, f"{name} sample {row}") for own, row in turns]}
+
+    features = dict(dataset.features)
+    turn = getattr(features.pop("conversations"), "feature", None)
+    if not isinstance(turn, dict):  # these are no messages; an empty list is left to whoever prepares it
+        messages({"conversations": dataset.with_format(None)["conversations"][:]}, [*range(len(dataset))])
+        turn = {"role": Value("string"), "content": Value("string")}
+    role, content = ("from" if "from" in turn else "role"), ("value" if "value" in turn else "content")
+    message = {"role": turn.get(role, Value("null")), "content": turn.get(content, Value("null"))}
+    message |= {key: kind for key, kind in turn.items() if key not in ("from", "value", "role", "content")}
+    features["messages"] = List(message)
+    return in_batches(dataset, messages, remove=["conversations"], features=features, what=f"{name} conversations")
+
+
+def _from_alpaca(dataset: Dataset, name: str) -> Dataset:
+    def questions(batch: Mapping[str, list], rows: list[int]) -> dict[str, list]:
+        inputs = batch["input"] if "input" in dataset.column_names else [None] * len(rows)
+        return {"question": list(map(_alpaca_question, batch["instruction"], inputs))}
+
+    for column in {"question", "answer"} & {*dataset.column_names}:
+        raise ValueError(f"{name} dataset: its column {column!r} is in the way of instruction and output; rename it")
+    dataset = dataset.rename_column("output", "answer")
+    removed = [column for column in ("instruction", "input") if column in dataset.column_names]
+    features = {column: kind for column, kind in dataset.features.items() if column not in removed}
+    features["question"] = dataset.features["instruction"]
+    return in_batches(dataset, questions, remove=removed, features=features, what=f"{name} instructions")
+
+
+def _alpaca_question(instruction: Any, more: Any) -> Any:
+    """Instruction and input; an instruction that is no text is left to whoever prepares it."""
+    asks = isinstance(instruction, str) and isinstance(more, str) and more.strip()
+    return f"{instruction}\n\n{more}" if asks else instruction
 
 
 def _numbers_choices(dataset: Dataset) -> bool:
@@ -134,6 +162,21 @@ def tokenise(
 ) -> list[Tokens]:
     """The tokens of rows of one format.
 
+    Args and errors: see `each_tokenised`.
+    """
+    return list(each_tokenised(rows, kind, tokenizer, names, context, secret_column))
+
+
+def each_tokenised(
+    rows: Sequence[Row],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    context: TemplateContext | None = None,
+    secret_column: str | None = None,
+) -> Iterator[Tokens]:
+    """The tokens of rows of one format, in order: while the first are used, the next are made.
+
     Args:
         kind: key of `FORMATS`.
         names: what to call each row in an error.
@@ -145,7 +188,7 @@ def tokenise(
     """
     named = list(zip(rows, names, strict=True))
     if kind == "tokenised":
-        return [_given_tokens(row, tokenizer, where) for row, where in named]
+        return (_given_tokens(row, tokenizer, where) for row, where in named)
     secrets = None if secret_column is None else [secrets_of(row[secret_column], where) for row, where in named]
     if kind == "text":
         texts = [("", filled(row["text"], "text", where), where) for row, where in named]
@@ -165,9 +208,9 @@ def _texts(
     secrets: Sequence[list[str]] | None,
     *,
     prompted: bool = True,
-) -> list[Tokens]:
+) -> Iterator[Tokens]:
     """Tokens of plain texts, given as prompt, completion and name; without `prompted` all of them are answer."""
-    encoder, made = Encoder(tokenizer), []
+    encoder = Encoder(tokenizer)
     own = iter([None] * len(pairs) if secrets is None else secrets)
     for part, encoded in encoder.each(_starts_and_texts(pairs)):
         encoded = [Encoded(ids, one.encoding) for ids, one in zip(_with_eos(encoded, tokenizer), encoded, strict=True)]
@@ -178,8 +221,7 @@ def _texts(
             if told is not None:
                 spans = secret_spans(text, [(len(start), len(text))], told, where)
                 secret = [encoder.covered(span, one) for span in spans]
-            made.append(Tokens(count, one.ids, secret=secret))
-    return made
+            yield Tokens(count, one.ids, secret=secret)
 
 
 def _starts_and_texts(pairs: Sequence[tuple[str, str, str]]) -> Iterator[tuple[list[tuple[str, str, str]], list[str]]]:
@@ -224,7 +266,7 @@ def _chats(
     tokenizer: PreTrainedTokenizerBase,
     context: TemplateContext,
     secrets: Sequence[list[str]] | None = None,
-) -> list[Tokens]:
+) -> Iterator[Tokens]:
     """Tokens of conversations, through the chat template."""
     chats = []
     for number, (prompt, completion, row, where) in enumerate(pairs):
@@ -394,7 +436,7 @@ def counterfactuals(
         others += [{**row, ANSWERS[kind]: filled(text, column, where)} for text in texts]
         sizes.append(len(texts))
     whose = [where for where, size in zip(names, sizes, strict=True) for _ in range(size)]
-    rivals = iter(tokenise(others, kind, tokenizer, whose, context))
+    rivals = each_tokenised(others, kind, tokenizer, whose, context)
     return [_aligned(own, [next(rivals) for _ in range(size)]) for own, size in zip(tokenised, sizes, strict=True)]
 
 

@@ -7,17 +7,14 @@ of the input: nothing is shuffled, truncated or dropped, a sample that cannot be
 
 from __future__ import annotations
 
-import gc
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -33,6 +30,7 @@ from .columns import (
     check_unique,
     id_column,
 )
+from .encode import Span
 from .formats import (
     FORMATS,
     TEMPLATE_COLUMNS,
@@ -41,11 +39,12 @@ from .formats import (
     check_tokens,
     counterfactuals,
     detect_format,
+    each_tokenised,
     first_at_fault,
     standardised,
-    tokenise,
 )
 from .ids import content_id
+from .mapping import in_batches
 from .samples import Samples
 from .template import TemplateContext
 from .tokenizers import check_tokenizer
@@ -53,12 +52,9 @@ from .turns import TURN
 
 logger = logging.get_logger(__name__)
 
-# From this many rows on it takes seconds: a progress bar is shown.
-MANY_ROWS = 10_000
-# Rows that are prepared at a time.
-BATCH = 2000
 # Columns that some samples may have and others not, which is an error.
 OPTIONAL = (COUNTERFACTUAL, *ALTERNATIVES, COUNTED, SECRET)
+MADE = (*PREPARED, *OPTIONAL, CONTENT)
 
 
 def prepare_dataset(
@@ -86,7 +82,8 @@ def prepare_dataset(
         tokenizer: with eos and pad tokens.
         max_length: the longest sequence in tokens, `None` for no limit.
         name: what to call the dataset in errors.
-        keep_columns: further columns to carry along (for example an author or topic column).
+        keep_columns: further columns to carry along (for example an author or topic column); none that is called like
+            one of the prepared ones.
         template: what the chat template sees beside the messages; by default nothing but today's date. The columns
             `tools` and `chat_template_kwargs` reach it too, as in TRL.
         counterfactual_column: another answer (a string, or a list of which the one nearest in length is taken; TOFU:
@@ -130,7 +127,7 @@ def _prepare(
     named_by = id_column(dataset.column_names)
     brought = (*OPTIONAL, CONTENT) if kind == "tokenised" else TEMPLATE_COLUMNS
     read = {*FORMATS[kind], named_by, counterfactual_column, secret_column, *brought} & {*dataset.column_names}
-    made = [*PREPARED, *OPTIONAL, CONTENT]
+    made = [*MADE]
     columns = [column for column in dataset.column_names if column in read or column in keep_columns]
     features = {column: dataset.features[column] for column in keep_columns}
     features |= {column: List(Value("int64")) for column in made}
@@ -145,26 +142,16 @@ def _prepare(
         counterfactual_column,
         template or TemplateContext(),
         Features(features),
-        tuple(column for column in keep_columns if column not in made),
+        tuple(keep_columns),
         secret_column,
     )
-    with _bar_for(len(dataset)), _no_collection():
-        prepared = (
-            dataset.with_format(None)
-            .select_columns(columns)
-            .map(  # plain values, whatever the user looks at
-                preparation,
-                with_indices=True,
-                batched=True,
-                batch_size=BATCH,
-                remove_columns=[column for column in columns if column not in keep_columns],
-                features=preparation.features,
-                keep_in_memory=True,
-                load_from_cache_file=False,
-                new_fingerprint=uuid.uuid4().hex,  # instead of a hash of the tokenizer, which changes as it is used
-                desc=f"{name} samples",
-            )
-        )
+    prepared = in_batches(
+        dataset.select_columns(columns),
+        preparation,
+        remove=[column for column in columns if column not in keep_columns],
+        features=preparation.features,
+        what=f"{name} samples",
+    )
     ids = prepared["sample_id"][:]  # read at once, not row by row
     check_unique(ids, name)
     if TURN not in dataset.column_names:  # there, every earlier answer is a sample of its own
@@ -175,7 +162,7 @@ def _prepare(
             raise ValueError(f"{name} sample {ids[int(missing.argmax())]!r} has no {column}, others have")
         if missing.all():
             made.remove(column)
-    return prepared.select_columns([*made, *(column for column in keep_columns if column not in made)])
+    return prepared.select_columns([*made, *keep_columns])
 
 
 def prepare_samples(
@@ -215,34 +202,9 @@ def _check_columns(dataset: Dataset, name: str, keep_columns: Sequence[str], *as
     missing = [column for column in wanted if column not in dataset.column_names]
     if missing:
         raise ValueError(f"{name} dataset has no column {missing[0]!r}; it has {sorted(dataset.column_names)}")
-    taken = [column for column in keep_columns if column in PREPARED]
+    taken = [column for column in keep_columns if column in MADE]
     if taken:
         raise ValueError(f"{name} dataset: column {taken[0]!r} cannot be kept beside the prepared one of that name")
-
-
-@contextmanager
-def _bar_for(rows: int) -> Iterator[None]:
-    """The progress bar of `datasets` for many rows, none for a few."""
-    enabled = not are_progress_bars_disabled()
-    if enabled and rows < MANY_ROWS:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            enable_progress_bars()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's search for cycles, off: rows have none, and it goes through all that is loaded a few times a minute."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -280,38 +242,39 @@ class _Preparation:
 
     def _prepare(self, rows: list[Row], indices: list[int]) -> dict[str, list]:
         names = [self._name(row, index) for row, index in zip(rows, indices, strict=True)]
-        tokenised = tokenise(rows, self.kind, self.tokenizer, names, self.template, self.secret_column)
-        hashes = [_content(tokens) for tokens in tokenised]
-        if self.named_by is None:
-            ids = hashes
-            names = [f"{self.name} sample {own} (row {index})" for own, index in zip(ids, indices, strict=True)]
-        else:
-            ids = [str(row[self.named_by]) for row in rows]
-        labels = [
-            row["labels"] if self.kind == "tokenised" else tokens.labels
-            for row, tokens in zip(rows, tokenised, strict=True)
-        ]
-        counted = [tokens.counted_labels for tokens in tokenised]
-        for tokens, trained, measured, where in zip(tokenised, labels, counted, names, strict=True):
-            self._check_answer(tokens, measured or trained, where)
-        columns: dict[str, list] = {
-            "sample_id": ids,
-            "input_ids": [tokens.ids for tokens in tokenised],
-            "labels": labels,
+        given = self.kind == "tokenised"
+        tokenised: list[Tokens] = []
+        hashes: list[str] = []
+        made = each_tokenised(rows, self.kind, self.tokenizer, names, self.template, self.secret_column)
+        for number, (row, index, tokens) in enumerate(zip(rows, indices, made, strict=True)):
+            hashes.append(_content(tokens))
+            tokenised.append(tokens)
+            if self.named_by is None:
+                names[number] = f"{self.name} sample {hashes[-1]} (row {index})"
+            self._check_answer(tokens, row["labels"] if given else None, names[number])
+            if tokens.earlier:
+                self.earlier[index] = tokens.earlier
+        input_ids = pa.array([tokens.ids for tokens in tokenised], self.features.arrow_schema.field("input_ids").type)
+        columns: dict[str, Any] = {
+            "sample_id": hashes if self.named_by is None else [str(row[self.named_by]) for row in rows],
+            "input_ids": input_ids,
+            "labels": [row["labels"] for row in rows] if given else _marked(input_ids, [t.trained for t in tokenised]),
             **{column: [None] * len(rows) for column in OPTIONAL},
-            COUNTED: counted,
-            SECRET: [tokens.secret_labels for tokens in tokenised],
             # of all rows of a batch or of none
             CONTENT: hashes if any(tokens.undated is not None for tokens in tokenised) else [None] * len(rows),
         }
-        self.earlier.update(
-            {index: tokens.earlier for index, tokens in zip(indices, tokenised, strict=True) if tokens.earlier}
-        )
+        for column, each in (
+            (COUNTED, [tokens.counted for tokens in tokenised]),
+            (SECRET, [tokens.secret for tokens in tokenised]),
+        ):
+            spans = [own for own in each if own is not None]  # of all rows or of none
+            if spans:
+                columns[column] = _marked(input_ids, spans)
         if self.counterfactual_column is not None:
             columns[COUNTERFACTUAL] = counterfactuals(
                 rows, self.kind, self.counterfactual_column, self.tokenizer, tokenised, names, self.template
             )
-        if self.kind == "tokenised":
+        if given:
             for number, (row, where) in enumerate(zip(rows, names, strict=True)):
                 for column, values in self._brought(row, where).items():
                     columns[column][number] = values
@@ -324,9 +287,14 @@ class _Preparation:
             raise ValueError(f"{self.name} sample {index} has no {self.named_by}")
         return f"{self.name} sample {row[self.named_by]!r}"
 
-    def _check_answer(self, tokens: Tokens, counted: list[int], where: str) -> None:
+    def _check_answer(self, tokens: Tokens, labels: list[int] | None, where: str) -> None:
         # the first token of a sequence cannot be predicted
-        if len(counted[1:]) == counted[1:].count(IGNORE_INDEX):
+        if labels is None:
+            spans = tokens.trained if tokens.counted is None else tokens.counted
+            predicted = any(end > max(start, 1) for start, end in spans)
+        else:
+            predicted = len(labels[1:]) > labels[1:].count(IGNORE_INDEX)
+        if not predicted:
             raise ValueError(f"{where}: it has no answer token that can be predicted")
         if tokens.secret and all(end < 2 for _, end in tokens.secret):
             raise ValueError(f"{where}: its secret is the first token of the text, which nothing predicts")
@@ -362,6 +330,17 @@ class _Preparation:
         if isinstance(row.get(CONTENT), str):  # of samples that were prepared before
             brought[CONTENT] = row[CONTENT]
         return brought
+
+
+def _marked(input_ids: pa.ListArray, spans: Sequence[Sequence[Span]]) -> pa.ListArray:
+    """A column of labels: of each row the tokens in its spans (from, to), -100 for all others."""
+    values, firsts = input_ids.values.to_numpy(), input_ids.offsets.to_pylist()
+    bounds = [bound + first for first, row in zip(firsts[:-1], spans, strict=True) for span in row for bound in span]
+    begun, ended = (
+        np.bincount(np.array(side, dtype=np.int64), minlength=len(values) + 1) for side in (bounds[::2], bounds[1::2])
+    )
+    labels = np.where((begun - ended).cumsum()[:-1] > 0, values, IGNORE_INDEX)
+    return pa.ListArray.from_arrays(input_ids.offsets, pa.array(labels, pa.int64()))
 
 
 def _content(tokens: Tokens) -> str:

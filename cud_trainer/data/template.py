@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import inspect
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .timeout import apply_chat_template
+from .verbatim import Written, read_off, shape_of, with_places, writes_verbatim
 
 TRAIN_ON = ("reasoning+answer", "answer")
 # Ids and fingerprints are those of this day, whatever day it is.
@@ -30,6 +33,11 @@ OWN_CLOCK = (
     "{% for directive, text in clock %}{% set written.text = written.text | replace(directive, text) %}{% endfor %}"
     "{{ written.text | replace('\ue002', '%') }}{% endmacro %}\n"
 )
+
+# Below this many conversations of a shape it does not pay to find out how the template writes it.
+FEW = 4
+# Arguments of the tokenizer, of which the template sees nothing, and which may change what it sees.
+OF_THE_TOKENIZER = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"tools"}
 
 
 def today() -> datetime.date:
@@ -153,10 +161,15 @@ class TemplateArguments:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Writes conversations with a chat template, on the day of its context."""
+    """Writes conversations with a chat template, on the day of its context.
+
+    Attributes:
+        written: how it writes conversations, by their shape; `None` for those that it must be asked for.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     context: TemplateContext
+    written: dict[Any, Written | None] = field(default_factory=dict, compare=False)
 
     def __call__(
         self, conversations: list[list[dict]], options: Sequence[Mapping[str, Any]], *, generation_prompt: bool = False
@@ -184,6 +197,42 @@ class Renderer:
         return str(self.tokenizer.get_chat_template(None, options.get("tools")))
 
     def _render(
+        self, conversations: list[list[dict]], options: Mapping[str, Any], generation_prompt: bool
+    ) -> list[str]:
+        if len(conversations) < FEW or not self._writes_verbatim(options):
+            return self._by_template(conversations, options, generation_prompt)
+        told = generation_prompt, repr(options)
+        shapes = [(shape_of(conversation), *told) for conversation in conversations]
+        counts = Counter(shapes)
+        new = {
+            shape: conversation
+            for shape, conversation in zip(shapes, conversations, strict=True)
+            if shape[0] is not None and counts[shape] >= FEW and shape not in self.written
+        }
+        pairs = [one for conversation in new.values() for one in (with_places(conversation), conversation)]
+        texts = self._by_template(pairs, options, generation_prompt) if pairs else []
+        for (shape, conversation), places, text in zip(new.items(), texts[::2], texts[1::2], strict=True):
+            written = read_off(places, len(conversation))
+            self.written[shape] = written if written is not None and written(conversation) == text else None
+        forms = [self.written.get(shape) for shape in shapes]
+        rest = [one for one, form in zip(conversations, forms, strict=True) if form is None]
+        others = iter(self._by_template(rest, options, generation_prompt) if rest else [])
+        return [
+            next(others) if form is None else form(conversation)
+            for conversation, form in zip(conversations, forms, strict=True)
+        ]
+
+    def _writes_verbatim(self, options: Mapping[str, Any]) -> bool:
+        """Whether a conversation shows how the template writes others of its shape."""
+        own = getattr(type(self.tokenizer), "apply_chat_template", None)
+        if own is not PreTrainedTokenizerBase.apply_chat_template or OF_THE_TOKENIZER & {
+            *self.context.kwargs,
+            *options,
+        }:
+            return False
+        return writes_verbatim(self._template(options))
+
+    def _by_template(
         self, conversations: list[list[dict]], options: Mapping[str, Any], generation_prompt: bool
     ) -> list[str]:
         given = {**self.context.kwargs, **options}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -208,12 +209,8 @@ class _Scoring:
 
     def run(self) -> DifficultyScores:
         """The scores, every metric computed."""
-        try:
+        with nullcontext() if self.work is None else self.work.kept_unless_refused():
             return self._computed()
-        except ValueError:  # the corrected call is other work
-            if self.work is not None and self.work.is_new:
-                self.work.remove()
-            raise
 
     def _computed(self) -> DifficultyScores:
         request, metrics = self.request, self.request.metrics

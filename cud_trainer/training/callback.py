@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..files import DiskFullError, write_json
 from ..models.trainable import check_gradients
 from .checkpoints import STATE_FILE
+from .identity import checkpoint_state
 from .progress import DivergenceError
 
 logger = logging.get_logger(__name__)
@@ -54,7 +55,7 @@ class RunCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             try:
-                write_json(checkpoint / STATE_FILE, self.trainer.checkpoint_state(), private=True)
+                write_json(checkpoint / STATE_FILE, checkpoint_state(self.trainer), private=True)
             except DiskFullError:
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 raise

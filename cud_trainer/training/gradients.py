@@ -9,9 +9,13 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from ..objectives import STEPS
 from ..objectives.gradients import GradientStep
+from .inputs import RunInputs
 
 Gradients = list[Tensor | None]
+
+SIDE = "side"  # of a batch: which of its losses is wanted, where they are taken apart
 
 
 class SplitGradients:
@@ -31,6 +35,15 @@ class SplitGradients:
         self.step, self.options, self.accelerator, self.sides = step, options, accelerator, sides
         self._sums: dict[str, Gradients] = {}
         self._batches: list[Any] = []
+
+    @classmethod
+    def of(cls, inputs: RunInputs, accelerator: Any) -> SplitGradients | None:
+        """Of a run; `None` where it looks at the gradient of the whole loss."""
+        args = inputs.args
+        if args.step == "plain":
+            return None
+        sides = ("forget", "retain") if inputs.loss.uses_retain else ("forget",)
+        return cls(STEPS[args.step], dict(args.step_args), accelerator, sides)  # type: ignore[arg-type]
 
     def micro_batch(self, model: nn.Module, inputs: Any, backward: Callable[[str, Any], Tensor]) -> Tensor:
         """Take in a micro-batch; at the last one of the step, leave the step's gradient in the parameters.

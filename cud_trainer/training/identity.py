@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import CUDConfig
-from ..data.ids import IdKey
+from ..data.ids import IdKey, key_for
 from ..objectives import Reference
 from ..objectives.alternatives import alternatives_fingerprint
 from ..stack_options import OVERRIDABLE
@@ -69,6 +69,17 @@ def run_identity(
     }
     identity = json.loads(json.dumps(identity, default=_plain, sort_keys=True))
     return identity if key is None else key.keyed_values(identity)
+
+
+def checkpoint_state(trainer: Any) -> dict[str, Any]:
+    """What goes into a checkpoint of a `CUDTrainer` beside weights and optimizer, as plain JSON values."""
+    return {
+        **trainer.run_identity(key_for(trainer.args.output_dir)),
+        "optimizer_state": not trainer.args.save_only_model,
+        "served": trainer.recorder.served,
+        "progress": trainer.progress.state(),
+        "began": trainer.void.began,
+    }
 
 
 def _given(inputs: RunInputs) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..schedule import DynamicWeights
+from .inputs import RunInputs
+from .plan import RunPlan
 
 
 class DivergenceError(RuntimeError):
@@ -70,6 +72,31 @@ class RunProgress:
         self.horizon = max(1, steps_per_pass)
         self.retain_loss: float | None = None
         self.factor = weights.factor
+
+    @classmethod
+    def of(cls, inputs: RunInputs, plan: RunPlan, at_start: np.ndarray | None) -> RunProgress:
+        """Of a run before its first step.
+
+        Args:
+            at_start: answer probability of each forget sample, `[N]`; `None` where nobody asks for it.
+        """
+        args, schedule = inputs.args, plan.schedule
+        logps = np.zeros(len(inputs.forget)) if at_start is None else np.log(np.maximum(at_start, 1e-300))
+        return cls(
+            plan.forget_row,
+            DynamicWeights(schedule.dynamic, logps, plan.steps, schedule.values, np.unique(plan.forget_row)),
+            retain_weight=args.retain_weight,
+            retain_limit=args.retain_limit,
+            dual_rate=args.dual_rate,
+            target_forget_prob=args.target_forget_prob,
+            max_retain_loss=args.max_retain_loss,
+            steps_per_pass=-(-len(inputs.forget) // inputs.global_batch),
+        )
+
+    @property
+    def follows(self) -> bool:
+        """Whether weights follow the run: without, every factor is 1."""
+        return bool(self.weights.parts)
 
     def after_step(self, record: StepRecord, step: int) -> None:
         """Take in one optimizer step."""

@@ -17,6 +17,20 @@ from ..models.layers import widest_float
 from .inputs import RunInputs
 
 
+def last_measured(trainer: Any) -> dict[str, float] | None:
+    """The last evaluation of the weights that a `CUDTrainer` has now, as it stands in its log; `None` without one."""
+    state = trainer.state
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    step = best if has_ended(trainer) and best is not None else state.global_step
+    entries = [entry for entry in state.log_history if "eval_forget_prob" in entry and entry["step"] == step]
+    return entries[-1] if entries else None
+
+
+def has_ended(trainer: Any) -> bool:
+    """Whether training has come to its end: the base class writes its last line then."""
+    return any("train_runtime" in entry for entry in trainer.state.log_history)
+
+
 class ResidualMemorisation:
     """Measures answer probabilities of a trainer's model.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,17 @@ class VoidWatch:
         """
         self.began, self.reason, self._same = self.trusted or began, None, None
         self._first[:] = np.inf if resumed else np.nan
+
+    def why(self, start: np.ndarray | None, measured: Mapping[str, float] | None) -> str | None:
+        """Why the run came to nothing, in one sentence; `None` if it did not.
+
+        Args:
+            start: answer probability of each forget sample before, `[N]`; `None` where nobody asked for it.
+            measured: the last evaluation, if there was one.
+        """
+        return self.unmoved() or self.unforgotten(
+            None if start is None else float(start.mean()), None if measured is None else measured["eval_forget_prob"]
+        )
 
     def unmoved(self) -> str | None:
         """Why no weight has moved, in one sentence; `None` if some have."""

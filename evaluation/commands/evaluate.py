@@ -14,18 +14,21 @@ from trl import ModelConfig
 from cud_trainer.circuits import Faithfulness, dataset_faithfulness
 from cud_trainer.commands.options import check_model_options, inputs_of
 from cud_trainer.commands.parser import parse_options
+from cud_trainer.data import Samples
 from cud_trainer.data.groups import group_labels
 from cud_trainer.data.ids import without_hashes
-from cud_trainer.logprobs import answer_probability
+from cud_trainer.models.engines import TRANSFORMERS, engine_of
 from cud_trainer.models.fingerprint import model_fingerprint, versions
 from cud_trainer.models.whole import not_finite
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
+from cud_trainer.resumable import end_together, entered_by_main_process, process_state
 
 from ..metrics import robustness
 from ..metrics.depth import Depth, layer_drops
 from ..metrics.lm_eval import lm_eval_figures
 from ..metrics.measure import Measured, measure
-from ..metrics.memorization import true_answers
+from ..metrics.memorization import EXTRA_TOKENS, true_answers
+from ..metrics.passes import FEW_PARTS, PARTS, Passes, SharedPasses
 from ..metrics.secret import has_secret
 from ..report.attacks import quantisation, relearning
 from ..report.audit import audit_results, measured_tables, per_sample_table
@@ -39,7 +42,8 @@ from ..report.story import Evidence, verdict_of
 from ..report.tables import group_table, line_table, lm_eval_table
 from .endings import after_evaluating, answers, last_lines
 from .help import EVALUATE as ABOUT
-from .inputs import EvaluateArguments, EvaluateInputs, read_inputs
+from .inputs import WORK_DIR, EvaluateArguments, EvaluateInputs, read_inputs
+from .parts import begin_work
 from .secrets import without_pattern
 
 AS_IT_IS = "as it is"
@@ -75,10 +79,13 @@ class Original:
     weights: dict[str, Tensor] | None
     model: Any = None
 
-    def drops(self, inputs: EvaluateInputs, source: Any, what: str) -> np.ndarray:
-        """`layer_drops` of the forget samples with the states of `source`."""
-        desc = f"{what}: states in the original"
-        return layer_drops(self.model, source, inputs.forget, batch_size=inputs.args.batch_size, desc=desc)
+    def drops(self, inputs: EvaluateInputs, source: Any, passes: Passes) -> np.ndarray:
+        """`layer_drops` of the forget samples with the states of `source`, whose passes these are."""
+
+        def measure(part: Samples, rows: list[int]) -> dict[str, np.ndarray]:
+            return {"drops": layer_drops(self.model, source, part, batch_size=inputs.args.batch_size)}
+
+        return passes.of("in-original", self.fingerprint).over("states", inputs.forget, measure)["drops"]
 
 
 @dataclass
@@ -112,14 +119,23 @@ def evaluate(argv: list[str]) -> int:
     args, model_args = parse_options((EvaluateArguments, ModelConfig), argv, "cud evaluate", about=ABOUT)
     check_model_options(model_args, argv, trains=False)
     read = inputs_of(args, model_args)
-    with output_directory(args.output_dir, REPORT_FILES, inputs=read, overwrite=args.overwrite) as folder:
+    folder, main = Path(args.output_dir).expanduser(), process_state().is_main_process
+    owned = output_directory(folder, REPORT_FILES, inputs=read, overwrite=args.overwrite, known=[WORK_DIR])
+    with entered_by_main_process(owned):
         inputs = read_inputs(args, model_args)
-        if args.overwrite:
+        if args.overwrite and main:
             clear(folder, REPORT_FILES)
-        measurements = measure_models(inputs)
-        results = report_on(inputs, measurements, "cud evaluate " + " ".join(without_pattern(argv)))
-        table, kept = sample_table(inputs, measurements), kept_table(inputs, measurements)
-        written = write_report(results, folder, table, kept, keys=inputs.keys)
+        work = begin_work(inputs)
+        with work.kept_unless_refused():
+            measurements = measure_models(inputs, SharedPasses(work, args.batch_size, parts_of(args)))
+        if main:
+            results = report_on(inputs, measurements, "cud evaluate " + " ".join(without_pattern(argv)))
+            table, kept = sample_table(inputs, measurements), kept_table(inputs, measurements)
+            written = write_report(results, folder, table, kept, keys=inputs.keys)
+            work.remove()
+    end_together()
+    if not main:
+        return 0
     for line in results.findings:
         print(f"- {without_hashes(line)}")
     sizes = ", ".join(f"{len(part)} {name}" for name, part in inputs.sets.items())
@@ -129,26 +145,31 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
-def measure_models(inputs: EvaluateInputs) -> Measurements:
+def parts_of(args: EvaluateArguments) -> int:
+    """How many parts of a set are written one after the other: an engine without batches takes all that it gets."""
+    return PARTS if args.generation_engine == TRANSFORMERS else FEW_PARTS
+
+
+def measure_models(inputs: EvaluateInputs, passes: Passes) -> Measurements:
     """Measure one model after the other; each is gone before the next one comes."""
     args = inputs.args
     if args.straight_line:
         check_line(inputs)
-    original = measure_original(inputs, args.original_model) if args.original_model else None
+    original = measure_original(inputs, args.original_model, passes) if args.original_model else None
     fingerprints = {} if original is None else {"original": original.fingerprint}
     reference, unseen = None, None
     if args.reference_model:
-        reference, fingerprints["reference"], unseen = measure_reference(inputs, args.reference_model, original)
+        reference, fingerprints["reference"], unseen = measure_reference(inputs, args.reference_model, original, passes)
     model = inputs.load_model(inputs.model_name_or_path, finite=False)  # one that diverged is told as it is
     fingerprint = model_fingerprint(model)
     if fingerprint == fingerprints.get("reference"):
         raise ValueError(f"the reference model {args.reference_model} has the weights of the model that is evaluated")
-    after = measure_one(inputs, model, "unlearned")
+    passes = passes.of("unlearned", fingerprint)
+    after = measure_one(inputs, model, inputs.model_name_or_path, passes)
     depth = None
     if original is not None and original.model is not None:
-        depth = Depth(original.drops(inputs, model, "unlearned"), unseen)
+        depth = Depth(original.drops(inputs, model, passes), unseen)
         original.model = None  # what follows needs its memory
-    weights = None if original is None else original.weights
     diverged = bool(not_finite(model))
     return Measurements(
         after=after,
@@ -157,7 +178,7 @@ def measure_models(inputs: EvaluateInputs) -> Measurements:
         fingerprint=fingerprint,
         fingerprints=fingerprints,
         faithfulness=None if original is None else original.faithfulness,
-        robustness=measure_robustness(inputs, model, weights, after),
+        robustness=measure_robustness(inputs, model, original, after, passes),
         diverged=diverged,
         depth=depth,
     )
@@ -170,28 +191,30 @@ def check_line(inputs: EvaluateInputs) -> None:
     robustness.check_same_weights(ends[1], dict(ends[0].named_parameters()))
 
 
-def measure_one(inputs: EvaluateInputs, model: Any, what: str) -> Measured:
-    """`measure` with these options."""
+def measure_one(inputs: EvaluateInputs, model: Any, path: str, passes: Passes) -> Measured:
+    """`measure` with these options, of the model that was loaded from `path`."""
     args = inputs.args
-    return measure(
-        model,
-        inputs.sets,
-        inputs.forget_raw,
-        inputs.utility,
-        inputs.tokenizer,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        template=inputs.template,
-        generate=args.generate,
-        leak=inputs.leak,
-        secrets=inputs.secrets,
-        lens=args.logit_lens,
-        gradients=args.gradient_norm,
-        desc=what,
-    )
+    longest = None if args.max_length is None else args.max_length + EXTRA_TOKENS
+    with engine_of(args.generation_engine, model, path, longest=longest):
+        return measure(
+            model,
+            inputs.sets,
+            inputs.forget_raw,
+            inputs.utility,
+            inputs.tokenizer,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            template=inputs.template,
+            generate=args.generate,
+            leak=inputs.leak,
+            secrets=inputs.secrets,
+            lens=args.logit_lens,
+            gradients=args.gradient_norm,
+            passes=passes,
+        )
 
 
-def measure_original(inputs: EvaluateInputs, path: str) -> Original:
+def measure_original(inputs: EvaluateInputs, path: str, passes: Passes) -> Original:
     """The original model at `path`; `ValueError` where the scores are another one's."""
     args, circuits = inputs.args, inputs.circuits
     model = inputs.load_model(path)
@@ -199,7 +222,7 @@ def measure_original(inputs: EvaluateInputs, path: str) -> Original:
     for scores in (inputs.scores, inputs.retain_scores):
         if scores is not None:
             scores.check_provenance(model=fingerprint)
-    measured = measure_one(inputs, model, "original")
+    measured = measure_one(inputs, model, path, passes.of("original", fingerprint))
     faithfulness, weights = None, None
     if args.faithfulness and circuits is not None:
         faithfulness = dataset_faithfulness(
@@ -218,27 +241,28 @@ def measure_original(inputs: EvaluateInputs, path: str) -> Original:
 
 
 def measure_reference(
-    inputs: EvaluateInputs, path: str, original: Original | None
+    inputs: EvaluateInputs, path: str, original: Original | None, passes: Passes
 ) -> tuple[Measured, str, np.ndarray | None]:
     """What the model at `path` says that never saw the forget set, its fingerprint, and D1 (see `Depth`) if wanted."""
     model = inputs.load_model(path)
     fingerprint = model_fingerprint(model)
-    measured = measure_one(inputs, model, "reference")
+    passes = passes.of("reference", fingerprint)
+    measured = measure_one(inputs, model, path, passes)
     unseen = None
     if original is not None and original.model is not None:
-        unseen = original.drops(inputs, model, "reference")
+        unseen = original.drops(inputs, model, passes)
     return measured, fingerprint, unseen
 
 
 def measure_robustness(
-    inputs: EvaluateInputs, model: Any, original: dict[str, Tensor] | None, after: Measured
+    inputs: EvaluateInputs, model: Any, original: Original | None, after: Measured, passes: Passes
 ) -> Robustness:
     """What of the forget set comes back, as far as it is asked for; the model is put back after each part.
 
     The same is done to the holdout set, as far as there is one.
 
     Args:
-        original: the original model's weights, for the straight line from there.
+        original: with weights for the straight line from there.
         after: what was measured of the model as it is.
     """
     args, forget, control = inputs.args, inputs.forget, inputs.sets.get("holdout")
@@ -249,11 +273,17 @@ def measure_robustness(
     for bits in args.quantize:
         with robustness.quantised(model, bits):
             for name, part in attacked.items():
-                found = answer_probability(model, part, batch_size=args.batch_size)
+                found = passes.probability(f"quantised-{bits}-{name}", model, part, args.batch_size)
                 made.quantised[name][f"{bits} bits"] = found
-    if original is not None:
+    if original is not None and original.weights is not None:
         sets = {name: part for name, part in inputs.sets.items() if name in ("forget", "retain")}
-        made.line = robustness.straight_line(model, original, sets, batch_size=args.batch_size)
+        made.line = robustness.straight_line(
+            model,
+            original.weights,
+            sets,
+            batch_size=args.batch_size,
+            passes=passes.of("from-original", original.fingerprint),
+        )
     if args.relearn_samples:
         made.taught = np.zeros(len(forget), dtype=bool)
         made.taught[np.random.default_rng(args.seed).permutation(len(forget))[: args.relearn_samples]] = True
@@ -266,10 +296,13 @@ def measure_robustness(
             batch_size=args.batch_size,
             seed=args.seed,
             control=control,
+            passes=passes,
         )
     if args.lm_eval_tasks:
-        made.lm_eval = lm_eval_figures(
-            model, inputs.tokenizer, args.lm_eval_tasks, args.lm_eval_include, args.batch_size
+        tasks, include = args.lm_eval_tasks, args.lm_eval_include
+        made.lm_eval = passes.once(
+            f"lm-eval {tasks} {include}",
+            lambda: lm_eval_figures(model, inputs.tokenizer, tasks, include, args.batch_size),
         )
     return made
 

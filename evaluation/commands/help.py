@@ -18,6 +18,10 @@ EVALUATE = About(
             "against samples that no model saw; was it only hidden?",
             "cud evaluate ... --holdout_dataset holdout.jsonl --relearn_samples 4 --quantize 8 4 --samples 10",
         ),
+        (
+            "on several GPUs, each of which takes a share of every set",
+            "torchrun --nproc_per_node 8 -m cud_trainer.cli evaluate ...",
+        ),
         ("A LoRA adapter is evaluated as it is, on its base model. Recipes: recipes/private_text in a clone.", ""),
     ],
     groups={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,27 @@ from cud_trainer.models.fingerprint import versions
 from cud_trainer.ownership import REPORT_FILES, clear, output_directory
 from cud_trainer.typed import check_options, check_void
 
+from ..metrics.measure import Measured
 from ..metrics.open_unlearning import Evaluation, rows_by_text
 from ..report.audit import audit_results, check_score_names, measured_tables, per_sample_table
 from ..report.difficulty import reliability_by_decile
 from ..report.schema import Results, Run
+from ..report.story import Evidence, Needs, verdict_of
 from ..report.tables import other_results_table
-from .endings import last_lines
+from .endings import answers, last_lines
 from .help import IMPORT as ABOUT
+
+MODEL = "needs the model: cud evaluate"
+NEEDS = Needs(
+    level="--reference_open_unlearning, or the metric mia_loss in open-unlearning's evaluation",
+    before="--original_open_unlearning",
+    kept="retain_Q_A_Prob in open-unlearning's evaluation",
+    parts="By difficulty needs --scores.",
+    relearning=MODEL,
+    quantisation=MODEL,
+    rewording=MODEL,
+    sampled=MODEL,
+)
 
 
 @dataclass
@@ -123,6 +137,7 @@ def import_results(
         seed=seed,
         name=Path(after.path).parent.name or Path(after.path).stem,
     )
+    seen, without = _with_never_seen([(after, ours), (reference, never_saw)])
     tables, findings = measured_tables(ours, original, never_saw, buckets, seed)
     if scores is not None and buckets is not None:
         tables.append(reliability_by_decile(scores[buckets.metric], left, seed))
@@ -132,7 +147,43 @@ def import_results(
     results.tables = tables
     results.findings += findings
     ids = [str(row) for row in range(size)] if scores is None else scores.ids
+    assert seen is not None
+    known = Evidence(
+        ids=ids,
+        after=seen,
+        before=original,
+        reference=without,
+        buckets=buckets,
+        wrong=_what_is_wrong(ours, original),
+        needs=NEEDS,
+    )
+    results.verdict = verdict_of(known, seed)
     return results, per_sample_table(ids, ours, original, never_saw, scores, buckets)
+
+
+def _with_never_seen(models: list[tuple[Evaluation | None, Measured | None]]) -> list[Measured | None]:
+    """What was measured of each model, and what `mia_loss` has of samples that nobody saw (for the verdict alone).
+
+    Raises:
+        ValueError: where the models have different numbers of these samples.
+    """
+    made, sizes = [], {}
+    for evaluation, measured in models:
+        unseen = None if evaluation is None else evaluation.never_seen()
+        if evaluation is not None and measured is not None and unseen is not None:
+            sizes[evaluation.path] = len(unseen)
+            measured = replace(measured, sets=measured.sets | {"holdout": {"probability": unseen}})
+        made.append(measured)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"mia_loss has another number of never-seen samples in each of {', '.join(sizes)}")
+    return made
+
+
+def _what_is_wrong(after: Measured, before: Measured | None) -> str | None:
+    """Why the model cannot have forgotten, whatever its results are."""
+    if before is None or not np.array_equal(after.sets["forget"]["probability"], before.sets["forget"]["probability"]):
+        return None
+    return "the forget probabilities are the very ones from before unlearning: nothing was unlearned"
 
 
 def main(argv: list[str]) -> int:
@@ -177,7 +228,9 @@ def _import(args: ImportArguments, folder: Path, argv: list[str]) -> int:
     if skipped:
         print(f"- taken over with their single value only: {', '.join(sorted(skipped))}")
     following = "open the report" if scores is not None else "by difficulty: give --scores (cud score)"
-    print(last_lines(f"read {len(frame)} forget samples of {args.open_unlearning}", written, following))
+    assert results.verdict is not None
+    done = f"read {len(frame)} forget samples of {args.open_unlearning}"
+    print(without_hashes(last_lines(done, written, following, answers(results.verdict))))
     return 0
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from cud_trainer.circuits import CircuitTable
@@ -25,12 +24,14 @@ from cud_trainer.data.template import TemplateArguments
 from cud_trainer.data.tokenizers import TokenizerArguments
 from cud_trainer.difficulty import Buckets, DifficultyScores
 from cud_trainer.logprobs import check_padding
-from cud_trainer.models.loading import load_causal_lm, load_config, merged_adapter
+from cud_trainer.models.engines import PAGED, check_engine, check_paged
+from cud_trainer.models.loading import merged_adapter
 from cud_trainer.models.positions import check_sets
+from cud_trainer.resumable import WorkDir, of_main_process
 from cud_trainer.training.checkpoints import recorded_template
 from cud_trainer.typed import check_options, check_void
 
-from ..metrics.depth import check_layers, check_same_architecture
+from ..metrics.depth import check_layers
 from ..metrics.entailment import Entailment
 from ..metrics.gradients import check_gradient_norms
 from ..metrics.leak import LeakRule
@@ -40,12 +41,15 @@ from ..metrics.secret import secret_texts
 from ..metrics.utility import UTILITY_SETS
 from ..report.attacks import Groups
 from ..report.audit import check_score_names
+from .models import check_depth, check_same_tokenizer, load_model
 from .secrets import SECRET_SETS, with_secret_column
 
+WORK_DIR = "evaluation.work"  # in the output directory
 NAMES = {"heldout": "held-out"}  # of sets, in errors, where they are not those of the options
 # What gives an option its meaning.
 NEEDS = {
     "samples": "generate",
+    "generation_engine": "generate",
     "temperature": "samples",
     "leak_rouge": "samples",
     "leak_span": "samples",
@@ -69,7 +73,10 @@ NEEDS = {
 class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments):
     """What `cud evaluate` reads besides TRL's `ModelConfig`; `model_name_or_path` is the unlearned model or adapter."""
 
-    output_dir: str = field(default="cud-evaluation", metadata={"help": "Where the report goes."})
+    output_dir: str = field(
+        default="cud-evaluation",
+        metadata={"help": "Where the report goes; after a kill the same command goes on there."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Allow an output directory that is not empty."})
     original_model: str | None = field(
         default=None, metadata={"help": "The model before unlearning, to be measured beside it."}
@@ -98,6 +105,13 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments)
     metric: str | None = field(default=None, metadata={"help": "Metric that makes the buckets (default: the primary)."})
     n_buckets: int = field(default=4, metadata={"help": "Difficulty buckets, equal in size."})
     generate: bool = field(default=True, metadata={"help": "Generate answers for ROUGE-L recall and verbatim match."})
+    generation_engine: Literal["transformers", "paged", "vllm"] = field(
+        default="transformers",
+        metadata={
+            "help": "What writes answers: transformers in batches; its paged attention (CUDA, without samples); or "
+            "vLLM (extra `vllm`), of models in folders that are no adapters. lm_eval_tasks have their own."
+        },
+    )
     samples: int = field(
         default=0,
         metadata={"help": "Also sample as many answers per prompt, for leak@k: does one of k give the sample away?"},
@@ -182,7 +196,12 @@ class EvaluateArguments(TemplateArguments, TokenizerArguments, HeldOutArguments)
     )
     batch_size: int = field(default=16, metadata={"help": "Samples per forward pass."})
     max_length: int | None = field(default=1024, metadata={"help": "The longest sample in tokens."})
-    seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
+    seed: int = field(default=0, metadata={"help": "Of bootstrap intervals, sampled answers and relearning."})
+
+    @property
+    def work_dir(self) -> Path:
+        """Where finished parts are kept until the report is written."""
+        return Path(self.output_dir).expanduser() / WORK_DIR
 
     @property
     def works_on_weights(self) -> bool:
@@ -267,6 +286,8 @@ class EvaluateInputs:
         check_sets(model, **self.sets)
         name, samples = next(iter(self.sets.items()))
         check_padding(model, name, samples)
+        if self.args.generation_engine == PAGED:
+            check_paged(model)
         if self.args.gradient_norm:
             check_gradient_norms(model, path)
         if self.args.depth or self.args.logit_lens:
@@ -276,10 +297,17 @@ class EvaluateInputs:
 
 def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInputs:
     """Read and check all but the models; `ValueError` for what does not fit."""
+    models = {"model_name_or_path": model_args.model_name_or_path}
+    models |= {name: getattr(args, name) for name in ("original_model", "reference_model")}
+    rounded = model_args.load_in_4bit or model_args.load_in_8bit
+    check_engine(args.generation_engine, models, drawn=args.samples > 0, rounded=rounded)
     tokenizer = load_tokenizer(model_args, args)
     raw = with_secret_column(read_datasets(args, tokenizer), args.secret_pattern, args.chunk_tokens)
     scores = DifficultyScores.load(args.scores) if args.scores else None
-    template = args.template_context(template_of(str(model_args.model_name_or_path), scores))
+    known = template_of(str(model_args.model_name_or_path), scores)
+    if known is None:
+        known = WorkDir.recorded(args.work_dir).get("template")  # of a start that was killed
+    template = of_main_process(args.template_context(known))
     options: dict[str, Any] = {"max_length": args.max_length, "template": template}
     secrets = {name: secret_texts(raw[name], name) for name in SECRET_SETS if name in raw}
     marked = {name: SECRET if secrets.get(name) is not None else None for name in raw}
@@ -314,7 +342,8 @@ def read_inputs(args: EvaluateArguments, model_args: ModelConfig) -> EvaluateInp
         if path:
             check_same_tokenizer(tokenizer, path)
     if args.depth:
-        check_depth(args, str(model_args.model_name_or_path), model_args.model_revision)
+        others = (args.reference_model, model_args.model_name_or_path)
+        check_depth(str(args.original_model), others, model_args.model_revision)
     assert model_args.model_name_or_path is not None  # it has a tokenizer
     return EvaluateInputs(
         args=args,
@@ -442,37 +471,3 @@ def read_circuits(args: EvaluateArguments, ids: list[str]) -> CircuitTable | Non
         if needs_counterfactual(table.settings["baseline"], table.settings["metric"]):
             raise ValueError("faithfulness needs circuits of the zero or mean baseline and the metric prob or logprob")
     return table
-
-
-def load_model(path: str, options: Mapping[str, Any], *, finite: bool = True) -> Any:
-    """A causal LM, or an adapter on its base model, in evaluation mode on the best device; `ValueError` if neither.
-
-    Args:
-        finite: refuse weights that are no numbers.
-    """
-    model: Any = load_causal_lm(path, finite=finite, **options)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return model.to(device).eval()
-
-
-def check_depth(args: EvaluateArguments, unlearned: str, revision: str | None) -> None:
-    """Raise `ValueError` naming a model whose hidden states mean nothing in the original one."""
-    assert args.original_model is not None
-    original = load_config(args.original_model, revision=revision)
-    for path in (args.reference_model, unlearned):
-        if path:
-            check_same_architecture(original, load_config(path, revision=revision), repr(path))
-
-
-def check_same_tokenizer(tokenizer: Any, path: str) -> None:
-    """Raise `ValueError` when the model at `path` comes with another vocabulary: its figures would mean nothing."""
-    if not Path(path).is_dir() or not any(
-        (Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
-    ):
-        return
-    other = AutoTokenizer.from_pretrained(path)
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"{path!r} has another tokenizer ({len(other)} tokens, that of the evaluated model has {len(tokenizer)}): "
-            "the same text is not the same tokens"
-        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from .memorization import (
     MEASURES,
     SECRET_SAID,
     TOKEN_STATISTICS,
+    by_answer_length,
     evaluate_memorization,
-    teacher_forced,
     true_answers,
 )
+from .passes import Passes
 from .secret import measure_secret
 from .utility import answer_logps, prepare_answers, questions_and_answers, tofu_utility, truth_ratio
 
@@ -85,7 +87,7 @@ def measure(
     secrets: Mapping[str, Sequence[Sequence[str]] | None] | None = None,
     lens: bool = False,
     gradients: bool = False,
-    desc: str = "",
+    passes: Passes | None = None,
 ) -> Measured:
     """All that is measured on one model.
 
@@ -100,41 +102,40 @@ def measure(
         secrets: of these sets, spans of each true answer as text; the prepared samples have their tokens marked.
         lens: also read the answers off every layer.
         gradients: also take the norm of each sample's gradient, of the sets that attacks compare.
+        passes: how the model goes over the sets; by default in one go.
     """
-    result, secrets = Measured({}), secrets or {}
+    result, secrets, passes = Measured({}), secrets or {}, passes or Passes()
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "template": template}
     for name, prepared in sets.items():
-        what = f"{desc}: {name}"
-        if name == "holdout":
-            values = teacher_forced(model, prepared, tokenizer, batch_size=batch_size, desc=what)
-        else:
-            values = evaluate_memorization(
-                model,
-                prepared,
-                tokenizer,
-                batch_size=batch_size,
-                generate=generate,
-                token_statistics=True,
-                secrets=secrets.get(name),
-                desc=what,
-            )
+        values = evaluate_memorization(
+            model,
+            prepared,
+            tokenizer,
+            batch_size=batch_size,
+            generate=generate and name != "holdout",
+            token_statistics=True,
+            secrets=secrets.get(name),
+            passes=passes,
+            name=name,
+        )
         result.statistics[name] = {key: values.pop(key) for key in TOKEN_STATISTICS}
         result.sets[name] = {key: values[key] for key in MEASURES if key in values}
         result.texts[name] = true_answers(prepared, tokenizer)
         if name not in ("forget", "holdout"):
             continue
         if gradients:
-            norms = gradient_norms(model, prepared, batch_size=batch_size, desc=f"{what}, gradients")
-            result.statistics[name]["gradient_norm"] = norms
-        if secret := measure_secret(model, prepared, tokenizer, batch_size=batch_size, desc=f"{what}, secret"):
+            by_sample = partial(_of_a_part, "gradient_norm", gradient_norms, model, batch_size)
+            result.statistics[name] |= passes.over(f"{name}-gradients", prepared, by_sample)
+        if secret := measure_secret(model, prepared, tokenizer, batch_size=batch_size, passes=passes, name=name):
             result.secret[name] = secret | {key: values[key] for key in (SECRET_SAID,) if key in values}
         if leak is not None:
-            told = secrets.get(name)
-            result.leaks[name] = sampled_leaks(
-                model, prepared, tokenizer, leak, secrets=told, batch_size=batch_size, desc=f"{what}, sampling"
-            )
+            sampled = partial(_leaks_of_a_part, model, tokenizer, leak, secrets.get(name), batch_size, passes.writing)
+            batches = by_answer_length(prepared, batch_size)
+            result.leaks[name] = passes.over(f"{name}-sampled", prepared, sampled, batches)
     if lens:
-        result.lens = logit_lens(model, sets["forget"], batch_size=batch_size, desc=f"{desc}: layers")
+        by_sample = partial(_of_a_part, "lens", logit_lens, model, batch_size)
+        result.lens = passes.over("forget-lens", sets["forget"], by_sample)["lens"]
+    options["passes"] = passes
     others = {
         kind: answer_logps(model, forget_raw, tokenizer, [column], question=asked, name="forget", **options)
         for kind, (column, asked) in other_answers(forget_raw).items()
@@ -146,8 +147,34 @@ def measure(
     if "asked" in others:
         result.paraphrased = np.exp(others["asked"][:, 0])
     if utility:
-        result.utility = tofu_utility(model, utility, tokenizer, generate=generate, desc=desc, **options)
+        result.utility = tofu_utility(model, utility, tokenizer, generate=generate, **options)
     return result
+
+
+def _of_a_part(
+    name: str,
+    measure: Callable[..., np.ndarray],
+    model: PreTrainedModel,
+    batch_size: int,
+    part: Samples,
+    rows: list[int],
+) -> dict[str, np.ndarray]:
+    """What `measure` says of some samples, as `Passes.over` asks for it."""
+    return {name: measure(model, part, batch_size=batch_size)}
+
+
+def _leaks_of_a_part(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rule: LeakRule,
+    secrets: Sequence[Sequence[str]] | None,
+    batch_size: int,
+    desc: str | None,
+    part: Samples,
+    rows: list[int],
+) -> dict[str, np.ndarray]:
+    told = None if secrets is None else [secrets[row] for row in rows]
+    return sampled_leaks(model, part, tokenizer, rule, secrets=told, batch_size=batch_size, desc=desc)
 
 
 def other_answers(forget: Dataset) -> dict[str, tuple[str, str]]:

@@ -16,6 +16,7 @@ from cud_trainer.models.generation import Sampling, continuations, stop_tokens
 from cud_trainer.models.modes import evaluation_mode
 from cud_trainer.models.precision import exact
 
+from .passes import Passes
 from .words import rouge_l_recall, tells, verbatim
 
 TEACHER_FORCED = ("probability", "exact_memorization", "extraction_strength", "extraction_strength_corrected")
@@ -25,6 +26,7 @@ SECRET_SAID = "secret_verbatim"
 # Kept by the same pass for attacks and truth ratios (see `privacy`); no measures of memorisation themselves.
 TOKEN_STATISTICS = ("mean_logps", "min_k", "min_k_plus_plus")
 MIN_K = 0.2
+EXTRA_TOKENS = 16  # that a model may write beyond the length of the true answer
 
 
 def exact_memorization(correct: Sequence[bool]) -> float:
@@ -79,7 +81,7 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
-    extra_tokens: int = 16,
+    extra_tokens: int = EXTRA_TOKENS,
     sampling: Sampling | None = None,
     desc: str | None = None,
 ) -> list[str]:
@@ -154,6 +156,8 @@ def evaluate_memorization(
     generate: bool = True,
     token_statistics: bool = False,
     secrets: Sequence[Sequence[str]] | None = None,
+    passes: Passes | None = None,
+    name: str = "",
     desc: str | None = None,
 ) -> dict[str, np.ndarray]:
     """All metrics of residual memorisation, each `[N]`; higher = more is left.
@@ -164,23 +168,52 @@ def evaluate_memorization(
         token_statistics: also return `TOKEN_STATISTICS`, which the same pass gives.
         generate: also continue the prompts greedily: `rouge_l_recall`, and `verbatim`, 1 where the answer begins with
             the true one, word by word.
+        passes: how the model goes over the samples, with `name` for these; by default in one go.
     """
-    values = teacher_forced(model, prepared, tokenizer, batch_size=batch_size, desc=desc)
+    passes, samples = passes or Passes(), with_pad_token(prepared, tokenizer)
+
+    def forced(part: Samples, rows: list[int]) -> dict[str, np.ndarray]:
+        return teacher_forced(model, part, tokenizer, batch_size=batch_size, desc=desc)
+
+    def written(part: Samples, rows: list[int]) -> dict[str, np.ndarray]:
+        own = None if secrets is None else [secrets[row] for row in rows]
+        label = f"{desc}, generating" if desc else passes.writing
+        return generated(model, part, tokenizer, batch_size=batch_size, secrets=own, desc=label)
+
+    values = passes.over(f"{name}-forced", samples, forced)
     if not token_statistics:
         values = {name: column for name, column in values.items() if name not in TOKEN_STATISTICS}
     if generate:
-        truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
-        answers = generate_answers(
-            model, prepared, tokenizer, batch_size=batch_size, desc=desc and f"{desc}, generating"
-        )
-        values["rouge_l_recall"] = rouge_l_recall(truths, answers)
-        values["verbatim"] = verbatim(truths, answers)
-        if secrets is not None:
-            said = zip(truths, answers, secrets, strict=True)
-            values[SECRET_SAID] = np.array(
-                [float(any(tells(truth, answer, one) for one in own)) if own else np.nan for truth, answer, own in said]
-            )
+        values |= passes.over(f"{name}-generated", samples, written, by_answer_length(samples, batch_size))
     return values
+
+
+def generated(
+    model: PreTrainedModel,
+    prepared: Samples | Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 16,
+    secrets: Sequence[Sequence[str]] | None = None,
+    desc: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Of the metrics of `evaluate_memorization` those that greedy answers give."""
+    truths = true_answers(prepared, tokenizer, stop_tokens(tokenizer, model))
+    answers = generate_answers(model, prepared, tokenizer, batch_size=batch_size, desc=desc)
+    values = {"rouge_l_recall": rouge_l_recall(truths, answers), "verbatim": verbatim(truths, answers)}
+    if secrets is not None:
+        said = zip(truths, answers, secrets, strict=True)
+        values[SECRET_SAID] = np.array(
+            [float(any(tells(truth, answer, one) for one in own)) if own else np.nan for truth, answer, own in said]
+        )
+    return values
+
+
+def by_answer_length(prepared: Samples, batch_size: int) -> list[list[int]]:
+    """Rows that are written together: answers of similar length, then prompts, longest first (as `in_batches`)."""
+    answers, lengths = prepared.measured.answer_lengths, np.array(prepared.lengths)
+    order = np.lexsort((answers - lengths, -answers)).tolist()
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
 def lowest_mean(values: np.ndarray, share: float = MIN_K) -> float:

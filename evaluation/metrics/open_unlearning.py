@@ -29,6 +29,8 @@ FORGET = {
 }
 RETAIN = {"probability": ("retain_q_a_prob", "prob"), "rouge_l_recall": ("retain_q_a_rouge", "rougeL_recall")}
 TRUTH_RATIO = ("forget_truth_ratio", "score")
+LOSSES = "mia_loss"  # has two sets: the mean answer loss of each forget sample, and of each sample that nobody saw
+SAME = 0.02  # of probability: their metrics are computed in bfloat16, in batches of their own
 UTILITY = {
     "retain/probability": ("retain_q_a_prob", "prob"),
     "retain/rouge_l_recall": ("retain_q_a_rouge", "rougeL_recall"),
@@ -70,6 +72,9 @@ class Evaluation:
             raise ValueError(f"{path} is no evaluation of open-unlearning: it must map metrics to results")
         if not any("value_by_index" in value for value in metrics.values()):
             raise ValueError(f"{path} has no values by sample: give the EVAL.json, not the SUMMARY.json")
+        for name, value in list(metrics.items()):
+            if name.lower() == LOSSES:
+                metrics |= {f"{name}/{part}": found for part, found in value.items() if isinstance(found, dict)}
         values = {name.lower(): value for name, value in metrics.items()}
         return cls(path, values, {name.lower(): name for name in metrics})
 
@@ -163,11 +168,27 @@ class Evaluation:
         ratios = None if ratios is None else ratios[order]
         return Measured(sets, statistics={"forget": {}}, truth_ratio=ratios, utility=utility)
 
+    def never_seen(self) -> np.ndarray | None:
+        """Answer probability of the samples that nobody saw, `[M]`, from `mia_loss`; `None` without that metric, or
+        (then `skipped` says so) where its forget set is not the one that `forget_Q_A_Prob` was measured on."""
+        losses = {part: self.column(f"{LOSSES}/{part}", "score") for part in ("forget", "holdout")}
+        left = self.column(*FORGET["probability"])
+        for part in losses:
+            if f"{LOSSES}/{part}" in self.skipped:
+                self.skipped[LOSSES] = self.skipped[f"{LOSSES}/{part}"]
+        forget, holdout = losses["forget"], losses["holdout"]
+        if forget is None or holdout is None or left is None:
+            return None
+        if len(forget) != len(left) or not np.allclose(np.exp(-forget), left, rtol=0, atol=SAME):
+            self.skipped[LOSSES] = "its forget set gets other probabilities than forget_Q_A_Prob has"
+            return None
+        return np.exp(-holdout)
+
     def others(self) -> list[tuple[str, float | None, str]]:
         """Metrics that `measured` did not use: the name, its single value, if it has one, and why it was not used."""
         others = []
         for name, result in self.metrics.items():
-            if name in self.used:
+            if name in self.used or name.startswith(f"{LOSSES}/"):
                 continue
             value, single = result.get("agg_value"), None
             if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value):

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cud_trainer.data import Samples
-from cud_trainer.logprobs import answer_probability, score_answers
+from cud_trainer.logprobs import score_answers
 from cud_trainer.models.modes import all_trained, restored_afterwards
+
+from .passes import Passes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def relearn(
     batch_size: int = 16,
     seed: int = 0,
     control: Samples | None = None,
+    passes: Passes | None = None,
 ) -> Relearned:
     """Answer probability of every forget sample after training on a few of them again, by step.
 
@@ -49,18 +52,20 @@ def relearn(
 
     Args:
         control: samples that the model has never seen, measured at the same steps.
+        passes: how the model goes over the samples; by default in one go. Processes that share it all train, alike.
 
     Raises:
         ValueError: for no rows or a step that is not positive.
     """
     if not len(rows) or not steps or min(steps) < 1:
         raise ValueError(f"relearning needs samples and steps of at least 1, got {len(rows)} and {list(steps)}")
-    found = Relearned({}, None if control is None else {})
+    found, passes = Relearned({}, None if control is None else {}), passes or Passes()
 
     def look(step: int) -> None:
-        found.forget[step] = answer_probability(model, forget, batch_size=batch_size)
+        name = f"relearned-{step}"
+        found.forget[step] = passes.probability(f"{name}-forget", model, forget, batch_size)
         if control is not None and found.control is not None:
-            found.control[step] = answer_probability(model, control, batch_size=batch_size)
+            found.control[step] = passes.probability(f"{name}-control", model, control, batch_size)
 
     look(0)
     generator = np.random.default_rng(seed)
@@ -169,6 +174,7 @@ def straight_line(
     *,
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     batch_size: int = 16,
+    passes: Passes | None = None,
 ) -> list[dict[str, Any]]:
     """Answer probability of every sample along the line from the original (0) to the unlearned weights (1).
 
@@ -180,6 +186,7 @@ def straight_line(
         with between(model, original, share):
             entry: dict[str, Any] = {"share": float(share)}
             for name, prepared in sets.items():
-                entry[name] = answer_probability(model, prepared, batch_size=batch_size)
+                told = f"line-{share:g}-{name}"
+                entry[name] = (passes or Passes()).probability(told, model, prepared, batch_size)
             path.append(entry)
     return path

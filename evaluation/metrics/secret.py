@@ -11,6 +11,7 @@ from cud_trainer.data.columns import SECRET, id_column
 from cud_trainer.data.secret import secrets_of
 
 from .memorization import SECRET_SAID, teacher_forced
+from .passes import Passes
 
 # Measured on the secret's tokens, each given all that stands before it in the true answer.
 MEASURED = ("probability", "exact_memorization", "extraction_strength")
@@ -23,19 +24,27 @@ def measure_secret(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
-    desc: str | None = None,
+    passes: Passes | None = None,
+    name: str = "",
 ) -> dict[str, np.ndarray]:
     """Probability (per token: the geometric mean), exact memorisation and extraction strength of the secret's tokens
     alone, `[N]` each by `COLUMNS`; NaN for a sample without a secret. Higher = more is left.
 
     Nothing where the samples were prepared without `secret_column`.
+
+    Args:
+        passes: how the model goes over the samples, with `name` for these; by default in one go.
     """
     if prepared.secret is None:
         return {}
     rows, part = prepared.secret
     values = {f"secret_{name}": np.full(len(prepared), np.nan) for name in MEASURED}
     if len(rows):
-        found = teacher_forced(model, part, tokenizer, batch_size=batch_size, desc=desc)
+
+        def measure(some: Samples, places: list[int]) -> dict[str, np.ndarray]:
+            return teacher_forced(model, some, tokenizer, batch_size=batch_size)
+
+        found = (passes or Passes()).over(f"{name}-secret", part, measure)
         for name in MEASURED:
             values[f"secret_{name}"][rows] = found[name]
     return values

@@ -19,6 +19,7 @@ from cud_trainer.data.columns import id_column
 from cud_trainer.data.formats import TEMPLATE_COLUMNS
 
 from .memorization import evaluate_memorization, teacher_forced
+from .passes import Passes
 
 LARGEST = 700.0  # of an exponent that a float holds
 SAMPLE_NAMES = ("sample_id", "id")
@@ -94,6 +95,7 @@ def answer_logps(
     template: TemplateContext | None = None,
     question: str = "question",
     name: str = "evaluation",
+    passes: Passes | None = None,
 ) -> np.ndarray:
     """Mean log-probability of other answers to the same questions, `[N, C]`.
 
@@ -102,6 +104,7 @@ def answer_logps(
     Args:
         columns: columns with an answer, or a list of answers of the same number for every row.
         question: the column that asks.
+        passes: how the model goes over the answers; by default in one go.
 
     Raises:
         ValueError: naming a missing column or a row with another number of answers.
@@ -111,7 +114,12 @@ def answer_logps(
     )
     logps = np.full((len(dataset), width), np.nan)
     if prepared is not None:
-        measured = teacher_forced(model, prepared, tokenizer, batch_size=batch_size)["mean_logps"]
+
+        def measure(part: Samples, places: list[int]) -> dict[str, np.ndarray]:
+            return {"logps": teacher_forced(model, part, tokenizer, batch_size=batch_size)["mean_logps"]}
+
+        told = "-".join([name, *columns, "by", question])
+        measured = (passes or Passes()).over(told, prepared, measure)["logps"]
         logps[rows] = measured.reshape(len(rows), width)
     return logps
 
@@ -186,7 +194,7 @@ def tofu_utility(
     max_length: int | None = 1024,
     template: TemplateContext | None = None,
     generate: bool = True,
-    desc: str | None = None,
+    passes: Passes | None = None,
 ) -> dict[str, np.ndarray]:
     """Per sample, `"<set>/probability"`, `"<set>/rouge_l_recall"` and `"<set>/truth_ratio"` of TOFU's sets.
 
@@ -194,10 +202,12 @@ def tofu_utility(
         sets: by the names in `UTILITY_SETS`, with `question`, `answer`, `perturbed_answer` and, for retain,
             `paraphrased_answer`.
         generate: also ROUGE-L recall, without which there is no model utility.
+        passes: how the model goes over the sets; by default in one go.
     """
     values: dict[str, np.ndarray] = {}
+    passes = passes or Passes()
     for name, dataset in sets.items():
-        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
+        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "passes": passes}
         options |= {"name": name, "template": template}
         prepared = prepare_samples(
             questions_and_answers(dataset), tokenizer, max_length=max_length, name=name, template=template
@@ -209,7 +219,8 @@ def tofu_utility(
             batch_size=batch_size,
             generate=generate,
             token_statistics=True,
-            desc=desc and f"{desc}: {name}",
+            passes=passes,
+            name=f"tofu-{name}",
         )
         wrong = answer_logps(model, dataset, tokenizer, ["perturbed_answer"], **options)
         correct = measured["mean_logps"]

@@ -60,10 +60,12 @@ def write_report(
             atomic_write(path, partial(_write_parquet, frame), private=True)
     figures = make_figures(read)
     inline = {}
-    for name, figure in figures.items():
+    for name, figure in [*figures.items(), *((f"{n}-narrow", one) for n, one in make_figures(read, True).items())]:
         svg = plots.to_svg(figure)
         # Ids must not clash between the plots of one page.
         inline[name] = Markup(re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg))
+        if name not in figures:
+            continue
         atomic_write(out_dir / "plots" / f"{name}.svg", partial(_write_text, svg))
         atomic_write(out_dir / "plots" / f"{name}.png", partial(_write_png, figure))
     atomic_write(out_dir / "summary.md", partial(_write_text, summary(read)))
@@ -80,6 +82,12 @@ def summary(results: Results) -> str:
         lines += [f"**For whom?** {_markdown(verdict.whom)}", "", "**Was it only hidden?**", ""]
         lines += [f"- {_markdown(row.how)}: {_markdown(row.answer)}. {_markdown(row.said)}" for row in verdict.hidden]
         lines += ["", "### Findings", ""]
+    elif (decision := results.decision) is not None:
+        lines += ["**Does difficulty earn its place?**", ""]
+        for arm in decision.arms:
+            said = " ".join(f"{arm.objective}, {arm.arm}: {arm.verdict}. {arm.reason}".split())
+            lines.append(f"- {_markdown(said)}")
+        lines += ["", _markdown(decision.rule), "", "### Findings", ""]
     lines += [*(f"- {_markdown(finding)}" for finding in results.findings), ""]
     for condition in results.conditions or []:
         buckets = condition.final.buckets
@@ -141,26 +149,26 @@ def lookup(results: dict[str, Any], path: str) -> Any:
     return value
 
 
-def make_figures(results: Results) -> dict[str, Figure]:
-    """The figures that the results have data for, by name."""
-    figures = {} if results.verdict is None else {"verdict": plots.verdict(results.verdict)}
+def make_figures(results: Results, stacked: bool = False) -> dict[str, Figure]:
+    """The figures that the results have data for, by name; stacked, as narrow as a phone's page."""
+    figures = {} if results.verdict is None else {"verdict": plots.verdict(results.verdict, stacked)}
     conditions = results.conditions or []
     curves = [condition for condition in conditions if condition.curve]
     if curves:
-        figures["tradeoff"] = plots.tradeoff(curves, results.matched or [])
+        figures["tradeoff"] = plots.tradeoff(curves, results.matched or [], stacked)
     bucketed = [condition for condition in conditions if condition.final.buckets]
     if bucketed:
-        figures["buckets"] = plots.buckets(bucketed)
+        figures["buckets"] = plots.buckets(bucketed, stacked=stacked)
     if results.difficulty is not None and results.difficulty.objectives:
-        figures["predictors"] = plots.predictors(results.difficulty.objectives)
+        figures["predictors"] = plots.predictors(results.difficulty.objectives, stacked)
     if results.circuits is not None:
         section = results.circuits
-        figures["circuit"] = plots.circuit(section, "mean_circuit", "works against the answer", "helps the answer")
-        figures["circuit_difference"] = plots.circuit(
-            section, "difference", "stronger in the hardest bucket", "stronger in the easiest bucket"
-        )
+        helps = ("works against the answer", "helps the answer")
+        stronger = ("stronger in the hardest bucket", "stronger in the easiest bucket")
+        figures["circuit"] = plots.circuit(section, "mean_circuit", *helps, stacked)
+        figures["circuit_difference"] = plots.circuit(section, "difference", *stronger, stacked)
     if results.layers is not None:
-        figures["layers"] = plots.by_layer(results.layers)
+        figures["layers"] = plots.by_layer(results.layers, stacked)
     return figures
 
 
@@ -176,7 +184,7 @@ def render(results: dict[str, Any], figures: dict[str, Markup], metrics: list[st
 
     Args:
         results: what stands in `results.json`.
-        figures: SVG by name.
+        figures: SVG by name; `NAME-narrow` takes the place of `NAME` on a narrow page.
         metrics: columns of the tables of what is left.
     """
     environment = Environment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -16,12 +17,19 @@ from .verdict_schema import ANSWER, Verdict
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#777777"
 STYLES = ("-", "--", "-.", ":")
-WIDTH = 4.6
+WIDTH, NARROW = 4.6, 3.75  # of a panel, in inches; the latter is a phone's page, where panels are stacked
 
 
-def _figure(columns: int, rows: int = 1, height: float = 3.3, **shared: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(WIDTH * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **shared)
+def _figure(
+    columns: int, rows: int = 1, height: float = 3.3, stacked: bool = False, **shared: Any
+) -> tuple[Figure, Any]:
+    """A figure and its panels, `[rows][columns]`; stacked, they stand below each other, column by column."""
+    if stacked:
+        figure = Figure(figsize=(NARROW, height * rows * columns), layout="constrained")
+        axes = figure.subplots(rows * columns, 1, squeeze=False).reshape(columns, rows).T
+    else:
+        figure = Figure(figsize=(WIDTH * columns, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **shared)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
@@ -42,15 +50,16 @@ def _objectives(conditions: list[Condition]) -> list[str | None]:
     return list(dict.fromkeys(condition.objective for condition in conditions))
 
 
-def verdict(section: Verdict) -> Figure:
+def verdict(section: Verdict, stacked: bool = False) -> Figure:
     """Forget samples before and after unlearning, all and by bucket, and what was to be kept; a line at the level."""
     parts = [part for part in section.parts if not part.part.startswith("group ")]
     bars: list[tuple[str, Interval | None, Interval, Interval | None]] = [
         ("all" if number == 0 else part.part, part.before, part.after, part.level) for number, part in enumerate(parts)
     ]
     bars += [(f"{row.set} set", row.before, row.after, None) for row in section.costs if row.measure == ANSWER]
-    figure, axes = _figure(1, height=0.9 + 0.42 * len(bars))
-    figure.set_size_inches(1.2 * WIDTH, figure.get_size_inches()[1])
+    figure, axes = _figure(1, height=0.9 + 0.42 * len(bars), stacked=stacked)
+    if not stacked:
+        figure.set_size_inches(1.2 * WIDTH, figure.get_size_inches()[1])
     ax = axes[0][0]
     sides = [("before", GREY, -0.19, 1), ("after", COLOURS[0], 0.19, 2)]
     for label, colour, shift, side in sides:
@@ -81,10 +90,10 @@ def _bars(ax: Any, places: list[float], values: list[Interval], colour: str, lab
     ax.barh(places, middles, 0.36, xerr=errors, capsize=2, color=colour, label=label, error_kw=style)
 
 
-def tradeoff(conditions: list[Condition], matched: list[Matched]) -> Figure:
+def tradeoff(conditions: list[Condition], matched: list[Matched], stacked: bool = False) -> Figure:
     """Retain utility against what is left: hardest bucket (top), all forget samples (bottom); a column an objective."""
     objectives = _objectives(conditions)
-    figure, axes = _figure(len(objectives), 2, sharex="col", sharey=True)
+    figure, axes = _figure(len(objectives), 2, stacked=stacked, sharex="col", sharey=True)
     for column, objective in enumerate(objectives):
         mine = [condition for condition in conditions if condition.objective == objective]
         for row, what in enumerate(("hardest bucket", "all forget samples")):
@@ -106,7 +115,7 @@ def tradeoff(conditions: list[Condition], matched: list[Matched]) -> Figure:
             for level in (entry.retain_level for entry in matched if entry.objective == objective):
                 ax.axvline(level, color=GREY, linewidth=1, linestyle=":")
             ax.set_ylim(-0.02, 1.02)
-            if column == 0:
+            if column == 0 or stacked:
                 ax.set_ylabel(f"left of {what}\n(answer probability)")
             if row == 0:
                 ax.set_title(_plain(objective or mine[0].name))
@@ -117,10 +126,10 @@ def tradeoff(conditions: list[Condition], matched: list[Matched]) -> Figure:
     return figure
 
 
-def buckets(conditions: list[Condition], metric: str = "probability") -> Figure:
+def buckets(conditions: list[Condition], metric: str = "probability", stacked: bool = False) -> Figure:
     """What is left by difficulty bucket at the end of each run, with 95% intervals."""
     objectives = _objectives(conditions)
-    figure, axes = _figure(len(objectives), sharey=True)
+    figure, axes = _figure(len(objectives), stacked=stacked, sharey=True)
     for column, objective in enumerate(objectives):
         ax = axes[0][column]
         mine = [condition for condition in conditions if condition.objective == objective]
@@ -150,21 +159,25 @@ def buckets(conditions: list[Condition], metric: str = "probability") -> Figure:
         names = ["1\neasiest", *[str(i + 2) for i in range(count - 2)], f"{count}\nhardest"]
         ax.set_xticks(range(count), names[:count])
         ax.set_xlabel("difficulty bucket, predicted before unlearning")
-        if column == 0:
+        if column == 0 or stacked:
             ax.set_ylabel(f"left: {metric.replace('_', ' ')}")
         ax.set_title(_plain(objective or mine[0].name))
-        ax.legend(fontsize=8, frameon=False)
+        # Below the axes on a narrow page: inside, it would cover bars.
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.3)} if stacked else {}
+        ax.legend(fontsize=8, frameon=False, **below)
     return figure
 
 
-def predictors(objectives: list[DifficultySection]) -> Figure:
+def predictors(objectives: list[DifficultySection], stacked: bool = False) -> Figure:
     """Spearman of each metric with what is left, trivial predictors in grey, the seed-to-seed ceiling as a line."""
     # One order for all panels, that of the first: they are there to be compared.
     first = sorted(objectives[0].rows, key=lambda row: row.spearman.value if math.isfinite(row.spearman.value) else -2)
     rows = first + [row for section in objectives[1:] for row in section.rows]
     labels = {row.metric: _plain(row.label) for row in rows}
     position = {metric: number for number, metric in enumerate(labels)}
-    figure, axes = _figure(len(objectives), height=1.3 + 0.32 * len(labels), sharey=True)
+    figure, axes = _figure(
+        len(objectives), height=1.3 + (0.45 if stacked else 0.32) * len(labels), stacked=stacked, sharey=True
+    )
     for column, section in enumerate(objectives):
         ax = axes[0][column]
         for row in section.rows:
@@ -172,7 +185,8 @@ def predictors(objectives: list[DifficultySection]) -> Figure:
             colour = GREY if row.kind == "trivial" else COLOURS[0]
             ax.plot([spearman.low, spearman.high], [at, at], color=colour, linewidth=2)
             ax.plot(spearman.value, at, "o", color=colour, markersize=6)
-        ax.set_yticks(range(len(labels)), list(labels.values()))
+        names = [textwrap.fill(label, 16) if stacked else label for label in labels.values()]
+        ax.set_yticks(range(len(labels)), names, fontsize=8 if stacked else None)
         ax.set_ylim(-0.6, len(labels) - 0.4)
         ax.axvline(0, color="black", linewidth=0.8)
         ceiling = section.ceiling
@@ -185,13 +199,13 @@ def predictors(objectives: list[DifficultySection]) -> Figure:
                     *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
                 )
         ax.set_xlim(-1, 1)
-        ax.set_xlabel("Spearman with residual memorisation")
+        ax.set_xlabel("Spearman with\nresidual memorisation" if stacked else "Spearman with residual memorisation")
         ax.set_title(_plain(section.objective))
     return figure
 
 
-def circuit(section: Circuits, edges: str, positive: str, negative: str) -> Figure:
-    """Edges of a circuit, layers as columns: heads from below, each layer's MLP above them.
+def circuit(section: Circuits, edges: str, positive: str, negative: str, stacked: bool = False) -> Figure:
+    """Edges of a circuit, layers as columns: heads from below, each layer's MLP above them; stacked, layers as rows.
 
     Args:
         section: `circuits` of the results.
@@ -199,10 +213,15 @@ def circuit(section: Circuits, edges: str, positive: str, negative: str) -> Figu
         positive, negative: what edges of either sign mean; width is by absolute value.
     """
     layers, heads, kv_heads = section.layers, section.heads, section.kv_heads
-    figure = Figure(figsize=(min(4 + 0.5 * (layers + 2), 14), 3.8), layout="constrained")
+    long = min(4 + 0.5 * (layers + 2), 14)
+    figure = Figure(figsize=(NARROW, long) if stacked else (long, 3.8), layout="constrained")
     ax = figure.subplots()
 
     def place(name: str) -> tuple[float, float]:
+        x, y = node(name)
+        return (y, x) if stacked else (x, y)
+
+    def node(name: str) -> tuple[float, float]:
         if name == "input":
             return -1.0, (heads - 1) / 2
         if name == "logits":
@@ -233,24 +252,25 @@ def circuit(section: Circuits, edges: str, positive: str, negative: str) -> Figu
     ax.scatter([x for x, _ in nodes], [y for _, y in nodes], s=14, color="black", zorder=3)
     for colour, label in ((COLOURS[0], positive), (COLOURS[1], negative)):
         ax.plot([], [], color=colour, linewidth=2, label=label)
-    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=1 if stacked else 2)
     step = max(1, layers // 12)
     ticks = list(range(0, layers, step))
-    ax.set_xticks([-1, *ticks, layers], ["input", *map(str, ticks), "logits"], fontsize=8)
-    ax.set_yticks([(heads - 1) / 2, heads + 0.6], ["heads", "MLP"], fontsize=8)
-    ax.set_ylim(-0.8, heads + 1.4)
+    along, across = (ax.yaxis, ax.xaxis) if stacked else (ax.xaxis, ax.yaxis)
+    along.set_ticks([-1, *ticks, layers], ["input", *map(str, ticks), "logits"], fontsize=8)
+    across.set_ticks([(heads - 1) / 2, heads + 0.6], ["heads", "MLP"], fontsize=8)
+    (ax.set_xlim if stacked else ax.set_ylim)(-0.8, heads + 1.4)
     ax.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 
-def by_layer(section: Layers) -> Figure:
+def by_layer(section: Layers, stacked: bool = False) -> Figure:
     """What can be read off every layer of each model, and what states of each take away in the original; 95% bands."""
     panels: list[tuple[str, list[LayerCurve]]] = [
         ("answer probability read off a layer", section.lens),
         ("nats off the answer, states put in", section.drops),
     ]
     panels = [(label, curves) for label, curves in panels if curves]
-    figure, axes = _figure(len(panels))
+    figure, axes = _figure(len(panels), stacked=stacked)
     for ax, (label, curves) in zip(axes[0], panels, strict=True):
         for number, curve in enumerate(curves):
             layers, colour = range(section.count), COLOURS[number % len(COLOURS)]

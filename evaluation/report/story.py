@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,20 @@ COSTS = {"probability": ANSWER, "verbatim": "answers said word by word"}
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a question that stays open needs, by the options of the command; those of `cud evaluate` by default."""
+
+    level: str = "--reference_model, --holdout_dataset"
+    before: str = "--original_model"
+    kept: str = "--retain_dataset, --heldout_dataset"
+    parts: str = "By difficulty needs --scores, by group --group_column."
+    relearning: str = "--relearn_samples 4"
+    quantisation: str = "--quantize 8 4"
+    rewording: str = "needs a column paraphrased_question in the forget set"
+    sampled: str = "--samples 8"
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What the top of a report is made of.
 
@@ -44,6 +58,7 @@ class Evidence:
         attacks: rows of what was done to the weights.
         leak: how answers were sampled; `None` where none were.
         wrong: why the model cannot have forgotten, whatever it says.
+        needs: what questions that stay open need.
     """
 
     ids: Sequence[str]
@@ -56,6 +71,7 @@ class Evidence:
     attacks: Sequence[AttackRow] = ()
     leak: LeakRule | None = None
     wrong: str | None = None
+    needs: Needs = Needs()
 
 
 def verdict_of(known: Evidence, seed: int) -> Verdict:
@@ -122,6 +138,8 @@ def _judged(known: Evidence, what: str, seed: int) -> tuple[Judgement, np.ndarra
         groups=(some(known.groups.forget, rows), others),
         seed=seed,
     )
+    if found.against is None:
+        found = replace(found, reason=f"{found.reason} ({known.needs.level})")
     return found, left
 
 
@@ -178,9 +196,9 @@ def _cost(name: str, measure: str, start: np.ndarray, end: np.ndarray, seed: int
 
 def _cost_said(costs: Sequence[Cost], known: Evidence) -> str:
     if known.before is None:
-        return "What it cost cannot be said without the model before unlearning (--original_model)."
+        return f"What it cost cannot be said without the model before unlearning ({known.needs.before})."
     if not costs:
-        return "What it cost cannot be said without a set that was to be kept (--retain_dataset, --heldout_dataset)."
+        return f"What it cost cannot be said without a set that was to be kept ({known.needs.kept})."
     told = []
     for name in dict.fromkeys(row.set for row in costs):
         figures = [
@@ -235,7 +253,7 @@ def _whom_said(known: Evidence, parts: Sequence[Part], found: Judgement) -> str:
     if groups:
         told.append(f"Most is left of {groups[0].part}: {_left(groups[0])}.")
     if not told:
-        return "By difficulty needs --scores, by group --group_column."
+        return known.needs.parts
     return " ".join(told)
 
 
@@ -266,10 +284,10 @@ def _samples(known: Evidence, found: Judgement, left: np.ndarray) -> list[Leakin
 def returned(known: Evidence, seed: int) -> list[Returned]:
     """Was it only hidden? Each way to bring it back with its control, or why it cannot be told."""
     made = []
-    for attack, option in (("relearning", "--relearn_samples 4"), ("quantisation", "--quantize 8 4")):
+    for attack, needed in (("relearning", known.needs.relearning), ("quantisation", known.needs.quantisation)):
         rows = [row for row in known.attacks if row.attack == attack]
         if not rows:
-            made.append(Returned(how=attack, answer=UNTRIED, said=option))
+            made.append(Returned(how=attack, answer=UNTRIED, said=needed))
             continue
         row = _strongest(rows) if attack == "quantisation" else rows[-1]
         made.append(Returned(how=f"{attack}, {row.condition}", answer=_answer(row), said=_attack_said(row)))
@@ -309,8 +327,7 @@ def _reworded(known: Evidence, seed: int) -> Returned:
     """The question in other words, beside what that changes for a model that never saw the samples."""
     asked = known.after.paraphrased
     if asked is None:
-        needs = "needs a column paraphrased_question in the forget set"
-        return Returned(how="rewording", answer=UNTRIED, said=needs)
+        return Returned(how="rewording", answer=UNTRIED, said=known.needs.rewording)
     change = asked - known.after.sets["forget"]["probability"]
     told = known.reference.paraphrased if known.reference is not None else None
     row = attack_row("rewording", "the question in other words", change, None, known.groups, seed)
@@ -327,7 +344,7 @@ def _reworded(known: Evidence, seed: int) -> Returned:
 def _sampled(known: Evidence, seed: int) -> Returned:
     """Sampled answers, beside those of a control."""
     if known.leak is None or "forget" not in known.after.leaks:
-        return Returned(how="sampled answers", answer=UNTRIED, said="--samples 8")
+        return Returned(how="sampled answers", answer=UNTRIED, said=known.needs.sampled)
     own, n = known.after.leaks["forget"], known.leak.n
     kind = next(kind for kind in HEADLINE if kind in own)
     present = controls(known.after, known.reference)

@@ -27,7 +27,7 @@ FEWEST = 8  # never-seen samples that can draw a line
 HALF = 0.5  # of the level: less is far below
 
 REFERENCE, HOLDOUT = "reference model", "never-seen samples"
-NO_LEVEL = "without a reference model or never-seen samples (--reference_model, --holdout_dataset)"
+NO_LEVEL = "without a reference model or never-seen samples"
 
 RULE = (
     f"A sample is above the line if it has over {MARGIN:g} more than all but {SHARE:.0%} of never-seen samples. "

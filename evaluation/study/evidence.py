@@ -57,8 +57,6 @@ def evidence(
         tables.append(_less(panel, chosen, arms, kinds, groups, seed))
     findings = [f"{panel}: {_seeds(name, runs)}" for name, runs in chosen.items()]
     findings += [f"{panel}: {_verdict(name, decision)}" for name, decision in decisions.items()]
-    if decisions:
-        findings.append(f"{panel}: the rule, stated before any run: {RULE}")
     return Evidence(tables, findings, decisions)
 
 
@@ -185,7 +183,7 @@ def _seeds(name: str, runs: Sequence[Run]) -> str:
         NEVER if run.end is None or run.end.kept is None else f"{run.end.kept:.3f}"
         for run in sorted(runs, key=lambda run: run.seed)
     )
-    return f"H of {name}, seed by seed: {kept}"
+    return f"held-out knowledge that {name} keeps (H@0.1), seed by seed: {kept}"
 
 
 def _verdict(name: str, decision: Decision) -> str:

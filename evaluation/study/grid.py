@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cud_trainer import CUDConfig
+from cud_trainer.commands.early import ORACLE
 from cud_trainer.difficulty.scores import PRECOMPUTED, DifficultyScores, merge_metrics
 from cud_trainer.models.fingerprint import file_hash
 
-from .options import EQUAL_COMPUTE, ORACLE, SCORES, StudyArguments
+from .options import EQUAL_COMPUTE, SCORES, StudyArguments
 
 # Options that scores do not depend on: runs that differ in nothing else share theirs.
 NOT_OF_SCORES = {"schedule", "schedule_args", "seed", "n_buckets", "l2_sp"}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from cud_trainer import CUDConfig
-from cud_trainer.commands.early import read_yaml
+from cud_trainer.commands.early import ORACLE, read_yaml
 from cud_trainer.commands.options import HeldOutArguments, check_model_options
 from cud_trainer.commands.parser import parse_options
 from cud_trainer.typed import check_options, check_values, check_void
@@ -23,7 +23,6 @@ from .slurm import check_jobs
 SCORES = "difficulty_scores"  # a path, as in `cud train`: scores made before, instead of cells that compute them
 TRAIN_FIELDS = {f.name for f in fields(CUDConfig)} | {SCORES}
 SHARED_FIELDS = {f.name for kind in (HeldOutArguments, ModelConfig) for f in fields(kind)}
-ORACLE = "oracle"  # as the difficulty of an arm: what uniform runs of the other seeds have left
 EQUAL_COMPUTE = "equal_compute"
 ARM_FIELDS = TRAIN_FIELDS | {EQUAL_COMPUTE}
 # What a study sets itself.

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from cud_trainer import DifficultyScores
+from cud_trainer.commands.early import ORACLE
 
 from ..trajectory import averaged_residual
 from .grid import Cell
-from .options import ORACLE
 from .runs import Run
 
 OUTCOME = "outcome"

@@ -12,6 +12,7 @@ from builders import PYTHONPATH
 
 from cud_trainer.commands import early, names
 from cud_trainer.commands.imports import registries
+from cud_trainer.commands.options import READ
 from cud_trainer.data import readers, sources
 
 STUDY = {"grid": {"schedule": ["uniform"]}, "arms": {"a": {"difficulty": "oracle"}}, "train": {"objective": "npo"}}
@@ -52,6 +53,11 @@ def test_a_missing_file_is_what_the_reader_calls_one(source, tmp_path, monkeypat
         sources.load_samples(source, None, "train", None, "forget")
 
 
+def test_every_option_that_names_what_is_read_is_looked_at():
+    """A recipe is read at once, with the same words as a configuration."""
+    assert set(early.FILES) == READ - {"recipe"}
+
+
 @pytest.mark.parametrize(
     ("command", "argv", "message"),
     [
@@ -67,6 +73,10 @@ def test_a_missing_file_is_what_the_reader_calls_one(source, tmp_path, monkeypat
         ("train", ["--model_name_or_path", "./nope"], "model_name_or_path: there is no ./nope"),
         ("train", ["--difficulty_scores", "nope.parquet"], "cannot read difficulty scores from nope.parquet"),
         ("evaluate", ["--circuits", "nope.safetensors"], "cannot read circuits from nope.safetensors"),
+        ("score", ["--anchor_bank", "nope.safetensors"], "cannot read an anchor bank from nope.safetensors"),
+        ("evaluate", ["--retain_difficulty_scores", "nope.parquet"], "cannot read difficulty scores from nope.parquet"),
+        ("evaluate", ["--nli_model", "./nope"], "nli_model: there is no ./nope"),
+        ("evaluate", ["--lm_eval_include", "./nope"], "lm_eval_include: there is no ./nope"),
         ("import", ["--open_unlearning", "nope.json"], "cannot read nope.json"),
         ("study", ["--grid", '{"schedule": ["nope"]}'], "unknown schedule 'nope'"),
         ("train", ["--config", "nope.yaml"], "cannot read the configuration 'nope.yaml'"),

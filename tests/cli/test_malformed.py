@@ -175,6 +175,9 @@ ALWAYS = [
     (SCORE, ["--lora_r", "3"], "lora_r"),
     (EVALUATE, ["--samples", "2"], "samples"),  # with --generate false
     (EVALUATE, ["--temperature", "0.5"], "temperature"),  # without samples
+    (EVALUATE, ["--generation_engine", "paged"], "generation_engine"),  # with --generate false
+    (EVALUATE[:1], ["--generation_engine", "tgi"], "generation_engine"),
+    (EVALUATE[:1], ["--generation_engine", "paged", "--samples", "2"], "generation_engine paged"),
     (EVALUATE, ["--nli_model", "x"], "nli_model"),  # without samples
     (EVALUATE[:1], ["--samples", "2", "--leak_rouge", "1.5"], "leak_rouge"),
     (EVALUATE[:1], ["--samples", "2", "--leak_span", "0"], "leak_span"),

@@ -67,7 +67,7 @@ def test_last_lines_of_score_train_evaluate(tmp_path, capsys, monkeypatch):
         "loss",
     ]
     assert main([*train(tmp_path, "unlearned", *adapter), "--difficulty_scores", "d.parquet"]) == 0
-    done, written, what, following = capsys.readouterr().out.splitlines()[-4:]
+    done, written, what, gone, following = capsys.readouterr().out.splitlines()[-5:]
     figure = re.fullmatch(
         r"unlearned 9 samples in 5 steps; mean forget probability 0\.\d+ -> (0\.\d+), retain probability 0\.\d+, "
         r"measured at step 5",
@@ -75,6 +75,7 @@ def test_last_lines_of_score_train_evaluate(tmp_path, capsys, monkeypatch):
     )
     assert written == "written: adapter, difficulty scores, schedule and card in unlearned"
     assert what.startswith("this folder is an adapter: load it with PEFT") and "merge" in what
+    assert gone.startswith("is it gone? ") and "--holdout_dataset" in gone
     card = (tmp_path / "unlearned" / "README.md").read_text()
     measured = float(re.search(r"\| forget set \| (0\.\d+) \|", card)[1])
     assert f"{measured:.3f}" == figure[1]  # one number

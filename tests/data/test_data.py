@@ -304,9 +304,9 @@ class TestRefusals:
         rows = [{"text": "a", "labels": 1, "sample_id": "x"}]
         with pytest.raises(ValueError, match="no column 'author'; it has \\['labels', 'sample_id', 'text'\\]"):
             prepare(rows, keep_columns=["author"])
-        for column in ("labels", "sample_id"):
+        for column in ("labels", "sample_id", "secret", "counted", "content", "alternative_labels"):
             with pytest.raises(ValueError, match=f"column '{column}' cannot be kept beside the prepared one"):
-                prepare(rows, keep_columns=[column])
+                prepare([{column: "mine", **rows[0]}], keep_columns=[column])
 
     def test_tokenizer(self):
         tokenizer = make_tokenizer()

@@ -171,7 +171,7 @@ def test_nothing_is_left_in_a_cache(tmp_path):
 
 
 def test_a_bar_for_many_rows_only(capfd, monkeypatch):
-    monkeypatch.setattr("cud_trainer.data.prepare.MANY_ROWS", 5)
+    monkeypatch.setattr("cud_trainer.data.mapping.MANY_ROWS", 5)
     prepare_dataset(qa_dataset(4), PLAIN)
     assert "samples" not in capfd.readouterr().err
     prepare_dataset(qa_dataset(5), PLAIN, name="retain")

@@ -8,7 +8,7 @@ import zipfile
 import pandas as pd
 import pytest
 from builders import make_tokenizer
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 
 from cud_trainer.commands.options import DataArguments
 from cud_trainer.data import load_samples, prepare_dataset, standardised
@@ -148,6 +148,44 @@ def test_formats_of_others():
         assert tokenizer.decode([t for t in prepared[0]["counted"] if t != -100]) == "Ann."
     classes = Dataset.from_list([{"text": "Who?", "labels": 1}])
     assert standardised(classes, "forget") is classes  # of texts
+
+
+def test_formats_of_others_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    """Roles, fields and columns are those of every row; nothing is left in a cache; a row is named by its place."""
+    monkeypatch.setattr("cud_trainer.data.mapping.BATCH", 2)
+    named = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+    chats = [
+        [{"from": "human", "value": f"Who {row}?", "weight": None}, {"from": other, "value": "Ann.", "weight": row}]
+        for row, other in enumerate(("gpt", "bot", "chatgpt", "assistant", "gpt"))
+    ]
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"conversations": chats, "topic": [*range(5)]}).to_parquet(path)
+    data = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    before = sorted(tmp_path.rglob("*"))
+    made = standardised(data.select([4, 0, 1, 2, 3]), "forget")
+    assert made.to_dict() == {
+        "topic": [4, 0, 1, 2, 3],
+        "messages": [
+            [
+                {"role": named.get(turn["from"], turn["from"]), "content": turn["value"], "weight": turn["weight"]}
+                for turn in chats[row]
+            ]
+            for row in (4, 0, 1, 2, 3)
+        ],
+    }
+    assert sorted(tmp_path.rglob("*")) == before and not made.cache_files
+    with pytest.raises(ValueError, match="forget sample 3: its conversations are no list of messages"):
+        standardised(Dataset.from_dict({"conversations": [*chats[:3], None]}), "forget")
+    with pytest.raises(ValueError, match="forget sample 0: its conversations are no list of messages"):
+        standardised(Dataset.from_dict({"conversations": ["human: Who?"]}), "forget")
+
+    rows = {"instruction": ["a", "b", None], "input": ["x", " ", "y"], "output": ["1", "2", "3"], "topic": [0, 1, 2]}
+    made = standardised(Dataset.from_dict(rows), "forget")
+    assert made.to_dict() == {"answer": rows["output"], "topic": [0, 1, 2], "question": ["a\n\nx", "b", None]}
+    with pytest.raises(ValueError, match="its question is missing"):
+        prepare_dataset(made, make_tokenizer())
+    with pytest.raises(ValueError, match="column 'question' is in the way"):
+        standardised(Dataset.from_dict({**rows, "question": ["?"] * 3}), "forget")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from processes import run
 from cud_trainer import score_difficulty
 from cud_trainer.circuits import CircuitTable
 from cud_trainer.data import BATCH_BYTES, plan_batches, prepare_samples
-from cud_trainer.resumable import WorkDir, run_batches
+from cud_trainer.resumable import OtherProcessError, WorkDir, run_batches
 
 
 @given(
@@ -133,6 +133,23 @@ class TestWorkDir:
         (tmp_path / "w" / "run.json").write_text("{")
         with pytest.raises(ValueError, match=r"cannot read .*run.json"):
             WorkDir(tmp_path / "w", {"model": "a"})
+
+    @pytest.mark.parametrize(("error", "stays"), [(ValueError("no"), False), (OtherProcessError("dead"), True)])
+    def test_what_a_refusal_takes_away(self, error, stays, tmp_path):
+        """Nothing of a call that was to be corrected; all that was done until another process failed."""
+
+        def refused():
+            work = WorkDir(tmp_path / "w", {"model": "a"})
+            with pytest.raises(type(error)), work.kept_unless_refused():
+                work.save("part", {"b": torch.ones(1), "a": torch.zeros(1)})
+                raise error
+
+        refused()
+        assert (tmp_path / "w").exists() == stays
+        before = WorkDir(tmp_path / "w", {"model": "a"})
+        before.save("part", {"b": torch.ones(1), "a": torch.zeros(1)})
+        refused()  # what was begun before is not its own
+        assert list(before.load("part")) == ["b", "a"]
 
     def test_scoring_again_with_another_model_is_refused(self, tmp_path):
         options = dict(metrics=["circuit_mass"], work_dir=tmp_path / "w", progress=False)

@@ -16,11 +16,11 @@ from evaluation.study.engine import Finished
 from evaluation.study.grid import plan
 from evaluation.study.runs import coordinates, first_seeds
 
-UNIFORM, AWARE, _ = demo_report.SCHEDULES
+UNIFORM, DEFAULT, AWARE, _ = demo_report.SCHEDULES
 
 
 def finding(uniform, aware):
-    worst = {UNIFORM: dict(enumerate(uniform, 1)), AWARE: dict(enumerate(aware, 1))}
+    worst = {UNIFORM: dict(enumerate(uniform, 1)), DEFAULT: dict(enumerate(aware, 1))}
     table = demo_report._by_seed("npo", worst, worst, worst)
     return demo_report._schedule_finding("npo", 0.9, worst, worst, worst), jsonable(table)
 
@@ -56,17 +56,18 @@ def test_the_verdict_is_that_of_the_rule(uniform, aware, placebo, verdict):
                 steps=np.array([0, 5]),
                 extraction={"mean": np.ones(2), "worst_quarter": np.ones(2)},
                 options=demo_report.ARMS[arm],
-                reads_difficulty=arm != UNIFORM,
+                reads_difficulty=arm not in (UNIFORM, DEFAULT),
                 pairs=24,
                 calibration_pairs=0,
             )
             for seed, value in enumerate(kept)
         ]
 
-    chosen = {arm: runs(arm, kept) for arm, kept in zip(demo_report.SCHEDULES, (uniform, aware, placebo), strict=True)}
+    kept = (uniform, uniform, aware, placebo)
+    chosen = {arm: runs(arm, values) for arm, values in zip(demo_report.SCHEDULES, kept, strict=True)}
     (decision,) = demo_report.decided({"npo": demo_report.evidence("npo", chosen, "ab", None, 0)}).arms
     assert (decision.arm, decision.verdict) == (AWARE, verdict)
-    assert [one.arm for one in decision.against] == ["random difficulty", UNIFORM]
+    assert [one.arm for one in decision.against] == ["random difficulty", UNIFORM, DEFAULT]
 
 
 def test_the_interval_is_over_seeds():
@@ -109,9 +110,9 @@ def test_the_runs_are_a_study_tuned_on_a_seed_of_its_own(tmp_path, studies):
     assert demo._unlearn(args, tmp_path, 120) == ([], [])
     (study,) = studies.studies
     cells = plan(study, {})[1]
-    assert len(cells) == 2 * 3 * 2 * 3  # objectives, arms, retain weights, seeds
+    assert len(cells) == 2 * 4 * 2 * 3  # objectives, arms, retain weights, seeds
     tried = first_seeds(cells)
-    assert len(tried) == 2 * 3 * 2 and {cell.choices["seed"] for cell in tried} == {5}
+    assert len(tried) == 2 * 4 * 2 and {cell.choices["seed"] for cell in tried} == {5}
     assert {cell.choices["seed"] for cell in cells if cell.settings.get("generate")} == {6}
     assert all(cell.settings["options"]["per_device_train_batch_size"] == 60 for cell in cells)
     assert {coordinates(cell).panel for cell in cells} == set(demo_report.OBJECTIVES)

@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import vllm_here
 from builders import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from scipy import stats as scipy_stats
@@ -301,6 +303,28 @@ class TestCommand:
             )
             frames.append(pd.read_parquet(tmp_path / f"out-{name.name}" / "per_sample.parquet"))
         np.testing.assert_allclose(frames[0]["probability"], frames[1]["probability"], rtol=1e-4)
+
+    def test_another_engine_gives_the_same_figures(self, world, tmp_path, monkeypatch, capsys):
+        """Models are measured each with its own folder; what can be seen beforehand is refused before one is loaded."""
+        monkeypatch.setitem(sys.modules, "vllm", vllm_here)
+        monkeypatch.setattr(vllm_here, "MADE", [])
+        few = world / "retain.jsonl"
+        options = {
+            "original_model": world / "original",
+            "forget_dataset": few,
+            "retain_dataset": world / "holdout.jsonl",
+        }
+        for engine in ("transformers", "vllm"):
+            assert main(arguments(world, tmp_path / engine, **options, generation_engine=engine)) == 0
+        found = [pd.read_parquet(tmp_path / engine / "per_sample.parquet") for engine in ("transformers", "vllm")]
+        pd.testing.assert_frame_equal(*found)
+        assert {"rouge_l_recall", "verbatim"} <= {name.split("/")[-1] for name in found[0]}
+        assert [made["model"] for made in vllm_here.MADE] == [str(world / "original"), str(world / "unlearned")]
+        capsys.readouterr()
+        adapter = {"model_name_or_path": world / "adapter", "generation_engine": "vllm"}
+        assert main(arguments(world, tmp_path / "adapter", **{**options, **adapter})) == 2
+        assert "generation_engine vllm takes a folder with a whole model, model_name_or_path" in capsys.readouterr().err
+        assert len(vllm_here.MADE) == 2
 
     def test_text_only_if_asked_for(self, world, tmp_path):
         assert main(arguments(world, tmp_path / "out", generate=False, show_text=True)) == 0

@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from cud_trainer.data import prepare_samples
-from cud_trainer.models.generation import Sampling, _Draw, _levels, continuations, stop_tokens
+from cud_trainer.models.generation import continuations, stop_tokens
+from cud_trainer.models.sampling import Sampling, _Draw, _levels
 from cud_trainer.objectives.alternatives import model_alternatives
 from evaluation.metrics.memorization import evaluate_memorization, generate_answers, true_answers
 

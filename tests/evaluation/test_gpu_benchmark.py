@@ -71,6 +71,7 @@ def test_fast_has_every_ratio(tiny):
         assert variants["bare loop"]["ratio"]["median"] == 1 and len(variants) == 3
     assert all(figures["logits llama-1b"][name]["ratio"]["median"] > 0 for name in ("nll", "kl"))
     assert figures["evaluate smollm2"]["ratio"]["median"] > 0
+    assert "paged needs a CUDA device" in figures["answers smollm2"]["skipped"]
 
 
 def test_decisive_pairs_its_arms_by_seed(tiny):

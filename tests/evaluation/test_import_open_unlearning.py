@@ -14,6 +14,7 @@ from evaluation.commands.import_open_unlearning import import_results
 from evaluation.metrics.open_unlearning import Evaluation, rows_by_text
 from evaluation.metrics.utility import closer_to_one, forget_quality, model_utility, true_better
 from evaluation.report.schema import jsonable
+from evaluation.report.verdict import judge, said
 
 N = 12
 SECRET = "town"  # in every answer
@@ -113,6 +114,72 @@ def test_report_from_the_command_line(tmp_path):
     for path in (tmp_path / "audit").rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
     assert (tmp_path / "audit" / "report.html").is_file()
+
+
+def with_losses(found, unseen, forget=None):
+    """With `mia_loss`, as open-unlearning writes it: mean answer losses of the forget set, and of another."""
+    forget = values(found, "forget_Q_A_Prob", "prob") if forget is None else forget
+    parts = {"forget": forget, "holdout": unseen}
+    losses = {name: {"value_by_index": by_index(score=(-np.log(part)).tolist())} for name, part in parts.items()}
+    return found | {"mia_loss": {"auc": 0.5, "agg_value": 0.5, **losses}}
+
+
+def told(after, before=None, reference=None, folder=None):
+    files = [None if one is None else save(folder / str(n), one) for n, one in enumerate((after, before, reference))]
+    read = [None if path is None else Evaluation.load(path) for path in files]
+    return import_results(*read, scores=scores(), n_buckets=2)[0]
+
+
+def leaving(probabilities):
+    found = results()
+    found["forget_Q_A_Prob"]["value_by_index"] = by_index(prob=list(probabilities))
+    return found
+
+
+def test_the_verdict_is_that_of_the_same_rule(tmp_path):
+    """The level is of the results of a retain model, or of what `mia_loss` has of samples that nobody saw."""
+    low = np.linspace(0.05, 0.15, N)
+    unseen, one_known = np.linspace(0.05, 0.2, 20), np.where(np.arange(N) == 4, 0.9, low)
+    for left, state, ids in ((low, "forgotten", []), (one_known, "still above", ["s4"])):
+        found = told(with_losses(leaving(left), unseen), results(1), folder=tmp_path).verdict
+        assert (found.state, found.ids) == (state, ids)
+        expected = judge(left, holdout=unseen)
+        assert found.judged[0].said == said(expected, left, "answer probability")
+        assert found.judged[0].against == "never-seen samples"
+        found = told(leaving(left), results(1), leaving(low + 0.01), folder=tmp_path).verdict
+        assert (found.state, found.ids, found.judged[0].against) == (state, ids, "reference model")
+        assert found.judged[0].said == said(judge(left, low + 0.01), left, "answer probability")
+    assert [row.set for row in found.costs] == ["retain"]
+    assert {row.answer for row in found.hidden} == {"not tried"}
+    both = [with_losses(leaving(left), unseen) for left in (one_known, low)]
+    found = told(both[0], None, both[1], tmp_path).verdict
+    assert found.judged[0].said == said(judge(one_known, low, unseen, unseen), one_known, "answer probability")
+
+
+def test_the_verdict_says_what_it_needs(tmp_path, capsys):
+    """Each question that stays open names what answers it, and no option of another command."""
+    path = save(tmp_path / "run", results())
+    assert main(["import", "--open_unlearning", path, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["verdict"]
+    assert found["state"] == "cannot be said" and found["headline"] in printed
+    assert "(--reference_open_unlearning, or the metric mia_loss in open-unlearning's evaluation)" in found["headline"]
+    assert "(--original_open_unlearning)" in found["cost"] and "--scores" in found["whom"]
+    assert {row["said"] for row in found["hidden"]} == {"needs the model: cud evaluate"}
+    same = told(results(), results(), folder=tmp_path).verdict
+    assert same.headline.startswith("The forget probabilities are the very ones from before unlearning")
+
+
+def test_never_seen_samples_of_another_forget_set_draw_no_line(tmp_path):
+    other = with_losses(results(), np.full(20, 0.1), forget=np.full(N, 0.5))
+    found = told(other, folder=tmp_path)
+    assert found.verdict.state == "cannot be said"
+    rest = {row["label"]: row["cells"] for row in table_of(jsonable(found), "open_unlearning")["rows"]}
+    assert rest["mia_loss"] == [0.5, "its forget set gets other probabilities than forget_Q_A_Prob has"]
+    assert not [name for name in rest if "/" in name]
+    twelve, twenty = (with_losses(results(), np.full(size, 0.1)) for size in (12, 20))
+    with pytest.raises(ValueError, match="another number of never-seen samples in each of"):
+        told(twelve, None, twenty, tmp_path)
 
 
 def test_text_if_asked_for(tmp_path):

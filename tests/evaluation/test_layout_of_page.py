@@ -9,6 +9,7 @@ import pytest
 from test_report import example
 from test_verdict import IDS, evidence
 
+from evaluation.decision import RULE
 from evaluation.report.page import write_report
 from evaluation.report.schema import jsonable
 from evaluation.report.story import verdict_of
@@ -27,7 +28,10 @@ window.addEventListener("load", function () {
   });
   var names = wide.map(function (one) { return one.tagName + " " + one.textContent.slice(0, 60); });
   var stacked = document.querySelectorAll("table.stack").length;
-  var found = { width: end, page: document.documentElement.scrollWidth, stacked: stacked, wide: names };
+  // How large figures are drawn; their letters are 8 points or more.
+  var shown = Array.from(document.querySelectorAll("figure svg")).filter(function (one) { return one.clientWidth > 0; });
+  var scales = shown.map(function (one) { return one.clientWidth / (one.viewBox.baseVal.width * 4 / 3); });
+  var found = { scales: scales, width: end, page: document.documentElement.scrollWidth, stacked: stacked, wide: names };
   parent.postMessage("FOUND" + JSON.stringify(found) + "END", "*");
 });
 </script></body>"""
@@ -55,6 +59,26 @@ def page(tmp_path_factory):
     ids = [LONG, *IDS[1:]]
     results["verdict"] = jsonable(verdict_of(type(known)(**(vars(known) | {"ids": ids})), 0))
     return write_report(results, tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A page of a study, or of the demo: a decision in place of a verdict."""
+    results = example()
+    arm = {"objective": "npo", "arm": LONG, "verdict": "undecided", "reason": "", "against": []}
+    results["decision"] = {"rule": RULE, "arms": [arm]}
+    results["findings"].append(LONG)
+    for condition in results["conditions"]:
+        condition["name"] = f"{LONG} / {condition['schedule']}"
+    return write_report(results, tmp_path_factory.mktemp("study"))
+
+
+def test_a_decision_is_on_the_page_and_in_the_summary_once(study):
+    for name in ("report.html", "summary.md"):
+        text = (study.parent / name).read_text()
+        assert text.count("Does difficulty earn its place?") == 1 and text.count("It does not (no) if one of") == 1, (
+            name
+        )
 
 
 def test_styles(page):
@@ -108,10 +132,13 @@ def found_in(browser, text, width, folder):
 @pytest.mark.subprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 400])
-def test_no_element_is_wider_than_the_page(page, tmp_path, width):
+@pytest.mark.parametrize("kind", ["page", "study"])
+def test_no_element_is_wider_than_the_page(kind, tmp_path, width, request):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    found = found_in(browser, page.read_text(), width, tmp_path)
+    found = found_in(browser, request.getfixturevalue(kind).read_text(), width, tmp_path)
     assert abs(found["width"] - width) <= 20  # a scroll bar
-    assert found["page"] <= found["width"] and found["wide"] == [] and found["stacked"] > 0
+    assert found["page"] <= found["width"] and found["wide"] == []
+    assert found["stacked"] > 0 or (kind, width) == ("study", 1200)
+    assert len(found["scales"]) > 2 and min(found["scales"]) > 0.9

@@ -217,7 +217,7 @@ def test_files(written):
         assert (written / "plots" / f"{name}.png").stat().st_size > 10_000
         assert "<svg" in (written / "plots" / f"{name}.svg").read_text()
     text = (written / "report.html").read_text()
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 6  # each for a desk and for a phone
     ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
 

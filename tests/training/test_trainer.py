@@ -12,7 +12,7 @@ from peft import LoraConfig
 from runs import checksum, config, make_trainer, torchrun
 
 from cud_trainer import CUDConfig, CUDTrainer, DifficultyScores
-from cud_trainer.config import DEFAULT_SCHEDULE, DEFAULT_WITHOUT_DIFFICULTY
+from cud_trainer.config import DEFAULT_SCHEDULE
 from cud_trainer.data import pad_batch, prepare_samples
 from cud_trainer.logprobs import answer_probability, score_answers
 from cud_trainer.trainer import DivergenceError
@@ -407,18 +407,32 @@ class TestScores:
         assert (trainer.progress.factor == (at_start > expected)).all() and 0 < trainer.progress.factor.mean() < 1
 
     def test_default_schedule(self, tmp_path):
-        """What benchmarks/results/schedules.md found best; without a metric, what needs none. A name given stays."""
+        """It reads no difficulty, and one is computed only where something reads it. A name given stays."""
         options = {"schedule": None, "difficulty": "loss"}
-        assert config(tmp_path, **options).schedule == "upweight_hard+odds+per_sample_stop"
+        assert config(tmp_path, **options).schedule == DEFAULT_SCHEDULE == "odds+per_sample_stop"
         told = CUDConfig.__dataclass_fields__["schedule"].metadata["help"]  # a literal, which the documentation reads
-        assert f"{DEFAULT_SCHEDULE!r}, or {DEFAULT_WITHOUT_DIFFICULTY!r} where" in told
-        assert config(tmp_path, **options).schedule_metrics == ["loss"]
-        assert config(tmp_path, **{**options, "difficulty": "none"}).schedule == "odds+per_sample_stop"
+        assert repr(DEFAULT_SCHEDULE) in told
+        assert config(tmp_path, **options).schedule_metrics == []
         assert config(tmp_path, difficulty="none", schedule="uniform").schedule == "uniform"
         named = config(tmp_path, **options, schedule_args={"odds": {"power": 1.0}})
-        assert named.schedule == "upweight_hard+odds+per_sample_stop"
+        assert named.schedule == DEFAULT_SCHEDULE
         with pytest.raises(ValueError, match="schedule 'odds' needs power in"):
             config(tmp_path, **options, schedule_args={"odds": {"power": -1.0}})
+
+    def test_difficulty_auto_is_what_is_read(self, tmp_path):
+        def chosen(**options):
+            return config(tmp_path, **{"difficulty": "auto", "schedule": None, **options}).difficulty
+
+        assert chosen() is None and chosen(schedule="tail+per_sample_stop") is None
+        assert chosen(schedule="upweight_hard") == "cud" == chosen(schedule="inverse_mass+easy_to_hard")
+        assert chosen(schedule="inverse_mass") == "circuit_mass"  # and no calibration for it
+        assert chosen(objective_by_bucket={"4": {"objective": "graddiff"}}) == "cud"
+        assert chosen(schedule="uniform", objective_args={"beta_by": "difficulty"}) == "cud"
+        ids = make_trainer(tmp_path / "a").forget.ids
+        given = DifficultyScores(ids, {"mine": np.arange(float(len(ids)))})
+        options = {"difficulty": "auto", "schedule": None, "difficulty_scores": given}
+        trainer = make_trainer(tmp_path / "b", **options)
+        assert trainer.args.difficulty == "given" and len(set(trainer.buckets)) == trainer.args.n_buckets
 
     def test_difficulty_none_costs_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed"))
