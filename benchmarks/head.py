@@ -39,11 +39,11 @@ def peak_mib(work: Callable[[], None]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="of a sample; the second half is its answer")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--mib", type=int, nargs="+", default=[128, 32], help="`logits_bytes`, in MiB")
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--mib", type=int, nargs="+", default=[128], help="`logits_bytes`, in MiB")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("head.json"))
     args = parser.parse_args()
