@@ -395,7 +395,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
         """What `difficulty` 'auto' stands for, before it is known whether there are scores."""
         self.difficulty = None
         read = self.schedule_metrics
-        if "difficulty" in read or loss.own or "difficulty" in loss.by.values():
+        if "difficulty" in read or loss.own or "difficulty" in loss.by.values() or self.difficulty_args:
             return "cud"
         return read[0] if read else None
 

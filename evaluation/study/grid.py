@@ -120,7 +120,8 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
 
 def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
     arm = args.arms[choices["arm"]] if args.arms else {}  # type: ignore[index]
-    options = {**args.train, **arm, **_without(choices, {"arm"})}  # type: ignore[dict-item]
+    # All cells have one difficulty, whatever they read: their buckets are compared.
+    options = {"difficulty": "cud", **args.train, **arm, **_without(choices, {"arm"})}  # type: ignore[dict-item]
     scores_file, equal_compute = options.pop(SCORES, None), options.pop(EQUAL_COMPUTE, False)
     oracle = bool(args.arms) and options.get("difficulty") == ORACLE
     if oracle:

@@ -361,8 +361,8 @@ def test_cells_name_the_default_schedule():
     grid = {"learning_rate": [1e-4, 1e-3]}
     train = {"difficulty": "loss", "bf16": False, "use_cpu": True}
     cells = plan(StudyArguments(grid=grid, train=train), {})[1]
-    assert {coordinates(cell).schedule for cell in cells} == {"upweight_hard+odds+per_sample_stop"}
-    named = plan(StudyArguments(grid=grid, train={**train, "schedule": "upweight_hard+odds+per_sample_stop"}), {})[1]
+    assert {coordinates(cell).schedule for cell in cells} == {"odds+per_sample_stop"}
+    named = plan(StudyArguments(grid=grid, train={**train, "schedule": "odds+per_sample_stop"}), {})[1]
     assert [cell.fingerprint for cell in cells] == [cell.fingerprint for cell in named]
 
 
