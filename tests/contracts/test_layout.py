@@ -247,3 +247,9 @@ def test_no_machine_is_named():
         content = path.read_bytes() if path.is_file() else b""
         if b"\0" not in content:  # text, whatever it is called
             assert not pattern.search(content.decode("utf-8")), name
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest would take the second for the first, and stop."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
