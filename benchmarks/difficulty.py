@@ -91,15 +91,20 @@ def data(args: argparse.Namespace, seed: int):
     generator = np.random.default_rng(seed)
     parts = []
     for name, part in (("forget", forget), ("retain", retain)):
-        part = part.select_columns(["question", "answer"])
         # A pretrained model needs no help to know some samples better than others.
         vary = name == "forget" and not args.model
         repeats = generator.permutation(np.resize(REPEATS, len(part))) if vary else np.ones(len(part), int)
-        part = part.add_column("repeats", repeats.tolist()).add_column("split", [name] * len(part))
-        parts.append(part.add_column("author", [f"{name}-{row // 20}" for row in range(len(part))]))
+        parts.append(tofu_part(part, name, repeats))
     forget, retain = parts
     evaluated = retain.select(range(0, len(retain), 4))
     return Testbed(forget=forget, retain=retain, retain_eval=evaluated, train=concatenate_datasets([forget, retain]))
+
+
+def tofu_part(part, name: str, repeats):
+    """Samples of TOFU as a testbed has them: `repeats` says how often each is trained on in an epoch of memorising."""
+    part = part.select_columns(["question", "answer"]).add_column("repeats", repeats.tolist())
+    part = part.add_column("split", [name] * len(part))
+    return part.add_column("author", [f"{name}-{row // 20}" for row in range(len(part))])
 
 
 def untrained(args: argparse.Namespace, testbed, seed: int):

@@ -89,6 +89,7 @@ def generated_authors(spec: dict[str, Any]) -> Any:
 def tofu_authors(tofu: str, spec: dict[str, Any]) -> Any:
     """Authors of TOFU: the first of forget10, and the last of retain90, of which the very last are held out."""
     from datasets import concatenate_datasets, load_dataset
+    from difficulty import tofu_part
 
     from evaluation.testbed import REPEATS, Testbed
 
@@ -97,15 +98,11 @@ def tofu_authors(tofu: str, spec: dict[str, Any]) -> Any:
     rest = load_dataset(tofu, "retain90", split="train")
     rest = rest.select(range(len(rest) - n["retain"] - n["heldout"], len(rest)))
     order = np.random.default_rng(spec["seed"]).permutation(np.resize(REPEATS, len(forget)))
-    parts = {}
-    for name, part, repeats in (
-        ("forget", forget, order),
-        ("retain", rest.select(range(n["retain"])), np.ones(n["retain"], int)),
-        ("held_out", rest.select(range(n["retain"], len(rest))), np.ones(n["heldout"], int)),
-    ):
-        part = part.select_columns(["question", "answer"]).add_column("repeats", repeats.tolist())
-        part = part.add_column("split", [name] * len(part))
-        parts[name] = part.add_column("author", [f"{name}-{row // 20}" for row in range(len(part))])
+    parts = {
+        "forget": tofu_part(forget, "forget", order),
+        "retain": tofu_part(rest.select(range(n["retain"])), "retain", np.ones(n["retain"], int)),
+        "held_out": tofu_part(rest.select(range(n["retain"], len(rest))), "held_out", np.ones(n["heldout"], int)),
+    }
     retain_eval = parts["retain"].select(range(0, n["retain"], 4))
     return Testbed(**parts, retain_eval=retain_eval, train=concatenate_datasets(list(parts.values())))
 

@@ -211,9 +211,9 @@ class CUDConfig(TemplateArguments, SFTConfig):
         metadata={
             "help": "Difficulty metric of schedules and buckets ('cud', 'circuit_mass', 'loss', ...); 'given' for the "
             "first metric of `difficulty_scores`, whatever it is called (published scores, say); 'none'; or 'auto': "
-            "'cud' where something reads it (a schedule, an option by difficulty), 'given' where there are "
-            "`difficulty_scores`, else 'none'. 'cud' needs a calibration run of 0.4 to 1.3 times the cost of the "
-            "unlearning run; in schedules a random difficulty gave nearly the same."
+            "'cud' where something reads it (a schedule, an option by difficulty, `difficulty_args`), 'given' where "
+            "there are `difficulty_scores`, else 'none'. 'cud' needs a calibration run of 0.4 to 1.3 times the cost of "
+            "the unlearning run; in schedules a random difficulty gave nearly the same."
         },
     )
     difficulty_args: dict[str, Any] | str = field(
@@ -348,8 +348,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
         self.retain_loss = loss.retain_loss
         self.schedule_parts  # noqa: B018  (raises for an unknown schedule or option)
         self._difficulty_is_auto = self.difficulty == AUTO
-        if self._difficulty_is_auto:
-            self.difficulty = self._needed_difficulty(loss)
+        self.use_scores(())
         if self.difficulty == PRECOMPUTED:
             if self.difficulty_args:
                 raise ValueError(
@@ -391,17 +390,17 @@ class CUDConfig(TemplateArguments, SFTConfig):
         named = [self.difficulty if metric == "difficulty" and self.difficulty else metric for metric in read]
         return list(dict.fromkeys(named))
 
-    def _needed_difficulty(self, loss: UnlearningLoss) -> str | None:
-        """What `difficulty` 'auto' stands for, before it is known whether there are scores."""
-        self.difficulty = None
-        read = self.schedule_metrics
-        if "difficulty" in read or loss.own or "difficulty" in loss.by.values() or self.difficulty_args:
-            return "cud"
-        return read[0] if read else None
-
     def use_scores(self, metrics: Sequence[str]) -> None:
-        """Scores of these metrics are given: `difficulty` 'auto' is one of them, where nothing else was needed."""
-        if self._difficulty_is_auto and self.difficulty is None:
+        """What `difficulty` 'auto' stands for where there are scores of these metrics; without scores, `()`."""
+        if not self._difficulty_is_auto:
+            return
+        self.difficulty = None  # so that `schedule_metrics` has the names of what is read
+        read, loss = self.schedule_metrics, self.unlearning_loss
+        if "difficulty" in read or loss.own or "difficulty" in loss.by.values() or self.difficulty_args:
+            self.difficulty = "cud"
+        elif read:
+            self.difficulty = read[0]
+        elif metrics:
             self.difficulty = "cud" if "cud" in metrics else PRECOMPUTED
 
     @property

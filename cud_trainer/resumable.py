@@ -7,7 +7,6 @@ that one process and eight compute the very same numbers.
 from __future__ import annotations
 
 import atexit
-import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +26,7 @@ from transformers.utils import logging
 from .data import Samples
 from .data.ids import KEY_FILE, keyed_for, keys_beside
 from .files import atomic_write, holds_something, private_folder, remove_leftovers, write_json
+from .models.memory import free_memory, out_of_memory
 
 logger = logging.get_logger(__name__)
 
@@ -311,17 +310,14 @@ def _halving(compute: Compute, batch: dict[str, Tensor], ids: list[str]) -> dict
     try:
         return compute(batch)
     except Exception as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+        if not out_of_memory(error):
             raise
         if len(ids) == 1:
             length = int(batch["attention_mask"].sum())
             raise ValueError(
                 f"sample {ids[0]!r} ({length} tokens) does not fit into memory by itself: {error}"
             ) from None
-    # outside the handler, which keeps the failed pass's tensors alive
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     half = len(ids) // 2
     logger.warning_once("out of memory: batches are halved; a smaller batch_bytes saves the failed attempts")
     parts = [

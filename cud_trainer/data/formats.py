@@ -152,21 +152,6 @@ def _chatml(turns: Any, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def tokenise(
-    rows: Sequence[Row],
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    context: TemplateContext | None = None,
-    secret_column: str | None = None,
-) -> list[Tokens]:
-    """The tokens of rows of one format.
-
-    Args and errors: see `each_tokenised`.
-    """
-    return list(each_tokenised(rows, kind, tokenizer, names, context, secret_column))
-
-
 def each_tokenised(
     rows: Sequence[Row],
     kind: str,
@@ -377,10 +362,11 @@ def tokenise_answers(
     names: Sequence[str],
     context: TemplateContext | None = None,
 ) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of rows, each with a text for its answer. See `tokenise`."""
+    """`input_ids` and `labels` of rows, each with a text for its answer. See `each_tokenised`."""
     rows = [{**row, ANSWERS[kind]: _answer(row, kind, text)} for row, text in pairs]
     return [
-        {"input_ids": tokens.ids, "labels": tokens.labels} for tokens in tokenise(rows, kind, tokenizer, names, context)
+        {"input_ids": tokens.ids, "labels": tokens.labels}
+        for tokens in each_tokenised(rows, kind, tokenizer, names, context)
     ]
 
 
@@ -418,7 +404,7 @@ def counterfactuals(
 ) -> list[list[int]]:
     """The tokens of each row with another answer, from `column`, in place of its own, aligned token by token.
 
-    Args and errors: see `tokenise`; `tokenised` is what it returned for `rows`.
+    Args and errors: see `each_tokenised`; `tokenised` is what it gave for `rows`.
     """
     others: list[Row] = []
     sizes: list[int] = []

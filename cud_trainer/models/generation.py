@@ -5,7 +5,6 @@ Models bring a generation config with penalties, sampling options and lengths al
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +19,7 @@ from transformers.utils import logging
 
 from ..data.timeout import apply_chat_template
 from .layers import base_causal_lm, embedding_device
+from .memory import free_memory, out_of_memory
 from .modes import evaluation_mode
 from .positions import own_positions, position_ids, positions_of
 from .sampling import Sampling, drawing
@@ -221,17 +220,14 @@ def _halving(model: Any, asked: Asked, rows: Sequence[int], numbers: range) -> l
     try:
         return _written(model, asked, rows, numbers)
     except Exception as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+        if not out_of_memory(error):
             raise
         if len(rows) == len(numbers) == 1:
             tokens = len(asked.prompts[rows[0]]) + asked.limits[rows[0]]
             raise ValueError(
                 f"an answer does not fit into memory by itself ({tokens} tokens with its prompt): {error}"
             ) from None
-    # outside the handler, which keeps the failed pass's tensors alive
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     logger.warning_once("out of memory: batches of answers are halved; a smaller batch_size saves the failed attempts")
     half = len(rows) // 2
     if half:

@@ -117,8 +117,7 @@ class RunInputs:
         model = str(model) if isinstance(model, Path) else model
         if isinstance(scores, (str, Path)):
             scores = DifficultyScores.load(scores)
-        if scores is not None:
-            args.use_scores(scores.metrics)
+        args.use_scores(() if scores is None else scores.metrics)
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)

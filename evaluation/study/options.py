@@ -63,7 +63,11 @@ class StudyArguments(HeldOutArguments):
         },
     )
     train: dict[str, Any] | str = field(
-        default_factory=dict, metadata={"help": "Options of `cud train` that all cells share."}
+        default_factory=dict,
+        metadata={
+            "help": "Options of `cud train` that all cells share. `difficulty` is 'cud' if it is not given here: "
+            "buckets are compared between cells, whatever these read."
+        },
     )
     recipe: str | None = field(
         default=None,

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizer
 
 from cud_trainer.data import prepare_dataset, prepare_samples
-from cud_trainer.data.formats import tokenise
+from cud_trainer.data.formats import each_tokenised
 from cud_trainer.data.secret import secrets_of, with_secrets
 from evaluation.metrics.secret import has_secret, measure_secret, secret_texts
 
@@ -113,7 +113,7 @@ def test_tokens_that_the_tokenizer_adds_are_no_part_of_it(kind):
 def test_texts_are_tokenised_once():
     tokenizer = make_tokenizer()
     with mock.patch.object(type(tokenizer), "__call__", autospec=True, side_effect=type(tokenizer).__call__) as calls:
-        tokenise([{"text": ANSWER, "secret": "42"}], "text", tokenizer, ["a"], None, "secret")
+        list(each_tokenised([{"text": ANSWER, "secret": "42"}], "text", tokenizer, ["a"], None, "secret"))
     assert calls.call_count == 1
 
 

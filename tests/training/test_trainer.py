@@ -433,6 +433,8 @@ class TestScores:
         options = {"difficulty": "auto", "schedule": None, "difficulty_scores": given}
         trainer = make_trainer(tmp_path / "b", **options)
         assert trainer.args.difficulty == "given" and len(set(trainer.buckets)) == trainer.args.n_buckets
+        trainer.args.use_scores(())  # of the next trainer, which is given none
+        assert trainer.args.difficulty is None
 
     def test_difficulty_none_costs_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr("cud_trainer.training.plan.score_difficulty", lambda *a, **k: pytest.fail("computed"))
