@@ -11,8 +11,10 @@ of unlearning.
 import argparse
 import json
 import shutil
+import warnings
 from pathlib import Path
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
@@ -72,6 +74,7 @@ def memorise(
             max_length=MAX_LENGTH,
             bf16=bf16,
             gradient_checkpointing=False,  # it saves memory that such a model does not need, and costs a third more
+            dataloader_pin_memory=torch.cuda.is_available(),
             logging_steps=10,
             save_steps=0.2,  # five times
             save_total_limit=1,
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="the highest; it falls by a cosine")
     parser.add_argument("--bf16", action="store_true", help="mixed precision, for accelerators")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of what the stack will call things
     parts = {name: load_samples(name, None, "train", None, "given") for name in args.data}
     memorise(args.model, parts, args.output_dir, epochs=args.epochs, learning_rate=args.learning_rate, bf16=args.bf16)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cud_trainer.data.groups import group_labels
 from cud_trainer.difficulty import Buckets
+from cud_trainer.training.residual import COSTLY, share_lost
 
 from .. import statistics as stats
 from ..metrics.leak import LeakRule
@@ -26,7 +27,6 @@ from .verdict_schema import ANSWER, Cost, Judged, Leaking, Part, Returned, Verdi
 NO_GROUPS = Groups()
 SHOWN = 10  # samples, and ids in a sentence
 GROUPS_SHOWN = 5
-WARNING = 0.05  # of what was there
 YES, NO, UNTOLD, UNTRIED = "yes", "no", "cannot be told", "not tried"
 SECRET = "probability of the secret"
 COSTS = {"probability": ANSWER, "verbatim": "answers said word by word"}
@@ -180,18 +180,14 @@ def _costs(known: Evidence, seed: int) -> list[Cost]:
 
 
 def _cost(name: str, measure: str, start: np.ndarray, end: np.ndarray, seed: int) -> Cost:
-    before, after = (stats.bootstrap_mean(values, seed=seed) for values in (start, end))
-    lost = (before.value - after.value) / before.value if before.value > 0 else float("nan")
-    known = bool(np.isfinite(lost))
-    return Cost(
-        set=name,
-        measure=measure,
-        n=len(end),
-        before=before,
-        after=after,
-        lost=float(lost) if known else None,
-        warning=bool(known and lost > WARNING),
-    )
+    return cost(name, measure, len(end), *(stats.bootstrap_mean(values, seed=seed) for values in (start, end)))
+
+
+def cost(name: str, measure: str, n: int | None, before: Interval, after: Interval) -> Cost:
+    """What a set had and has, and whether more of it went than may go without a warning."""
+    lost = share_lost(before.value, after.value)
+    costly = lost is not None and lost > COSTLY
+    return Cost(set=name, measure=measure, n=n, before=before, after=after, lost=lost, warning=costly)
 
 
 def _cost_said(costs: Sequence[Cost], known: Evidence) -> str:
@@ -209,7 +205,7 @@ def _cost_said(costs: Sequence[Cost], known: Evidence) -> str:
         ]
         told.append(f"{name} samples: {', '.join(figures)}")
     lost = list(dict.fromkeys(row.set for row in costs if row.warning))
-    warning = f" Warning: more than {WARNING:.0%} went, of {' and '.join(lost)} samples." if lost else ""
+    warning = f" Warning: more than {COSTLY:.0%} went, of {' and '.join(lost)} samples." if lost else ""
     return "; ".join(told) + "." + warning
 
 
