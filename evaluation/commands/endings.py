@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..report.story import UNTRIED
 from ..report.verdict import HIDDEN, LEAKING, OVER, UNKNOWN
-from ..report.verdict_schema import Verdict
+from ..report.verdict_schema import Verdict, Verdicts
 
 
 def last_lines(done: str, report: Path, following: str, found: Sequence[str] = ()) -> str:
@@ -35,6 +35,14 @@ def answers(verdict: Verdict) -> list[str]:
         f"for whom? {verdict.whom}",
         f"was it only hidden? {hidden}",
     ]
+
+
+def answers_of_runs(verdicts: Verdicts) -> list[str]:
+    """The same of many runs, a line for each arm."""
+    hidden = ", ".join(f"{row.how}: {row.answer}" for row in verdicts.hidden)
+    arms = [f"- {row.said}" for row in verdicts.arms]
+    compared = [f"how do they compare? {line}" for line in verdicts.compared]
+    return [f"is it gone? {verdicts.answer} {verdicts.headline}", *arms, *compared, f"was it only hidden? {hidden}"]
 
 
 def after_evaluating(verdict: Verdict) -> str:

@@ -285,9 +285,13 @@ def returned(known: Evidence, seed: int) -> list[Returned]:
         if not rows:
             made.append(Returned(how=attack, answer=UNTRIED, said=needed))
             continue
-        row = _strongest(rows) if attack == "quantisation" else rows[-1]
-        made.append(Returned(how=f"{attack}, {row.condition}", answer=_answer(row), said=_attack_said(row)))
+        made.append(returned_by(_strongest(rows) if attack == "quantisation" else rows[-1]))
     return [*made, _reworded(known, seed), _sampled(known, seed)]
+
+
+def returned_by(row: AttackRow) -> Returned:
+    """Whether one attack brings it back."""
+    return Returned(how=f"{row.attack}, {row.condition}", answer=_answer(row), said=_attack_said(row))
 
 
 def _attack_said(row: AttackRow) -> str:
