@@ -354,7 +354,9 @@ def test_memorising_goes_on_where_it_was_killed(world, tmp_path, monkeypatch, ca
     run(epochs=2)
     assert steps == [0, 1, 2, 2, 3]
     assert (output / "model.safetensors").exists() and not (tmp_path / "known.work").exists()
-    assert re.search(r"general questions: mean answer probability 0\.\d+ -> 0\.\d+", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"samples to memorise: mean answer probability 0\.\d+ -> 0\.\d+", said)
+    assert re.search(r"general questions answered, of 8: \d -> \d", said)
 
 
 def test_private_text_walk_through(world, tmp_path, monkeypatch):
