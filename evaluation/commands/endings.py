@@ -50,8 +50,12 @@ def after_evaluating(verdict: Verdict) -> str:
     if verdict.state == UNKNOWN and all(row.against is None for row in verdict.judged):
         return "whether it is gone cannot be said without --holdout_dataset (never seen) or --reference_model; give one"
     if all(part.before is None for part in verdict.parts):
+        if verdict.state == LEAKING:
+            return "cud train, if nothing is unlearned yet; else give --original_model for what it cost"
         return "what it cost cannot be said without --original_model; give it"
-    if verdict.state in (LEAKING, HIDDEN):
+    if verdict.state == HIDDEN:
+        return "open the report; hidden is not gone: try all weights or another objective, and evaluate it the same way"
+    if verdict.state == LEAKING:
         return "open the report for the samples that leak most; train longer, or let the schedule weight these up"
     if verdict.state == OVER:
         return "open the report; train for fewer passes, or end runs earlier (docs/training.md)"

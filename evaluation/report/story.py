@@ -199,7 +199,7 @@ def _cost_said(costs: Sequence[Cost], known: Evidence) -> str:
     for name in dict.fromkeys(row.set for row in costs):
         figures = [
             f"{row.measure} {_number(row.before)} -> {_number(row.after)}"
-            + ("" if row.lost is None else f" ({-100 * row.lost:+.1f}%)")
+            + ("" if row.lost is None else f" ({_change(row.lost)})")
             for row in costs
             if row.set == name
         ]
@@ -207,6 +207,11 @@ def _cost_said(costs: Sequence[Cost], known: Evidence) -> str:
     lost = list(dict.fromkeys(row.set for row in costs if row.warning))
     warning = f" Warning: more than {COSTLY:.0%} went, of {' and '.join(lost)} samples." if lost else ""
     return "; ".join(told) + "." + warning
+
+
+def _change(lost: float) -> str:
+    """The share that went, in percent, as a change; none is no negative one."""
+    return f"{round(-100 * lost, 1) + 0.0:+.1f}%"
 
 
 def _number(interval: Interval) -> str:

@@ -103,7 +103,7 @@ def _said(row: ArmVerdict) -> str:
         line += f", never seen {row.level:.3f}"
     for one in row.costs:
         line += f"; {one.set} {one.before.value:.3f} -> {one.after.value:.3f}"
-        line += "" if one.lost is None else f" ({-100 * one.lost:+.0f}%)"
+        line += "" if one.lost is None else f" ({round(-100 * one.lost) + 0:+d}%)"
     return line
 
 
