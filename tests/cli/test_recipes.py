@@ -374,7 +374,7 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
         words = [str(world / "little") if word == "MODEL" else word for word in words]
         done.append(words[1])
         if words[0] == "python":
-            extra = ["--learning_rate", "1e-2"] if "memorise" in words[1] else []
+            extra = ["--learning_rate", "1e-2", "--epochs", "20"] if "memorise" in words[1] else []
             monkeypatch.setattr(sys, "argv", [*words[1:], *extra])
             runpy.run_path(words[1], run_name="__main__")
         else:
@@ -408,6 +408,8 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
     )
     assert before > 0.8 and after < 0.8 * before
     assert {"relearning", "quantisation"} <= {table["id"] for table in found["tables"]}
+    assert {row["measure"] for row in found["verdict"]["judged"]} == {"answer probability", "probability of the secret"}
+    assert all(row["sample_id"].startswith("forget-") for row in found["verdict"]["samples"])
     secret = re.search(r"\S+@example\.com", json.dumps(rows))[0]
     for path in Path("report").rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes()
