@@ -323,6 +323,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
             self.greater_is_better = higher_is_better(self.metric_for_best_model)
         check_mappings(self)
         under_new_names(self)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin memory for, and torch would warn
         try:
             super().__post_init__()
         except (ValueError, ImportError):

@@ -275,7 +275,6 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> Finished:
             "per_device_train_batch_size": n_forget // 2,
             "bf16": False,
             "gradient_checkpointing": False,
-            "dataloader_pin_memory": torch.cuda.is_available(),
         },
     )
     finished = run_study(study, ModelConfig(model_name_or_path=str(output / "model")))

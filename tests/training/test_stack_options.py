@@ -41,6 +41,11 @@ def test_a_name_that_the_stack_gives_up_is_handed_on_under_the_new_one():
         assert getattr(args, old) and getattr(args, new, getattr(args, old)) == getattr(args, old)
 
 
+def test_memory_is_pinned_only_where_there_is_something_to_pin_it_for(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert not config("x", use_cpu=False, dataloader_pin_memory=True).dataloader_pin_memory
+
+
 def test_every_option_of_the_installed_trl_is_in_the_table_once():
     tables = [set(ACTS), set(REFUSED), set(IDLE)]
     assert set(FIELDS) == set().union(*tables)
