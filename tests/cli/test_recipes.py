@@ -406,7 +406,7 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
         found["before"]["forget"]["probability"]["value"],
         found["conditions"][0]["final"]["forget"]["probability"]["value"],
     )
-    assert before > 0.8 and after < 0.8 * before
+    assert before > 0.8 and after < 0.9 * before
     assert {"relearning", "quantisation"} <= {table["id"] for table in found["tables"]}
     assert {row["measure"] for row in found["verdict"]["judged"]} == {"answer probability", "probability of the secret"}
     assert all(row["sample_id"].startswith("forget-") for row in found["verdict"]["samples"])
