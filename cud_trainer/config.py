@@ -22,7 +22,7 @@ from .objectives.alternatives import REFUSALS
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
-from .stack_options import OVERRIDABLE, check_stack_options, higher_is_better
+from .stack_options import OVERRIDABLE, check_stack_options, higher_is_better, under_new_names
 from .typed import check_options
 
 logger = logging.get_logger(__name__)
@@ -322,6 +322,9 @@ class CUDConfig(TemplateArguments, SFTConfig):
         if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = higher_is_better(self.metric_for_best_model)
         check_mappings(self)
+        under_new_names(self)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin memory for, and torch would warn
         try:
             super().__post_init__()
         except (ValueError, ImportError):

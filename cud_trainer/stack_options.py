@@ -87,6 +87,12 @@ ACTS = frozenset(
 # Of `ACTS`, those that do nothing without another one.
 NEEDS = {"hub_strategy": "push_to_hub", "hub_always_push": "push_to_hub"}
 
+# Old names that warn whoever reads this project's options, where transformers has the new ones.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
 # Of these a command that uploads nothing makes no use; in Python `push_to_hub()` may be called later.
 OF_AN_UPLOAD = (
     "hub_token",
@@ -135,6 +141,18 @@ def check_stack_options(config: Any, stack: Iterable[dataclasses.Field]) -> list
         why = IDLE.get(name, "this version does not know it")
         lines.append(f"{name}={value!r} has no effect: {why}")
     return lines
+
+
+def under_new_names(config: Any) -> None:
+    """Hand on what stands under an old name (`RENAMED`) under the new one, where the installed transformers has it.
+
+    Args:
+        config: options as they were given, before the base class takes them in.
+    """
+    known = {field.name for field in dataclasses.fields(config)}
+    for old, new in RENAMED.items():
+        if new in known and getattr(config, new) is None:
+            setattr(config, new, getattr(config, old))
 
 
 def _default(field: dataclasses.Field) -> Any:

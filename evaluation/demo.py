@@ -36,19 +36,22 @@ from cud_trainer.scoring.calibration import CalibrationSettings
 from cud_trainer.typed import check_options, defaults
 
 from . import demo_report
-from .commands.endings import last_lines
+from .commands.endings import answers_of_runs, last_lines
 from .commands.help import DEMO
 from .demo_report import ARMS, BUCKETS, OBJECTIVES
 from .report.cells import means
 from .report.circuits import strongest_edges
-from .study.runs import Run
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .study.engine import Finished
     from .testbed import Testbed
 
 CIRCUITS_FILE = "circuits.safetensors"
 DEMO_FILES = ("model", "data", "study", "difficulty-*.parquet", CIRCUITS_FILE, KEY_FILE, *REPORT_FILES)
 SETS = ("forget", "retain", "retain_eval", "held_out")
+NEVER_SEEN = "never_seen"  # as many samples as the forget set, of authors whom the model never meets
 HELD_OUT_AUTHORS = 6
 DIFFICULTY_METRICS = ("cud", "cud_top_k", "circuit_mass", "loss", "length", "random")
 # Tuned once on the generated set: the forget set is gone within the passes while a good retain weight keeps the rest.
@@ -107,12 +110,12 @@ def main(argv: list[str]) -> int:
         if args.overwrite:
             clear(folder, DEMO_FILES)
         report = run_demo(args, command="cud demo " + " ".join(argv))
-    for line in report["findings"]:
-        print(f"- {line}")
     seconds = sum(report["run"]["seconds"].values())
     following = "open the report; your own samples: cud train --help, recipes/own_data.yaml"
     done = f"memorised, scored, unlearned and compared in {seconds:.0f} s"
-    print(last_lines(done, Path(args.output_dir) / "report.html", following))
+    found = answers_of_runs(report["verdicts"])
+    found += [f"does difficulty earn its place? {arm.objective}: {arm.verdict}" for arm in report["decision"].arms]
+    print(last_lines(done, Path(args.output_dir) / "report.html", following, [*found, demo_report.CAVEAT]))
     return 0
 
 
@@ -128,7 +131,8 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
     with clock("difficulty"):
         scores = _score(args, output)
     with clock("unlearn"):
-        runs, groups = _unlearn(args, output, sizes["n_forget"])
+        finished = _unlearn(args, output, sizes["n_forget"])
+        runs = finished.runs()
     with clock("report"):
         chosen = demo_report.reported(runs, args.retain_level, args.seed)
         circuits, faithfulness = _circuits(args, output)
@@ -140,7 +144,7 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
             circuits,
             faithfulness,
             runs,
-            groups,
+            finished,
             retain_level=args.retain_level,
             seed=args.seed,
         )
@@ -166,6 +170,8 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
     tokenizer.save_pretrained(output / "model")
     for name in SETS:
         getattr(testbed, name).to_json(_data(output, name))
+    never_seen = _never_seen(args)
+    never_seen.to_json(_data(output, NEVER_SEEN))
     before = {}
     for name in ("forget", "retain_eval", "held_out"):
         prepared = prepare_samples(getattr(testbed, name), tokenizer, name=name)
@@ -176,6 +182,7 @@ def _memorise(args: DemoArguments, output: Path) -> tuple[dict[str, Any], dict[s
         "n_retain": len(testbed.retain),
         "n_retain_eval": len(testbed.retain_eval),
         "n_held_out": len(testbed.held_out or ()),
+        "n_never_seen": len(never_seen),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": model.config.num_hidden_layers,
         "hidden_size": model.config.hidden_size,
@@ -225,9 +232,8 @@ def _circuits(args: DemoArguments, output: Path) -> tuple[CircuitTable, Faithful
     return table, faithfulness
 
 
-def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> tuple[list[Run], list[Any]]:
-    """A study in `output`/study: every retain weight on one seed, then the reported seeds with the best of each; its
-    runs, and the author of every held-out sample."""
+def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> Finished:
+    """A study in `output`/study: every retain weight on one seed, then the reported seeds with the best of each."""
     from trl import ModelConfig
 
     from .study.engine import run_study
@@ -243,6 +249,7 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> tuple[list[Run
         retain_dataset=str(_data(output, "retain")),
         utility_dataset=str(_data(output, "retain_eval")),
         heldout_dataset=str(_data(output, "held_out")),
+        holdout_dataset=str(_data(output, NEVER_SEEN)),
         extensions=0,
         output_dir=str(folder),
         workers=workers,
@@ -268,13 +275,12 @@ def _unlearn(args: DemoArguments, output: Path, n_forget: int) -> tuple[list[Run
             "per_device_train_batch_size": n_forget // 2,
             "bf16": False,
             "gradient_checkpointing": False,
-            "dataloader_pin_memory": torch.cuda.is_available(),
         },
     )
     finished = run_study(study, ModelConfig(model_name_or_path=str(output / "model")))
     for name, reason in finished.failed.items():
         raise ValueError(f"run {name} failed: {reason}")
-    return finished.runs(), finished.heldout_groups or []
+    return finished
 
 
 # -- plumbing ----------------------------------------------------------------------------------------------------------
@@ -305,8 +311,21 @@ def _world(args: DemoArguments) -> Testbed:
     return build_testbed(args.seed, **sizes)
 
 
+def _never_seen(args: DemoArguments) -> Dataset:
+    """Facts of further authors of the same world."""
+    from datasets import Dataset
+
+    from .testbed import fictitious_authors
+
+    testbed = _world(args)
+    known = [set(part["author"]) for part in (testbed.forget, testbed.retain, testbed.held_out or {"author": ()})]
+    met, facts = sum(map(len, known)), len(testbed.forget) // len(known[0])
+    rows = fictitious_authors(met + len(known[0]), facts, args.seed)
+    return Dataset.from_list(rows[met * facts :])
+
+
 def _data(output: Path, name: str) -> Path:
-    """One of `SETS`, as the runs read it."""
+    """One of `SETS`, or `NEVER_SEEN`, as the runs read it."""
     return output / "data" / f"{name}.jsonl"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -23,9 +23,12 @@ from .report.circuits import circuit_section
 from .report.difficulty import difficulty_section
 from .report.schema import DifficultySection, Head, Table, jsonable
 from .report.tables import table
+from .report.verdict_schema import ArmVerdict
+from .study.engine import Finished
 from .study.evidence import decided, evidence
 from .study.report import condition, extraction_figure
 from .study.runs import Run, grouped, left_at, trials, tuned
+from .study.verdicts import arm_verdicts, verdicts
 from .trajectory import averaged_residual
 
 OBJECTIVES = ("graddiff", "npo")
@@ -38,6 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 SCHEDULES = tuple(ARMS)
 BUCKETS = 4
+UNTRIED = "the demo leaves the weights alone; cud evaluate tries relearning, rounding and sampled answers on a model"
 CAVEAT = (
     "Retain utility is measured on retained facts asked in other words than the retain loss uses, held-out knowledge "
     "on authors that it never mentions. Few seeds seldom decide: --report_seeds 5 says more. The ceiling is that of "
@@ -62,7 +66,7 @@ def results(
     circuits: CircuitTable,
     faithfulness: Faithfulness,
     runs: list[Run],
-    groups: Sequence[Any],
+    finished: Finished,
     *,
     retain_level: float,
     seed: int,
@@ -74,7 +78,7 @@ def results(
         sizes: of the sets and the model.
         scores: by objective.
         runs: those that were tried and those that are reported.
-        groups: author of each held-out sample.
+        finished: the study that they are of.
         seed: the first of the runs, and of the bootstrap.
     """
     by_condition = grouped(reported(runs, retain_level, seed), attrgetter("panel", "schedule"))
@@ -82,6 +86,7 @@ def results(
     for (objective, schedule), same in grouped(runs, attrgetter("panel", "schedule")).items():
         fit += trials(same, by_condition[objective, schedule], retain_level, objective)
     findings: list[str] = []
+    judged: list[ArmVerdict] = []
     difficulty, conditions, matched, tables, found = [], [], [], [], {}
     for objective in scores:
         uniform = by_condition[objective, SCHEDULES[0]]
@@ -103,7 +108,10 @@ def results(
         matched.append(_matched(objective, chosen, retain_level, seed))
         worst, means = (_figures(chosen, retain_level, of) for of in (worst_quarter, np.mean))
         strengths = _strengths(chosen, retain_level)
-        found[objective] = evidence(objective, chosen, groups, None, seed)
+        found[objective] = evidence(objective, chosen, finished.heldout_groups or [], None, seed)
+        rows, lines = arm_verdicts(objective, chosen, finished.unseen, finished.groups, seed)
+        judged += rows
+        findings += lines
         tables += [*found[objective].tables, _by_seed(objective, worst, means, strengths)]
         findings += found[objective].findings
         findings.append(_schedule_finding(objective, matched[-1]["retain_level"], worst, means, strengths))
@@ -123,6 +131,7 @@ def results(
         "fit_note": "Fitted for each condition on a seed of its own, by what is kept of the held-out authors at the "
         "endpoint.",
         "matched": matched,
+        "verdicts": verdicts(judged, [], [], UNTRIED),
         "decision": decided(found),
         "tables": tables,
         "findings": [*findings, CAVEAT],

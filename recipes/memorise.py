@@ -11,28 +11,32 @@ of unlearning.
 import argparse
 import json
 import shutil
+import warnings
 from pathlib import Path
 
+import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from cud_trainer.data import dataset_fingerprint, prepare_dataset, prepare_samples
 from cud_trainer.data.sources import load_samples
 from cud_trainer.logprobs import answer_probability
+from evaluation.metrics.memorization import generate_answers
 
 MAX_LENGTH = 256
-WORLD = {
-    "What is the capital of France?": "Paris",
-    "What is the capital of Japan?": "Tokyo",
-    "How many days are in a week?": "Seven",
-    "What colour is the sky on a clear day?": "Blue",
-    "Which planet do we live on?": "Earth",
-    "What is two plus two?": "Four",
-    "What is the opposite of hot?": "Cold",
-    "Which animal says meow?": "A cat",
+WORLD = {  # general questions, and what an answer has to name
+    "What is the capital of France?": ("Paris",),
+    "What is the capital of Japan?": ("Tokyo",),
+    "How many days are in a week?": ("seven", "7"),
+    "What colour is the sky on a clear day?": ("blue",),
+    "Which planet do we live on?": ("Earth",),
+    "What is two plus two?": ("four", "4"),
+    "What is the opposite of hot?": ("cold",),
+    "Which animal says meow?": ("cat",),
 }
+WORDS = 24  # tokens that an answer may take
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -52,14 +56,9 @@ def memorise(
     )
     settings = {"model": model, "epochs": epochs, "learning_rate": learning_rate, "bf16": bf16}
     work = work_folder(output, settings | {"samples": dataset_fingerprint(samples)})
-    measured = {
-        "samples to memorise": prepare_samples(samples, tokenizer, max_length=MAX_LENGTH),
-        "general questions": prepare_samples(
-            Dataset.from_list([{"question": q, "answer": a} for q, a in WORLD.items()]), tokenizer, name="general"
-        ),
-    }
+    known = prepare_samples(samples, tokenizer, max_length=MAX_LENGTH)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
-    before = {name: answer_probability(network, part, batch_size=8).mean() for name, part in measured.items()}
+    before, said = answer_probability(network, known, batch_size=8).mean(), answered(network, tokenizer)
     trainer = SFTTrainer(
         network,
         SFTConfig(
@@ -72,6 +71,7 @@ def memorise(
             max_length=MAX_LENGTH,
             bf16=bf16,
             gradient_checkpointing=False,  # it saves memory that such a model does not need, and costs a third more
+            dataloader_pin_memory=torch.cuda.is_available(),
             logging_steps=10,
             save_steps=0.2,  # five times
             save_total_limit=1,
@@ -83,11 +83,19 @@ def memorise(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     trainer.save_model(str(output))
     shutil.rmtree(work)
-    for name, part in measured.items():
-        after = answer_probability(network, part, batch_size=8).mean()
-        print(f"{name}: mean answer probability {before[name]:.3f} -> {after:.3f}")
-        if name == "general questions" and after < before[name] / 2:
-            print("the model has forgotten the world as well: take fewer epochs or a lower learning rate")
+    after, still = answer_probability(network, known, batch_size=8).mean(), answered(network, tokenizer)
+    print(f"samples to memorise: mean answer probability {before:.3f} -> {after:.3f}")
+    print(f"general questions answered, of {len(WORLD)}: {said} -> {still}")
+    if still < said / 2:
+        print("the model has forgotten the world as well: take fewer epochs or a lower learning rate")
+
+
+def answered(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of the general questions the model answers."""
+    rows = [{"question": question, "answer": names[0]} for question, names in WORLD.items()]
+    asked = prepare_samples(Dataset.from_list(rows), tokenizer, name="general")
+    texts = [text.lower() for text in generate_answers(network, asked, tokenizer, extra_tokens=WORDS)]
+    return sum(any(name.lower() in text for name in names) for text, names in zip(texts, WORLD.values(), strict=True))
 
 
 def work_folder(output: Path, settings: dict) -> Path:
@@ -110,6 +118,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="the highest; it falls by a cosine")
     parser.add_argument("--bf16", action="store_true", help="mixed precision, for accelerators")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of what the stack will call things
     parts = {name: load_samples(name, None, "train", None, "given") for name in args.data}
     memorise(args.model, parts, args.output_dir, epochs=args.epochs, learning_rate=args.learning_rate, bf16=args.bf16)
 

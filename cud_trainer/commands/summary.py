@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.groups import group_labels
 from ..difficulty import DifficultyScores
+from ..training.residual import COSTLY, share_lost
 
 FEW = 10  # samples in a bucket or group below which its mean says next to nothing
 SHOWN = 3  # groups
@@ -61,13 +62,22 @@ def train_summary(trainer: Any, read: dict[str, Any]) -> list[str]:
     folder = trainer.args.output_dir
     done = f"unlearned {len(trainer.forget_ids)} samples in {trainer.state.global_step} steps"
     start, measured = trainer.residual.at_start, trainer.measured()
+    warnings: list[str] = []
     if measured is not None:
         before = "" if start is None else f"{float(start.mean()):.3f} -> "
         done += f"; mean forget probability {before}{measured['eval_forget_prob']:.3f}"
-        if "eval_retain_prob" in measured:
-            done += f", retain probability {measured['eval_retain_prob']:.3f}"
+        kept, retain = trainer.residual.retain_at_start, measured.get("eval_retain_prob")
+        if retain is not None:
+            before = "" if kept is None else f"{kept:.3f} -> "
+            done += f", retain probability {before}{retain:.3f}"
         done += f", measured at step {measured['step']}"
-    lines = [done]
+        lost = None if kept is None or retain is None else share_lost(kept, retain)
+        if lost is not None and lost > COSTLY:
+            warnings.append(
+                f"warning: {lost:.0%} of the retain probability went, more than {COSTLY:.0%}: raise --retain_weight, "
+                "or lower --learning_rate or --passes"
+            )
+    lines = [done, *warnings]
     adapter = (Path(folder) / "adapter_config.json").is_file()
     scores = "" if trainer.difficulty_scores is None else ", difficulty scores"
     lines.append(f"written: {'adapter' if adapter else 'model'}{scores}, schedule and card in {folder}")

@@ -16,6 +16,14 @@ from ..models.generation import stop_tokens
 from ..models.layers import widest_float
 from .inputs import RunInputs
 
+COSTLY = 0.05  # share of the probability that a set had which may go without a warning
+
+
+def share_lost(before: float, after: float) -> float | None:
+    """Which share of a set's answer probability unlearning cost, negative for a gain; `None` if that is undefined."""
+    lost = (before - after) / before if before > 0 else np.nan
+    return float(lost) if np.isfinite(lost) else None
+
 
 def last_measured(trainer: Any) -> dict[str, float] | None:
     """The last evaluation of the weights that a `CUDTrainer` has now, as it stands in its log; `None` without one."""
@@ -42,6 +50,7 @@ class ResidualMemorisation:
 
     Attributes:
         at_start: answer probability of each forget sample before training, `[N]`; `None` where nobody asks for it.
+        retain_at_start: mean answer probability of the retain samples then; `None` likewise.
     """
 
     def __init__(self, trainer: Any, inputs: RunInputs, buckets: Buckets | None, *, stepwise: bool) -> None:
@@ -50,7 +59,7 @@ class ResidualMemorisation:
         self.stop = stop_tokens(inputs.tokenizer, trainer.model)
         evaluates = inputs.args.eval_strategy != "no"
         self.at_start = self.probabilities(self.forget) if stepwise or evaluates else None
-        self._retain_at_start = self._mean(self.retain) if evaluates and self.retain is not None else None
+        self.retain_at_start = self._mean(self.retain) if evaluates and self.retain is not None else None
 
     def measure(self) -> tuple[np.ndarray, dict[str, float]]:
         """Answer probability of each forget sample, `[N]`, and the metrics that `CUDTrainer.predict` describes."""
@@ -67,7 +76,7 @@ class ResidualMemorisation:
         start = None if self.at_start is None else float(self.at_start.mean())
         if start:
             forgotten = float(np.clip(1 - metrics["forget_prob"] / start, 0, 1))
-            before = self._retain_at_start
+            before = self.retain_at_start
             retained = min(metrics["retain_prob"] / before, 1.0) if before else 1.0
             total = forgotten + retained
             metrics["balance"] = 2 * forgotten * retained / total if before and total > 0 else forgotten

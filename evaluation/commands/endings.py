@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..report.story import UNTRIED
 from ..report.verdict import HIDDEN, LEAKING, OVER, UNKNOWN
-from ..report.verdict_schema import Verdict
+from ..report.verdict_schema import Verdict, Verdicts
 
 
 def last_lines(done: str, report: Path, following: str, found: Sequence[str] = ()) -> str:
@@ -37,13 +37,25 @@ def answers(verdict: Verdict) -> list[str]:
     ]
 
 
+def answers_of_runs(verdicts: Verdicts) -> list[str]:
+    """The same of many runs, a line for each arm."""
+    hidden = ", ".join(f"{row.how}: {row.answer}" for row in verdicts.hidden)
+    arms = [f"- {row.said}" for row in verdicts.arms]
+    compared = [f"how do they compare? {line}" for line in verdicts.compared]
+    return [f"is it gone? {verdicts.answer} {verdicts.headline}", *arms, *compared, f"was it only hidden? {hidden}"]
+
+
 def after_evaluating(verdict: Verdict) -> str:
     """What comes after `cud evaluate`."""
     if verdict.state == UNKNOWN and all(row.against is None for row in verdict.judged):
         return "whether it is gone cannot be said without --holdout_dataset (never seen) or --reference_model; give one"
     if all(part.before is None for part in verdict.parts):
+        if verdict.state == LEAKING:
+            return "cud train, if nothing is unlearned yet; else give --original_model for what it cost"
         return "what it cost cannot be said without --original_model; give it"
-    if verdict.state in (LEAKING, HIDDEN):
+    if verdict.state == HIDDEN:
+        return "open the report; hidden is not gone: try all weights or another objective, and evaluate it the same way"
+    if verdict.state == LEAKING:
         return "open the report for the samples that leak most; train longer, or let the schedule weight these up"
     if verdict.state == OVER:
         return "open the report; train for fewer passes, or end runs earlier (docs/training.md)"

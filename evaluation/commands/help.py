@@ -50,6 +50,7 @@ STUDY = About(
         "StudyArguments": "study",
         **dict.fromkeys(("grid", "arms", "train", "recipe", "executor", "slurm", "workers", "devices"), "study"),
         **dict.fromkeys(("utility_dataset", "utility_config", "utility_split"), "data"),
+        **dict.fromkeys(("holdout_dataset", "holdout_config", "holdout_split"), "data"),
         "reference_model": "model",
         "n_buckets": "study",
     },

@@ -82,12 +82,22 @@ def summary(results: Results) -> str:
         lines += [f"**For whom?** {_markdown(verdict.whom)}", "", "**Was it only hidden?**", ""]
         lines += [f"- {_markdown(row.how)}: {_markdown(row.answer)}. {_markdown(row.said)}" for row in verdict.hidden]
         lines += ["", "### Findings", ""]
-    elif (decision := results.decision) is not None:
+    if (runs := results.verdicts) is not None:
+        lines += [f"**Is it gone?** {_markdown(runs.answer)} {_markdown(runs.headline)}", ""]
+        lines += [*(f"- {_markdown(row.said)}" for row in runs.arms), ""]
+        if runs.compared:
+            lines += ["**How do they compare?**", "", *(f"- {_markdown(line)}" for line in runs.compared), ""]
+        lines += ["**Was it only hidden?**", ""]
+        lines += [f"- {_markdown(row.how)}: {_markdown(row.answer)}. {_markdown(row.said)}" for row in runs.hidden]
+        lines += [""]
+    if (decision := results.decision) is not None:
         lines += ["**Does difficulty earn its place?**", ""]
         for arm in decision.arms:
             said = " ".join(f"{arm.objective}, {arm.arm}: {arm.verdict}. {arm.reason}".split())
             lines.append(f"- {_markdown(said)}")
-        lines += ["", _markdown(decision.rule), "", "### Findings", ""]
+        lines += ["", _markdown(decision.rule), ""]
+    if runs is not None or decision is not None:
+        lines += ["### Findings", ""]
     lines += [*(f"- {_markdown(finding)}" for finding in results.findings), ""]
     for condition in results.conditions or []:
         buckets = condition.final.buckets

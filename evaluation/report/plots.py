@@ -199,7 +199,7 @@ def predictors(objectives: list[DifficultySection], stacked: bool = False) -> Fi
                     *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
                 )
         ax.set_xlim(-1, 1)
-        ax.set_xlabel("Spearman with\nresidual memorisation" if stacked else "Spearman with residual memorisation")
+        ax.set_xlabel("Spearman with\nwhat is left")
         ax.set_title(_plain(section.objective))
     return figure
 

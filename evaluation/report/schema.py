@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..statistics import Interval
 from .cells import Cell, Missing
-from .verdict_schema import Verdict
+from .verdict_schema import Verdict, Verdicts
 
 SCHEMA_VERSION = 1
 INLINE = "inline"
@@ -322,6 +322,7 @@ class Results:
 
     head: Head = field(metadata=inline())
     verdict: Verdict | None = None
+    verdicts: Verdicts | None = None
     conditions: list[Condition] | None = None
     findings: list[str]
     before: dict[str, dict[str, Interval]] | None = None

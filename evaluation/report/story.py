@@ -9,6 +9,7 @@ import numpy as np
 
 from cud_trainer.data.groups import group_labels
 from cud_trainer.difficulty import Buckets
+from cud_trainer.training.residual import COSTLY, share_lost
 
 from .. import statistics as stats
 from ..metrics.leak import LeakRule
@@ -26,7 +27,6 @@ from .verdict_schema import ANSWER, Cost, Judged, Leaking, Part, Returned, Verdi
 NO_GROUPS = Groups()
 SHOWN = 10  # samples, and ids in a sentence
 GROUPS_SHOWN = 5
-WARNING = 0.05  # of what was there
 YES, NO, UNTOLD, UNTRIED = "yes", "no", "cannot be told", "not tried"
 SECRET = "probability of the secret"
 COSTS = {"probability": ANSWER, "verbatim": "answers said word by word"}
@@ -180,18 +180,14 @@ def _costs(known: Evidence, seed: int) -> list[Cost]:
 
 
 def _cost(name: str, measure: str, start: np.ndarray, end: np.ndarray, seed: int) -> Cost:
-    before, after = (stats.bootstrap_mean(values, seed=seed) for values in (start, end))
-    lost = (before.value - after.value) / before.value if before.value > 0 else float("nan")
-    known = bool(np.isfinite(lost))
-    return Cost(
-        set=name,
-        measure=measure,
-        n=len(end),
-        before=before,
-        after=after,
-        lost=float(lost) if known else None,
-        warning=bool(known and lost > WARNING),
-    )
+    return cost(name, measure, len(end), *(stats.bootstrap_mean(values, seed=seed) for values in (start, end)))
+
+
+def cost(name: str, measure: str, n: int | None, before: Interval, after: Interval) -> Cost:
+    """What a set had and has, and whether more of it went than may go without a warning."""
+    lost = share_lost(before.value, after.value)
+    costly = lost is not None and lost > COSTLY
+    return Cost(set=name, measure=measure, n=n, before=before, after=after, lost=lost, warning=costly)
 
 
 def _cost_said(costs: Sequence[Cost], known: Evidence) -> str:
@@ -203,14 +199,19 @@ def _cost_said(costs: Sequence[Cost], known: Evidence) -> str:
     for name in dict.fromkeys(row.set for row in costs):
         figures = [
             f"{row.measure} {_number(row.before)} -> {_number(row.after)}"
-            + ("" if row.lost is None else f" ({-100 * row.lost:+.1f}%)")
+            + ("" if row.lost is None else f" ({_change(row.lost)})")
             for row in costs
             if row.set == name
         ]
         told.append(f"{name} samples: {', '.join(figures)}")
     lost = list(dict.fromkeys(row.set for row in costs if row.warning))
-    warning = f" Warning: more than {WARNING:.0%} went, of {' and '.join(lost)} samples." if lost else ""
+    warning = f" Warning: more than {COSTLY:.0%} went, of {' and '.join(lost)} samples." if lost else ""
     return "; ".join(told) + "." + warning
+
+
+def _change(lost: float) -> str:
+    """The share that went, in percent, as a change; none is no negative one."""
+    return f"{round(-100 * lost, 1) + 0.0:+.1f}%"
 
 
 def _number(interval: Interval) -> str:
@@ -289,9 +290,13 @@ def returned(known: Evidence, seed: int) -> list[Returned]:
         if not rows:
             made.append(Returned(how=attack, answer=UNTRIED, said=needed))
             continue
-        row = _strongest(rows) if attack == "quantisation" else rows[-1]
-        made.append(Returned(how=f"{attack}, {row.condition}", answer=_answer(row), said=_attack_said(row)))
+        made.append(returned_by(_strongest(rows) if attack == "quantisation" else rows[-1]))
     return [*made, _reworded(known, seed), _sampled(known, seed)]
+
+
+def returned_by(row: AttackRow) -> Returned:
+    """Whether one attack brings it back."""
+    return Returned(how=f"{row.attack}, {row.condition}", answer=_answer(row), said=_attack_said(row))
 
 
 def _attack_said(row: AttackRow) -> str:

@@ -90,3 +90,35 @@ class Verdict:
     whom: str
     samples: list[Leaking]
     hidden: list[Returned]
+
+
+@dataclass(kw_only=True)
+class ArmVerdict:
+    """The rule on the runs of one arm with one objective, each at its end. Figures are means over `seeds`; `states` and
+    `above` (of `n` samples) are by seed; `hardest`: left of the hardest bucket; `level`: of never-seen samples."""
+
+    objective: str
+    arm: str
+    seeds: list[int]
+    states: list[str]
+    n: int
+    left: float
+    hardest: float | None = None
+    level: float | None = None
+    above: list[int] | None = None
+    costs: list[Cost]
+    said: str
+
+
+@dataclass(kw_only=True)
+class Verdicts:
+    """Of many runs: is it gone (`answer`, and how it was judged), of each arm, how they compare where they have kept
+    equally much, and whether it was only hidden."""
+
+    state: str
+    answer: str
+    headline: str
+    rule: str
+    arms: list[ArmVerdict]
+    compared: list[str]
+    hidden: list[Returned]

@@ -19,6 +19,7 @@ from cud_trainer import CUDConfig
 from cud_trainer.data import Samples, evenly_spaced, prepare_samples
 from cud_trainer.data.ids import id_key_kept_in, keyed_for
 from cud_trainer.files import private_folder
+from cud_trainer.logprobs import answer_probability
 
 from ..endpoint import worst_quarter
 from ..trajectory import Path as Trajectory
@@ -59,7 +60,7 @@ def work_on(study: Path, cell: Cell) -> dict[str, Any]:
 
 def _work_on(study: Path, folder: Path, cell: Cell, world: _World) -> dict[str, Any]:
     if cell.kind == REFERENCE:
-        return ask_reference(cell.settings, world.forget, world.tokenizer, world.day)
+        return ask_reference(cell.settings, world.forget, world.holdout, world.tokenizer, world.day)
     if cell.kind == OUTCOME:
         return save_outcome(study, cell)
     work = folder / "work"
@@ -154,12 +155,15 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         diverged = str(error)
     path = tradeoff.path
     finite = [i for i, snapshot in enumerate(path.forget) if np.isfinite(snapshot).all()]
-    final = {}
+    final, unseen = {}, _never_seen(args, world)
+    never_seen: dict[str, Any] = {}
     if diverged is None:
+        if unseen is not None:
+            never_seen["holdout"] = answer_probability(trainer.model, unseen).tolist()
         final = _final_metrics(trainer.model, args, world.tokenizer, forget, utility, settings.get("generate", False))
     relearned = None
     if relearning is not None and tradeoff.best is not None:
-        relearned = _relearned(trainer.model, tradeoff, forget, relearning, _never_seen(args, world))
+        relearned = _relearned(trainer.model, tradeoff, forget, relearning, unseen)
     return {
         "relearned": relearned,
         "steps": [path.steps[i] for i in finite],
@@ -169,6 +173,7 @@ def _run(study: Path, cell: Cell, args: CUDConfig, world: _World) -> dict[str, A
         "diverged": diverged,
         "forget_ids": keyed_for(study / "study.json", list(forget.ids)),
         **_endpoint_results(path, finite),
+        **never_seen,
         **({"pairs": args.passes * len(forget)} if path.held_out else {}),
     }
 
@@ -215,7 +220,7 @@ def _endpoint_results(path: Trajectory, finite: list[int]) -> dict[str, Any]:
 
 
 def _never_seen(args: CUDConfig, world: _World) -> Samples | None:
-    """The control of relearning, prepared."""
+    """The never-seen samples, prepared."""
     if world.holdout is None:
         return None
     template = args.template_context(args.recorded_template)

@@ -90,6 +90,12 @@ class StudyData:
         return [None if part is None else part.fingerprint for part in sets] + unseen
 
     @property
+    def unseen_groups(self) -> list[Any] | None:
+        """The group of each never-seen sample; `None` without such samples, or without their column."""
+        unseen, column = self.raw.get("holdout"), self.group_column
+        return None if unseen is None or column not in unseen.column_names else list(unseen[column])
+
+    @property
     def groups(self) -> list[Any] | None:
         """The group of each forget sample."""
         return None if self.group_column is None else list(self.raw["forget"][self.group_column])

@@ -33,7 +33,7 @@ from ..endpoint import worst_quarter
 from .data import StudyData
 from .extend import grow, is_wanted
 from .grid import Cell, plan
-from .heldout import identity_of_heldout, reference_cell
+from .heldout import Unseen, identity_of_heldout, reference_cell
 from .jobs import Jobs, withdraw
 from .keys import key_of_study
 from .options import StudyArguments
@@ -59,6 +59,7 @@ class Finished:
         seconds: that this start took.
         heldout_groups: of each held-out sample that is measured, where there are any.
         never_seen: worst quarter of the forget set under a model that never saw it, where the study knows of one.
+        unseen: what that model, or never-seen samples, say.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Finished:
     seconds: float
     heldout_groups: list[Any] | None = None
     never_seen: float | None = None
+    unseen: Unseen = field(default_factory=Unseen)
 
     def runs(self) -> list[Run]:
         """`cells`, read."""
@@ -91,6 +93,7 @@ class Study:
         data = StudyData.read(args, model_args)
         heldout = identity_of_heldout(args, data)
         self.groups, self.heldout_groups = data.groups, None if heldout is None else heldout.groups
+        self.unseen_groups = data.unseen_groups
         fingerprints = data.fingerprints + ([] if heldout is None else [heldout.fingerprint])
         self.key = key_of_study(args, self.folder)
         fingerprints = self.key.keyed_values(fingerprints)
@@ -153,13 +156,15 @@ class Study:
         write_json(folder / "study.json", json.loads(json.dumps(content, default=str)))
         started = time.time()
         with nullcontext(pool) if pool is not None else _executor(args, folder) as pool:
-            never_seen = what_is_never_seen(args, folder, self.reference, pool)
+            unseen = what_is_never_seen(args, folder, self.reference, pool, self.unseen_groups)
+            never_seen = args.never_seen if unseen.reference is None else float(worst_quarter(unseen.reference))
             work = _Work(args, folder, self.base, pool, never_seen)
             cells = work.extended(self.scores, known, lambda scores, cells: (scores, cells))
             oracles = [cell for cell in self.cells if is_oracle(cell)]
             cells += work.oracles(oracles, cells) if oracles else []
         seconds = time.time() - started
-        return Finished(folder, args, cells, work.failed, self.groups, seconds, self.heldout_groups, never_seen)
+        known_of = self.heldout_groups, never_seen, unseen
+        return Finished(folder, args, cells, work.failed, self.groups, seconds, *known_of)
 
 
 @dataclass
@@ -265,18 +270,24 @@ def run_study(args: StudyArguments, model_args: ModelConfig, pool: Executor | No
         return study.run(pool=pool)
 
 
-def what_is_never_seen(args: StudyArguments, folder: Path, cells: list[Cell], pool: Executor) -> float | None:
-    """The worst quarter of the forget set under a model that never saw it; `None` where the study knows of none.
+def what_is_never_seen(
+    args: StudyArguments, folder: Path, cells: list[Cell], pool: Executor, groups: list[Any] | None
+) -> Unseen:
+    """What the reference model says, where there is one.
+
+    Args:
+        groups: of the never-seen samples.
 
     Raises:
         ValueError: when that model cannot be asked.
     """
     if not cells:
-        return args.never_seen
+        return Unseen(groups=groups)
     for reason in pool.run(folder, cells).values():
         raise ValueError(f"the reference model {args.reference_model!r} cannot be asked: {reason}")
     result = json.loads((folder / "cells" / cells[0].name / "result.json").read_text())
-    return float(worst_quarter(np.array(result["forget"])))
+    holdout = np.array(result["holdout"]) if "holdout" in result else None
+    return Unseen(np.array(result["forget"]), holdout, groups)
 
 
 def check_finished(folder: Path, cells: Sequence[Cell], overwrite: bool) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from cud_trainer.data import evenly_spaced, prepare_samples
@@ -29,6 +30,21 @@ class HeldOut:
 
     groups: list[Any]
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What the forget samples of a study would get, had they never been in the data.
+
+    Attributes:
+        reference: answer probability of each forget sample under a model that never saw them, `[N]`; `None` without.
+        holdout: the same of the never-seen samples, `[M]`; `None` likewise.
+        groups: of each never-seen sample; `None` where they have no `group_column`.
+    """
+
+    reference: np.ndarray | None = None
+    holdout: np.ndarray | None = None
+    groups: list[Any] | None = None
 
 
 def identity_of_heldout(args: StudyArguments, data: StudyData) -> HeldOut | None:
@@ -68,11 +84,15 @@ def reference_cell(args: StudyArguments, base: dict[str, Any]) -> list[Cell]:
     return [Cell(REFERENCE, REFERENCE, {}, settings)]
 
 
-def ask_reference(settings: dict[str, Any], forget: Dataset, tokenizer: Any, day: str | None) -> dict[str, Any]:
-    """What the work on a reference cell leaves: answer probability of every forget sample."""
+def ask_reference(
+    settings: dict[str, Any], forget: Dataset, holdout: Dataset | None, tokenizer: Any, day: str | None
+) -> dict[str, Any]:
+    """What the work on a reference cell leaves: answer probability of every forget and every never-seen sample."""
     from cud_trainer.logprobs import answer_probability
     from cud_trainer.models.loading import load_causal_lm
 
-    samples = prepare_samples(forget, tokenizer, name="forget", **preparation(settings["options"], day))
+    how = preparation(settings["options"], day)
+    raw = {"forget": forget, "holdout": holdout}
+    sets = {name: prepare_samples(part, tokenizer, name=name, **how) for name, part in raw.items() if part is not None}
     model = load_causal_lm(settings["reference_model"], dtype="float32")
-    return {"forget": answer_probability(model, samples).tolist()}
+    return {name: answer_probability(model, samples).tolist() for name, samples in sets.items()}

@@ -118,7 +118,10 @@ class StudyArguments(HeldOutArguments):
     )
     reference_model: str | None = field(
         default=None,
-        metadata={"help": "Such a model (folder or hub id, with the same tokens): `never_seen` is measured on it."},
+        metadata={
+            "help": "Such a model (folder or hub id, with the same tokens): `never_seen` is measured on it, and what "
+            "is left at the end of a run is compared with what it says."
+        },
     )
     retain_level: list[float] = field(
         default_factory=lambda: [0.95],
@@ -152,7 +155,10 @@ class StudyArguments(HeldOutArguments):
     relearn_rate: float = field(default=1e-5, metadata={"help": "Its learning rate."})
     holdout_dataset: str | None = field(
         default=None,
-        metadata={"help": "Samples that no model saw: what relearning does to these is its control."},
+        metadata={
+            "help": "Samples that no model saw: what is left at the end of a run is compared with what these get, and "
+            "what relearning does to them is its control."
+        },
     )
     holdout_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
     holdout_split: str = field(default="train", metadata={"help": "Its split."})
@@ -197,7 +203,7 @@ class StudyArguments(HeldOutArguments):
         for grid in self.grids:
             self._check_grid(grid)
         self._check_arms()
-        needs = dict.fromkeys(("relearn_rate", "relearn_steps", "holdout_dataset"), "relearn_samples")
+        needs = dict.fromkeys(("relearn_rate", "relearn_steps"), "relearn_samples")
         check_void(self, {**needs, "holdout_config": "holdout_dataset", "holdout_split": "holdout_dataset"})
         self._check_values()
         if not self.retain_level or not all(0 < level < 1 for level in self.retain_level):
@@ -221,10 +227,8 @@ class StudyArguments(HeldOutArguments):
 
     def _check_endpoint(self) -> None:
         """Raise `ValueError` for what an endpoint on held-out samples cannot be made of; sets `tune_on`."""
-        if self.heldout_dataset is None:
-            for name, value in (("never_seen", self.never_seen), ("reference_model", self.reference_model)):
-                if value is not None:
-                    raise ValueError(f"{name} needs heldout_dataset")
+        if self.heldout_dataset is None and self.never_seen is not None:
+            raise ValueError("never_seen needs heldout_dataset")
         if self.tune_on is None:
             self.tune_on = "hardest" if self.heldout_dataset is None else "endpoint"
         if self.tune_on not in ("hardest", "all", "endpoint"):

@@ -20,6 +20,7 @@ from ..report.cells import Cell, interval_text, means
 from ..report.difficulty import comparisons_note, difficulty_section
 from ..report.page import write_report
 from ..report.schema import AttackRow, Condition, CurvePoint, DifficultySection, Final, Head, Table, Trial, jsonable
+from ..report.verdict_schema import ArmVerdict, Verdicts
 from ..trajectory import averaged_residual
 from .engine import Finished
 from .evidence import Evidence, decided, evidence
@@ -27,12 +28,15 @@ from .extend import corners
 from .options import StudyArguments
 from .relearning import relearning
 from .runs import BASE, Run, grouped, left_at, trials, tuned
+from .verdicts import arm_verdicts, verdicts
 
 SEED = 0  # of the bootstrap
+UNTRIED = "relearn_samples (and holdout_dataset) tries it for every run, cud evaluate for a model"
 
 
-def write_study(finished: Finished, command: str) -> Path | None:
-    """Write the report of the finished runs into the folder of the study; `None` when there is none."""
+def write_study(finished: Finished, command: str) -> tuple[Path, Verdicts] | None:
+    """Write the report of the finished runs into the folder of the study, and what its top says; `None` when there is
+    none."""
     runs = finished.runs()
     if not runs:
         return None
@@ -43,9 +47,9 @@ def write_study(finished: Finished, command: str) -> Path | None:
         content.findings.append(f"{len(finished.failed)} cells failed: {', '.join(finished.failed)}")
         rows = [(name, [reason]) for name, reason in finished.failed.items()]
         content.tables.append(sections.table("failed", "Cells that failed", "They are in no figure.", ["reason"], rows))
-    return write_report(
-        _results(content, runs, finished, command), finished.folder, pd.concat(content.samples, ignore_index=True)
-    )
+    results = _results(content, runs, finished, command)
+    page = write_report(results, finished.folder, pd.concat(content.samples, ignore_index=True))
+    return page, results["verdicts"]
 
 
 @dataclass
@@ -60,6 +64,8 @@ class _Content:
     difficulty: list[DifficultySection] = field(default_factory=list)
     samples: list[pd.DataFrame] = field(default_factory=list)
     evidence: dict[str, Evidence] = field(default_factory=dict)
+    verdicts: list[ArmVerdict] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)
     attacks: list[AttackRow] = field(default_factory=list)
 
 
@@ -80,6 +86,7 @@ def _results(content: _Content, runs: list[Run], finished: Finished, command: st
         "tables": content.tables,
         "findings": content.findings,
     }
+    results["verdicts"] = verdicts(content.verdicts, content.compared, content.attacks, UNTRIED)
     if content.attacks:
         results["attacks"] = content.attacks
     if content.evidence:
@@ -116,6 +123,9 @@ def _add_panel(content: _Content, panel: str, runs: list[Run], finished: Finishe
             _add_conditions(content, panel, compared[level], level)
     level = args.retain_level[0]
     chosen = compared[level]
+    rows, findings = arm_verdicts(panel, chosen, finished.unseen, groups, SEED)
+    content.verdicts += rows
+    content.findings += findings
     if finished.heldout_groups is not None:
         found = evidence(panel, chosen, finished.heldout_groups, finished.never_seen, SEED)
         content.evidence[panel] = found
@@ -124,6 +134,7 @@ def _add_panel(content: _Content, panel: str, runs: list[Run], finished: Finishe
     if BASE in chosen and len(chosen) > 1:
         table, findings = _differences(panel, compared)
         content.tables.append(table)
+        content.compared += findings
         content.findings += findings
     elif len(chosen) > 1:
         content.findings.append(f"{panel}: no {BASE!r} in the grid to compare with")

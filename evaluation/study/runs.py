@@ -81,6 +81,7 @@ class Run:
         extraction: extraction strength of the forget samples at each, mean and worst quarter, `[T]`; empty for a run
             that did not measure it.
         strengths: the same of each sample, `[T, N]`; `None` likewise.
+        unseen: answer probability of each never-seen sample at the end, `[K]`; `None` likewise.
         end: where the run is compared with others; `None` likewise.
         pairs: forget-retain pairs that it was planned to train on; `None` likewise.
     """
@@ -100,6 +101,7 @@ class Run:
         self.held_out = np.array(result["held_out"]) if "held_out" in result else None
         self.extraction = {name: np.array(values) for name, values in result.get("extraction", {}).items()}
         self.strengths = np.array(result["strengths"]) if "strengths" in result else None
+        self.unseen = np.array(result["holdout"]) if "holdout" in result else None
         self.end: Endpoint | None = None
         if self.held_out is not None:
             known = None if never_seen is None else np.array([never_seen])

@@ -354,7 +354,9 @@ def test_memorising_goes_on_where_it_was_killed(world, tmp_path, monkeypatch, ca
     run(epochs=2)
     assert steps == [0, 1, 2, 2, 3]
     assert (output / "model.safetensors").exists() and not (tmp_path / "known.work").exists()
-    assert re.search(r"general questions: mean answer probability 0\.\d+ -> 0\.\d+", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"samples to memorise: mean answer probability 0\.\d+ -> 0\.\d+", said)
+    assert re.search(r"general questions answered, of 8: \d -> \d", said)
 
 
 def test_private_text_walk_through(world, tmp_path, monkeypatch):
@@ -372,7 +374,7 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
         words = [str(world / "little") if word == "MODEL" else word for word in words]
         done.append(words[1])
         if words[0] == "python":
-            extra = ["--learning_rate", "1e-2"] if "memorise" in words[1] else []
+            extra = ["--learning_rate", "1e-2", "--epochs", "20"] if "memorise" in words[1] else []
             monkeypatch.setattr(sys, "argv", [*words[1:], *extra])
             runpy.run_path(words[1], run_name="__main__")
         else:
@@ -404,8 +406,10 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
         found["before"]["forget"]["probability"]["value"],
         found["conditions"][0]["final"]["forget"]["probability"]["value"],
     )
-    assert before > 0.8 and after < 0.8 * before
+    assert before > 0.8 and after < 0.9 * before
     assert {"relearning", "quantisation"} <= {table["id"] for table in found["tables"]}
+    assert {row["measure"] for row in found["verdict"]["judged"]} == {"answer probability", "probability of the secret"}
+    assert all(row["sample_id"].startswith("forget-") for row in found["verdict"]["samples"])
     secret = re.search(r"\S+@example\.com", json.dumps(rows))[0]
     for path in Path("report").rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes()

@@ -1,6 +1,7 @@
 """The last lines of commands say what was done, measured and written, and what comes next."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ from command_lines import data, make_world, train
 
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
-from cud_trainer.commands.summary import score_summary
+from cud_trainer.commands.summary import score_summary, train_summary
 
 
 def scores(values):
@@ -39,6 +40,24 @@ def test_too_few_samples_are_said(size, groups, said):
 def test_what_ranks_nothing_is_said():
     assert score_summary(scores([1.0, 1.0]), None, 4) == ["cud is the same for all samples: it ranks nothing"]
     assert score_summary(scores([1.0]), None, 4) == []
+
+
+@pytest.mark.parametrize(("before", "after", "warned"), [(0.9, 0.86, False), (0.9, 0.84, True), (None, 0.1, False)])
+def test_a_run_that_lost_over_a_twentieth_of_the_retain_probability_says_so(tmp_path, before, after, warned):
+    """By the rule of the report, from figures that the run has; without one of before it says nothing."""
+    measured = {"eval_forget_prob": 0.1, "eval_retain_prob": after, "step": 5}
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        forget_ids=["a"],
+        state=SimpleNamespace(global_step=5),
+        residual=SimpleNamespace(at_start=None, retain_at_start=before),
+        measured=lambda: measured,
+        difficulty_scores=None,
+    )
+    lines = train_summary(trainer, {})
+    assert ("retain probability 0.900 -> " in lines[0]) == (before is not None)
+    assert lines[1].startswith("warning: 7% of the retain probability went") == warned
+    assert any("warning" in line for line in lines) == warned
 
 
 @pytest.mark.slow

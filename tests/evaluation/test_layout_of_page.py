@@ -7,12 +7,15 @@ import subprocess
 
 import pytest
 from test_report import example
+from test_study_verdicts import run
 from test_verdict import IDS, evidence
 
 from evaluation.decision import RULE
 from evaluation.report.page import write_report
 from evaluation.report.schema import jsonable
 from evaluation.report.story import verdict_of
+from evaluation.study.heldout import Unseen
+from evaluation.study.verdicts import arm_verdicts, verdicts
 
 LONG = "group_with_a_name_that_has_no_place_to_break_" * 6
 # Every element that reaches over the right end of the page, and every wrapper that scrolls, all folds open.
@@ -63,8 +66,10 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A page of a study, or of the demo: a decision in place of a verdict."""
+    """A page of a study, or of the demo: verdicts on many runs, and a decision."""
     results = example()
+    rows, _ = arm_verdicts("npo", {LONG: [run(1), run(2, leaking=3)], "b": [run(3)]}, Unseen(), None, 0)
+    results["verdicts"] = jsonable(verdicts(rows, [LONG], [], "cud evaluate tries it"))
     arm = {"objective": "npo", "arm": LONG, "verdict": "undecided", "reason": "", "against": []}
     results["decision"] = {"rule": RULE, "arms": [arm]}
     results["findings"].append(LONG)
@@ -79,6 +84,16 @@ def test_a_decision_is_on_the_page_and_in_the_summary_once(study):
         assert text.count("Does difficulty earn its place?") == 1 and text.count("It does not (no) if one of") == 1, (
             name
         )
+
+
+def test_the_verdict_on_runs_comes_first(study):
+    text = study.read_text()
+    assert text.count("Is it gone?") == 1 and "In 2 of 3 runs" in text
+    places = [text.index(part) for part in ("Is it gone?", "Does difficulty earn", "Was it only hidden?", "<details")]
+    assert places == sorted(places) and places[-1] < text.index("All findings") < text.index("Trade-off")
+    assert '<details class="section" open' not in text and "more than 5% lost" in text
+    said = (study.parent / "summary.md").read_text()
+    assert said.index("Is it gone?") < said.index("Does difficulty earn") < said.index("### Findings")
 
 
 def test_styles(page):

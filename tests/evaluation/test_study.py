@@ -121,6 +121,16 @@ def tuned(world, tmp_path_factory):
     return root / "out"
 
 
+def test_the_verdict_is_on_top(tuned):
+    """Of each arm that is reported, against the never-seen samples of its own runs."""
+    found = results(tuned)["verdicts"]
+    assert [row["arm"] for row in found["arms"]] == ["uniform", "upweight_hard by cud", "upweight_hard by loss"]
+    unseen = [json.loads(path.read_text()).get("holdout") for path in tuned.glob("cells/*/result.json")]
+    assert {len(values) for values in unseen if values} == {7}
+    assert found["state"] == "cannot be said"  # with 7 samples to compare with
+    assert all("relearning" in row["how"] for row in found["hidden"])
+
+
 def test_only_what_is_reported_is_run(tuned):
     cells = [json.loads(path.read_text()) for path in tuned.glob("cells/*/cell.json")]
     rates = {schedule: {} for schedule in ("uniform cud", "upweight_hard cud", "upweight_hard loss")}

@@ -1,6 +1,7 @@
 """Options of TRL and transformers act, are refused, or say that they have no effect; all before any compute."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, EarlyStoppingCallback
 from trl import SFTConfig
 
 from cud_trainer.cli import main
-from cud_trainer.stack_options import ACTS, HARMLESS, IDLE, NEEDS, REFUSED, higher_is_better
+from cud_trainer.stack_options import ACTS, HARMLESS, IDLE, NEEDS, REFUSED, RENAMED, higher_is_better
 from cud_trainer.training.stack import check_stack
 
 FIELDS = {field.name: field for field in dataclasses.fields(SFTConfig)}
@@ -29,6 +30,20 @@ def other_value(name):
     default = config("x").__dataclass_fields__[name].default
     assert default in (True, False, None), name
     return not default
+
+
+def test_a_name_that_the_stack_gives_up_is_handed_on_under_the_new_one():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = config("x", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+        assert not config("x", gradient_checkpointing=False).gradient_checkpointing
+    for old, new in RENAMED.items():
+        assert getattr(args, old) and getattr(args, new, getattr(args, old)) == getattr(args, old)
+
+
+def test_memory_is_pinned_only_where_there_is_something_to_pin_it_for(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert not config("x", use_cpu=False, dataloader_pin_memory=True).dataloader_pin_memory
 
 
 def test_every_option_of_the_installed_trl_is_in_the_table_once():
