@@ -288,7 +288,9 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", help="OBJECTIVE-PART, for example graddiff-full; by default all")
     parser.add_argument("--tofu", default="locuslab/TOFU", help="hub id or folder of TOFU, for a protocol with it")
     parser.add_argument(
-        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder, for a protocol with `pretrained`"
+        "--model",
+        default="HuggingFaceTB/SmolLM2-135M-Instruct",
+        help="hub id or folder, for a protocol with `pretrained`",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work_dir", type=Path, default=Path("evidence-study"))

@@ -60,6 +60,7 @@ def check_mappings(config: Any) -> None:
 def check_objective(config: Any, loss: UnlearningLoss) -> None:
     for name, low, high in (
         ("retain_limit", 0.0, float("inf")),
+        ("retain_weight_end", 0.0, float("inf")),
         ("max_retain_loss", 0.0, float("inf")),
         ("target_forget_prob", 0.0, 1.0),
         ("dual_rate", 0.0, float("inf")),
@@ -67,7 +68,11 @@ def check_objective(config: Any, loss: UnlearningLoss) -> None:
         value = getattr(config, name)
         if value is not None and (isinstance(value, bool) or not low < value < high):
             raise ValueError(f"{name} must be a number between {low:g} and {high:g}, got {value!r}")
-    for name in ("retain_limit", "max_retain_loss"):
+    if config.retain_weight_end is not None and config.retain_limit is not None:
+        raise ValueError("retain_weight_end and retain_limit both move the retain weight: give one of them")
+    if config.retain_weight_end is not None and not config.retain_weight > 0:
+        raise ValueError("retain_weight_end is reached by equal ratios: retain_weight must be above 0")
+    for name in ("retain_limit", "max_retain_loss", "retain_weight_end"):
         if getattr(config, name) is not None and not loss.uses_retain:
             raise ValueError(f"{name} needs a retain loss, but retain_loss is 'none'")
     if "difficulty" in loss.by.values() and config.difficulty is None:

@@ -116,6 +116,7 @@ OVERRIDABLE = (
     "adam_epsilon",
     "max_grad_norm",
     "retain_weight",
+    "retain_weight_end",
     "retain_limit",
     "dual_rate",
 )

@@ -136,7 +136,7 @@ class CUDTrainer(SFTTrainerHooks):
             for parameter in inputs.loss.unreached(self.model):
                 parameter.requires_grad_(False)
         # Only a run that looks at itself after every step pays for it.
-        limits = (args.retain_limit, args.target_forget_prob)
+        limits = (args.retain_limit, args.retain_weight_end, args.target_forget_prob)
         self.stepwise = bool(plan.schedule.dynamic) or any(limit is not None for limit in limits)
         if self.is_deepspeed_enabled:
             as_deepspeed_trains(self.model, self.accelerator.state.deepspeed_plugin.hf_ds_config)

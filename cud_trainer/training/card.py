@@ -45,6 +45,7 @@ def unlearning_section(trainer: Any) -> str:
         "retain loss": "none"
         if args.retain_loss == "none"
         else f"{args.retain_loss}, weight {args.retain_weight:g}"
+        + ("" if args.retain_weight_end is None else f" at first, {args.retain_weight_end:g} at the end")
         + ("" if args.retain_limit is None else f" at first, held at a loss of {args.retain_limit:g}"),
         "difficulty": "none" if args.difficulty is None else _named(args.difficulty, args.difficulty_args),
         "schedule": _named(args.schedule, args.schedule_args),

@@ -44,6 +44,8 @@ class RunProgress:
         forget_row: forget sample of each position in the schedule, `[len(schedule)]`.
         weights: factors on the weights, with the latest log-probability of each sample.
         retain_weight: at the start.
+        retain_weight_end: in the last step, from there by equal ratios; `None` for no such way.
+        steps: of the run.
         retain_limit: limit of the retain loss at which its weight is held, or `None` for a fixed weight.
         dual_rate: step size of the retain weight.
         target_forget_prob: mean forget probability at which the run is done, or `None`.
@@ -60,6 +62,8 @@ class RunProgress:
         weights: DynamicWeights,
         *,
         retain_weight: float,
+        retain_weight_end: float | None,
+        steps: int,
         retain_limit: float | None,
         dual_rate: float,
         target_forget_prob: float | None,
@@ -68,6 +72,7 @@ class RunProgress:
     ) -> None:
         self.forget_row, self.weights = forget_row, weights
         self.retain_weight, self.retain_limit, self.dual_rate = retain_weight, retain_limit, dual_rate
+        self.retain_weight_end, self.steps = retain_weight_end, steps
         self.target_forget_prob, self.max_retain_loss = target_forget_prob, max_retain_loss
         self.horizon = max(1, steps_per_pass)
         self.retain_loss: float | None = None
@@ -86,6 +91,8 @@ class RunProgress:
             plan.forget_row,
             DynamicWeights(schedule.dynamic, logps, plan.steps, schedule.values, np.unique(plan.forget_row)),
             retain_weight=args.retain_weight,
+            retain_weight_end=args.retain_weight_end,
+            steps=plan.steps,
             retain_limit=args.retain_limit,
             dual_rate=args.dual_rate,
             target_forget_prob=args.target_forget_prob,
@@ -102,6 +109,8 @@ class RunProgress:
         """Take in one optimizer step."""
         self.weights.update(self.forget_row[record.row], record.mean_logps, step)
         self.factor = self.weights.factor
+        if self.retain_weight_end is not None and step < self.steps:
+            self.retain_weight *= (self.retain_weight_end / self.retain_weight) ** (1 / (self.steps - step))
         if len(record.retain) and np.isfinite(record.retain).all():
             mean = float(record.retain.mean())
             before = self.retain_loss

@@ -139,7 +139,7 @@ class StepRecorder:
         metrics["forget_prob"].append(float(probability.mean()))
         if self.loss.uses_retain:
             metrics["retain_loss"].append(float(record.retain.mean()))
-            if self.args.retain_limit is not None:
+            if self.args.retain_limit is not None or self.args.retain_weight_end is not None:
                 metrics["retain_weight"].append(self.progress.retain_weight)
         if self.plan.schedule.dynamic:
             metrics["forget_active"].append(float((self.progress.factor > 0).mean()))

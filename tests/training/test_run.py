@@ -75,6 +75,21 @@ class TestFollowing:
             weight = max(0.0, weight + 0.3 * (entry["retain_loss"] - 5.5))
         assert lively.progress.retain_weight == pytest.approx(weight, rel=1e-6)
 
+    def test_retain_weight_goes_to_its_end_by_equal_ratios(self, tmp_path):
+        """8, 4, 2, 1 in four steps; over the same steps when the run is resumed."""
+        options = {**LIVELY, "schedule": "uniform", "schedule_args": {}, "retain_limit": None, "max_steps": 4}
+        options |= {"retain_weight": 8.0, "retain_weight_end": 1.0}
+        trainer = make_trainer(tmp_path / "out", **options)
+        trainer.train()
+        weights = [entry["retain_weight"] for entry in trainer.state.log_history if "retain_weight" in entry]
+        assert weights == pytest.approx([8, 4, 2, 1])
+        resumed = make_trainer(tmp_path / "out", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        assert checksum(resumed.model) == checksum(trainer.model)
+        longer = make_trainer(tmp_path / "out", **{**options, "max_steps": 5})
+        with pytest.raises(ValueError, match="max steps"):
+            longer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
     @pytest.mark.parametrize(
         "options",
         [
@@ -636,6 +651,10 @@ class TestCard:
         ({"objective": "pdu"}, "give retain_limit"),
         ({"objective": "ga", "retain_limit": 1.0}, "retain_limit needs a retain loss"),
         ({"objective": "ga", "max_retain_loss": 1.0}, "max_retain_loss needs a retain loss"),
+        ({"objective": "ga", "retain_weight_end": 1.0}, "retain_weight_end needs a retain loss"),
+        ({"retain_weight_end": 0.0}, "retain_weight_end must be a number between 0 and inf, got 0.0"),
+        ({"retain_weight_end": 2.0, "retain_limit": 1.0}, "both move the retain weight"),
+        ({"retain_weight_end": 2.0, "retain_weight": 0.0}, "retain_weight must be above 0"),
         ({"retain_limit": -1.0}, "retain_limit must be a number between 0 and inf, got -1.0"),
         ({"dual_rate": 0.0, "retain_limit": 1.0}, "dual_rate must be (a number between 0 and inf|positive)"),
         ({"target_forget_prob": 1.5}, "target_forget_prob must be a number between 0 and 1, got 1.5"),
