@@ -48,8 +48,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
     > Parameters that control the objective
 
     objective, objective_args, objective_by_bucket, step, step_args, retain_loss, retain_weight, retain_weight_end,
-    retain_pairing, retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k, logits_bytes, alternative_column, refusals,
-    trainable_layers, trainable, circuit_share
+    retain_pairing, retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k, logits_bytes,
+    alternative_column, refusals, trainable_layers, trainable, circuit_share
 
     > Parameters that control difficulty and schedule
 
@@ -147,8 +147,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
     retain_weight_end: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the retain loss in the last step: it goes there from `retain_weight` by equal ratios, so "
-            "that a run that the first weight holds back goes on. By default it is fixed."
+            "help": "Weight of the retain loss in the last step of the plan. It goes there from `retain_weight` by equal ratios, "
+            "so that a run that the first weight holds back goes on. By default it is fixed."
         },
     )
     retain_pairing: str = field(

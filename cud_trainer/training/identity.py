@@ -86,9 +86,8 @@ def _given(inputs: RunInputs) -> dict[str, Any]:
     """The part of it that nothing has to be computed for."""
     args = inputs.args
     settings = {name: getattr(args, name) for name in SETTINGS}
-    # Where the rate or the retain weight goes from one to another, it does so over all steps.
-    falls = "constant" not in str(settings["lr_scheduler_type"]) or args.retain_weight_end is not None
-    settings["max_steps"] = args.max_steps if falls else -1
+    # Where the rate falls, it falls over all steps.
+    settings["max_steps"] = args.max_steps if "constant" not in str(settings["lr_scheduler_type"]) else -1
     given = {
         "global_batch": inputs.global_batch,
         # Of tokens: the template, its date and its system prompt are in them.
