@@ -147,8 +147,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
     retain_weight_end: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the retain loss in the last step of the plan. It goes there from `retain_weight` by equal "
-            "ratios, so that a run that the first weight holds back goes on. By default it is fixed."
+            "help": "Weight of the retain loss in the last step of the plan. It goes there from `retain_weight` by "
+            "equal ratios, so that a run that the first weight holds back goes on. By default it is fixed."
         },
     )
     retain_pairing: str = field(

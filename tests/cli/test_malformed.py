@@ -43,7 +43,7 @@ NUMBERS = {  # options of `cud train` and values that they cannot have
         "learning_rate", "weight_decay", "retain_weight", "warmup_steps", "adam_epsilon")},
     **{name: [1.0, -0.5, float("nan")] for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor")},
     **{name: [0.0, -1.0, float("nan"), float("inf")] for name in (
-        "dual_rate", "calibration_share", "retain_limit", "retain_weight_end", "max_retain_loss", "target_forget_prob", "logging_steps",
+        "dual_rate", "calibration_share", "retain_limit", "max_retain_loss", "target_forget_prob", "logging_steps",
         "save_steps", "neftune_noise_alpha")},
     "max_grad_norm": [-1.0, float("nan")],
     "max_steps": [-5, HUGE],
