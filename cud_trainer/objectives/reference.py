@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,31 +17,65 @@ from ..files import atomic_write
 from ..logprobs import AnswerScores, wide
 
 
+class BySample(Sequence[Tensor]):
+    """Values of the answer tokens of each sample, `[n_tokens, ...]`; none of a sample of which nothing is known.
+
+    They are held by batch: of short answers, a tensor each would take more than what is in it.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self._parts: list[Tensor] = []
+        self._places = np.full((size, 3), -1)  # which part, from, to
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, row: Any) -> Any:  # an integer; no slices
+        part, start, end = self._places[row].tolist()
+        return torch.empty(0) if part < 0 else self._parts[part][start:end]
+
+    def keep(self, rows: Sequence[int], values: Tensor, sizes: Sequence[int]) -> None:
+        """Take the values of these samples, one after the other, and how many each has."""
+        ends = np.cumsum(sizes)
+        self._places[rows] = np.stack([np.full(len(rows), len(self._parts)), ends - sizes, ends], axis=1)
+        self._parts.append(values)
+
+    @property
+    def sizes(self) -> Tensor:
+        """Tokens of each sample, `[N]`."""
+        return torch.from_numpy(self._places[:, 2] - self._places[:, 1])
+
+    def joined(self) -> Tensor:
+        """All values, sample by sample."""
+        known = np.flatnonzero(self._places[:, 0] >= 0)
+        some = (known[start : start + 1000] for start in range(0, len(known), 1000))
+        return torch.cat([torch.cat([self[row] for row in rows]) for rows in some])
+
+
 @dataclass
 class TopTokens:
-    """The likeliest tokens at every answer position of each sample; lists over samples.
+    """The likeliest tokens at every answer position, by sample.
 
     Attributes:
         logps, ids: their log-probabilities, float32 or wider, and ids, int32, `[n_tokens, k]`.
         rest: log of the probability of all other tokens, `[n_tokens]`; -inf where there is none.
     """
 
-    logps: list[Tensor] = field(default_factory=list)
-    ids: list[Tensor] = field(default_factory=list)
-    rest: list[Tensor] = field(default_factory=list)
+    logps: BySample = field(default_factory=BySample)
+    ids: BySample = field(default_factory=BySample)
+    rest: BySample = field(default_factory=BySample)
 
     @classmethod
     def empty(cls, size: int) -> TopTokens:
-        return cls(*([torch.empty(0)] * size for _ in range(3)))
+        return cls(*(BySample(size) for _ in range(3)))
 
     def keep(self, rows: list[int], mask: Tensor, top: tuple[Tensor, ...]) -> None:
         """Take what `top_tokens` says of the answers of these samples."""
         sizes = mask.sum(-1).tolist()
-        # Kept off the accelerator: it grows with the dataset, a batch of it does not. One tensor a batch, not a sample.
+        # Kept off the accelerator: it grows with the dataset, a batch of it does not.
         logps, ids, rest = top
         for values, of_batch in ((self.logps, logps), (self.ids, ids.int()), (self.rest, rest)):
-            for row, own in zip(rows, of_batch[mask].cpu().split(sizes), strict=True):
-                values[row] = own
+            values.keep(rows, of_batch[mask].cpu(), sizes)
 
     def batch(self, rows: list[int], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`logps [B, K, k]`, `ids [B, K, k]`, `rest [B, K]` on the True positions of `mask [B, K]`, 0 elsewhere."""
@@ -90,7 +127,7 @@ class Reference:
     alternative_logps: Tensor | None = None
     forget_top: TopTokens = field(default_factory=TopTokens)
     retain_top: TopTokens = field(default_factory=TopTokens)
-    retain_hidden: list[Tensor] = field(default_factory=list)
+    retain_hidden: BySample = field(default_factory=BySample)
     direction: Tensor | None = None
     option_scale: Tensor | None = None
     part: Tensor | None = None
@@ -108,9 +145,8 @@ class Reference:
         for side, top in (("forget_top", self.forget_top), ("retain_top", self.retain_top)):
             lists |= {f"{side}.logps": top.logps, f"{side}.ids": top.ids, f"{side}.rest": top.rest}
         for name, values in lists.items():
-            if values:
-                tensors[name] = torch.cat([value for value in values if len(value)])
-                tensors[f"{name}.sizes"] = torch.tensor([len(value) for value in values])
+            if len(values):
+                tensors[name], tensors[f"{name}.sizes"] = values.joined(), values.sizes
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}), private=True)
 
@@ -125,8 +161,12 @@ class Reference:
         except (OSError, SafetensorError):
             return None
 
-        def parts(name: str) -> list[Tensor]:
-            return list(tensors[name].split(tensors[f"{name}.sizes"].tolist())) if name in tensors else []
+        def parts(name: str) -> BySample:
+            sizes = tensors[f"{name}.sizes"].tolist() if name in tensors else []
+            found = BySample(len(sizes))
+            if sizes:
+                found.keep(range(len(sizes)), tensors[name], sizes)
+            return found
 
         def single(name: str) -> Tensor | None:
             return tensors[name].to(device) if name in tensors else None

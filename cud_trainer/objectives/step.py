@@ -21,7 +21,7 @@ from ..models.head import LOGITS_BYTES
 from ..models.layers import base_causal_lm, decoder_layers, embedding_device
 from ..models.modes import evaluation_mode
 from .by_bucket import Part, parts_by_bucket
-from .reference import Reference, TopTokens, spread, top_tokens
+from .reference import BySample, Reference, TopTokens, spread, top_tokens
 from .registry import OBJECTIVES, Objective
 from .retain import RETAIN_LOSSES, retain_activations, retain_kl, retain_nll
 
@@ -275,12 +275,11 @@ class UnlearningLoss:
                     result.retain_top.keep(served[rows].tolist(), mask, kept)
             if self.retain_loss == "activations":
                 assert retain is not None
-                result.retain_hidden = [torch.empty(0)] * len(retain)
+                result.retain_hidden = BySample(len(retain))
                 for rows, batch in retain.select(served).batches(batch_size, device=device):
                     mask, hidden = self._read(model, batch, lambda scores, hidden: (scores.mask, hidden))
                     assert hidden is not None
-                    for position, row in enumerate(served[rows].tolist()):
-                        result.retain_hidden[row] = hidden[position, mask[position]].cpu()
+                    result.retain_hidden.keep(served[rows].tolist(), hidden[mask].cpu(), mask.sum(-1).tolist())
         return result
 
     def _read(
