@@ -20,36 +20,30 @@ from ..logprobs import AnswerScores, wide
 class BySample(Sequence[Tensor]):
     """Values of the answer tokens of each sample, `[n_tokens, ...]`; none of a sample of which nothing is known.
 
-    They are held by batch: of short answers, a tensor each would take more than what is in it.
+    All of them are one tensor, made when the first come: a tensor a sample would take more than what is in it.
+
+    Attributes:
+        sizes: tokens of each sample, int64 `[N]`; 0 where nothing will be known.
+        values: of all samples in their order, `[sum of sizes, ...]`; `None` before there are any.
     """
 
-    def __init__(self, size: int = 0) -> None:
-        self._parts: list[Tensor] = []
-        self._places = np.full((size, 3), -1)  # which part, from, to
+    def __init__(self, sizes: Sequence[int] | np.ndarray | Tensor = (), values: Tensor | None = None) -> None:
+        self.sizes, self.values = torch.as_tensor(sizes, dtype=torch.long), values
+        self._ends = self.sizes.cumsum(0)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.sizes)
 
     def __getitem__(self, row: Any) -> Any:  # an integer; no slices
-        part, start, end = self._places[row].tolist()
-        return torch.empty(0) if part < 0 else self._parts[part][start:end]
+        size, end = int(self.sizes[row]), int(self._ends[row])
+        return torch.empty(0) if self.values is None or not size else self.values[end - size : end]
 
-    def keep(self, rows: Sequence[int], values: Tensor, sizes: Sequence[int]) -> None:
-        """Take the values of these samples, one after the other, and how many each has."""
-        ends = np.cumsum(sizes)
-        self._places[rows] = np.stack([np.full(len(rows), len(self._parts)), ends - sizes, ends], axis=1)
-        self._parts.append(values)
-
-    @property
-    def sizes(self) -> Tensor:
-        """Tokens of each sample, `[N]`."""
-        return torch.from_numpy(self._places[:, 2] - self._places[:, 1])
-
-    def joined(self) -> Tensor:
-        """All values, sample by sample."""
-        known = np.flatnonzero(self._places[:, 0] >= 0)
-        some = (known[start : start + 1000] for start in range(0, len(known), 1000))
-        return torch.cat([torch.cat([self[row] for row in rows]) for rows in some])
+    def keep(self, rows: Sequence[int], values: Tensor) -> None:
+        """Take the values of these samples, one after the other."""
+        if self.values is None:
+            self.values = values.new_empty((int(self.sizes.sum()), *values.shape[1:]))
+        for row, own in zip(rows, values.split(self.sizes[list(rows)].tolist()), strict=True):
+            self[row].copy_(own)
 
 
 @dataclass
@@ -66,16 +60,16 @@ class TopTokens:
     rest: BySample = field(default_factory=BySample)
 
     @classmethod
-    def empty(cls, size: int) -> TopTokens:
-        return cls(*(BySample(size) for _ in range(3)))
+    def empty(cls, sizes: Sequence[int] | np.ndarray) -> TopTokens:
+        """Room for samples with so many answer tokens."""
+        return cls(*(BySample(sizes) for _ in range(3)))
 
     def keep(self, rows: list[int], mask: Tensor, top: tuple[Tensor, ...]) -> None:
         """Take what `top_tokens` says of the answers of these samples."""
-        sizes = mask.sum(-1).tolist()
         # Kept off the accelerator: it grows with the dataset, a batch of it does not.
         logps, ids, rest = top
         for values, of_batch in ((self.logps, logps), (self.ids, ids.int()), (self.rest, rest)):
-            values.keep(rows, of_batch[mask].cpu(), sizes)
+            values.keep(rows, of_batch[mask].cpu())
 
     def batch(self, rows: list[int], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`logps [B, K, k]`, `ids [B, K, k]`, `rest [B, K]` on the True positions of `mask [B, K]`, 0 elsewhere."""
@@ -145,8 +139,8 @@ class Reference:
         for side, top in (("forget_top", self.forget_top), ("retain_top", self.retain_top)):
             lists |= {f"{side}.logps": top.logps, f"{side}.ids": top.ids, f"{side}.rest": top.rest}
         for name, values in lists.items():
-            if len(values):
-                tensors[name], tensors[f"{name}.sizes"] = values.joined(), values.sizes
+            if values.values is not None:
+                tensors[name], tensors[f"{name}.sizes"] = values.values, values.sizes.clone()  # no two may be one
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}), private=True)
 
@@ -162,11 +156,7 @@ class Reference:
             return None
 
         def parts(name: str) -> BySample:
-            sizes = tensors[f"{name}.sizes"].tolist() if name in tensors else []
-            found = BySample(len(sizes))
-            if sizes:
-                found.keep(range(len(sizes)), tensors[name], sizes)
-            return found
+            return BySample(tensors[f"{name}.sizes"], tensors[name]) if name in tensors else BySample()
 
         def single(name: str) -> Tensor | None:
             return tensors[name].to(device) if name in tensors else None

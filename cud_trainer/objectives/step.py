@@ -250,10 +250,13 @@ class UnlearningLoss:
             return scores.logps, scores.mask, kept
 
         served = np.array(sorted({*retain_rows})) if retain_rows is not None else np.arange(len(retain or ()))
+        sizes = np.zeros(len(retain or ()), dtype=np.int64)
+        if retain is not None and self.retain_loss in ("kl", "activations"):
+            sizes[served] = retain.answer_lengths[served]
 
         with evaluation_mode(model):
             if "reference_logps" in needs or top:
-                result.forget_top = TopTokens.empty(len(forget) if top else 0)
+                result.forget_top = TopTokens.empty(forget.answer_lengths if top else ())
                 for rows, (logps, mask, kept) in read(forget, told):
                     if "reference_logps" in needs:
                         if result.forget_logps is None:
@@ -269,17 +272,17 @@ class UnlearningLoss:
                     result.alternative_logps[rows] = logps
             if self.retain_loss == "kl":
                 assert retain is not None
-                result.retain_top = TopTokens.empty(len(retain))
+                result.retain_top = TopTokens.empty(sizes)
                 likeliest = partial(top_tokens, k=self.reference_top_k, with_target=False)
                 for rows, (mask, kept) in read(retain.select(served), lambda scores: (scores.mask, likeliest(scores))):
                     result.retain_top.keep(served[rows].tolist(), mask, kept)
             if self.retain_loss == "activations":
                 assert retain is not None
-                result.retain_hidden = BySample(len(retain))
+                result.retain_hidden = BySample(sizes)
                 for rows, batch in retain.select(served).batches(batch_size, device=device):
                     mask, hidden = self._read(model, batch, lambda scores, hidden: (scores.mask, hidden))
                     assert hidden is not None
-                    result.retain_hidden.keep(served[rows].tolist(), hidden[mask].cpu(), mask.sum(-1).tolist())
+                    result.retain_hidden.keep(served[rows].tolist(), hidden[mask].cpu())
         return result
 
     def _read(
