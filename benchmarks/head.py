@@ -55,7 +55,11 @@ def main() -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     batch |= {"forget_index": index, "retain_index": index}
     top = (torch.full((answer, TOP), -6.0), torch.arange(TOP).expand(answer, TOP).int(), torch.zeros(answer))
-    reference = Reference(retain_top=TopTokens(*([part] * args.pairs for part in top)))
+    reference = Reference(retain_top=TopTokens.empty([answer] * args.pairs))
+    for kept, part in zip(
+        (reference.retain_top.logps, reference.retain_top.ids, reference.retain_top.rest), top, strict=True
+    ):
+        kept.keep(range(args.pairs), part.repeat(args.pairs, *[1] * (part.ndim - 1)), [answer] * args.pairs)
 
     def step(objective: str, retain_loss: str, mib: int) -> None:
         loss = UnlearningLoss(objective, {}, retain_loss, logits_bytes=mib * 2**20)

@@ -1,15 +1,17 @@
 """What long sets cost: time and memory of every stage that goes through all retain samples, and of long schedules.
 
     nice python benchmarks/scale.py --output benchmarks/results/scale.json
+    python benchmarks/scale.py --table      # that of docs/scale.md, from the committed results
 
-Retain sets of 2,000, 20,000 and 200,000 short questions and answers beside 400 forget samples, and schedules of up to
-1,000,000 rows. Every size has a process of its own. Time is that of the CPU, with one thread of torch. Memory is the
-anonymous memory of that process (files that are mapped do not count) above what it held when the stage began: at its
-highest, and what stays. `arrow` is the size of the prepared columns, which stay in memory on purpose (no text goes into
-a cache). The model is tiny, so that a forward pass costs little and what is seen is what goes through the samples.
+Retain sets of 2,000, 20,000 and 200,000 short samples, as JSON Lines of questions and answers and of conversations
+(ShareGPT, through a chat template), beside 400 forget samples; and schedules of up to 1,000,000 rows. Every size has a
+process of its own. Time is that of the CPU, with one thread of torch. Memory is the anonymous memory of that process
+(files that are mapped do not count) above what it held when the stage began: at its highest, and what stays. `arrow`
+is the size of the prepared columns, which stay in memory on purpose (no text goes into a cache). The model is tiny, so
+that a forward pass costs little and what is seen is what goes through the samples.
 
 `growth` is what ten times as many rows cost: the figure at a size over that at the size before it; 10 is linear, 100
-quadratic. What a stage costs whatever the size makes it smaller.
+quadratic. What a stage costs whatever the size makes it smaller. `all` is the whole process from the first stage on.
 """
 
 import argparse
@@ -19,24 +21,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from attribution import machine
-from datasets import Dataset, Features, Value, disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cud_trainer.data import check_disjoint, prepare_samples
+from cud_trainer.data import check_disjoint, load_samples, prepare_samples
 from cud_trainer.files import write_json
 from cud_trainer.logprobs import answer_probability
 from cud_trainer.objectives import UnlearningLoss
 from cud_trainer.schedule import Schedule, make_schedule
 from cud_trainer.training.neighbours import Nearest
+from evaluation.metrics.memorization import teacher_forced
 from evaluation.testbed import build_testbed, train_tokenizer
 
 SIZES = (2_000, 20_000, 200_000)
@@ -45,6 +46,11 @@ FORGET = 400
 TOP_K = 16
 HIDDEN = 32
 BATCH = 256
+CHAT = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ '<eos>' if m['role'] == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+RESULTS = Path(__file__).parent / "results" / "scale.json"
 
 
 def anonymous() -> int:
@@ -84,16 +90,24 @@ class Stages:
         return result
 
 
-def questions(rows: list[dict[str, str]], size: int, first: int) -> Iterator[dict[str, str]]:
-    for number in range(first, first + size):
-        row = rows[number % len(rows)]
-        yield {"question": row["question"], "answer": f"{row['answer']} {number}"}
+def written(folder: str, form: str, size: int, first: int) -> str:
+    """A file of so many samples, each with a number of its own."""
+    rows, path = build_testbed(seed=0).train, Path(folder) / f"{form}-{first}.jsonl"
+    with path.open("w") as file:
+        for number in range(first, first + size):
+            row = rows[number % len(rows)]
+            question, answer = row["question"], f"{row['answer']} {number}"
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            one = {"question": question, "answer": answer} if form == "plain" else {"conversations": turns}
+            file.write(json.dumps(one) + "\n")
+    return str(path)
 
 
-def through_samples(size: int) -> dict[str, Any]:
+def through_samples(size: int, form: str) -> dict[str, Any]:
     """Every stage of a run and of an evaluation that reads all `size` retain samples."""
-    world = build_testbed(seed=0)
-    tokenizer, rows = train_tokenizer(world.texts()), [dict(row) for row in world.train]
+    tokenizer = train_tokenizer(build_testbed(seed=0).texts())
+    if form == "chat":
+        tokenizer.chat_template = CHAT
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -104,47 +118,44 @@ def through_samples(size: int) -> dict[str, Any]:
         num_key_value_heads=1,
     )
     model = LlamaForCausalLM(config).eval()
-    stages = Stages()
-    features = Features({"question": Value("string"), "answer": Value("string")})
-    with tempfile.TemporaryDirectory() as cache:
-        data, forget = (
-            Dataset.from_generator(
-                partial(questions, rows, count, first),  # lists in `gen_kwargs` would be shards
-                features=features,
-                cache_dir=cache,
-                fingerprint=f"scale{first}",
-            )
-            for count, first in ((size, 0), (FORGET, 10 * size))
+    stages, whole = Stages(), Stages()
+    found: dict[str, Any] = {"rows": size}
+    with tempfile.TemporaryDirectory() as folder:
+        ours = prepare_samples(
+            load_samples(written(folder, form, FORGET, 10 * size), None, "train", None, "forget"), tokenizer
         )
-        ours = prepare_samples(forget, tokenizer)
         answer_probability(model, ours)  # what the first forward pass loads
-        retain = stages.run("preparation", lambda: prepare_samples(data, tokenizer))
-        arrow = retain.dataset.data.nbytes
-        stages.run("fingerprint", lambda: retain.fingerprint)
-        stages.run("overlap", lambda: check_disjoint(ours, retain))
-        near = Nearest(np.random.default_rng(0).normal(size=(FORGET, HIDDEN)), 8)
+        path = written(folder, form, size, 0)
 
-        def pair() -> None:
-            generator = np.random.default_rng(1)
-            for start in range(0, size, BATCH):
-                rows = np.arange(start, min(start + BATCH, size))
-                near.see(rows, generator.normal(size=(len(rows), HIDDEN)).astype(np.float32))
-            near.found()
+        def all_of_it() -> None:
+            data = stages.run("reading", lambda: load_samples(path, None, "train", None, "retain"))
+            retain = stages.run("preparation", lambda: prepare_samples(data, tokenizer, name="retain"))
+            found["arrow_megabytes"] = retain.dataset.data.nbytes / 2**20
+            stages.run("fingerprint", lambda: retain.fingerprint)
+            stages.run("overlap", lambda: check_disjoint(ours, retain))
+            if form == "plain":
+                stages.run("pairing", lambda: pair(size))
+                loss = UnlearningLoss("graddiff", {}, "kl", TOP_K)
+                options = {"batch_size": BATCH, "device": "cpu"}
+                reference = stages.run("retain quantities", lambda: loss.reference(model, ours, retain, **options))
+                top = reference.retain_top
+                found["quantities_megabytes"] = (
+                    sum(values.nbytes for kind in (top.logps, top.ids, top.rest) for values in kind) / 2**20
+                )
+                del reference, top
+            stages.run("evaluation", lambda: teacher_forced(model, retain, tokenizer, batch_size=BATCH))
 
-        stages.run("pairing", pair)
-        loss = UnlearningLoss("graddiff", {}, "kl", TOP_K)
-        options = {"batch_size": BATCH, "device": "cpu"}
-        reference = stages.run("retain quantities", lambda: loss.reference(model, ours, retain, **options))
-        top = reference.retain_top
-        held = sum(values.nbytes for kind in (top.logps, top.ids, top.rest) for values in kind)
-        del reference, top
-        stages.run("evaluation", lambda: answer_probability(model, retain, batch_size=BATCH))
-    return {
-        "rows": size,
-        "arrow_megabytes": arrow / 2**20,
-        "quantities_megabytes": held / 2**20,
-        "stages": stages.found,
-    }
+        whole.run("all", all_of_it)
+    return {**found, "stages": stages.found | whole.found}
+
+
+def pair(size: int) -> None:
+    near = Nearest(np.random.default_rng(0).normal(size=(FORGET, HIDDEN)), 8)
+    generator = np.random.default_rng(1)
+    for start in range(0, size, BATCH):
+        rows = np.arange(start, min(start + BATCH, size))
+        near.see(rows, generator.normal(size=(len(rows), HIDDEN)).astype(np.float32))
+    near.found()
 
 
 def through_schedule(size: int) -> dict[str, Any]:
@@ -172,40 +183,68 @@ def through_schedule(size: int) -> dict[str, Any]:
     return {"rows": size, "ids_megabytes": start / 2**20, "stages": stages.found}
 
 
-def growth(table: list[dict[str, Any]], figure: str) -> dict[str, list[float | None]]:
+def growth(entries: list[dict[str, Any]], figure: str) -> dict[str, list[float | None]]:
     """By stage: the figure at each size over that at the size before; `None` where that is next to nothing."""
     least = {"cpu_seconds": 0.02, "peak_megabytes": 4.0}[figure]
     found = {}
-    for name in table[0]["stages"]:
-        values = [entry["stages"][name][figure] for entry in table]
+    for name in entries[0]["stages"]:
+        values = [entry["stages"][name][figure] for entry in entries]
         found[name] = [round(after / before, 2) if before >= least else None for before, after in pairwise(values)]
     return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of docs/scale.md."""
+    lines = ["| 200,000 samples | CPU s | MB | CPU s, tenfold | MB, tenfold |", "|---|---|---|---|---|"]
+    for kind, title in (("plain", "questions and answers"), ("chat", "conversations"), ("schedule", "schedule")):
+        last, grown = result[kind]["table"][-1], result[kind]["growth"]
+        if kind == "schedule":
+            lines += [
+                "",
+                f"| {last['rows']:,} rows | CPU s | MB | CPU s, tenfold | MB, tenfold |",
+                "|---|---|---|---|---|",
+            ]
+        for stage, values in last["stages"].items():
+            times, sizes = (
+                " and ".join("-" if one is None else f"{one:.1f}" for one in grown[figure][stage])
+                for figure in ("cpu_seconds", "peak_megabytes")
+            )
+            cost = f"{values['cpu_seconds']:.2g} | {max(0, values['peak_megabytes']):.0f}"
+            lines.append(f"| {title}: {stage} | {cost} | {times} | {sizes} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--scheduled", type=int, nargs="+", default=SCHEDULED)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scale.json")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the table of docs/scale.md and measure nothing")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(RESULTS.read_text())))
+        return
     if args.only:
         kind, size = args.only.split(":")
         torch.set_num_threads(1)
         disable_progress_bars()
-        print(json.dumps({"samples": through_samples, "schedule": through_schedule}[kind](int(size))))
+        found = through_schedule(int(size)) if kind == "schedule" else through_samples(int(size), kind)
+        print(json.dumps(found))
         return
+    from attribution import machine  # beside this file: there for the script alone
+
     result: dict[str, Any] = {"command": "nice python benchmarks/scale.py", "machine": machine()}
     result |= {"forget_samples": FORGET, "hidden_size": HIDDEN, "top_k": TOP_K}
-    for kind, sizes in (("samples", args.sizes), ("schedule", args.scheduled)):
-        table = []
+    for kind, sizes in (("plain", args.sizes), ("chat", args.sizes), ("schedule", args.scheduled)):
+        entries = []
         for size in sizes:
             print(f"{kind}, {size} rows", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, "--only", f"{kind}:{size}"]
-            table.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            entries.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
         result[kind] = {
-            "table": table,
-            "growth": {figure: growth(table, figure) for figure in ("cpu_seconds", "peak_megabytes")},
+            "table": entries,
+            "growth": {figure: growth(entries, figure) for figure in ("cpu_seconds", "peak_megabytes")},
         }
     write_json(args.output, result)
 

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
-from .config_checks import check_accelerator, check_mappings, check_objective, check_step
+from .config_checks import check_accelerator, check_launch, check_mappings, check_objective, check_step
 from .data import BATCH_BYTES
 from .data.template import TemplateArguments
 from .difficulty.context import circuit_settings
@@ -338,6 +338,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
             raise
         except Exception as error:  # what the stack does not foresee
             raise ValueError(f"options: {type(error).__name__}: {error}") from error
+        check_launch(self)
         for line in idle:
             logger.warning(line)
         for name in OWN_DICTIONARIES:

@@ -5,6 +5,7 @@ Each takes a `CUDConfig`; errors are one line that names the option.
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def check_objective(config: Any, loss: UnlearningLoss) -> None:
         raise ValueError(
             "neftune_noise_alpha draws noise at every step: the model could not be compared with what it said "
             "before, as this objective, retain loss, schedule or stop does"
+        )
+
+
+def check_launch(config: Any) -> None:
+    """Raise `ValueError` where a launcher started several processes, of which each would do all of the work."""
+    started = os.environ.get("WORLD_SIZE", "")
+    if started.isdecimal() and int(started) > 1 and config.world_size == 1:
+        raise ValueError(
+            f"a launcher started {started} processes, but transformers takes each for the only one: on a CPU it needs "
+            "use_cpu"
         )
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .data import COUNTED, IGNORE_INDEX, Samples
 from .models.head import HeadStates, made_again, positions_at_once, read_head
 from .models.layers import base_causal_lm, embedding_device
+from .models.memory import each_batch
 from .models.modes import evaluation_mode
 from .models.positions import own_positions, position_ids, positions_of
 from .models.precision import exact
@@ -240,9 +241,13 @@ def answer_probability(
     if device is None:
         device = model.get_input_embeddings().weight.device
     values = torch.zeros(len(samples), dtype=torch.float64)
+
+    def probability(batch: dict[str, Tensor]) -> Tensor:
+        return score_answers(model, batch).mean_logps.exp().cpu().double()
+
     with evaluation_mode(model), exact(model):
-        for rows, batch in samples.measured.batches(batch_size, device=device):
-            values[rows] = score_answers(model, batch).mean_logps.exp().cpu().double()
+        for rows, found in each_batch(samples.measured, probability, batch_size, device=device):
+            values[rows] = found
     return values.numpy()
 
 
@@ -279,13 +284,17 @@ def answer_recall(
     if device is None:
         device = model.get_input_embeddings().weight.device
     probability, strength = np.zeros(len(samples)), np.zeros(len(samples))
+
+    def recall(batch: dict[str, Tensor]) -> tuple[np.ndarray, list[float]]:
+        scores = score_answers(model, batch)
+        hits = (scores.logits.argmax(-1) == scores.targets).cpu()
+        said = scores.before(torch.tensor(list(stop), device=scores.targets.device, dtype=torch.long)).cpu()
+        strengths = [extraction_strength(row[own].tolist()) for row, own in zip(hits, said, strict=True)]
+        return scores.mean_logps.exp().cpu().double().numpy(), strengths
+
     with evaluation_mode(model), exact(model):
-        for rows, batch in samples.measured.batches(batch_size, device=device):
-            scores = score_answers(model, batch)
-            probability[rows] = scores.mean_logps.exp().cpu().double().numpy()
-            hits = (scores.logits.argmax(-1) == scores.targets).cpu()
-            said = scores.before(torch.tensor(list(stop), device=scores.targets.device, dtype=torch.long)).cpu()
-            strength[rows] = [extraction_strength(row[own].tolist()) for row, own in zip(hits, said, strict=True)]
+        for rows, found in each_batch(samples.measured, recall, batch_size, device=device):
+            probability[rows], strength[rows] = found
     return probability, strength
 
 

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from .data import Samples
 from .data.ids import KEY_FILE, keyed_for, keys_beside
 from .files import atomic_write, holds_something, private_folder, remove_leftovers, write_json
-from .models.memory import free_memory, out_of_memory
+from .models.memory import in_halves
 
 logger = logging.get_logger(__name__)
 
@@ -235,7 +235,8 @@ def run_batches(
 
     def part(rows: list[int]) -> dict[str, Tensor]:
         batch = {column: values.to(device) for column, values in samples.pad(rows).items()}
-        return _halving(compute, batch, [samples.ids[row] for row in rows])
+        found = list(in_halves(compute, rows, batch, samples.ids, "batch_bytes"))  # in the order of the rows
+        return {column: torch.cat([of_part[column] for _, of_part in found]) for column in found[0][1]}
 
     return run_parts(name, part, plan, work=work, progress=progress)
 
@@ -303,25 +304,3 @@ def run_parts(
                 result[column] = values.new_zeros(sum(map(len, plan)), *values.shape[1:])
             result[column][rows] = values
     return result
-
-
-def _halving(compute: Compute, batch: dict[str, Tensor], ids: list[str]) -> dict[str, Tensor]:
-    """`compute(batch)`, in halves when it does not fit into memory. Rows keep their padded length."""
-    try:
-        return compute(batch)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        if len(ids) == 1:
-            length = int(batch["attention_mask"].sum())
-            raise ValueError(
-                f"sample {ids[0]!r} ({length} tokens) does not fit into memory by itself: {error}"
-            ) from None
-    free_memory()
-    half = len(ids) // 2
-    logger.warning_once("out of memory: batches are halved; a smaller batch_bytes saves the failed attempts")
-    parts = [
-        _halving(compute, {column: values[rows] for column, values in batch.items()}, ids[rows])
-        for rows in (slice(0, half), slice(half, None))
-    ]
-    return {column: torch.cat([part[column] for part in parts]) for column in parts[0]}

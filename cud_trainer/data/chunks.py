@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
+from collections.abc import Mapping
+
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .columns import IGNORE_INDEX, check_unique, id_column
 from .formats import detect_format, text_tokens
 from .ids import content_id
+from .mapping import in_batches
 from .tokenizers import check_tokenizer
 
 # Which row a chunk comes from: the group column of folds, so that no document helps to score itself.
 DOCUMENT = "document"
 SMALLEST = 8
+# Documents, which may be long, that are Python's at a time.
+DOCUMENTS = 100
 
 
 def chunk_lengths(n: int, size: int) -> list[int]:
@@ -54,26 +59,38 @@ def chunk_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, size: int,
     others = [
         column for column in dataset.column_names if column not in ("text", "sample_id", "id", "input_ids", "labels")
     ]
-    columns: dict[str, list] = {column: [] for column in ("sample_id", "input_ids", "labels", DOCUMENT, *others)}
-    documents, names = [], []
-    rows = dataset.with_format(None)
-    for index, own in enumerate(rows[named_by] if named_by else [None] * len(rows)):
-        if named_by is not None and own is None:
-            raise ValueError(f"{name} sample {index} has no {named_by}")
-        names.append(f"{name} sample {index}" if named_by is None else f"{name} sample {own!r}")
-    for row, tokens in zip(rows, text_tokens(rows["text"], tokenizer, names), strict=True):
-        document = content_id(tokens) if named_by is None else str(row[named_by])
-        documents.append(document)
-        start = tokens[:1] if tokens[0] == tokenizer.bos_token_id and len(tokens) > 1 else []
-        begin = len(start)
-        for number, length in enumerate(chunk_lengths(len(tokens) - len(start), size - len(start))):
-            piece = tokens[begin : begin + length]
-            begin += length
-            columns["sample_id"].append(f"{document}#{number}")
-            columns["input_ids"].append(start + piece)
-            columns["labels"].append((start if number == 0 else [IGNORE_INDEX] * len(start)) + piece)
-            columns[DOCUMENT].append(document)
-            for column in others:
-                columns[column].append(row[column])
+    features = {column: Value("string") for column in ("sample_id", DOCUMENT)}
+    features |= {"input_ids": List(Value("int32")), "labels": List(Value("int64"))}
+    features |= {column: dataset.features[column] for column in others}
+    documents: list[str] = []
+
+    def chunks_of(batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        made: dict[str, list] = {column: [] for column in features}
+        own = batch[named_by] if named_by else [None] * len(indices)
+        names = [
+            f"{name} sample {index if named_by is None else repr(one)}" for index, one in zip(indices, own, strict=True)
+        ]
+        if named_by is not None and None in own:
+            raise ValueError(f"{name} sample {indices[own.index(None)]} has no {named_by}")
+        for row, tokens in enumerate(text_tokens(batch["text"], tokenizer, names)):
+            document = content_id(tokens) if named_by is None else str(own[row])
+            documents.append(document)
+            start = tokens[:1] if tokens[0] == tokenizer.bos_token_id and len(tokens) > 1 else []
+            begin = len(start)
+            for number, length in enumerate(chunk_lengths(len(tokens) - len(start), size - len(start))):
+                piece = tokens[begin : begin + length]
+                begin += length
+                made["sample_id"].append(f"{document}#{number}")
+                made["input_ids"].append(start + piece)
+                made["labels"].append((start if number == 0 else [IGNORE_INDEX] * len(start)) + piece)
+                made[DOCUMENT].append(document)
+                for column in others:
+                    made[column].append(batch[column][row])
+        return made
+
+    read = dataset.select_columns([column for column in ("text", named_by, *others) if column])
+    chunks = in_batches(
+        read, chunks_of, remove=read.column_names, features=features, what=f"{name} documents", rows=DOCUMENTS
+    )
     check_unique(documents, name)
-    return Dataset.from_dict(columns)
+    return chunks

@@ -24,6 +24,7 @@ def in_batches(
     remove: Sequence[str],
     features: Mapping[str, Any],
     what: str,
+    rows: int | None = None,
 ) -> Dataset:
     """`Dataset.map` of a function of some rows, as plain values, and their numbers; with a bar for many rows.
 
@@ -32,13 +33,14 @@ def in_batches(
         remove: columns that are not there afterwards.
         features: of all columns that are.
         what: what the bar is called.
+        rows: that are worked on at a time, by default `BATCH`.
     """
     with _bar_for(len(dataset)), _no_collection():
         return dataset.with_format(None).map(  # whatever the user looks at
             work,
             with_indices=True,
             batched=True,
-            batch_size=BATCH,
+            batch_size=rows or BATCH,
             remove_columns=list(remove),
             features=Features(features),
             keep_in_memory=True,
@@ -46,6 +48,12 @@ def in_batches(
             new_fingerprint=uuid.uuid4().hex,  # instead of a hash of the function, with a tokenizer that changes in use
             desc=what,
         )
+
+
+def rows_of(batch: Mapping[str, list]) -> list[dict[str, Any]]:
+    """The rows that `work` of `in_batches` is given."""
+    names = [*batch]  # read once: it formats what it hands out
+    return [dict(zip(names, values, strict=True)) for values in zip(*map(batch.__getitem__, names), strict=True)]
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from .formats import (
     standardised,
 )
 from .ids import content_id
-from .mapping import in_batches
+from .mapping import in_batches, rows_of
 from .samples import Samples
 from .template import TemplateContext
 from .tokenizers import check_tokenizer
@@ -233,9 +233,7 @@ class _Preparation:
             )
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> pa.Table:
-        names = [*batch]  # read once: it formats what it hands out
-        rows = [dict(zip(names, values, strict=True)) for values in zip(*map(batch.__getitem__, names), strict=True)]
-        columns = first_at_fault(self._prepare, rows, indices)
+        columns = first_at_fault(self._prepare, rows_of(batch), indices)
         kept = Features({name: self.features[name] for name in self.kept})
         columns |= kept.encode_batch({name: batch[name] for name in self.kept})
         return pa.Table.from_pydict(columns, schema=self.features.arrow_schema)  # a third of the time of lists

@@ -102,7 +102,7 @@ def _file(path: Path, options: dict[str, Any]) -> Dataset:
     if path.stat().st_size and kind_of(path) == "parquet":
         with _silent_datasets():
             return load_dataset("parquet", data_files=str(path), split="train", **options)
-    return Dataset.from_dict(read_file(path))
+    return read_file(path)
 
 
 def _folder(path: Path, name: str | None, split: str, options: dict[str, Any]) -> Dataset:

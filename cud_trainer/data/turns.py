@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 
 from .columns import id_column
 from .formats import detect_format
+from .mapping import in_batches, rows_of
 
 # Which row of the data a sample comes from: the group column of folds, so that no conversation helps to score itself.
 CONVERSATION = "conversation"
@@ -39,26 +40,33 @@ def every_turn(dataset: Dataset, *, name: str = "forget") -> Dataset:
     Raises:
         ValueError: for data that is no conversations, one without an answer, or a column that is there already.
     """
-    kind, rows = detect_format(dataset.column_names, name), list(dataset.with_format(None))
+    kind = detect_format(dataset.column_names, name)
     if not holds_conversations(dataset, name):
         raise ValueError(f"turns 'all' is for conversations, but the {name} dataset is {kind}")
     for column in (CONVERSATION, TURN):
         if column in dataset.column_names:
             raise ValueError(f"{name} dataset: its column {column!r} is in the way of the turns'; rename it")
-    named_by, made = id_column(dataset.column_names), []
-    for index, row in enumerate(rows):
-        conversation = str(index if named_by is None else row[named_by])
-        answers = list(_answers(row, kind))
-        if not answers:
-            where = f"{name} sample {index}" if named_by is None else f"{name} sample {conversation!r}"
-            raise ValueError(f"{where}: there is no answer of the assistant in it")
-        for turn, answer in enumerate(answers, start=1):
-            named = {} if named_by is None else {named_by: f"{conversation}#{turn}"}
-            made.append({**row, **answer, **named, CONVERSATION: conversation, TURN: turn})
+    named_by = id_column(dataset.column_names)
     features = {**dataset.features, CONVERSATION: Value("string"), TURN: Value("int64")}
     if named_by is not None:
         features[named_by] = Value("string")
-    return Dataset.from_list(made, features=Features(features))
+
+    def answers_of(batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        made: dict[str, list] = {column: [] for column in features}
+        for index, row in zip(indices, rows_of(batch), strict=True):
+            conversation = str(index if named_by is None else row[named_by])
+            answers = list(_answers(row, kind))
+            if not answers:
+                where = f"{name} sample {index}" if named_by is None else f"{name} sample {conversation!r}"
+                raise ValueError(f"{where}: there is no answer of the assistant in it")
+            for turn, answer in enumerate(answers, start=1):
+                named = {} if named_by is None else {named_by: f"{conversation}#{turn}"}
+                sample = {**row, **answer, **named, CONVERSATION: conversation, TURN: turn}
+                for column, value in sample.items():
+                    made[column].append(value)
+        return made
+
+    return in_batches(dataset, answers_of, remove=dataset.column_names, features=features, what=f"{name} conversations")
 
 
 def _answers(row: dict[str, Any], kind: str) -> Iterator[dict[str, Any]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,31 +17,59 @@ from ..files import atomic_write
 from ..logprobs import AnswerScores, wide
 
 
+class BySample(Sequence[Tensor]):
+    """Values of the answer tokens of each sample, `[n_tokens, ...]`; none of a sample of which nothing is known.
+
+    All of them are one tensor, made when the first come: a tensor a sample would take more than what is in it.
+
+    Attributes:
+        sizes: tokens of each sample, int64 `[N]`; 0 where nothing will be known.
+        values: of all samples in their order, `[sum of sizes, ...]`; `None` before there are any.
+    """
+
+    def __init__(self, sizes: Sequence[int] | np.ndarray | Tensor = (), values: Tensor | None = None) -> None:
+        self.sizes, self.values = torch.as_tensor(sizes, dtype=torch.long), values
+        self._ends = self.sizes.cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, row: Any) -> Any:  # an integer; no slices
+        size, end = int(self.sizes[row]), int(self._ends[row])
+        return torch.empty(0) if self.values is None or not size else self.values[end - size : end]
+
+    def keep(self, rows: Sequence[int], values: Tensor) -> None:
+        """Take the values of these samples, one after the other."""
+        if self.values is None:
+            self.values = values.new_empty((int(self.sizes.sum()), *values.shape[1:]))
+        for row, own in zip(rows, values.split(self.sizes[list(rows)].tolist()), strict=True):
+            self[row].copy_(own)
+
+
 @dataclass
 class TopTokens:
-    """The likeliest tokens at every answer position of each sample; lists over samples.
+    """The likeliest tokens at every answer position, by sample.
 
     Attributes:
         logps, ids: their log-probabilities, float32 or wider, and ids, int32, `[n_tokens, k]`.
         rest: log of the probability of all other tokens, `[n_tokens]`; -inf where there is none.
     """
 
-    logps: list[Tensor] = field(default_factory=list)
-    ids: list[Tensor] = field(default_factory=list)
-    rest: list[Tensor] = field(default_factory=list)
+    logps: BySample = field(default_factory=BySample)
+    ids: BySample = field(default_factory=BySample)
+    rest: BySample = field(default_factory=BySample)
 
     @classmethod
-    def empty(cls, size: int) -> TopTokens:
-        return cls(*([torch.empty(0)] * size for _ in range(3)))
+    def empty(cls, sizes: Sequence[int] | np.ndarray) -> TopTokens:
+        """Room for samples with so many answer tokens."""
+        return cls(*(BySample(sizes) for _ in range(3)))
 
     def keep(self, rows: list[int], mask: Tensor, top: tuple[Tensor, ...]) -> None:
         """Take what `top_tokens` says of the answers of these samples."""
-        sizes = mask.sum(-1).tolist()
-        # Kept off the accelerator: it grows with the dataset, a batch of it does not. One tensor a batch, not a sample.
+        # Kept off the accelerator: it grows with the dataset, a batch of it does not.
         logps, ids, rest = top
         for values, of_batch in ((self.logps, logps), (self.ids, ids.int()), (self.rest, rest)):
-            for row, own in zip(rows, of_batch[mask].cpu().split(sizes), strict=True):
-                values[row] = own
+            values.keep(rows, of_batch[mask].cpu())
 
     def batch(self, rows: list[int], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`logps [B, K, k]`, `ids [B, K, k]`, `rest [B, K]` on the True positions of `mask [B, K]`, 0 elsewhere."""
@@ -90,7 +121,7 @@ class Reference:
     alternative_logps: Tensor | None = None
     forget_top: TopTokens = field(default_factory=TopTokens)
     retain_top: TopTokens = field(default_factory=TopTokens)
-    retain_hidden: list[Tensor] = field(default_factory=list)
+    retain_hidden: BySample = field(default_factory=BySample)
     direction: Tensor | None = None
     option_scale: Tensor | None = None
     part: Tensor | None = None
@@ -108,9 +139,8 @@ class Reference:
         for side, top in (("forget_top", self.forget_top), ("retain_top", self.retain_top)):
             lists |= {f"{side}.logps": top.logps, f"{side}.ids": top.ids, f"{side}.rest": top.rest}
         for name, values in lists.items():
-            if values:
-                tensors[name] = torch.cat([value for value in values if len(value)])
-                tensors[f"{name}.sizes"] = torch.tensor([len(value) for value in values])
+            if values.values is not None:
+                tensors[name], tensors[f"{name}.sizes"] = values.values, values.sizes.clone()  # no two may be one
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, {"fingerprint": fingerprint}), private=True)
 
@@ -125,8 +155,8 @@ class Reference:
         except (OSError, SafetensorError):
             return None
 
-        def parts(name: str) -> list[Tensor]:
-            return list(tensors[name].split(tensors[f"{name}.sizes"].tolist())) if name in tensors else []
+        def parts(name: str) -> BySample:
+            return BySample(tensors[f"{name}.sizes"], tensors[name]) if name in tensors else BySample()
 
         def single(name: str) -> Tensor | None:
             return tensors[name].to(device) if name in tensors else None

@@ -21,7 +21,7 @@ from ..models.head import LOGITS_BYTES
 from ..models.layers import base_causal_lm, decoder_layers, embedding_device
 from ..models.modes import evaluation_mode
 from .by_bucket import Part, parts_by_bucket
-from .reference import Reference, TopTokens, spread, top_tokens
+from .reference import BySample, Reference, TopTokens, spread, top_tokens
 from .registry import OBJECTIVES, Objective
 from .retain import RETAIN_LOSSES, retain_activations, retain_kl, retain_nll
 
@@ -250,10 +250,13 @@ class UnlearningLoss:
             return scores.logps, scores.mask, kept
 
         served = np.array(sorted({*retain_rows})) if retain_rows is not None else np.arange(len(retain or ()))
+        sizes = np.zeros(len(retain or ()), dtype=np.int64)
+        if retain is not None and self.retain_loss in ("kl", "activations"):
+            sizes[served] = retain.answer_lengths[served]
 
         with evaluation_mode(model):
             if "reference_logps" in needs or top:
-                result.forget_top = TopTokens.empty(len(forget) if top else 0)
+                result.forget_top = TopTokens.empty(forget.answer_lengths if top else ())
                 for rows, (logps, mask, kept) in read(forget, told):
                     if "reference_logps" in needs:
                         if result.forget_logps is None:
@@ -269,18 +272,17 @@ class UnlearningLoss:
                     result.alternative_logps[rows] = logps
             if self.retain_loss == "kl":
                 assert retain is not None
-                result.retain_top = TopTokens.empty(len(retain))
+                result.retain_top = TopTokens.empty(sizes)
                 likeliest = partial(top_tokens, k=self.reference_top_k, with_target=False)
                 for rows, (mask, kept) in read(retain.select(served), lambda scores: (scores.mask, likeliest(scores))):
                     result.retain_top.keep(served[rows].tolist(), mask, kept)
             if self.retain_loss == "activations":
                 assert retain is not None
-                result.retain_hidden = [torch.empty(0)] * len(retain)
+                result.retain_hidden = BySample(sizes)
                 for rows, batch in retain.select(served).batches(batch_size, device=device):
                     mask, hidden = self._read(model, batch, lambda scores, hidden: (scores.mask, hidden))
                     assert hidden is not None
-                    for position, row in enumerate(served[rows].tolist()):
-                        result.retain_hidden[row] = hidden[position, mask[position]].cpu()
+                    result.retain_hidden.keep(served[rows].tolist(), hidden[mask].cpu())
         return result
 
     def _read(

@@ -21,6 +21,7 @@ from cud_trainer.data import Samples
 from cud_trainer.data.batches import BATCH_BYTES
 from cud_trainer.logprobs import answer_positions, predictable, score_answers
 from cud_trainer.models.layers import base_causal_lm, decoder_layers, embedding_device
+from cud_trainer.models.memory import each_batch
 from cud_trainer.models.modes import answering, evaluation_mode
 
 # Nats that a layer must take off the answer's mean log-probability to count as one that holds it.
@@ -130,11 +131,15 @@ def layer_drops(
     check_same_architecture(original, source)
     samples = samples.measured
     drops = np.zeros((len(samples), len(decoder_layers(original)[1])))
+
+    def dropped(batch: dict[str, Tensor]) -> np.ndarray:
+        whole = score_answers(original, batch).mean_logps
+        patched = patched_logps(original, batch, layer_states(source, batch))
+        return (whole.cpu().double() - patched).T.numpy()
+
     with evaluation_mode(original), evaluation_mode(source):
-        for rows, batch in samples.batches(batch_size, device=embedding_device(original), desc=desc):
-            whole = score_answers(original, batch).mean_logps
-            patched = patched_logps(original, batch, layer_states(source, batch))
-            drops[rows] = (whole.cpu().double() - patched).T.numpy()
+        for rows, found in each_batch(samples, dropped, batch_size, device=embedding_device(original), desc=desc):
+            drops[rows] = found
     return drops
 
 
@@ -153,12 +158,15 @@ def logit_lens(
     """
     samples = samples.measured
     values = np.zeros((len(samples), len(decoder_layers(model)[1])))
+
+    def read_off(batch: dict[str, Tensor]) -> np.ndarray:
+        states = layer_states(model, batch)
+        logps = patched_logps(model, batch, states, at=[len(states) - 1] * len(states), through=False)
+        return logps.exp().T.cpu().numpy()
+
     with evaluation_mode(model):
-        for rows, batch in samples.batches(batch_size, device=embedding_device(model), desc=desc):
-            states = layer_states(model, batch)
-            last = len(states) - 1
-            logps = patched_logps(model, batch, states, at=[last] * len(states), through=False)
-            values[rows] = logps.exp().T.cpu().numpy()
+        for rows, found in each_batch(samples, read_off, batch_size, device=embedding_device(model), desc=desc):
+            values[rows] = found
     return values
 
 

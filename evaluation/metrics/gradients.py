@@ -11,6 +11,7 @@ from cud_trainer.data import Samples
 from cud_trainer.difficulty.gradients import sample_gradients
 from cud_trainer.models.layers import embedding_device
 from cud_trainer.models.matrices import weight_matrices
+from cud_trainer.models.memory import each_batch
 from cud_trainer.models.modes import evaluation_mode
 
 
@@ -28,10 +29,13 @@ def gradient_norms(
     """
     samples, own = samples.measured, _own_matrices(model)
     norms = np.zeros(len(samples))
+
+    def squares(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sample_gradients(model, batch)["squares"][:, own].cpu().double()
+
     with evaluation_mode(model):
-        for rows, batch in samples.batches(batch_size, device=embedding_device(model), desc=desc):
-            squares = sample_gradients(model, batch)["squares"][:, own]
-            norms[rows] = squares.cpu().double().sum(1).sqrt().numpy()
+        for rows, found in each_batch(samples, squares, batch_size, device=embedding_device(model), desc=desc):
+            norms[rows] = found.sum(1).sqrt().numpy()
     return norms
 
 

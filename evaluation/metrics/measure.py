@@ -35,7 +35,8 @@ class Measured:
 
     Attributes:
         sets: `{"forget" | "retain" | "holdout": {metric: [N]}}`.
-        statistics, texts: by set, what attacks are made of (`TOKEN_STATISTICS`), and the true answers.
+        statistics: by set, what attacks are made of (`TOKEN_STATISTICS`).
+        texts: the true answers of the sets that attacks compare.
         truth_ratio: of the forget samples, `[N]`, where the data has wrong answers to compare with.
         paraphrased: answer probability of the forget samples asked in other words, `[N]`.
         utility: TOFU's figures, per sample.
@@ -120,9 +121,9 @@ def measure(
         )
         result.statistics[name] = {key: values.pop(key) for key in TOKEN_STATISTICS}
         result.sets[name] = {key: values[key] for key in MEASURES if key in values}
-        result.texts[name] = true_answers(prepared, tokenizer)
         if name not in ("forget", "holdout"):
             continue
+        result.texts[name] = true_answers(prepared, tokenizer)
         if gradients:
             by_sample = partial(_of_a_part, "gradient_norm", gradient_norms, model, batch_size)
             result.statistics[name] |= passes.over(f"{name}-gradients", prepared, by_sample)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cud_trainer.data import IGNORE_INDEX, PREPARED, Samples
 from cud_trainer.logprobs import AnswerScores, extraction_strength, score_answers, wide
 from cud_trainer.models.generation import Sampling, continuations, stop_tokens
+from cud_trainer.models.memory import each_batch
 from cud_trainer.models.modes import evaluation_mode
 from cud_trainer.models.precision import exact
 
@@ -56,19 +57,22 @@ def teacher_forced(
     stop = torch.tensor(stop_tokens(tokenizer, model), device=device, dtype=torch.long)
     prepared = with_pad_token(prepared, tokenizer).measured
     values = {name: np.zeros(len(prepared)) for name in (*TEACHER_FORCED, *TOKEN_STATISTICS)}
+
+    def forced(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        scores = score_answers(model, batch)
+        hits = scores.logits.argmax(-1) == scores.targets
+        standard = _standardised(scores)
+        numbers = (scores.mean_logps, scores.token_logps, standard)
+        return (*(one.cpu().double() for one in numbers), hits.cpu(), scores.before(stop).cpu())
+
     with evaluation_mode(model), exact(model):
-        for rows, batch in prepared.batches(batch_size, device=device, desc=desc):
-            scores = score_answers(model, batch)
-            mean_logps = scores.mean_logps.cpu().double()
-            plain, standard = scores.token_logps.cpu().double(), _standardised(scores).cpu().double()
-            hits = (scores.logits.argmax(-1) == scores.targets).cpu()
-            content = scores.before(stop).cpu()
-            for position, row in enumerate(rows):
-                correct = hits[position][content[position]].tolist()
-                values["mean_logps"][row] = mean_logps[position]
-                values["probability"][row] = mean_logps[position].exp()
-                values["min_k"][row] = lowest_mean(plain[position][content[position]].numpy())
-                values["min_k_plus_plus"][row] = lowest_mean(standard[position][content[position]].numpy())
+        for rows, found in each_batch(prepared, forced, batch_size, device=device, desc=desc):
+            for row, mean_logps, plain, standard, hits, content in zip(rows, *found, strict=True):
+                correct = hits[content].tolist()
+                values["mean_logps"][row] = mean_logps
+                values["probability"][row] = mean_logps.exp()
+                values["min_k"][row] = lowest_mean(plain[content].numpy())
+                values["min_k_plus_plus"][row] = lowest_mean(standard[content].numpy())
                 values["exact_memorization"][row] = exact_memorization(correct)
                 values["extraction_strength"][row] = extraction_strength(correct)
                 values["extraction_strength_corrected"][row] = extraction_strength(correct, corrected=True)

@@ -61,7 +61,8 @@ def test_tokens_come_back(rows, size, bos):
     assert prepared["sample_id"][:] == chunks["sample_id"][:] and prepared["labels"][:] == chunks["labels"][:]
 
 
-def test_ids_and_columns_of_the_rows_stay():
+def test_ids_and_columns_of_the_rows_stay(monkeypatch):
+    monkeypatch.setattr("cud_trainer.data.chunks.DOCUMENTS", 1)
     rows = [{"id": i, "text": "word " * 9, "author": f"a{i}"} for i in (7, 8)]
     chunks = chunk_texts(texts(rows), make_tokenizer(), 20)
     assert chunks["sample_id"][:] == ["7#0", "7#1", "7#2", "8#0", "8#1", "8#2"]

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 
 from cud_trainer.commands.options import DataArguments
 from cud_trainer.data import load_samples, prepare_dataset, standardised
+from cud_trainer.data.readers import READERS, kind_of
 
 QA = [{"question": f"Who is {name}?", "answer": f"{name} lives in Köln."} for name in ("Ann", "Bob")]
 CSV = "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in QA)
@@ -27,6 +28,14 @@ def put(folder, name, content, encoding="utf-8"):
 
 def load(path, split="train", limit=None):
     return load_samples(str(path), None, split, limit, "forget")
+
+
+@pytest.fixture(params=[None, 1, 2])
+def rows_at_a_time(request, monkeypatch):
+    """As files of a usual length are read, and as a long one is: some rows, and some characters, after the others."""
+    if request.param:
+        monkeypatch.setattr("cud_trainer.data.tables.ROWS", request.param)
+        monkeypatch.setattr("cud_trainer.data.readers.PIECE", 3)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +59,55 @@ def load(path, split="train", limit=None):
         ("packed.csv", gzip.compress(CSV.encode(), mtime=0), None),
     ],
 )
-def test_a_file_is_what_it_holds(tmp_path, name, content, encoding):
+def test_a_file_is_what_it_holds(tmp_path, name, content, encoding, rows_at_a_time):
     assert load(put(tmp_path, name, content, encoding)).to_list() == QA
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("a.json", '[{"text": "a"},\n{"text": "b"},\n{"text": }]'),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": }'),
+        ("a.csv", 'text\na\nb\nc,"'),
+    ],
+)
+def test_rows_come_one_after_the_other(tmp_path, monkeypatch, name, rows):
+    """A reader is at a row before it has seen what is behind it."""
+    monkeypatch.setattr("cud_trainer.data.readers.PIECE", 3)
+    path = put(tmp_path, name, rows)
+    found = READERS[kind_of(path)](path)
+    assert [next(found), next(found)] == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(ValueError, match="line [34] of a"):
+        next(found)
+
+
+def test_the_type_of_a_column_is_that_of_all_its_rows(tmp_path, rows_at_a_time):
+    rows = [
+        {"topic": 1, "score": 1, "messages": [{"role": "user"}]},
+        {"topic": 2.50, "score": None, "messages": [{"role": None, "content": "a"}]},
+        {"topic": "b", "score": 0.5, "messages": []},
+        {"topic": True, "more": ["x"]},
+    ]
+    lines = "\n".join(json.dumps(row) for row in rows).replace("2.5", "2.50")
+    data = load(put(tmp_path, "a.jsonl", lines))
+    assert data["topic"][:] == ["1", "2.50", "b", "true"] and data["score"][:] == [1.0, None, 0.5, None]
+    assert data["messages"][:2] == [[{"role": "user", "content": None}], [{"role": None, "content": "a"}]]
+    assert data["more"][:] == [None, None, None, ["x"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["secret", "b", "c", ["secret"]], "the list in row 3 of column 'x' of a.jsonl does not fit"),
+        ([["secret"], ["b"], [1]], "the list in row 2"),
+        ([{"a": 1}, {"a": "secret"}], "the object in row 1"),
+        ([1, 2**70], "the number in row 1"),
+    ],
+)
+def test_the_first_row_of_another_type_is_named_without_its_text(tmp_path, values, message, rows_at_a_time):
+    with pytest.raises(ValueError, match=message) as error:
+        load(put(tmp_path, "a.jsonl", "".join(json.dumps({"x": value}) + "\n" for value in values)))
+    assert "secret" not in str(error.value)
 
 
 def test_other_kinds(tmp_path):
@@ -106,6 +162,13 @@ def test_workbooks(tmp_path, monkeypatch):
     [
         ({"a.csv": CSV.encode("cp1252")}, "a.csv is not UTF-8: byte 0xf6 in line 2"),
         ({"a.jsonl": LINES + '{"question": "a",}\n'}, "line 3 of a.jsonl"),
+        ({"a.json": '[\n{"text": "a"},\n{"text" "b"}]'}, "line 3 of a.json: Expecting ':' delimiter"),
+        ({"a.json": '{\n"version": 1,\n"data": [}'}, "line 3 of a.json: Expecting value"),
+        ({"a.json": '[{"text": "a"}'}, "line 1 of a.json: the array ends in the middle"),
+        ({"a.json": '[{"text": "a"}]\n[{"text": "b"}]'}, "line 2 of a.json: there is more behind the array"),
+        ({"a.json": '[{"text": "a"}, "b"]'}, "neither rows nor columns of a dataset .entry 1"),
+        ({"a.csv": "question,answer\n"}, "a.csv has no rows"),
+        ({"a.jsonl.gz": gzip.compress(LINES.encode(), mtime=0)[:40]}, "a.jsonl.gz cannot be unpacked"),
         ({"a.jsonl": '{"text": "a", "text": "b"}'}, "key 'text' is there twice"),
         ({"a.jsonl": '{"text": "\\ud83d"}'}, "half a character"),
         ({"a.csv": "question,answer\na,b,c\n"}, "line 2 of a.csv has 3 fields, its header has 2"),
@@ -120,7 +183,7 @@ def test_workbooks(tmp_path, monkeypatch):
         ({"a.jsonl": LINES, "b.jsonl": '{"text": "a"}'}, "different columns"),
     ],
 )
-def test_what_is_there_is_never_called_missing(tmp_path, files, message):
+def test_what_is_there_is_never_called_missing(tmp_path, files, message, rows_at_a_time):
     for name, content in files.items():
         put(tmp_path, name, content)
     path = tmp_path if len(files) > 1 else tmp_path / next(iter(files))

@@ -1,9 +1,11 @@
 """docs/scale.md: the formulas against values worked out by hand, and the page against the formulas."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks import scale
 from benchmarks.cost import (
     SHAPES,
     Shape,
@@ -62,3 +64,29 @@ def test_the_page_has_these_tables():
     page = (ROOT / "docs" / "scale.md").read_text()
     assert tables() in page
     assert "Nothing on this page was measured on a GPU yet." in page
+
+
+def test_long_sets_are_linear_as_the_page_says():
+    result = json.loads(scale.RESULTS.read_text())
+    assert scale.table(result) in (ROOT / "docs" / "scale.md").read_text()
+    for form in ("plain", "chat"):
+        assert [entry["rows"] for entry in result[form]["table"]] == [2_000, 20_000, 200_000]
+        for figure in ("cpu_seconds", "peak_megabytes"):
+            assert result[form]["growth"][figure]["all"][-1] < 12, (form, figure)
+        for stage, grown in result[form]["growth"]["peak_megabytes"].items():
+            assert grown[-1] is None or grown[-1] < 11, (form, stage)
+    last = result["schedule"]["table"][-1]
+    assert last["rows"] == 1_000_000
+    assert last["ids_megabytes"] + last["stages"]["all"]["peak_megabytes"] < 1024
+
+
+def test_what_the_page_says_of_logits_a_few_positions_at_a_time():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "head.json").read_text())["table"]
+    whole = {(row["objective"], row["retain_loss"]): row["peak_mib"] for row in rows if row["logits_mib"] == 0}
+    few = [row for row in rows if row["logits_mib"] == 128]
+    shares = [row["peak_mib"] / whole[row["objective"], row["retain_loss"]] for row in few]
+    assert len(few) == 3
+    page = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    assert f"a step held {min(shares):.0%} to {max(shares):.0%} of the memory".replace("% to", " to", 1) in page
+    ratios = [row["ratio"] for row in few]
+    assert f"took {min(ratios):.1f} to {max(ratios):.1f} times" in page

@@ -8,6 +8,8 @@ from builders import make_model, make_tokenizer, qa_dataset
 from cud_trainer.data import prepare_dataset, prepare_samples
 from cud_trainer.logprobs import answer_probability, answer_recall
 from cud_trainer.models.generation import stop_tokens
+from evaluation.metrics.depth import logit_lens
+from evaluation.metrics.gradients import gradient_norms
 from evaluation.metrics.memorization import (
     GENERATED,
     TEACHER_FORCED,
@@ -126,3 +128,29 @@ def test_a_prepared_dataset_does_as_samples_do(model, tokenizer):
     assert {name: values.tolist() for name, values in ours.items()} == {n: v.tolist() for n, v in same.items()}
     with pytest.raises(ValueError, match="not prepared: it has no column 'sample_id'"):
         evaluate_memorization(model, qa_dataset(3), tokenizer)
+
+
+def test_a_batch_that_does_not_fit_is_halved(memorised, monkeypatch):
+    """Whatever is read of answers: the figures of one batch."""
+    model, tokenizer, data = memorised
+    passes = {
+        "forced": lambda: teacher_forced(model, data, tokenizer, batch_size=8)["min_k"],
+        "probability": lambda: answer_probability(model, data, batch_size=8),
+        "recall": lambda: answer_recall(model, data, stop_tokens(tokenizer, model), batch_size=8)[1],
+        "lens": lambda: logit_lens(model, data, batch_size=8),
+        "gradients": lambda: gradient_norms(model, data, batch_size=8),
+    }
+    whole, sizes, forward = {name: run() for name, run in passes.items()}, [], type(model).forward
+
+    def small(self, input_ids=None, **inputs):
+        sizes.append(len(inputs["attention_mask"]))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, input_ids, **inputs)
+
+    monkeypatch.setattr(type(model), "forward", small)
+    monkeypatch.setattr("cud_trainer.models.memory.free_memory", lambda: None)  # which takes its time
+    for name, run in passes.items():
+        sizes.clear()
+        np.testing.assert_allclose(run(), whole[name], rtol=1e-4, err_msg=name)
+        assert max(sizes) == 8 and sizes[-1] == 4

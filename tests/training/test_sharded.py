@@ -29,6 +29,7 @@ LIVELY = {
     "save_steps": 1,
     "schedule": "hard_to_easy+upweight_hard+per_sample_stop+dynamic",
     "schedule_args": {"per_sample_stop": {"target": 0.0008, "start": 0.0015}, "dynamic": {"every": 1}},
+    "logits_bytes": 1,  # one position at a time where weights are whole; split ones make all at once
 }
 SHORT = {"objective": "npo", "retain_loss": "kl", "passes": 1, "save_strategy": "no"}
 FORGOTTEN = {"schedule": "upweight_hard+per_sample_stop", "schedule_args": {"per_sample_stop": {"target": 0.9}}}

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from builders import ROOT, make_model, qa_dataset
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, EarlyStoppingCallback
 from trl import SFTConfig
 
 from cud_trainer.cli import main
+from cud_trainer.config_checks import check_launch
 from cud_trainer.stack_options import ACTS, HARMLESS, IDLE, NEEDS, REFUSED, RENAMED, higher_is_better
 from cud_trainer.training.stack import check_stack
 
@@ -203,3 +205,13 @@ def test_a_dataset_of_ones_own_gives_the_loss(tmp_path):
     make_trainer(
         tmp_path / "b", eval_dataset={"kept": qa_dataset(2, 200)}, metric_for_best_model="kept_loss", **options
     )
+
+
+def test_processes_that_each_take_themselves_for_the_only_one(monkeypatch):
+    """As `torchrun` starts them on a CPU without `use_cpu`: every one would do all of the work, over the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a launcher started 2 processes, .* use_cpu"):
+        check_launch(SimpleNamespace(world_size=1))
+    check_launch(SimpleNamespace(world_size=2))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_launch(SimpleNamespace(world_size=1))
