@@ -39,26 +39,15 @@ SHARED = {
 SEED = 0  # of bootstraps
 
 
-def world(work: Path, name: str, spec: dict[str, Any], tofu: str) -> tuple[Path, float]:
+def world(work: Path, name: str, spec: dict[str, Any], args: argparse.Namespace) -> tuple[Path, float]:
     """Data and a model that knows it by heart, in a folder; and the worst quarter of the forget set under a model that
     learned all but that."""
     from evaluation.endpoint import worst_quarter
-    from evaluation.testbed import memorise, tiny_llama, train_tokenizer
 
-    folder, seed = work / f"{name}-{spec['seed']}", spec["seed"]
-    testbed = tofu_authors(tofu, spec) if name == "tofu" else generated_authors(spec)
-    tokenizer = train_tokenizer(testbed.texts(), *((3000,) if name == "tofu" else ()))
-    shape = {"layers": 6, "intermediate_size": 336, "max_positions": 512} if name == "tofu" else {}
-
-    def learned(train: Any) -> Any:
-        from dataclasses import replace
-
-        model = tiny_llama(tokenizer, seed, **shape)
-        memorise(model, tokenizer, replace(testbed, train=train), epochs=spec["epochs"], seed=seed, progress=False)
-        return model
-
+    folder = work / f"{name}-{spec['seed']}"
+    testbed = generated_authors(spec) if name == "generated" else tofu_authors(args.tofu, spec)
     if not (folder / "model").exists():
-        model = learned(testbed.train)
+        model, tokenizer = learned(name, spec, testbed, testbed.train, args.model)
         model.save_pretrained(folder / "part")
         tokenizer.save_pretrained(folder / "part")
         os.replace(folder / "part", folder / "model")
@@ -71,11 +60,39 @@ def world(work: Path, name: str, spec: dict[str, Any], tofu: str) -> tuple[Path,
         from cud_trainer.files import write_json
         from cud_trainer.logprobs import answer_probability
 
-        model = learned(testbed.train.filter(lambda split: split != "forget", input_columns="split"))
+        train = testbed.train.filter(lambda split: split != "forget", input_columns="split")
+        model, tokenizer = learned(name, spec, testbed, train, args.model)
         said = answer_probability(model, prepare_samples(testbed.forget, tokenizer, name="forget"))
         write_json(folder / "never-seen.json", np.asarray(said).tolist())
     never_seen = np.array(json.loads((folder / "never-seen.json").read_text()))
     return folder, float(worst_quarter(never_seen))
+
+
+def learned(name: str, spec: dict[str, Any], testbed: Any, train: Any, pretrained: str) -> tuple[Any, Any]:
+    """A model that knows `train` by heart, with its tokenizer: a small Llama from nothing, or the pretrained one."""
+    from dataclasses import replace
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from evaluation.testbed import memorise, tiny_llama, train_tokenizer
+
+    seed, options = spec["seed"], {}
+    if name == "pretrained":
+        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        tokenizer.chat_template = None  # a third of the tokens of a short question would be template
+        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+        options = {"learning_rate": spec["learning_rate"], "batch_size": 16}
+    else:
+        tokenizer = train_tokenizer(testbed.texts(), *((3000,) if name == "tofu" else ()))
+        shape = {"layers": 6, "intermediate_size": 336, "max_positions": 512} if name == "tofu" else {}
+        model = tiny_llama(tokenizer, seed, **shape)
+    # The weights change under this context: none of them may be kept as it was cast first.
+    with torch.autocast("cpu", torch.bfloat16, enabled=name == "pretrained", cache_enabled=False):
+        memorise(
+            model, tokenizer, replace(testbed, train=train), epochs=spec["epochs"], seed=seed, progress=False, **options
+        )
+    return model, tokenizer
 
 
 def generated_authors(spec: dict[str, Any]) -> Any:
@@ -155,6 +172,7 @@ def study(
         train={
             **SHARED,
             "difficulty": "none",
+            **protocol.get("train", {}),
             "passes": protocol["passes"],
             "per_device_train_batch_size": protocol["batch"],
             "learning_rate": protocol["learning_rates"][condition],
@@ -269,6 +287,9 @@ def main() -> None:
     parser.add_argument("protocol", help="name of a file in benchmarks/evidence/")
     parser.add_argument("--conditions", nargs="+", help="OBJECTIVE-PART, for example graddiff-full; by default all")
     parser.add_argument("--tofu", default="locuslab/TOFU", help="hub id or folder of TOFU, for a protocol with it")
+    parser.add_argument(
+        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder, for a protocol with `pretrained`"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work_dir", type=Path, default=Path("evidence-study"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
@@ -286,7 +307,7 @@ def main() -> None:
     for (name, spec), condition in itertools.product(protocol["worlds"].items(), protocol["learning_rates"]):
         if args.conditions and condition not in args.conditions:
             continue
-        folder, never_seen = world(args.work_dir, name, spec, args.tofu)
+        folder, never_seen = world(args.work_dir, name, spec, args)
         finished = study(folder, never_seen, protocol, condition, args.workers)
         results["conditions"][condition] = condition_results(finished, protocol)
         write_json(path, results)

@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FOUND = {
     name: json.loads((RESULTS / f"evidence-{name}.json").read_text())
-    for name in ("development", "development-2", "confirmation", "confirmation-2")
+    for name in ("development", "development-2", "confirmation", "confirmation-2", "tofu")
 }
 CONDITIONS = {
     "GradDiff": ("confirmation-2", "graddiff-full"),
     "NPO": ("confirmation", "npo-full"),
     "GradDiff, LoRA": ("confirmation", "graddiff-lora"),
     "NPO, LoRA": ("confirmation", "npo-lora"),
+    "GradDiff, TOFU": ("tofu", "graddiff-full"),
+    "NPO, TOFU": ("tofu", "npo-full"),
 }
 ARMS = {
     "uniform": "`uniform`",
