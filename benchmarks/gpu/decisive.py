@@ -25,19 +25,27 @@ from .runs import MEMORISED, NEVER_SEEN, SCORES, Job, Plan, start, work
 from .setting import Setting
 
 BUDGET_S = 540.0
-BY_DIFFICULTY = "upweight_hard+odds+per_sample_stop"  # the default schedule, and what difficulty could add to it
+DEFAULT = "odds+per_sample_stop"
+BY_DIFFICULTY = f"upweight_hard+{DEFAULT}"  # what difficulty could add to it
 ARMS: dict[str, dict[str, Any]] = {  # by name, what they set in CUDConfig
     "uniform": {"difficulty": "none", "schedule": "uniform"},
-    "per_sample_stop": {"difficulty": "none", "schedule": "per_sample_stop"},
-    "tail": {"difficulty": "none", "schedule": "tail"},
+    "default": {"difficulty": "none", "schedule": DEFAULT},
+    "anchored": {
+        "difficulty": "none",
+        "schedule": DEFAULT,
+        "schedule_args": {"per_sample_stop": {"target": 0.07}},
+        "retain_loss": "kl",
+        "l2_sp": 0.03,
+        "retain_weight_end": 4.0,
+    },
     "default by cud": {"difficulty": "cud", "schedule": BY_DIFFICULTY},
     "default by random": {"difficulty": "given", "schedule": BY_DIFFICULTY},
 }
 CONTRASTS = [
-    ("per_sample_stop", "uniform"),
-    ("tail", "per_sample_stop"),
-    ("default by cud", "uniform"),
-    ("default by cud", "per_sample_stop"),
+    ("default", "uniform"),
+    ("anchored", "uniform"),
+    ("anchored", "default"),
+    ("default by cud", "default"),
     ("default by cud", "default by random"),
 ]
 WEIGHTS = (16.0, 4.0, 64.0)  # the first is always tried
