@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FOUND = {
     name: json.loads((RESULTS / f"evidence-{name}.json").read_text())
-    for name in ("development", "development-2", "confirmation", "confirmation-2", "tofu")
+    for name in ("development", "development-2", "confirmation", "confirmation-2", "tofu", "development-3", "tofu-2")
 }
 CONDITIONS = {
     "GradDiff": ("confirmation-2", "graddiff-full"),
@@ -101,6 +101,27 @@ def test_differences(condition):
         decided = FOUND[name]["conditions"][key]["decisions"]
         for arm in ("anchor by cud", "anchor by calibration", "anchor by oracle"):
             assert f"{ARMS[arm]}, {condition}: {decided[arm]['verdict']}" in text
+
+
+@pytest.mark.parametrize("key", ["graddiff-full", "npo-full"])
+@pytest.mark.parametrize(("arm", "name"), [("odds, falling", "the default"), ("anchor, falling", "anchored")])
+def test_falling_weights(key, arm, name):
+    found = FOUND["tofu-2"]["conditions"][key]["arms"][arm]
+    values = [run["H"] for run in found]
+    (weight,) = {run["retain_weight"] for run in found}
+    objective = {"graddiff-full": "GradDiff", "npo-full": "NPO"}[key]
+    row = f"| {objective}, TOFU | {name}, falling | {weight:g} to 8 | {shown(values)} | {mean(values)} |"
+    assert row in page("docs/results.md").splitlines()
+
+
+def test_falling_weights_in_words():
+    """Where it got there: in all four conditions of the development model, strictly too; in seven of eight runs on TOFU."""
+    development = FOUND["development-3"]["conditions"]
+    for found in development.values():
+        runs = [run for run in found["strict"]["arms"]["anchor, falling"] if run["retain_weight"] == 256]
+        assert runs and all(run["H"] is not None for run in runs)
+    runs = [run for found in FOUND["tofu-2"]["conditions"].values() for run in found["arms"]["anchor, falling"]]
+    assert (sum(run["H"] is not None for run in runs), len(runs)) == (7, 8)
 
 
 def test_what_failed_is_said():
