@@ -39,15 +39,15 @@ SHARED = {
 SEED = 0  # of bootstraps
 
 
-def world(work: Path, name: str, spec: dict[str, Any], args: argparse.Namespace) -> tuple[Path, float]:
+def world(work: Path, name: str, spec: dict[str, Any], tofu: str, pretrained: str = "") -> tuple[Path, float]:
     """Data and a model that knows it by heart, in a folder; and the worst quarter of the forget set under a model that
     learned all but that."""
     from evaluation.endpoint import worst_quarter
 
     folder = work / f"{name}-{spec['seed']}"
-    testbed = generated_authors(spec) if name == "generated" else tofu_authors(args.tofu, spec)
+    testbed = tofu_authors(tofu, spec) if name in ("tofu", "pretrained") else generated_authors(spec)
     if not (folder / "model").exists():
-        model, tokenizer = learned(name, spec, testbed, testbed.train, args.model)
+        model, tokenizer = learned(name, spec, testbed, testbed.train, pretrained)
         model.save_pretrained(folder / "part")
         tokenizer.save_pretrained(folder / "part")
         os.replace(folder / "part", folder / "model")
@@ -61,7 +61,7 @@ def world(work: Path, name: str, spec: dict[str, Any], args: argparse.Namespace)
         from cud_trainer.logprobs import answer_probability
 
         train = testbed.train.filter(lambda split: split != "forget", input_columns="split")
-        model, tokenizer = learned(name, spec, testbed, train, args.model)
+        model, tokenizer = learned(name, spec, testbed, train, pretrained)
         said = answer_probability(model, prepare_samples(testbed.forget, tokenizer, name="forget"))
         write_json(folder / "never-seen.json", np.asarray(said).tolist())
     never_seen = np.array(json.loads((folder / "never-seen.json").read_text()))
@@ -309,7 +309,7 @@ def main() -> None:
     for (name, spec), condition in itertools.product(protocol["worlds"].items(), protocol["learning_rates"]):
         if args.conditions and condition not in args.conditions:
             continue
-        folder, never_seen = world(args.work_dir, name, spec, args)
+        folder, never_seen = world(args.work_dir, name, spec, args.tofu, args.model)
         finished = study(folder, never_seen, protocol, condition, args.workers)
         results["conditions"][condition] = condition_results(finished, protocol)
         write_json(path, results)
