@@ -9,6 +9,16 @@ settings.register_profile("tests", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("tests")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with processes and trained models first: at the end, no worker waits for one that has such a file left."""
+    kinds = [("subprocess", 2), ("slow", 1)]
+    dear = {}
+    for item in items:
+        cost = sum(worth for name, worth in kinds if item.get_closest_marker(name))
+        dear[item.path] = dear.get(item.path, 0) + cost
+    items.sort(key=lambda item: -dear[item.path])
+
+
 @pytest.fixture(autouse=True)
 def registered_put_back():
     """What a test registers, and the files that it imports, are unknown to the next: a study asks for both."""
