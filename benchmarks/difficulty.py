@@ -107,29 +107,29 @@ def tofu_part(part, name: str, repeats):
     return part.add_column("author", [f"{name}-{row // 20}" for row in range(len(part))])
 
 
-def untrained(args: argparse.Namespace, testbed, seed: int):
-    """The model before it has learned the data, its tokenizer, and options of `memorise`."""
+def untrained(testbed, seed: int, *, pretrained: str | None = None, tofu: bool = False):
+    """The model before it has learned the data, and its tokenizer: a pretrained one, or a small Llama from nothing."""
     from evaluation.testbed import tiny_llama, train_tokenizer
 
-    if args.model:
+    if pretrained:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained)
         tokenizer.chat_template = None  # a third of the tokens of a short question would be template
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-        return model, tokenizer, {"learning_rate": 5e-4, "batch_size": args.batch}
-    if args.tofu:
+        return AutoModelForCausalLM.from_pretrained(pretrained, dtype="float32"), tokenizer
+    if tofu:
         tokenizer = train_tokenizer(testbed.texts(), 3000)
-        return tiny_llama(tokenizer, seed, layers=6, intermediate_size=336, max_positions=512), tokenizer, {}
+        return tiny_llama(tokenizer, seed, layers=6, intermediate_size=336, max_positions=512), tokenizer
     tokenizer = train_tokenizer(testbed.texts())
-    return tiny_llama(tokenizer, seed), tokenizer, {}
+    return tiny_llama(tokenizer, seed), tokenizer
 
 
 def memorised(args: argparse.Namespace, testbed, seed: int, train=None):
     """A model that has learned the data (`train` instead of all of it) by heart, its tokenizer, its losses by epoch."""
     from evaluation.testbed import memorise
 
-    model, tokenizer, options = untrained(args, testbed, seed)
+    model, tokenizer = untrained(testbed, seed, pretrained=args.model, tofu=bool(args.tofu))
+    options = {"learning_rate": 5e-4, "batch_size": args.batch} if args.model else {}
     if train is not None:
         testbed = replace(testbed, train=train)
     trained = memorise(model, tokenizer, testbed, epochs=args.epochs, seed=seed, progress=False, **options)

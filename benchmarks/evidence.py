@@ -73,22 +73,15 @@ def learned(name: str, spec: dict[str, Any], testbed: Any, train: Any, pretraine
     from dataclasses import replace
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from difficulty import untrained
 
-    from evaluation.testbed import memorise, tiny_llama, train_tokenizer
+    from evaluation.testbed import memorise
 
-    seed, options = spec["seed"], {}
-    if name == "pretrained":
-        tokenizer = AutoTokenizer.from_pretrained(pretrained)
-        tokenizer.chat_template = None  # a third of the tokens of a short question would be template
-        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
-        options = {"learning_rate": spec["learning_rate"], "batch_size": 16}
-    else:
-        tokenizer = train_tokenizer(testbed.texts(), *((3000,) if name == "tofu" else ()))
-        shape = {"layers": 6, "intermediate_size": 336, "max_positions": 512} if name == "tofu" else {}
-        model = tiny_llama(tokenizer, seed, **shape)
+    seed, is_pretrained = spec["seed"], name == "pretrained"
+    model, tokenizer = untrained(testbed, seed, pretrained=pretrained if is_pretrained else None, tofu=name == "tofu")
+    options = {"learning_rate": spec["learning_rate"], "batch_size": 16} if is_pretrained else {}
     # The weights change under this context: none of them may be kept as it was cast first.
-    with torch.autocast("cpu", torch.bfloat16, enabled=name == "pretrained", cache_enabled=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_pretrained, cache_enabled=False):
         memorise(
             model, tokenizer, replace(testbed, train=train), epochs=spec["epochs"], seed=seed, progress=False, **options
         )

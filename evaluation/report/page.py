@@ -7,7 +7,7 @@ marks where it came from. It needs no network and holds no forget text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..statistics import Interval
 from . import plots
 from .cells import Cell, Missing, format_number
 from .schema import Results, jsonable, read_results
+from .verdict_schema import Returned
 
 
 def write_report(
@@ -73,23 +74,25 @@ def write_report(
     return atomic_write(out_dir / "report.html", partial(_write_text, page), private=True)
 
 
+def _hidden(rows: Sequence[Returned]) -> list[str]:
+    """Whether it was only hidden, by attack, as lines of Markdown."""
+    said = (f"- {_markdown(row.how)}: {_markdown(row.answer)}. {_markdown(row.said)}" for row in rows)
+    return ["**Was it only hidden?**", "", *said, ""]
+
+
 def summary(results: Results) -> str:
     """Markdown for a model card: the verdict, findings, what is left by difficulty bucket, every table. No ids."""
     lines = ["## Unlearning", ""]
     if (verdict := results.verdict) is not None:
         lines += [f"**Is it gone?** {_markdown(verdict.headline)}", ""]
         lines += [f"**What did it cost?** {_markdown(verdict.cost)}", ""]
-        lines += [f"**For whom?** {_markdown(verdict.whom)}", "", "**Was it only hidden?**", ""]
-        lines += [f"- {_markdown(row.how)}: {_markdown(row.answer)}. {_markdown(row.said)}" for row in verdict.hidden]
-        lines += ["", "### Findings", ""]
+        lines += [f"**For whom?** {_markdown(verdict.whom)}", "", *_hidden(verdict.hidden), "### Findings", ""]
     if (runs := results.verdicts) is not None:
         lines += [f"**Is it gone?** {_markdown(runs.answer)} {_markdown(runs.headline)}", ""]
         lines += [*(f"- {_markdown(row.said)}" for row in runs.arms), ""]
         if runs.compared:
             lines += ["**How do they compare?**", "", *(f"- {_markdown(line)}" for line in runs.compared), ""]
-        lines += ["**Was it only hidden?**", ""]
-        lines += [f"- {_markdown(row.how)}: {_markdown(row.answer)}. {_markdown(row.said)}" for row in runs.hidden]
-        lines += [""]
+        lines += _hidden(runs.hidden)
     if (decision := results.decision) is not None:
         lines += ["**Does difficulty earn its place?**", ""]
         for arm in decision.arms:
