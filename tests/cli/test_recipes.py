@@ -360,7 +360,7 @@ def test_memorising_goes_on_where_it_was_killed(world, tmp_path, monkeypatch, ca
 
 
 def test_private_text_walk_through(world, tmp_path, monkeypatch):
-    """Every block of the walk-through, in its order, as printed: only MODEL, and how thoroughly it memorises."""
+    """Every block of the walk-through, in its order, as printed: only MODEL, and how long a tiny one learns and forgets."""
     guide = (RECIPES / "private_text" / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(RECIPES)
@@ -378,7 +378,8 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
             monkeypatch.setattr(sys, "argv", [*words[1:], *extra])
             runpy.run_path(words[1], run_name="__main__")
         else:
-            assert words[0] == "cud" and main(words[1:]) == 0
+            extra = ["--passes", "10"] if words[1] == "train" else []
+            assert words[0] == "cud" and main([*words[1:], *extra]) == 0
     assert done == [
         "recipes/private_text/make_data.py",
         "recipes/memorise.py",
@@ -406,7 +407,7 @@ def test_private_text_walk_through(world, tmp_path, monkeypatch):
         found["before"]["forget"]["probability"]["value"],
         found["conditions"][0]["final"]["forget"]["probability"]["value"],
     )
-    assert before > 0.8 and after < 0.9 * before
+    assert before > 0.8 and after < 0.8 * before
     assert {"relearning", "quantisation"} <= {table["id"] for table in found["tables"]}
     assert {row["measure"] for row in found["verdict"]["judged"]} == {"answer probability", "probability of the secret"}
     assert all(row["sample_id"].startswith("forget-") for row in found["verdict"]["samples"])
