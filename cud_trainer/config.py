@@ -401,16 +401,21 @@ class CUDConfig(TemplateArguments, SFTConfig):
         named = [self.difficulty if metric == "difficulty" and self.difficulty else metric for metric in read]
         return list(dict.fromkeys(named))
 
+    @property
+    def reads_difficulty(self) -> bool:
+        """Whether schedule or losses depend on what `difficulty` is."""
+        of_parts = any("difficulty" in part.metrics for part, _ in self.schedule_parts)
+        return of_parts or bool(self.unlearning_loss.own) or "difficulty" in self.unlearning_loss.by.values()
+
     def use_scores(self, metrics: Sequence[str]) -> None:
         """What `difficulty` 'auto' stands for where there are scores of these metrics; without scores, `()`."""
         if not self._difficulty_is_auto:
             return
         self.difficulty = None  # so that `schedule_metrics` has the names of what is read
-        read, loss = self.schedule_metrics, self.unlearning_loss
-        if "difficulty" in read or loss.own or "difficulty" in loss.by.values() or self.difficulty_args:
+        if self.reads_difficulty or self.difficulty_args:
             self.difficulty = "cud"
-        elif read:
-            self.difficulty = read[0]
+        elif self.schedule_metrics:
+            self.difficulty = self.schedule_metrics[0]
         elif metrics:
             self.difficulty = "cud" if "cud" in metrics else PRECOMPUTED
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ def restored_afterwards(model: nn.Module, peft_config: Any) -> Iterator[nn.Modul
 
                 if getattr(peft_config, "init_lora_weights", None) not in PLAIN_INITIALISATIONS:
                     saved = {p: p.detach().cpu().clone() for p in parameters}
-                trained = get_peft_model(model, peft_config).eval()
+                trained = get_peft_model(model, deepcopy(peft_config)).eval()  # PEFT writes into what it is given
             for parameter in parameters:  # also biases that the adapter trains
                 if parameter.requires_grad and parameter not in saved:
                     saved[parameter] = parameter.detach().cpu().clone()

@@ -130,6 +130,11 @@ def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
         config = CUDConfig("unused", **{"report_to": "none", **options})
     except (ValueError, TypeError) as error:
         raise ValueError(f"cell {named(choices)}: {error}") from None
+    if arm.get("difficulty") in (RANDOM, ORACLE) and not config.reads_difficulty:
+        raise ValueError(
+            f"cell {named(choices)}: schedule {config.schedule!r} reads no difficulty, so it is no comparison with "
+            f"difficulty {arm['difficulty']!r}: join a part that reads it, such as 'upweight_hard'"
+        )
     if scores_file is None and config.difficulty == PRECOMPUTED and not oracle:
         raise ValueError(f"cell {named(choices)}: difficulty {PRECOMPUTED!r} needs {SCORES}")
     if equal_compute and (config.difficulty is None or oracle):

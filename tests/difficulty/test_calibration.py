@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, 
 from cud_trainer.data import pad_batch, prepare_samples
 from cud_trainer.logprobs import score_answers
 from cud_trainer.objectives import UnlearningLoss
-from cud_trainer.scoring.calibration import CalibrationSettings, calibrate
+from cud_trainer.scoring.calibration import CalibrationSettings, adapter_identity, calibrate
 
 pytestmark = pytest.mark.slow
 
@@ -62,10 +62,11 @@ class TestTrace:
         model = memorised[0]
         model.model.layers[0].mlp.train()
         model.lm_head.requires_grad_(False)
-        before = state(model)
+        before, adapter = state(model), adapter_identity(peft_config)
         found = run(memorised, peft_config=peft_config, learning_rate=3e-3)
         assert found.snapshots[-1] < 0.9 * found.snapshots[0]  # it did move in between
         assert_same(model, before)
+        assert adapter_identity(peft_config) == adapter  # PEFT would write into it
         model.lm_head.requires_grad_(True)
         model.eval()
 

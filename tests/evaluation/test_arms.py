@@ -101,6 +101,17 @@ def test_arms_are_checked_with_the_grid():
             StudyArguments(grid={"seed": [1]}, arms={"a": {"difficulty": "none", "equal_compute": True}}, train=train),
             {},
         )
+    arms = {"uniform": {"schedule": "uniform"}, "a": {"schedule": "odds+per_sample_stop"}}
+    for difficulty in ("random", "oracle"):  # which would be compared with itself
+        with pytest.raises(
+            ValueError, match=f"cell arm=a,seed=1: schedule .* reads no .* with difficulty '{difficulty}'"
+        ):
+            plan(
+                StudyArguments(
+                    grid={"seed": [1]}, arms={**arms, "a": {**arms["a"], "difficulty": difficulty}}, train=train
+                ),
+                {},
+            )
     with pytest.raises(ValueError, match="cell seed=1: .*'oracle'"):  # no arm, no oracle
         plan(StudyArguments(grid={"seed": [1]}, train={**train, "difficulty": "oracle"}), {})
 
