@@ -119,7 +119,7 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
 
 
 def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
-    arm = args.arms[choices["arm"]] if args.arms else {}  # type: ignore[index]
+    arm: dict[str, Any] = args.arms[choices["arm"]] if args.arms else {}  # type: ignore[index, assignment]
     # All cells have one difficulty, whatever they read: their buckets are compared.
     options = {"difficulty": "cud", **args.train, **arm, **_without(choices, {"arm"})}  # type: ignore[dict-item]
     scores_file, equal_compute = options.pop(SCORES, None), options.pop(EQUAL_COMPUTE, False)
