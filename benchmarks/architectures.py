@@ -42,6 +42,7 @@ BETA = 0.1
 RUN = {
     "objective": "npo",
     "objective_args": {"beta": BETA},
+    "preserve": False,
     "passes": 1,
     "n_buckets": 2,
     "save_steps": 1,

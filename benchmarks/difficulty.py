@@ -279,6 +279,7 @@ def unlearn(args: argparse.Namespace, pool: Pool, seed: int, part: str) -> Finis
         ],
         train={
             "retain_weight": RETAIN_WEIGHT,
+            "preserve": False,
             "difficulty": "none",
             "schedule": "uniform",
             "passes": args.passes * 2,

@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 SETS = ("forget", "retain", "retain_eval", "held_out")
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
 SHARED = {
+    "preserve": False,  # an arm says what it has
     "group_column": "author",
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 5,

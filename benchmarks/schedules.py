@@ -150,6 +150,7 @@ def study(args: argparse.Namespace, folder: Path, name: str, settings: dict, obj
     """Run the part of a study that is about one objective, in the folder of its testbed."""
     output = f"{name}-{objective}"
     part = {**settings, "grid": [grid for grid in settings["grid"] if grid["objective"] == [objective]]}
+    part["train"] = {"preserve": False, **settings["train"]}
     (folder / f"{output}.yaml").write_text(yaml.safe_dump(part, sort_keys=False))
     command = [sys.executable, "-m", "cud_trainer.cli", "study", "--config", f"{output}.yaml"]
     command += ["--output_dir", output, "--workers", str(args.workers)]

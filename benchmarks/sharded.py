@@ -31,6 +31,7 @@ from evaluation.testbed import build_testbed, train_tokenizer
 PLAIN: dict[str, Any] = {
     "objective": "npo",
     "retain_loss": "kl",
+    "preserve": False,
     "difficulty": "loss",
     "schedule": "hard_to_easy+upweight_hard",
     "passes": 3,

@@ -154,6 +154,7 @@ def main() -> None:
             **settings(folder, args.steps),
             passes=passes,
             bf16=False,
+            preserve=False,
             **{"difficulty": "loss" if difficulty is not None else "none", "schedule": "uniform", **options},
         )
         return CUDTrainer(

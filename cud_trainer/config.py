@@ -19,6 +19,7 @@ from .difficulty.scores import PRECOMPUTED
 from .models.head import LOGITS_BYTES
 from .objectives import UnlearningLoss
 from .objectives.alternatives import REFUSALS
+from .preserving import fill_preserving
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
@@ -47,9 +48,9 @@ class CUDConfig(TemplateArguments, SFTConfig):
 
     > Parameters that control the objective
 
-    objective, objective_args, objective_by_bucket, step, step_args, retain_loss, retain_weight, retain_weight_end,
-    retain_pairing, retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k, logits_bytes,
-    alternative_column, refusals, trainable_layers, trainable, circuit_share
+    objective, objective_args, objective_by_bucket, step, step_args, preserve, retain_loss, retain_weight,
+    retain_weight_end, retain_pairing, retain_limit, dual_rate, l2_sp, loss_normalization, reference_top_k,
+    logits_bytes, alternative_column, refusals, trainable_layers, trainable, circuit_share
 
     > Parameters that control difficulty and schedule
 
@@ -137,18 +138,31 @@ class CUDConfig(TemplateArguments, SFTConfig):
     retain_loss: str | None = field(
         default=None,
         metadata={
-            "help": "Retain loss: 'none', 'nll', 'kl' or, for 'rmu', 'activations'. By default the objective's own."
+            "help": "Retain loss: 'none', 'nll', 'kl' or, for 'rmu', 'activations'. By default 'kl' with "
+            "`preserve`, else the objective's own."
         },
     )
-    retain_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the retain loss. Tune it first: it decides more than the schedule does."},
+    preserve: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep what neither forget nor retain set mentions: where they are not given, retain_loss is 'kl', "
+            "retain_weight falls from 256 to 8, and l2_sp is 0.03. By default where the objective's own retain loss is "
+            "'nll' or 'kl' and nothing splits the model over processes. 'false' for algorithms as published."
+        },
+    )
+    retain_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the retain loss. By default 1, with `preserve` 256 at first. Tune it first: it decides "
+            "more than the schedule does."
+        },
     )
     retain_weight_end: float | None = field(
         default=None,
         metadata={
             "help": "Weight of the retain loss in the last step of the plan. It goes there from `retain_weight` by "
-            "equal ratios, so that a run that the first weight holds back goes on. By default it is fixed."
+            "equal ratios, so that a run that the first weight holds back goes on. By default 8 with "
+            "`preserve`, where no `retain_weight` is given; else the weight is fixed."
         },
     )
     retain_pairing: str = field(
@@ -165,12 +179,13 @@ class CUDConfig(TemplateArguments, SFTConfig):
         },
     )
     dual_rate: float = field(default=1.0, metadata={"help": "Step size of the retain weight with `retain_limit`."})
-    l2_sp: float = field(
-        default=0.0,
+    l2_sp: float | None = field(
+        default=None,
         metadata={
             "help": "After every optimizer step each trained weight goes back by this share of its way from where it "
             "started (decoupled L2-SP), in [0, 1): what is forgotten needs no further step, and what it cost fades. "
-            "Keeps a copy of what is trained. Not with FSDP, DeepSpeed or half-precision weights."
+            "Keeps a copy of what is trained. Not with FSDP, DeepSpeed or half-precision weights. By default 0, with "
+            "`preserve` 0.03."
         },
     )
     loss_normalization: str = field(
@@ -355,6 +370,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
                 setattr(self, name, None)
         if self.schedule is None:
             self.schedule = DEFAULT_SCHEDULE
+        fill_preserving(self)
         loss = self.unlearning_loss
         self.retain_loss = loss.retain_loss
         self.schedule_parts  # noqa: B018  (raises for an unknown schedule or option)
@@ -473,7 +489,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
         """The calibration run of this configuration: same objective, learning rate and trained part, but shorter."""
         return CalibrationSettings(
             loss=replace(self.unlearning_loss, by_bucket={}),
-            retain_weight=self.retain_weight,
+            retain_weight=self.retain_weight,  # type: ignore[arg-type]
             learning_rate=self.learning_rate,
             # Snapshots cost a third of a pass more. The whole was measured at 0.39 to 1.30 of an unlearning run.
             max_passes=max(1, int(self.passes * self.calibration_share)),

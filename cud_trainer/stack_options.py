@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
+
 ORDER = "is not supported: samples must stay whole and in the order of the schedule"
 PREPARED = "is not supported: rows are prepared from what their columns are called, rename the column"
 
@@ -165,3 +167,11 @@ def higher_is_better(metric: str) -> bool:
     lower."""
     name = metric.removeprefix("eval_")
     return not (name.endswith("loss") or name.split("/")[0] in ("forget_prob", "forget_extraction"))
+
+
+def sharded_by(args: Any) -> str | None:
+    """What splits the model over processes, by its name."""
+    for name, given in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if given or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            return name
+    return None

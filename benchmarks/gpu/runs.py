@@ -252,6 +252,7 @@ def unlearn(setting: Setting, plan: Plan, job: Job, never_seen: list[float] | No
     config = CUDConfig(
         str(folder),
         objective="graddiff",
+        preserve=False,
         retain_weight=job.weight,
         seed=job.seed,
         learning_rate=plan.learning_rate,

@@ -91,6 +91,7 @@ def our_run(setting: Setting, model: Any, data: list[Dataset], pairs: int, optio
         config = CUDConfig(
             f"{folder}/run",
             objective="graddiff",
+            preserve=False,
             retain_weight=RETAIN_WEIGHT,
             passes=1,
             max_steps=steps,

@@ -18,7 +18,7 @@ GROUP_NAMES = ("data", "objective", "difficulty", "schedule", "training", "model
 GROUPS = {
     "data": "forget_dataset retain_dataset turns chat_template system_prompt chat_template_kwargs train_on "
     "alternative_column counterfactual_column group_column max_length",
-    "objective": "objective objective_args objective_by_bucket retain_loss retain_weight retain_weight_end "
+    "objective": "objective objective_args objective_by_bucket preserve retain_loss retain_weight retain_weight_end "
     "retain_limit dual_rate l2_sp step step_args retain_pairing "
     "loss_normalization reference_top_k refusals target_forget_prob max_retain_loss",
     "difficulty": "difficulty difficulty_args difficulty_scores metrics circuit_args calibration_share folds n_buckets "

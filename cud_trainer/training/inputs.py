@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..circuits import check_architecture
 from ..circuits.components import CircuitChoice, check_adapter_can_follow, train_by_circuit
@@ -42,6 +43,7 @@ from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
 from ..scoring import check_metrics
+from ..stack_options import sharded_by
 from .anchor import check_whole_floats
 from .checkpoints import (
     TEMPLATE_FILE,
@@ -51,6 +53,8 @@ from .checkpoints import (
     template_to_go_on_with,
 )
 from .stack import check_stack, warn_of_still_weights
+
+logger = logging.get_logger(__name__)
 
 Evaluated: TypeAlias = "Dataset | dict[str, Dataset] | None"
 
@@ -155,8 +159,7 @@ class RunInputs:
         check_stack(args, model, own_optimizer=own_optimizer)
         if peft_config is None:
             warn_of_still_weights(args, model)
-        if args.l2_sp:
-            check_whole_floats(model, adapter=peft_config is not None)
+        _check_l2_sp(args, model, peft_config)
         return replace(inputs, forget=inputs._with_alternatives(forget))._with_choice()
 
     @cached_property
@@ -249,14 +252,6 @@ class RunInputs:
         return replace(self, peft_config=peft_config, choice=choice)
 
 
-def sharded_by(args: CUDConfig) -> str | None:
-    """What splits the model over processes, by its name."""
-    for name, given in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
-        if given or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
-            return name
-    return None
-
-
 def global_batch(args: CUDConfig) -> int:
     """Pairs of an optimizer step, over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -332,6 +327,19 @@ def _check_options(
         raise ValueError(
             f"retain dataset is missing: objective {args.objective!r} with retain_loss {loss.retain_loss!r} needs one"
         )
+
+
+def _check_l2_sp(args: CUDConfig, model: nn.Module, peft_config: Any) -> None:
+    """Raise `ValueError` where weights cannot go back by so small steps; if nobody asked for it, it is left out."""
+    if not args.l2_sp:
+        return
+    try:
+        check_whole_floats(model, adapter=peft_config is not None)
+    except ValueError as error:
+        if "l2_sp" not in args.preserve_filled:
+            raise
+        args.l2_sp = 0.0
+        logger.warning(f"preserve goes without l2_sp: {error}")
 
 
 def _prepared_beside(

@@ -90,7 +90,7 @@ class RunProgress:
         return cls(
             plan.forget_row,
             DynamicWeights(schedule.dynamic, logps, plan.steps, schedule.values, np.unique(plan.forget_row)),
-            retain_weight=args.retain_weight,
+            retain_weight=args.retain_weight,  # type: ignore[arg-type]
             retain_weight_end=args.retain_weight_end,
             steps=plan.steps,
             retain_limit=args.retain_limit,

@@ -12,6 +12,7 @@ from cud_trainer import CUDConfig
 from cud_trainer.commands.early import ORACLE
 from cud_trainer.difficulty.scores import PRECOMPUTED, DifficultyScores, merge_metrics
 from cud_trainer.models.fingerprint import file_hash
+from cud_trainer.preserving import PRESERVING
 
 from .options import EQUAL_COMPUTE, SCORES, StudyArguments
 
@@ -139,7 +140,8 @@ def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
         raise ValueError(f"cell {named(choices)}: difficulty {PRECOMPUTED!r} needs {SCORES}")
     if equal_compute and (config.difficulty is None or oracle):
         raise ValueError(f"cell {named(choices)}: {EQUAL_COMPUTE} needs the difficulty whose calibration it equals")
-    options["schedule"] = config.schedule  # the default, too: another version's may differ
+    for name in ("schedule", "preserve", *PRESERVING):  # the defaults, too: another version's may differ
+        options[name] = getattr(config, name)
     return _Combination(choices, options, config, scores_file, oracle, equal_compute)
 
 

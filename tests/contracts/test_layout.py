@@ -32,6 +32,7 @@ STAGES = [
     "integrations",
     "stack_options",
     "config_checks",
+    "preserving",
     "config",
     "training",
     "trainer",

@@ -11,6 +11,7 @@ from cud_trainer import CUDConfig, CUDTrainer
 
 def config(output, **options) -> CUDConfig:
     settings = {
+        "preserve": False,
         "difficulty": "loss",
         "schedule": "easy_to_hard",
         "passes": 2,

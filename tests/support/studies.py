@@ -16,6 +16,7 @@ def config(world, output, **changes):
         "grid": {"schedule": ["uniform", "upweight_hard"], "seed": [1, 2]},
         "train": {
             "objective": "graddiff",
+            "preserve": False,
             "passes": 2,
             "learning_rate": 0.003,
             "difficulty": "loss",

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from runs import checksum, config, make_trainer, torchrun
 
 from cud_trainer.objectives import STEPS, register_step
-from cud_trainer.training.inputs import sharded_by
+from cud_trainer.stack_options import sharded_by
 
 RUN = {"objective": "npo", "schedule": "upweight_hard+dual", "passes": 2, "learning_rate": 3e-3, "retain_weight": 2.0}
 STEPPED = {"sam": {"step_args": {"rho": 0.3}}, "gru": {}}
