@@ -127,6 +127,8 @@ def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any
         chosen |= found["conditions"].get(condition, {}).get("weights", {})
     for name, options in arms.items():
         like = options.pop("like", name)
+        if "per_sample_stop" in options["schedule"]:  # the default when the first protocols were written
+            options.setdefault("schedule_args", {"per_sample_stop": {"target": 0.1}})
         if chosen:
             options["retain_weight"] = chosen[like]
     only = protocol.get("only", {}).get(condition)

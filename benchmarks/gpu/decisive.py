@@ -27,24 +27,18 @@ from .setting import Setting
 BUDGET_S = 540.0
 DEFAULT = "odds+per_sample_stop"
 BY_DIFFICULTY = f"upweight_hard+{DEFAULT}"  # what difficulty could add to it
+PRESERVE = {"preserve": True, "retain_weight_end": 4.0}  # from every weight of the grid
 ARMS: dict[str, dict[str, Any]] = {  # by name, what they set in CUDConfig
     "uniform": {"difficulty": "none", "schedule": "uniform"},
-    "default": {"difficulty": "none", "schedule": DEFAULT},
-    "anchored": {
-        "difficulty": "none",
-        "schedule": DEFAULT,
-        "schedule_args": {"per_sample_stop": {"target": 0.07}},
-        "retain_loss": "kl",
-        "l2_sp": 0.03,
-        "retain_weight_end": 4.0,
-    },
-    "default by cud": {"difficulty": "cud", "schedule": BY_DIFFICULTY},
-    "default by random": {"difficulty": "given", "schedule": BY_DIFFICULTY},
+    "odds": {"difficulty": "none", "schedule": DEFAULT},
+    "default": {"difficulty": "none", "schedule": DEFAULT, **PRESERVE},
+    "default by cud": {"difficulty": "cud", "schedule": BY_DIFFICULTY, **PRESERVE},
+    "default by random": {"difficulty": "given", "schedule": BY_DIFFICULTY, **PRESERVE},
 }
 CONTRASTS = [
+    ("odds", "uniform"),
     ("default", "uniform"),
-    ("anchored", "uniform"),
-    ("anchored", "default"),
+    ("default", "odds"),
     ("default by cud", "default"),
     ("default by cud", "default by random"),
 ]

@@ -252,7 +252,6 @@ def unlearn(setting: Setting, plan: Plan, job: Job, never_seen: list[float] | No
     config = CUDConfig(
         str(folder),
         objective="graddiff",
-        preserve=False,
         retain_weight=job.weight,
         seed=job.seed,
         learning_rate=plan.learning_rate,
@@ -271,7 +270,7 @@ def unlearn(setting: Setting, plan: Plan, job: Job, never_seen: list[float] | No
         overwrite=True,
         use_cpu=setting.device.type == "cpu",
         bf16=setting.device.type == "cuda",
-        **job.options,
+        **{"preserve": False, **job.options},
     )
     trainer = CUDTrainer(
         model,

@@ -711,7 +711,7 @@ def test_saved_and_hashed(tmp_path):
         ("budget", {"strength": 2}, "strength in \\[0, 1\\]"),
         ("per_sample_stop", {"target": 0}, "target in \\(0, 1\\]"),
         ("per_sample_stop", {"back": 0.5}, "back in \\[1, inf\\]"),
-        ("per_sample_stop", {"start": 0.05}, "start between target \\(0.1\\) and 1, got 0.05"),
+        ("per_sample_stop", {"start": 0.05}, "start between target \\(0.07\\) and 1, got 0.05"),
         ("per_sample_stop", {"start": "x"}, "must be a number"),
         ("dynamic", {"low": 2.0}, "low <= 1 <= high"),
         ("odds", {"keep": "mean"}, "keep out of \\['weight', 'pull'\\], got 'mean'"),

@@ -46,5 +46,7 @@ def train(world, output, *extra) -> list[str]:
         "3",
         "--use_cpu",
         "true",
+        "--preserve",  # the model knows nothing: with a stop nothing would be done
+        "false",
         *extra,
     ]

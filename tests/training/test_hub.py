@@ -155,6 +155,8 @@ def test_command_line(hub, tmp_path):
         "no",
         "--use_cpu",
         "true",
+        "--preserve",
+        "false",
         "--learning_rate",
         "1e-3",
         "--disable_tqdm",

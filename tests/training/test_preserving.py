@@ -1,0 +1,81 @@
+"""`preserve` is a value for what is not given, and nothing else; where it cannot be it is off, or refused."""
+
+import logging
+
+import pytest
+import torch
+from builders import make_model
+from runs import checksum, config, make_trainer
+
+from cud_trainer.preserving import PLAIN, PRESERVING
+
+RUN = {"objective": "graddiff", "schedule": "uniform", "difficulty": "none", "passes": 2, "save_strategy": "no"}
+
+
+def values(args):
+    return {name: getattr(args, name) for name in PRESERVING}
+
+
+@pytest.mark.parametrize("objective", ["graddiff", "npo", "simnpo", "kl_min", "wga"])
+def test_by_default(tmp_path, objective):
+    args = config(tmp_path / "out", **{**RUN, "objective": objective, "preserve": None})
+    assert args.preserve and values(args) == PRESERVING == {
+        "retain_loss": "kl",
+        "retain_weight": 256,
+        "retain_weight_end": 8,
+        "l2_sp": 0.03,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "others"),
+    [
+        ({"retain_loss": "nll"}, {}),
+        ({"l2_sp": 0.0}, {}),
+        ({"retain_weight_end": 2.0}, {}),
+        ({"retain_weight": 16.0}, {"retain_weight_end": None}),
+        ({"retain_weight": 16.0, "retain_weight_end": 4.0}, {}),
+        ({"retain_limit": 1.0}, {"retain_weight": 1.0, "retain_weight_end": None}),
+    ],
+)
+def test_what_is_given_stays(tmp_path, given, others):
+    args = config(tmp_path / "out", **{**RUN, "preserve": None, **given})
+    limit = given.pop("retain_limit", None)
+    assert values(args) == {**PRESERVING, **given, **others} and args.retain_limit == limit
+    assert set(args.preserve_filled) == set(PRESERVING) - set(given)
+
+
+@pytest.mark.parametrize("options", [{"preserve": False}, {"objective": "ga"}, {"objective": "undial"}, {"fsdp": True}])
+def test_off(tmp_path, options, monkeypatch):
+    if options.pop("fsdp", False):
+        monkeypatch.setattr("cud_trainer.preserving.sharded_by", lambda args: "FSDP")
+    args = config(tmp_path / "out", **{**RUN, "preserve": None, **options})
+    own = {"graddiff": "nll"}.get(args.objective, "none")
+    assert not args.preserve and values(args) == {**PLAIN, "retain_loss": own} and args.preserve_filled == ()
+
+
+def test_refused(tmp_path):
+    with pytest.raises(ValueError, match="preserve goes with a retain loss 'nll' or 'kl', .* 'ga' is 'none'"):
+        config(tmp_path / "out", **{**RUN, "objective": "ga", "preserve": True})
+    with pytest.raises(ValueError, match="preserve goes with a retain loss 'nll' or 'kl', .* 'graddiff' is 'none'"):
+        config(tmp_path / "out", **{**RUN, "retain_loss": "none", "preserve": True})
+
+
+def test_half_precision_goes_without_l2_sp_unless_asked_for(tmp_path, caplog):
+    model = make_model().to(torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path / "a", model=model, **RUN, preserve=None)
+    assert trainer.args.l2_sp == 0 and trainer.args.retain_loss == "kl"
+    (line,) = [one for one in caplog.messages if "l2_sp" in one]
+    assert line.startswith("preserve goes without l2_sp: ") and "bfloat16" in line
+    with pytest.raises(ValueError, match="l2_sp needs trained weights in float32"):
+        make_trainer(tmp_path / "b", model=model, **RUN, l2_sp=0.03)
+
+
+def test_it_is_the_run_with_these_options(tmp_path):
+    given = make_trainer(tmp_path / "a", **RUN, preserve=False, **PRESERVING)
+    preserving = make_trainer(tmp_path / "b", **RUN, preserve=None)
+    plain = make_trainer(tmp_path / "c", **RUN)
+    for trainer in (given, preserving, plain):
+        trainer.train()
+    assert checksum(given.model) == checksum(preserving.model) != checksum(plain.model)
