@@ -6,7 +6,8 @@
 A protocol (benchmarks/evidence/NAME.yaml) names worlds, objectives, parts (full, LoRA), arms and seeds. The endpoint is
 that of every study with held-out samples: H, the share of the held-out probability that is kept at the first snapshot
 at which a run's own worst quarter is at most what a model says that never saw the samples (or 0.10, if that is more).
-With `strict: true` runs go on to 0.10, and H there stands beside it. `weights: NAME` takes the retain weight of every
+With `strict: true` runs go on to 0.10, and H there stands beside it; with `whole: true` to the end of their plan, and what
+is left and kept there stands beside it. `weights: NAME` takes the retain weight of every
 arm from the results of that protocol (or of several, the last that has it): the one that kept most at the endpoint.
 What is found goes to benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
 """
@@ -162,7 +163,7 @@ def study(
         tuning_seeds=1,
         snapshot_every=protocol["snapshot_every"],
         retain_eval_samples=60,
-        end_worst_quarter=LEVEL if protocol["strict"] else max(LEVEL, never_seen),
+        end_worst_quarter=0.0 if protocol.get("whole") else LEVEL if protocol["strict"] else max(LEVEL, never_seen),
         grid=grid,
         arms=arms_of(protocol, condition),
         train={
@@ -178,11 +179,16 @@ def study(
     return run_study(arguments, ModelConfig(model_name_or_path=str(folder / "model"), **adapter), pool)
 
 
-def row(run: Any) -> dict[str, Any]:
-    """A run as it stands in the results."""
+def row(run: Any, *, whole: bool) -> dict[str, Any]:
+    """A run as it stands in the results; `whole`, with what is left and kept at its end."""
+    from evaluation.endpoint import worst_quarter
+
     end = run.end
     there = end.snapshot
+    kept = run.held_out.mean(1)
+    last = {"worst_quarter": float(worst_quarter(run.forget[-1])), "kept": float(kept[-1] / kept[0])}
     return {
+        **({"last": last} if whole else {}),
         "retain_weight": run.options.get("retain_weight", 1.0),
         "seed": run.seed,
         "H": end.kept,
@@ -219,7 +225,9 @@ def at_level(finished: Any, protocol: dict[str, Any], never_seen: float | None) 
     runs = [run for run in runs if run.schedule in protocol["arms"]]
     by_arm = grouped(sorted(runs, key=lambda run: (run.tuning[1] or 0, run.seed)), lambda run: run.schedule)
     by_arm = {name: by_arm[name] for name in protocol["arms"] if name in by_arm}
-    results: dict[str, Any] = {"arms": {name: [row(run) for run in same] for name, same in by_arm.items()}}
+    results: dict[str, Any] = {
+        "arms": {name: [row(run, whole=protocol.get("whole", False)) for run in same] for name, same in by_arm.items()}
+    }
     if "weights" not in protocol:
         results["weights"] = {name: best_weight(rows) for name, rows in results["arms"].items()}
         return results
@@ -262,10 +270,10 @@ def markdown(results: dict[str, Any]) -> str:
             f"Every seed by itself; H at a worst quarter of {level:.3f}, strict: of {LEVEL:.2f}.",
             "",
         ]
-        lines += [
-            "| arm | retain weight | H | step | extraction | worst quarter at H = 90% | H, strict |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        whole = any("last" in one for rows in found["arms"].values() for one in rows)
+        names = ["arm", "retain weight", "H", "step", "extraction", "worst quarter at H = 90%", "H, strict"]
+        names += ["worst quarter at the end", "kept at the end"] if whole else []
+        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for arm, rows in found["arms"].items():
             for weight in sorted({one["retain_weight"] for one in rows}):
                 same = [one for one in rows if one["retain_weight"] == weight]
@@ -273,6 +281,8 @@ def markdown(results: dict[str, Any]) -> str:
                 cells = [" ".join(shown(one[name]) for one in same) for name in ("H", "extraction", "worst_at_90")]
                 strict = found["strict"]["arms"][arm] if "strict" in found else []
                 cells.append(" ".join(shown(one["H"]) for one in strict if one["retain_weight"] == weight))
+                for name in ("worst_quarter", "kept") if whole else ():
+                    cells.append(" ".join(shown(one["last"][name]) for one in same))
                 lines.append(f"| {arm} | {weight:g} | {cells[0]} | {steps} | {' | '.join(cells[1:])} |")
         lines += ["", *[f"- {finding}" for finding in found.get("findings", [])], ""]
     return "\n".join(lines).rstrip() + "\n"

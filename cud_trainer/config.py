@@ -11,7 +11,14 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
-from .config_checks import check_accelerator, check_launch, check_mappings, check_objective, check_step
+from .config_checks import (
+    check_accelerator,
+    check_checkpoints,
+    check_launch,
+    check_mappings,
+    check_objective,
+    check_step,
+)
 from .data import BATCH_BYTES
 from .data.template import TemplateArguments
 from .difficulty.context import circuit_settings
@@ -23,7 +30,7 @@ from .preserving import fill_preserving
 from .schedule import ScheduleRule, parse
 from .scoring import check_metrics
 from .scoring.calibration import CalibrationSettings
-from .stack_options import OVERRIDABLE, check_stack_options, higher_is_better, under_new_names
+from .stack_options import check_stack_options, higher_is_better, under_new_names
 from .typed import check_options
 
 logger = logging.get_logger(__name__)
@@ -84,10 +91,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
         ValueError: for an unknown or contradictory option, with the valid values.
     """
 
-    _VALID_DICT_FIELDS = [
-        *SFTConfig._VALID_DICT_FIELDS,
-        *OWN_DICTIONARIES,
-    ]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, *OWN_DICTIONARIES]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     bf16: bool | None = field(
@@ -249,8 +253,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
     counterfactual_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the forget dataset with another answer, for circuits with the counterfactual baseline "
-            "(TOFU: 'perturbed_answer')."
+            "help": "Column of the forget dataset with another answer, for the circuits' counterfactual baseline."
         },
     )
     scoring_batch_bytes: int = field(
@@ -386,13 +389,7 @@ class CUDConfig(TemplateArguments, SFTConfig):
         elif self.schedule_metrics:
             raise ValueError(f"schedule {self.schedule!r} needs a difficulty metric, but difficulty is 'none'")
         check_objective(self, loss)
-        fixed = [name for name in self.override or () if name not in OVERRIDABLE]
-        if self.save_strategy == "best" and self.metric_for_best_model is None:
-            raise ValueError("save_strategy 'best' compares checkpoints by metric_for_best_model: give it")
-        if fixed:
-            raise ValueError(
-                f"override cannot change {fixed[0]!r} of a run that goes on; choose from {list(OVERRIDABLE)}"
-            )
+        check_checkpoints(self)
         check_step(self, loss)
         check_accelerator(self)
 

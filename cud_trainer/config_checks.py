@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .circuits.components import check_trainable
 from .models.trainable import layer_range
 from .objectives import STEPS, UnlearningLoss
+from .stack_options import OVERRIDABLE
 from .typed import check_numbers_within
 
 LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
@@ -112,6 +113,14 @@ def check_objective(config: Any, loss: UnlearningLoss) -> None:
             "neftune_noise_alpha draws noise at every step: the model could not be compared with what it said "
             "before, as this objective, retain loss, schedule or stop does"
         )
+
+
+def check_checkpoints(config: Any) -> None:
+    if config.save_strategy == "best" and config.metric_for_best_model is None:
+        raise ValueError("save_strategy 'best' compares checkpoints by metric_for_best_model: give it")
+    for name in config.override or ():
+        if name not in OVERRIDABLE:
+            raise ValueError(f"override cannot change {name!r} of a run that goes on; choose from {list(OVERRIDABLE)}")
 
 
 def check_launch(config: Any) -> None:

@@ -27,6 +27,21 @@ def test_after_a_step_the_way_is_shorter_by_the_share(tmp_path):
         torch.testing.assert_close(ends[0.25][name], value + 0.75 * (ends[0.0][name] - value), rtol=0, atol=1e-12)
 
 
+def test_the_way_back_follows_the_learning_rate(tmp_path):
+    """In the first step of this warmup nothing moves; in the second the rate is a quarter of its most."""
+    ends = {}
+    for share in (0.0, 0.25):
+        options = {**RUN, "l2_sp": share, "max_steps": 2, "save_strategy": "no", "warmup_steps": 4}
+        trainer = make_trainer(tmp_path / str(share), **options, lr_scheduler_type="constant_with_warmup")
+        start = weights(trainer)
+        trainer.train()
+        ends[share] = weights(trainer)
+    assert any((ends[0.0][name] - value).abs().max() > 1e-4 for name, value in start.items())
+    for name, value in start.items():
+        expected = value + (1 - 0.25 / 4) * (ends[0.0][name] - value)
+        torch.testing.assert_close(ends[0.25][name], expected, rtol=0, atol=1e-12)
+
+
 def test_of_a_new_adapter_the_factor_that_makes_the_change_goes_back(tmp_path):
     ends = {}
     for share in (0.0, 0.25):
