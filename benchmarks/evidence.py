@@ -6,9 +6,9 @@
 A protocol (benchmarks/evidence/NAME.yaml) names worlds, objectives, parts (full, LoRA), arms and seeds. The endpoint is
 that of every study with held-out samples: H, the share of the held-out probability that is kept at the first snapshot
 at which a run's own worst quarter is at most what a model says that never saw the samples (or 0.10, if that is more).
-With `strict: true` runs go on to 0.10, and H there stands beside it; with `whole: true` to the end of their plan, and what
-is left and kept there stands beside it. `weights: NAME` takes the retain weight of every
-arm from the results of that protocol (or of several, the last that has it): the one that kept most at the endpoint.
+With `strict: true` runs go on to 0.10, and H there stands beside it; with `whole: true` to the end of their plan, with
+what is left and kept there. `weights: NAME` takes the retain weight of every arm from the results of that protocol (or
+of several, the last that has it): the one that kept most at the endpoint.
 What is found goes to benchmarks/results/evidence-NAME.{json,md}. A killed run goes on in `--work_dir`.
 """
 

@@ -11,6 +11,9 @@ from .stack_options import sharded_by
 PRESERVING = {"retain_loss": "kl", "retain_weight": 256.0, "retain_weight_end": 8.0, "l2_sp": 0.03}
 PLAIN = {"retain_loss": None, "retain_weight": 1.0, "retain_weight_end": None, "l2_sp": 0.0}
 RETAIN_LOSSES = ("nll", "kl")
+# Objectives for which protocols committed before say so: with all weights, and with adapters.
+BY_DEFAULT = ("graddiff", "npo")
+WITH_ADAPTERS = ("npo",)  # GradDiff got stuck with LoRA
 
 
 def fill_preserving(config: Any) -> None:
@@ -28,8 +31,9 @@ def fill_preserving(config: Any) -> None:
         raise ValueError(
             f"preserve goes with a retain loss 'nll' or 'kl', but that of objective {config.objective!r} is {own!r}"
         )
+    config.preserve_is_auto = config.preserve is None
     if config.preserve is None:
-        config.preserve = own in RETAIN_LOSSES and sharded_by(config) is None
+        config.preserve = config.objective in BY_DEFAULT and own in RETAIN_LOSSES and sharded_by(config) is None
     values = dict(PRESERVING if config.preserve else PLAIN)
     if config.retain_weight is not None or config.retain_limit is not None:  # which says how the weight goes
         values["retain_weight"], values["retain_weight_end"] = PLAIN["retain_weight"], None
@@ -37,3 +41,13 @@ def fill_preserving(config: Any) -> None:
     for name, value in values.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+
+
+def settle_for_adapter(config: Any) -> None:
+    """Take back what `fill_preserving` chose where an adapter is trained and nobody asked for it, in place."""
+    if config.preserve and config.preserve_is_auto and config.objective not in WITH_ADAPTERS:
+        for name in config.preserve_filled:
+            setattr(config, name, PLAIN[name])
+        if config.retain_loss is None:
+            config.retain_loss = OBJECTIVES[config.objective].retain_loss
+        config.preserve, config.preserve_filled = False, ()

@@ -20,8 +20,8 @@ class Anchor(TrainerCallback):
     `1 / share` steps or so. Forgetting that is done needs no further step and fades, and with it what it cost; what
     comes back is pushed again.
 
-    The share follows the learning rate's schedule (`share * rate / its most`), as AdamW's decay does: where steps become
-    smaller, so does the way back, or it would undo at the end of a run what was forgotten.
+    The share follows the learning rate's schedule (`share * rate / its most`), as AdamW's decay does: where steps
+    become smaller, so does the way back, or it would undo at the end of a run what was forgotten.
 
     With LoRA the second factor (B, 0 at the start of a new adapter) goes back, and with it the whole change.
 

@@ -42,6 +42,7 @@ from ..models.trainable import check_trained, train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
+from ..preserving import settle_for_adapter
 from ..scoring import check_metrics
 from ..stack_options import sharded_by
 from .anchor import check_whole_floats
@@ -122,6 +123,9 @@ class RunInputs:
         if isinstance(scores, (str, Path)):
             scores = DifficultyScores.load(scores)
         args.use_scores(() if scores is None else scores.metrics)
+        there = _is_adapter(model, args) if isinstance(model, str) else hasattr(model, "peft_config")
+        if peft_config is not None or there:
+            settle_for_adapter(args)
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)

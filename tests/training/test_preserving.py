@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from builders import make_model
+from peft import LoraConfig, get_peft_model
 from runs import checksum, config, make_trainer
 
 from cud_trainer.preserving import PLAIN, PRESERVING
@@ -16,9 +17,11 @@ def values(args):
     return {name: getattr(args, name) for name in PRESERVING}
 
 
-@pytest.mark.parametrize("objective", ["graddiff", "npo", "simnpo", "kl_min", "wga"])
-def test_by_default(tmp_path, objective):
-    args = config(tmp_path / "out", **{**RUN, "objective": objective, "preserve": None})
+@pytest.mark.parametrize(
+    ("objective", "preserve"), [("graddiff", None), ("npo", None), ("simnpo", True), ("kl_min", True), ("wga", True)]
+)
+def test_on(tmp_path, objective, preserve):
+    args = config(tmp_path / "out", **{**RUN, "objective": objective, "preserve": preserve})
     assert args.preserve and values(args) == PRESERVING == {
         "retain_loss": "kl",
         "retain_weight": 256,
@@ -45,12 +48,12 @@ def test_what_is_given_stays(tmp_path, given, others):
     assert set(args.preserve_filled) == set(PRESERVING) - set(given)
 
 
-@pytest.mark.parametrize("options", [{"preserve": False}, {"objective": "ga"}, {"objective": "undial"}, {"fsdp": True}])
+@pytest.mark.parametrize("options", [{"preserve": False}, {"objective": "ga"}, {"objective": "simnpo"}, {"fsdp": True}])
 def test_off(tmp_path, options, monkeypatch):
     if options.pop("fsdp", False):
         monkeypatch.setattr("cud_trainer.preserving.sharded_by", lambda args: "FSDP")
     args = config(tmp_path / "out", **{**RUN, "preserve": None, **options})
-    own = {"graddiff": "nll"}.get(args.objective, "none")
+    own = "none" if args.objective == "ga" else "nll"
     assert not args.preserve and values(args) == {**PLAIN, "retain_loss": own} and args.preserve_filled == ()
 
 
@@ -59,6 +62,20 @@ def test_refused(tmp_path):
         config(tmp_path / "out", **{**RUN, "objective": "ga", "preserve": True})
     with pytest.raises(ValueError, match="preserve goes with a retain loss 'nll' or 'kl', .* 'graddiff' is 'none'"):
         config(tmp_path / "out", **{**RUN, "retain_loss": "none", "preserve": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "on"),
+    [({"objective": "npo"}, True), ({}, False), ({"preserve": True}, True), ({"l2_sp": 0.1}, False)],
+)
+@pytest.mark.parametrize("how", ["new", "there"])
+def test_adapters(tmp_path, options, on, how):
+    """By default with NPO only; what was given stays."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    given = {"peft_config": adapter} if how == "new" else {"model": get_peft_model(make_model(0), adapter)}
+    args = make_trainer(tmp_path / "out", **given, **{**RUN, "preserve": None, **options}).args
+    expected = PRESERVING if on else {**PLAIN, "retain_loss": "nll", **options}
+    assert args.preserve is on and values(args) == {name: expected[name] for name in PRESERVING}
 
 
 def test_half_precision_goes_without_l2_sp_unless_asked_for(tmp_path, caplog):
