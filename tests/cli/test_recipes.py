@@ -40,6 +40,8 @@ SMALL = (
     "--use_cpu true --bf16 false --passes 1 --max_steps 2 --per_device_train_batch_size 2 "
     "--gradient_accumulation_steps 1 --n_buckets 2 --disable_tqdm true"
 ).split()
+# The tiny model has memorised nothing: at the usual target no sample would be trained on.
+LOW = ["--schedule_args", '{"per_sample_stop": {"target": 1e-6}}']
 
 
 def options(name: str) -> dict:
@@ -212,9 +214,7 @@ def test_tofu(world, tmp_path, monkeypatch, objective, lora):
     words[words.index("MODEL")] = str(world / ("deep" if objective == "rmu" else "model"))
     output = tmp_path / "out"
     words[words.index("--output_dir") + 1] = str(output)
-    # The tiny model has memorised nothing: at the usual target no sample would be trained on.
-    low = ["--schedule_args", '{"per_sample_stop": {"target": 1e-6}}']
-    assert main([*words[1:], *SMALL, "--forget_dataset", str(world / "tofu"), "--difficulty", "loss", *low]) == 0
+    assert main([*words[1:], *SMALL, "--forget_dataset", str(world / "tofu"), "--difficulty", "loss", *LOW]) == 0
     assert (output / ("adapter_config.json" if lora else "model.safetensors")).exists()
     assert len(DifficultyScores.load(output / "difficulty.parquet")) == 6
 
@@ -327,7 +327,7 @@ def test_own_data(world, tmp_path, monkeypatch, kind):
         Dataset.from_list([OWN[kind](i) for i in range(start, start + n)]).to_json(f"{name}.jsonl")
     lora = kind != "questions"
     command = ["train", "--config", str(RECIPES / "own_data.yaml"), "--model_name_or_path", str(world / "chat"), *SMALL]
-    command += ["--difficulty", "loss", *(["--use_peft", "true", "--learning_rate", "1e-4"] if lora else [])]
+    command += ["--difficulty", "loss", *(["--use_peft", "true", "--learning_rate", "1e-4"] if lora else []), *LOW]
     assert main(command) == 0
     assert (tmp_path / "unlearned" / "adapter_config.json").exists() == lora
 
