@@ -24,7 +24,8 @@ RECIPES = Path(__file__).with_name("tofu")
 # LoRA for SmolLM2-135M, half of forget01 per step: with small batches their order decides what is forgotten last. The
 # Run here once, with NPO and these settings.
 SMALL = (
-    "--use_peft true --lora_alpha 16 --trainable_layers none --learning_rate 1e-3 --weight_decay 0 --preserve false --retain_weight 4 "
+    "--use_peft true --lora_alpha 16 --trainable_layers none --learning_rate 1e-3 --weight_decay 0 "
+    "--preserve false --retain_weight 4 "
     "--schedule inverse_mass --per_device_train_batch_size 4 --gradient_accumulation_steps 5 --max_length 256 "
     "--logging_steps 4"
 ).split()
