@@ -43,7 +43,7 @@ SCHEDULES = tuple(ARMS)
 BUCKETS = 4
 UNTRIED = "the demo leaves the weights alone; cud evaluate tries relearning, rounding and sampled answers on a model"
 CAVEAT = (
-    "uniform is the published algorithm; the others preserve: a KL retain loss, and weights that are drawn back. Retain "
+    "uniform is the published algorithm; others preserve: a KL retain loss, weights that are drawn back. Retain "
     "utility is measured on retained facts asked in other words than the retain loss uses, held-out knowledge on "
     "authors that it never mentions. Few seeds seldom decide: --report_seeds 5 says more. The ceiling is that of few "
     "seeds, and noisy."

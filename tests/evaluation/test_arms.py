@@ -12,6 +12,7 @@ from studies import config, results
 from cud_trainer import DifficultyScores
 from cud_trainer.cli import main
 from cud_trainer.difficulty import METRICS
+from cud_trainer.preserving import PLAIN, PRESERVING
 from evaluation.study.extend import corners, grow, is_wanted
 from evaluation.study.grid import plan
 from evaluation.study.options import StudyArguments
@@ -191,3 +192,13 @@ def test_a_study_grows_until_the_best_weight_is_inside(world, tmp_path, cells_in
     }
     assert rates == {3e-6, 1e-5, 3.33333e-5}
     assert any("is still at an end of its grid after 1 extensions" in line for line in results(output)["findings"])
+
+
+@pytest.mark.parametrize(("adapter", "preserve"), [(False, True), (True, False)])
+def test_a_run_says_what_preserve_came_to(adapter, preserve):
+    """The defaults, too: GradDiff with an adapter goes without."""
+    train = {"bf16": False, "use_cpu": True, "objective": "graddiff", "difficulty": "none"}
+    (cell,) = plan(StudyArguments(grid={"seed": [1]}, train=train), {"model": {"use_peft": adapter}})[1]
+    options = cell.settings["options"]
+    assert options["preserve"] is preserve
+    assert {name: options[name] for name in PRESERVING} == (PRESERVING if preserve else {**PLAIN, "retain_loss": "nll"})
