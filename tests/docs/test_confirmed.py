@@ -164,6 +164,38 @@ def test_what_failed_is_said():
         assert "never forgot enough in any of four seeds" in " ".join(page(name).split())
 
 
+def test_a_pretrained_model_in_words():
+    """One seed, every weight."""
+    found = FOUND["pretrained-development"]["conditions"]["graddiff-full"]["arms"]
+    uniform, alone, falling = ([run["H"] for run in found[arm]] for arm in ("uniform", "odds", "anchor, falling"))
+    text = " ".join(page("docs/results.md").split())
+    for fact in (
+        f"`uniform` kept {min(uniform):.2f} to {max(uniform):.2f} with retain weights 4, 16 and 64",
+        f"the schedule alone {min(alone):.2f} to {max(alone):.2f}",
+        "{:.2f}, {:.2f} and {:.2f}.".format(*falling),
+    ):
+        assert fact in text
+
+
+def test_ends_of_plans_in_words():
+    conditions = FOUND["development-5"]["conditions"]
+
+    def last(condition: str, arm: str) -> dict:
+        return conditions[condition]["arms"][arm][0]["last"]
+
+    graddiff, npo = (last(condition, "linear") for condition in ("graddiff-full", "npo-full"))
+    constant = [last(condition, "constant")["kept"] for condition in ("graddiff-full", "npo-full")]
+    uniform = [last(condition, "uniform")["kept"] for condition in ("graddiff-full", "npo-full")]
+    text = " ".join(page("docs/results.md").split())
+    for fact in (
+        f"GradDiff ends with {graddiff['kept']:.2f} kept and {graddiff['worst_quarter']:.3f} in the worst quarter",
+        f"NPO with {npo['kept']:.2f} and {npo['worst_quarter']:.3f}",
+        "with a constant rate {:.2f} and {:.2f} are kept".format(*constant),
+        "`uniform` ends with {:.2f} and {:.2f}".format(*uniform),
+    ):
+        assert fact in text, fact
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_results_are_of_the_committed_protocol(name):
     written = yaml.safe_load((ROOT / "benchmarks" / "evidence" / f"{name}.yaml").read_text())
