@@ -17,7 +17,7 @@ from cud_trainer.preserving import PRESERVING, settle_for_adapter
 from .options import EQUAL_COMPUTE, SCORES, StudyArguments
 
 # Options that scores do not depend on: runs that differ in nothing else share theirs.
-NOT_OF_SCORES = {"schedule", "schedule_args", "seed", "n_buckets", "l2_sp"}
+NOT_OF_SCORES = {"schedule", "schedule_args", "seed", "n_buckets", "preserve", "retain_weight_end", "l2_sp"}
 RANDOM = "random"  # the difficulty metric without any meaning
 LONGEST_NAME = 200  # bytes: file systems take 255, and names of files are made of it
 

@@ -115,6 +115,7 @@ def test_every_command_reads_chunks(tmp_path, capsys, cells_in_process):
     ]
     train = {
         "objective": "graddiff",
+        "preserve": False,
         "passes": 1,
         "difficulty": "loss",
         "per_device_train_batch_size": 4,

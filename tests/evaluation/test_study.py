@@ -408,9 +408,9 @@ def test_scores_are_shared_by_what_they_do_not_depend_on():
         grid={"schedule": ["uniform", "inverse_mass"], "seed": [1, 2, 3], "retain_weight": [1.0, 2.0]},
         train={"objective": "npo", "bf16": False, "use_cpu": True},
     )
-    scores, runs = plan(args, {"model": "m"})
+    scores, runs = plan(args, {"model": {"model_name_or_path": "m"}})
     assert len(runs) == 12 and len(scores) == 2  # calibration depends on the retain weight
     assert all(cell.settings["metrics"] == ["cud", "circuit_mass", "loss", "length"] for cell in scores)
     assert len({cell.fingerprint for cell in [*scores, *runs]}) == 14
-    again = plan(args, {"model": "other"})[1]
+    again = plan(args, {"model": {"model_name_or_path": "other"}})[1]
     assert all(a.name == b.name and a.fingerprint != b.fingerprint for a, b in zip(runs, again, strict=True))
