@@ -32,8 +32,9 @@ def fill_preserving(config: Any) -> None:
             f"preserve goes with a retain loss 'nll' or 'kl', but that of objective {config.objective!r} is {own!r}"
         )
     config.preserve_is_auto = config.preserve is None
-    if config.preserve is None:
-        config.preserve = config.objective in BY_DEFAULT and own in RETAIN_LOSSES and sharded_by(config) is None
+    if config.preserve is None:  # who names NLL has the published algorithm in mind
+        can = own in RETAIN_LOSSES and config.retain_loss in (None, "kl") and sharded_by(config) is None
+        config.preserve = can and config.objective in BY_DEFAULT
     values = dict(PRESERVING if config.preserve else PLAIN)
     if config.retain_weight is not None or config.retain_limit is not None:  # which says how the weight goes
         values["retain_weight"], values["retain_weight_end"] = PLAIN["retain_weight"], None

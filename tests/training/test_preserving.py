@@ -33,7 +33,8 @@ def test_on(tmp_path, objective, preserve):
 @pytest.mark.parametrize(
     ("given", "others"),
     [
-        ({"retain_loss": "nll"}, {}),
+        ({"retain_loss": "nll", "preserve": True}, {}),
+        ({"retain_loss": "kl"}, {}),
         ({"l2_sp": 0.0}, {}),
         ({"retain_weight_end": 2.0}, {}),
         ({"retain_weight": 16.0}, {"retain_weight_end": None}),
@@ -43,12 +44,15 @@ def test_on(tmp_path, objective, preserve):
 )
 def test_what_is_given_stays(tmp_path, given, others):
     args = config(tmp_path / "out", **{**RUN, "preserve": None, **given})
-    limit = given.pop("retain_limit", None)
-    assert values(args) == {**PRESERVING, **given, **others} and args.retain_limit == limit
+    given = {name: value for name, value in given.items() if name in PRESERVING}
+    assert args.preserve and values(args) == {**PRESERVING, **given, **others}
     assert set(args.preserve_filled) == set(PRESERVING) - set(given)
 
 
-@pytest.mark.parametrize("options", [{"preserve": False}, {"objective": "ga"}, {"objective": "simnpo"}, {"fsdp": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"preserve": False}, {"retain_loss": "nll"}, {"objective": "ga"}, {"objective": "simnpo"}, {"fsdp": True}],
+)
 def test_off(tmp_path, options, monkeypatch):
     if options.pop("fsdp", False):
         monkeypatch.setattr("cud_trainer.preserving.sharded_by", lambda args: "FSDP")
