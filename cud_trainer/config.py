@@ -151,8 +151,8 @@ class CUDConfig(TemplateArguments, SFTConfig):
         metadata={
             "help": "Keep what neither forget nor retain set mentions: where they are not given, retain_loss is 'kl', "
             "retain_weight falls from 256 to 8, and l2_sp is 0.03. By default with 'npo', and with 'graddiff' where no "
-            "adapter is trained, as measured; not with FSDP, DeepSpeed or a `retain_loss` 'nll'. 'false' for algorithms "
-            "as published."
+            "adapter is trained, as measured; not with FSDP, DeepSpeed or a `retain_loss` 'nll'. 'false' for "
+            "algorithms as published."
         },
     )
     retain_weight: float | None = field(
