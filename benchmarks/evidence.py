@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ SHARED = {
     "max_length": 512,
 }
 SEED = 0  # of bootstraps
+STOP = "per_sample_stop"
 
 
 def world(work: Path, name: str, spec: dict[str, Any], tofu: str, pretrained: str = "") -> tuple[Path, float]:
@@ -128,12 +130,22 @@ def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any
         chosen |= found["conditions"].get(condition, {}).get("weights", {})
     for name, options in arms.items():
         like = options.pop("like", name)
-        if "per_sample_stop" in options["schedule"]:  # the default when the first protocols were written
-            options.setdefault("schedule_args", {"per_sample_stop": {"target": 0.1}})
+        options |= old_target(options)
         if chosen:
             options["retain_weight"] = chosen[like]
     only = protocol.get("only", {}).get(condition)
     return arms if only is None else {name: arms[name] for name in only}
+
+
+def old_target(options: dict[str, Any]) -> dict[str, Any]:
+    """`schedule_args` of an arm that stops samples: where it names no target, that of when protocols were written."""
+    parts = options["schedule"].split("+")
+    if STOP not in parts:
+        return {}
+    given = deepcopy(options.get("schedule_args", {}))
+    of_stop = given if len(parts) == 1 else given.setdefault(STOP, {})
+    of_stop.setdefault("target", 0.1)
+    return {"schedule_args": given}
 
 
 def study(
@@ -185,10 +197,12 @@ def row(run: Any, *, whole: bool) -> dict[str, Any]:
 
     end = run.end
     there = end.snapshot
-    kept = run.held_out.mean(1)
-    last = {"worst_quarter": float(worst_quarter(run.forget[-1])), "kept": float(kept[-1] / kept[0])}
+    found: dict[str, Any] = {}
+    if whole:
+        kept = run.held_out.mean(1)
+        found["last"] = {"worst_quarter": float(worst_quarter(run.forget[-1])), "kept": float(kept[-1] / kept[0])}
     return {
-        **({"last": last} if whole else {}),
+        **found,
         "retain_weight": run.options.get("retain_weight", 1.0),
         "seed": run.seed,
         "H": end.kept,

@@ -63,6 +63,7 @@ def cases(world: Path) -> list[Case]:
     score = ["score", *data, *few, "--metrics", "cud", "loss", "random", "--passes", "4"]
     score += ["--output", "{output}/s.parquet", "--save_circuits", "{output}/c.safetensors"]
     train = ["train", *data, *few, "--output_dir", "{output}", "--passes", "3", "--per_device_train_batch_size", "2"]
+    train += ["--preserve", "false"]
     train += ["--difficulty", "cud", "--schedule", "easy_to_hard", "--objective", "npo", "--retain_loss", "kl"]
     train += ["--report_to", "none", "--save_strategy", "steps", "--save_steps", "4", "--disable_tqdm", "true"]
     evaluate = ["evaluate", *data, "--scores", f"{world}/s/s.parquet", "--output_dir", "{output}", "--batch_size", "3"]

@@ -49,6 +49,5 @@ def settle_for_adapter(config: Any) -> None:
     if config.preserve and config.preserve_is_auto and config.objective not in WITH_ADAPTERS:
         for name in config.preserve_filled:
             setattr(config, name, PLAIN[name])
-        if config.retain_loss is None:
-            config.retain_loss = OBJECTIVES[config.objective].retain_loss
+        config.retain_loss = config.unlearning_loss.retain_loss
         config.preserve, config.preserve_filled = False, ()

@@ -30,17 +30,17 @@ BY_DIFFICULTY = f"upweight_hard+{DEFAULT}"  # what difficulty could add to it
 PRESERVE = {"preserve": True, "retain_weight_end": 4.0}  # from every weight of the grid
 ARMS: dict[str, dict[str, Any]] = {  # by name, what they set in CUDConfig
     "uniform": {"difficulty": "none", "schedule": "uniform"},
-    "odds": {"difficulty": "none", "schedule": DEFAULT},
-    "default": {"difficulty": "none", "schedule": DEFAULT, **PRESERVE},
-    "default by cud": {"difficulty": "cud", "schedule": BY_DIFFICULTY, **PRESERVE},
-    "default by random": {"difficulty": "given", "schedule": BY_DIFFICULTY, **PRESERVE},
+    "default": {"difficulty": "none", "schedule": DEFAULT},
+    "preserve": {"difficulty": "none", "schedule": DEFAULT, **PRESERVE},
+    "preserve by cud": {"difficulty": "cud", "schedule": BY_DIFFICULTY, **PRESERVE},
+    "preserve by random": {"difficulty": "given", "schedule": BY_DIFFICULTY, **PRESERVE},
 }
 CONTRASTS = [
-    ("odds", "uniform"),
     ("default", "uniform"),
-    ("default", "odds"),
-    ("default by cud", "default"),
-    ("default by cud", "default by random"),
+    ("preserve", "uniform"),
+    ("preserve", "default"),
+    ("preserve by cud", "preserve"),
+    ("preserve by cud", "preserve by random"),
 ]
 WEIGHTS = (16.0, 4.0, 64.0)  # the first is always tried
 TUNING_SEED = 0

@@ -20,7 +20,7 @@ class Anchor(TrainerCallback):
     `1 / share` steps or so. Forgetting that is done needs no further step and fades, and with it what it cost; what
     comes back is pushed again.
 
-    The share follows the learning rate's schedule (`share * rate / its most`), as AdamW's decay does: where steps
+    The share follows the learning rate's schedule (`share * lr / initial_lr`), as AdamW's decay does: where steps
     become smaller, so does the way back, or it would undo at the end of a run what was forgotten.
 
     With LoRA the second factor (B, 0 at the start of a new adapter) goes back, and with it the whole change.
@@ -46,18 +46,17 @@ class Anchor(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        share = self.share * _rate_of_its_most(kwargs.get("optimizer"), args)
+        share = self.share * _share_of_rate(kwargs["optimizer"], args)
         for name, weight in self._model.named_parameters():
             if name in self._starts:
                 weight.lerp_(self._starts[name].to(weight.device), share)
 
 
-def _rate_of_its_most(optimizer: Any, args: TrainingArguments) -> float:
+def _share_of_rate(optimizer: Any, args: TrainingArguments) -> float:
     """The learning rate of the step that was just made, as a share of what its schedule multiplies."""
-    if optimizer is None or not args.learning_rate:
-        return 1.0
     group = optimizer.param_groups[0]
-    return float(group["lr"]) / float(group.get("initial_lr", args.learning_rate))
+    whole = group.get("initial_lr", args.learning_rate)
+    return float(group["lr"] / whole) if whole else 1.0
 
 
 def check_whole_floats(model: nn.Module, *, adapter: bool = False) -> None:

@@ -123,8 +123,8 @@ class RunInputs:
         if isinstance(scores, (str, Path)):
             scores = DifficultyScores.load(scores)
         args.use_scores(() if scores is None else scores.metrics)
-        there = _is_adapter(model, args) if isinstance(model, str) else hasattr(model, "peft_config")
-        if peft_config is not None or there:
+        is_adapter = _is_adapter(model, args) if isinstance(model, str) else hasattr(model, "peft_config")
+        if peft_config is not None or is_adapter:
             settle_for_adapter(args)
         loss = args.unlearning_loss
         check_is_no_model(args, model)
@@ -153,7 +153,7 @@ class RunInputs:
                 f"max_steps={args.max_steps} goes beyond the schedule ({steps} steps for {args.passes} passes): "
                 "raise passes"
             )
-        merged = isinstance(model, str) and peft_config is not None and _is_adapter(model, args)
+        merged = isinstance(model, str) and peft_config is not None and is_adapter
         model = _checked_model(model, args, loss, peft_config)
         check_vocabulary(tokenizer, model)
         sets = forget_samples, retain_samples, heldout_samples

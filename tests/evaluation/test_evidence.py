@@ -1,6 +1,7 @@
 """Studies with held-out samples: measured, refused, compared by H@0.1, and the verdict of the rule in the report."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from studies import config, results
 from cud_trainer.cli import main
 from cud_trainer.data import prepare_samples
 from cud_trainer.logprobs import answer_probability
+from cud_trainer.schedule import parse
 from evaluation.decision import RULE
 from evaluation.endpoint import Endpoint, endpoint
 from evaluation.metrics.memorization import teacher_forced
@@ -18,6 +20,7 @@ from evaluation.study.evidence import crossed, decided, evidence
 from evaluation.study.options import StudyArguments
 from evaluation.study.runs import at_endpoint
 
+ROOT = Path(__file__).parents[2]
 TRAIN = {
     "objective": "ga",
     "passes": 1,
@@ -181,3 +184,31 @@ def test_the_crossed_interval_is_that_of_h():
     assert found.value == pytest.approx(np.mean([0.9, 0.8]) - np.mean([0.6, 0.7]))
     assert found.low <= found.value <= found.high
     assert np.isnan(crossed([run(0, None)], both["uniform"], "aabb", 0).value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"schedule": "uniform"}, None),
+        ({"schedule": "per_sample_stop"}, {"target": 0.1}),
+        ({"schedule": "odds+per_sample_stop"}, {"per_sample_stop": {"target": 0.1}}),
+        (
+            {"schedule": "odds+per_sample_stop", "schedule_args": {"odds": {"keep": "pull"}}},
+            {"odds": {"keep": "pull"}, "per_sample_stop": {"target": 0.1}},
+        ),
+        (
+            {"schedule": "odds+per_sample_stop", "schedule_args": {"per_sample_stop": {"target": 0.07}}},
+            {"per_sample_stop": {"target": 0.07}},
+        ),
+    ],
+)
+def test_arms_stop_where_they_did(options, expected, monkeypatch):
+    """Where a protocol names no target, at the default of when it was written; the protocol itself stays as it is."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import evidence
+
+    protocol = {"arms": {"a": options}}
+    before = json.dumps(protocol)
+    arm = evidence.arms_of(protocol, "graddiff-full")["a"]
+    assert arm.get("schedule_args") == expected and json.dumps(protocol) == before
+    parse(arm["schedule"], arm.get("schedule_args"))
