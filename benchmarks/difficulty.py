@@ -63,7 +63,8 @@ CALIBRATED = (
     "group_mean",
     "calibration",
 )
-VARIANTS = {  # beside the default, which is fitted from edges, hidden states, gradient norms and outputs
+MEASURED = {"cud": {"features": ["edges", "hidden", "gradients", "outputs"]}}  # edges were in the default then
+VARIANTS = {
     "cud_log": {"variant": "log"},
     "cud_edges": {"features": ["edges"]},
     "cud_edges_outputs": {"features": ["edges", "outputs"]},
@@ -205,7 +206,9 @@ def score(work_dir: Path, cell: Cell) -> dict:
         return {"columns": columns(scores), "cpu_seconds": seconds, "epoch_seconds": time.process_time() - start}
     start = time.process_time()
     calibration = calibration_of(args)
-    scores = score_difficulty(model, testbed.forget, tokenizer, metrics=CALIBRATED, calibration=calibration, **options)
+    scores = score_difficulty(
+        model, testbed.forget, tokenizer, metrics=CALIBRATED, metric_args=MEASURED, calibration=calibration, **options
+    )
     seconds = time.process_time() - start
     runs = scores.provenance["calibration"]["runs"]
     return {"columns": columns(scores), "cpu_seconds": seconds, "calibration": runs}

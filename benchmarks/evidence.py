@@ -130,7 +130,7 @@ def arms_of(protocol: dict[str, Any], condition: str) -> dict[str, dict[str, Any
         chosen |= found["conditions"].get(condition, {}).get("weights", {})
     for name, options in arms.items():
         like = options.pop("like", name)
-        options |= old_target(options)
+        options |= old_target(options) | old_features(options)
         if chosen:
             options["retain_weight"] = chosen[like]
     only = protocol.get("only", {}).get(condition)
@@ -146,6 +146,13 @@ def old_target(options: dict[str, Any]) -> dict[str, Any]:
     of_stop = given if len(parts) == 1 else given.setdefault(STOP, {})
     of_stop.setdefault("target", 0.1)
     return {"schedule_args": given}
+
+
+def old_features(options: dict[str, Any]) -> dict[str, Any]:
+    """`difficulty_args` of an arm by CUD: where it names none, what CUD was fitted from when protocols were written."""
+    if options.get("difficulty") != "cud" or "difficulty_args" in options:
+        return {}
+    return {"difficulty_args": {"features": ["edges", "hidden", "gradients", "outputs"]}}
 
 
 def study(

@@ -56,7 +56,7 @@ TINY = {
     "calibration_passes": 2,
     "draws": 20,
 }
-FEATURES = ("edges", "hidden", "gradients", "outputs")  # of a calibrated CUD
+FEATURES = ("edges", "hidden", "gradients", "outputs")  # that a calibrated CUD can be fitted from
 SINGLE = ("loss", "length", "grad_norm", "group_loss")
 STEPS = {
     "base": ("base",),  # the single numbers together

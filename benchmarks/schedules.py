@@ -107,7 +107,7 @@ def never_seen(options: argparse.Namespace, testbed: Any, seed: int) -> list[flo
 def score(folder: Path, bed: Bed, objective: str, part: str) -> None:
     """Difficulty of every forget sample for an objective, `scores-OBJECTIVE-PART.parquet`."""
     from datasets import load_dataset
-    from difficulty import OBJECTIVES, PARTS
+    from difficulty import MEASURED, OBJECTIVES, PARTS
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,6 +137,7 @@ def score(folder: Path, bed: Bed, objective: str, part: str) -> None:
         forget,
         AutoTokenizer.from_pretrained(folder / "model"),
         metrics=METRICS,
+        metric_args=MEASURED,
         retain_dataset=retain,
         calibration=calibration,
         group_column="author",

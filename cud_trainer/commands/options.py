@@ -24,8 +24,10 @@ from ..data.sources import load_samples, renamed
 from ..data.tokenizers import tokenizer_options
 from ..data.turns import CONVERSATION, every_turn, holds_conversations
 from ..difficulty import METRICS
+from ..difficulty.scores import merge_metrics
 from ..models.loading import tokenizer_home
 from ..registry import keyword_options
+from ..scoring import SCORED
 from ..stack_options import OF_AN_UPLOAD
 from ..typed import check_void
 from .help import About
@@ -55,9 +57,6 @@ READ = {
     "lm_eval_include",
     "nli_model",
 }
-
-SCORED = ("cud", "cud_top_k", "circuit_mass", "loss", "length")
-SCORED_FROM_A_BANK = ("cud", "loss", "length")
 
 
 @dataclass
@@ -230,8 +229,8 @@ class ScoreArguments(DataArguments):
     metrics: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Difficulty metrics to compute, the first is the primary one. By default 'cud', 'cud_top_k', "
-            "'circuit_mass', 'loss' and 'length'; with an `anchor_bank` 'cud', 'loss' and 'length'."
+            "help": "Difficulty metrics to compute, the first is the primary one. By default 'cud', what it has to "
+            "beat ('loss', 'length', 'random'), and what `schedule` reads."
         },
     )
     anchor_bank: str | None = field(
@@ -243,7 +242,8 @@ class ScoreArguments(DataArguments):
     )
     output: str = field(default="difficulty.parquet", metadata={"help": "Parquet file to write."})
     save_circuits: str | None = field(
-        default=None, metadata={"help": "Write the edge scores of all samples to this safetensors file."}
+        default=None,
+        metadata={"help": "Write the edge scores of all samples to this safetensors file, whatever the metrics read."},
     )
     work_dir: str | None = field(
         default=None,
@@ -253,10 +253,10 @@ class ScoreArguments(DataArguments):
         },
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def settle_metrics(self, config: CUDConfig) -> None:
+        """Fill `metrics` where none are named, in place: the default ones, and what the schedule of `config` reads."""
         if self.metrics is None:
-            self.metrics = list(SCORED if self.anchor_bank is None else SCORED_FROM_A_BANK)
+            self.metrics = merge_metrics(SCORED[0], [*SCORED, *(m for m in config.schedule_metrics if m in METRICS)])
 
     def metric_args(self, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Options by metric: those of the configuration, and the anchor bank for each that takes anchors.

@@ -110,6 +110,7 @@ def _adapter_by_circuit(
 def score(argv: list[str]) -> int:
     """`cud score`."""
     data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score", ABOUT)
+    data_args.settle_metrics(args)
     if model_args.use_peft:
         settle_for_adapter(args)
     check_new_file(data_args.output, args.overwrite)

@@ -4,6 +4,7 @@ from .calibration import Calibration, CalibrationSettings, calibrate
 from .calibration import adapter_identity as adapter_identity
 from .request import ScoringRequest as ScoringRequest
 from .request import check_metrics as check_metrics
+from .score import SCORED as SCORED
 from .score import score_difficulty
 
 __all__ = ["Calibration", "CalibrationSettings", "calibrate", "score_difficulty"]

@@ -39,14 +39,16 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
             UnlearningLoss(objective)  # refuses an unknown one
     circuits = [name for name in metrics if METRICS[name].reads_circuits(options.get(name, {}))]
     if model_or_config is not None and circuits:
-        try:
-            check_architecture(model_or_config)
-        except ValueError as error:
-            without = [name for name, metric in METRICS.items() if not metric.needs_circuits]
-            raise ValueError(
-                f"difficulty metric {circuits[0]!r} needs circuits, and {error}. Metrics that need none: "
-                f"{', '.join(without)}"
-            ) from None
+        _check_circuits(f"difficulty metric {circuits[0]!r}", model_or_config)
+
+
+def _check_circuits(what: str, model_or_config: Any) -> None:
+    """Raise `ValueError` where an architecture has no circuits, which `what` needs."""
+    try:
+        check_architecture(model_or_config)
+    except ValueError as error:
+        without = [name for name, metric in METRICS.items() if not metric.reads_circuits({})]
+        raise ValueError(f"{what} needs circuits, and {error}. Metrics that need none: {', '.join(without)}") from None
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ class ScoringRequest:
 
     @property
     def reads_circuits(self) -> bool:
-        """Whether a metric computes edge scores."""
-        return any(METRICS[name].reads_circuits(self.metric_args.get(name, {})) for name in self.metrics)
+        """Whether edge scores are computed: a metric reads them, or they are to be saved."""
+        by_metric = any(METRICS[name].reads_circuits(self.metric_args.get(name, {})) for name in self.metrics)
+        return by_metric or self.save_circuits is not None
 
     @property
     def begun(self) -> bool:
@@ -103,10 +106,7 @@ class ScoringRequest:
                 raise ValueError(f"save_circuits {self.save_circuits} lies in work_dir, which is removed at the end")
             if not self.begun:  # a call that goes on may have written its circuits before it was killed
                 check_new_file(self.save_circuits, self.overwrite)
-            if not self.reads_circuits:
-                raise ValueError(
-                    f"save_circuits has nothing to save: none of the metrics {list(self.metrics)} needs circuits"
-                )
+            _check_circuits("save_circuits", model)
         all_options = (*CIRCUIT_DEFAULTS, "ungroup_kv", "reference_quirk")
         unknown = [option for option in self.circuit_args if option not in all_options]
         if unknown:

@@ -37,13 +37,15 @@ from .request import ScoringRequest
 
 logger = logging.get_logger(__name__)
 
+SCORED = ("cud", "loss", "length", "random")  # where no metrics are named: CUD, and what it has to beat
+
 
 def score_difficulty(
     model: PreTrainedModel,
     dataset: Dataset | Samples,
     processing_class: PreTrainedTokenizerBase | None = None,
     *,
-    metrics: Sequence[str] = ("cud", "circuit_mass", "loss", "length"),
+    metrics: Sequence[str] = SCORED,
     retain_dataset: Dataset | Samples | None = None,
     metric_args: dict[str, dict[str, Any]] | None = None,
     circuit_args: dict[str, Any] | None = None,

@@ -15,9 +15,9 @@ from .cells import Cell, mean, missing
 from .schema import Ceiling, DifficultySection, PredictorRow, Table
 from .tables import table
 
-# How the metrics are called in reports, and whether they are trivial (no circuit needed).
+# How the metrics are called in reports, and what they are: trivial predictors, fits, from circuits, or others.
 LABELS = {
-    "cud": ("CUD", "circuit"),
+    "cud": ("CUD", "fit"),
     "cud_paper": ("CUD as published (cud_paper)", "circuit"),
     "cud_top_k": ("CUD, top 200 edges by cosine (cud_top_k)", "circuit"),
     "circuit_mass": ("circuit mass", "circuit"),
@@ -48,7 +48,7 @@ def difficulty_section(
     controls = np.column_stack([columns[name] for name in TRIVIAL])
     rows = []
     for name, values in columns.items():
-        label, kind = LABELS.get(name, (name, "circuit"))
+        label, kind = LABELS.get(name, (name, "other"))
         partial = None if name in TRIVIAL else stats.partial_spearman(values, target_values, controls, seed=seed)
         row = PredictorRow(
             metric=name,

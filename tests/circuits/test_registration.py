@@ -113,7 +113,7 @@ def test_text_models_inside_others():
     [
         (
             "deepseek_v3",
-            r"'cud' needs circuits, .*'deepseek_v3': its queries.*\(MLA\)\. Metrics that need none: .*loss",
+            r"'cud_top_k' needs circuits, .*'deepseek_v3': its queries.*\(MLA\)\. Metrics that need none: loss, .*, cud",
         ),
         ("qwen3_next", "linear attention"),
         ("opt", "'opt'; available: .*--architecture. Metrics that need none"),
@@ -121,8 +121,10 @@ def test_text_models_inside_others():
 )
 def test_what_works_without_circuits_is_said(model_type, message):
     with pytest.raises(ValueError, match=message):
-        check_metrics(["loss", "cud"], {}, AutoConfig.for_model(model_type))
-    check_metrics(["loss"], {}, AutoConfig.for_model(model_type))
+        check_metrics(["loss", "cud_top_k"], {}, AutoConfig.for_model(model_type))
+    check_metrics(["loss", "cud"], {}, AutoConfig.for_model(model_type))
+    with pytest.raises(ValueError, match="metric 'cud' needs circuits"):
+        check_metrics(["cud"], {"cud": {"features": ["edges"]}}, AutoConfig.for_model(model_type))
 
 
 def test_a_file_of_descriptions(tmp_path):

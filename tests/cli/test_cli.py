@@ -60,9 +60,9 @@ def test_score_train_evaluate(world, tmp_path, capsys):
         "--save_circuits",
         str(circuits),
     ]
-    assert main(command) == 0
+    assert main([*command, "--metrics", "cud", "circuit_mass", "loss", "length"]) == 0
     loaded = DifficultyScores.load(scores)
-    assert loaded.metrics == ["cud", "cud_top_k", "circuit_mass", "loss", "length"] and len(loaded) == 9
+    assert loaded.metrics == ["cud", "circuit_mass", "loss", "length"] and len(loaded) == 9
     assert not (tmp_path / "unused").exists()
 
     unlearned = tmp_path / "unlearned"
@@ -223,7 +223,7 @@ def test_score_from_an_anchor_bank(world, tmp_path, capsys):
     later[1] = str(tmp_path / "later.jsonl")
     assert main(["score", *later]) == 0
     scores = DifficultyScores.load(tmp_path / "later.parquet")
-    assert scores.metrics == ["cud", "loss", "length"] and len(scores) == 3 and scores.fold is None
+    assert scores.metrics == ["cud", "loss", "length", "random"] and len(scores) == 3 and scores.fold is None
     assert "calibration" not in scores.provenance
     capsys.readouterr()
     for extra, message in (

@@ -371,7 +371,8 @@ class TestMetric:
     def test_a_bank_is_refused_before_the_circuits(self, tmp_path, monkeypatch):
         path = str(tmp_path / "bank.safetensors")
         context = make_context()
-        cud(context, save_anchors=path)
+        features = ["edges", "hidden"]
+        cud(context, save_anchors=path, features=features)
         small = AnchorBank.load(path)
         small.side[small.ids.index(small.easy_ids[0]) + 1 : 6] = 0  # one easy sample is left
         small.save(tmp_path / "small.safetensors")
@@ -381,7 +382,7 @@ class TestMetric:
             (make_context(circuit_options={"metric": "logprob"}), path, {}, "other settings"),
             (make_context(), str(tmp_path / "small.safetensors"), {}, "leaves no anchor sample"),
             (make_context(), path, {"save_anchors": path + ".new"}, "save_anchors has nothing new to save"),
-            (make_context(), "calibration", {"save_anchors": path}, "exists"),
+            (make_context(), "calibration", {"save_anchors": path, "features": features}, "exists"),
         ):
             with pytest.raises(ValueError, match=message):
                 cud(other, anchors=anchors, **options)

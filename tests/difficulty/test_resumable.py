@@ -12,6 +12,7 @@ from builders import PYTHONPATH, SUPPORT, make_model, make_tokenizer, qa_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run
+from transformers import OPTConfig, OPTForCausalLM
 
 from cud_trainer import score_difficulty
 from cud_trainer.circuits import CircuitTable
@@ -170,16 +171,18 @@ def test_circuits_file_and_its_refusals(tmp_path):
     table = CircuitTable.load(path)
     table = table.aligned(scores.ids)
     assert scores["circuit_mass"] == pytest.approx(-table.edges.double().abs().sum(1).log().numpy())
-    for metrics, message in ((["circuit_mass"], "exists"), (["loss"], "nothing to save")):
-        with pytest.raises(ValueError, match=message):
-            score_difficulty(
-                make_model(0),
-                qa_dataset(5),
-                make_tokenizer(),
-                metrics=metrics,
-                save_circuits=path if message == "exists" else tmp_path / "new",
-                progress=False,
-            )
+    with pytest.raises(ValueError, match="exists"):
+        score_difficulty(
+            make_model(0), qa_dataset(5), make_tokenizer(), metrics=["loss"], save_circuits=path, progress=False
+        )
+    other = tmp_path / "other.safetensors"  # also where no metric reads them
+    score_difficulty(
+        make_model(0), qa_dataset(5), make_tokenizer(), metrics=["loss"], save_circuits=other, progress=False
+    )
+    torch.testing.assert_close(CircuitTable.load(other).aligned(scores.ids).edges, table.edges)
+    with pytest.raises(ValueError, match="save_circuits needs circuits, and .*'opt'"):
+        model = OPTForCausalLM(OPTConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=16))
+        score_difficulty(model, qa_dataset(5), make_tokenizer(), metrics=["loss"], save_circuits=tmp_path / "new")
 
 
 def test_circuits_file_written_just_before_a_kill(tmp_path):

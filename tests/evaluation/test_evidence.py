@@ -212,3 +212,15 @@ def test_arms_stop_where_they_did(options, expected, monkeypatch):
     arm = evidence.arms_of(protocol, "graddiff-full")["a"]
     assert arm.get("schedule_args") == expected and json.dumps(protocol) == before
     parse(arm["schedule"], arm.get("schedule_args"))
+
+
+def test_arms_by_cud_read_what_they_did(monkeypatch):
+    """Edges among it, which the default left out later."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import evidence
+
+    options = {"schedule": "upweight_hard", "difficulty": "cud"}
+    others = {"random": {**options, "difficulty": "random"}, "own": {**options, "difficulty_args": {"variant": "log"}}}
+    arms = evidence.arms_of({"arms": {"cud": options, **others}}, "graddiff-full")
+    assert arms["cud"]["difficulty_args"] == {"features": ["edges", "hidden", "gradients", "outputs"]}
+    assert "difficulty_args" not in arms["random"] and arms["own"]["difficulty_args"] == {"variant": "log"}

@@ -86,8 +86,8 @@ class AnchorBank:
             samples: `n` samples, from `prepare_samples`.
             residual: what unlearning left of each, `[n]`, higher = harder, for example that of
                 `cud_trainer.scoring.calibrate`. The fit takes its ranks only.
-            features: names out of `cud_trainer.difficulty.cud.ALL_FEATURES`; by default `FEATURES`. Without `"edges"`
-                and `"mass"` no circuit is computed, and any architecture will do.
+            features: names out of `cud_trainer.difficulty.cud.ALL_FEATURES`; by default `FEATURES`. With `"edges"`
+                or `"mass"` circuits are computed, for which the architecture must be described.
             groups: group of each sample: the penalty of the fit is chosen for samples of other groups.
             circuit_options: of `cud_trainer.circuits.edge_attributions`.
             anchor_share: share of the samples that make each anchor, for the variants that compare circuits.

@@ -18,7 +18,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The same formula on standardised log |edge score|, which keeps the circuit's mass that the cosine of raw scores
     # throws away.
     "log": {"vector": "log", "k": None, "distance": "cosine"},
-    # No anchors: ridge regression from log |edge score| and more to the calibration run's residual memorisation.
+    # No anchors: ridge regression from `FEATURES`, or those that are asked for, to the calibration run's residual
+    # memorisation.
     "calibrated": {"vector": "log", "k": None, "distance": "cosine"},
 }
 # How the authors attribute: every node interpolated by itself, key and value heads once per query head.
@@ -30,9 +31,10 @@ PAPER_CIRCUITS: dict[str, Any] = {
     "ungroup_kv": True,
     "reference_quirk": True,
 }
-FEATURES = ("edges", "hidden", "gradients", "outputs")
-# What can be asked for by name besides: single numbers that FEATURES hold, for fits that are to see nothing else.
-ALL_FEATURES = (*FEATURES, "mass", "loss")
+# What a fit reads by default. Edges are left out: they add nothing to the rest (docs/results.md), and cost the most.
+FEATURES = ("hidden", "gradients", "outputs")
+# What can be asked for by name besides: edges, and single numbers for fits that are to see nothing else.
+ALL_FEATURES = ("edges", *FEATURES, "mass", "loss")
 CIRCUIT_FEATURES = ("edges", "mass")
 
 
@@ -59,10 +61,10 @@ class CUDSettings:
         prune: leave out edges on no path from the embedding to the logits. Not for `"log"`.
         distance: `"cosine"`, `"jaccard"` or `"hamming"`.
         anchor_share: share of the calibration samples that make each anchor, in (0, 0.5].
-        features: what `"calibrated"` is fitted from: `"edges"` (log |edge score|), `"hidden"` (middle hidden state),
-            `"gradients"` (log gradient norm of every weight matrix), `"outputs"` (log-probability, length, margin,
-            entropy), all of them by default; or `"mass"` (log of the sum of |edge score|) and `"loss"`
-            (log-probability) alone. Without `"edges"` and `"mass"` no circuit is computed.
+        features: what `"calibrated"` is fitted from: `"hidden"` (middle hidden state), `"gradients"` (log gradient norm
+            of every weight matrix) and `"outputs"` (log-probability, length, margin, entropy) by default; besides them
+            `"edges"` (log |edge score|), or alone `"mass"` (log of the sum of |edge score|) and `"loss"`
+            (log-probability). Without `"edges"` and `"mass"` no circuit is computed.
     """
 
     variant: str = "calibrated"
