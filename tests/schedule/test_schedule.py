@@ -558,6 +558,22 @@ class TestDynamic:
         assert tail(self.state([0.5, 0.5, 0.5])).tolist() == [1, 1, 1]
         assert tail(self.state([0.1, 0.9], [1.5, 0.5], step=1), every=2).tolist() == [1.5, 0.5]
 
+    def test_unlikelihood(self):
+        """On the mean log-probability of an answer it gives the gradient of -scale log(1 - p), a softmax's by autograd."""
+        torch.manual_seed(0)
+        logits = torch.randn(3, 4, 9, dtype=torch.float64).mul(3).requires_grad_()  # 3 answers of 4 tokens
+        logits.data[0, :, 0] += 12.0  # known by heart
+        logps = torch.log_softmax(logits, -1)[..., 0].mean(1)
+        (expected,) = torch.autograd.grad(-0.5 * torch.log1p(-logps.exp()).sum(), logits, retain_graph=True)
+        state = self.state(logps.detach().exp().numpy())
+        factor = torch.from_numpy(SCHEDULES["unlikelihood"].function(state, scale=0.5))
+        (found,) = torch.autograd.grad((factor * logps).sum(), logits)
+        torch.testing.assert_close(found, expected)
+        certain = SCHEDULES["unlikelihood"].function(self.state([1.0, 0.5, 0.0]), scale=2.0, high=40.0)
+        assert certain.tolist() == [40.0, 2.0, 0.0]
+        old = SCHEDULES["unlikelihood"].function(self.state([0.1, 0.5], [3, 4], step=3), every=2)
+        assert old.tolist() == [3, 4]
+
     def test_dro(self):
         p = np.array([0.1, 0.5, 0.99])
         found = SCHEDULES["dro"].function(self.state(p), tau=0.2)
@@ -583,7 +599,9 @@ class TestDynamic:
         run.update(np.array([2]), np.log([0.9]), 4)
         np.testing.assert_allclose(run.factor[2], 0.01 * 4.5**0.5)  # and it comes back
 
-    @pytest.mark.parametrize("name", ["tail", "dro", "self_paced", "odds", "dynamic", "per_sample_stop"])
+    @pytest.mark.parametrize(
+        "name", ["tail", "dro", "self_paced", "odds", "unlikelihood", "dynamic", "per_sample_stop"]
+    )
     def test_rows_in_another_order_have_the_same_factors(self, name):
         p = np.array([0.2, 0.6, 0.6, 0.6, 0.1, 0.6, 0.3])
         turned = np.random.default_rng(0).permutation(7)
@@ -715,6 +733,7 @@ def test_saved_and_hashed(tmp_path):
         ("per_sample_stop", {"start": "x"}, "must be a number"),
         ("dynamic", {"low": 2.0}, "low <= 1 <= high"),
         ("odds", {"keep": "mean"}, "keep out of \\['weight', 'pull'\\], got 'mean'"),
+        ("unlikelihood", {"scale": 0}, "scale in \\(0, 1e\\+06\\], got 0"),
         ("tail", {"share": 0}, "share in \\(0, 1\\], got 0"),
         ("dro", {"tau": 0.0}, "tau in \\(0, inf\\], got 0.0"),
         ("dual", {"low": 0.0}, "low in \\(0, 1\\], got 0.0"),
