@@ -156,26 +156,30 @@ def odds(
 
 def _check_unlikelihood(owner: str, **options: Any) -> None:
     within(0, 1e6, "scale", "high", open_low=True)(owner, **options)
+    within(0, np.inf, "power")(owner, **options)
     within(1, np.inf, "every")(owner, **options)
 
 
 @register_schedule("unlikelihood", "dynamic", metric=None, check=_check_unlikelihood)
-def unlikelihood(state: RunState, *, scale: float = 0.3, high: float = 500.0, every: int = 1) -> np.ndarray:
-    """Factor `scale * p / (1 - p)`, at most `high`, of the current p; as it is, not scaled to a mean of 1.
+def unlikelihood(
+    state: RunState, *, scale: float = 0.3, power: float = 1.0, high: float = 500.0, every: int = 1
+) -> np.ndarray:
+    """Factor `scale * p^power / (1 - p)`, at most `high`, of the current p; as it is, not scaled to a mean of 1.
 
-    On a loss that is the mean log-probability of the answer (`ga`, `graddiff`) the gradient becomes that of
+    On a loss that is the mean log-probability of the answer (`ga`, `graddiff`) the gradient becomes, with power 1, that of
     `-scale * log(1 - p)`, unlikelihood training (Welleck et al. 2020, arXiv 1908.04319), with p the answer probability.
     It does not vanish where almost everything is known, as that of log p does, and it fades as p falls. `odds` has the
     same ratios between samples, but its mean stays 1.
 
     Args:
         scale: against the retain weight: half of it is twice the retain weight.
+        power: below 1 the pull fades less as p falls.
         every: optimizer steps between two estimates.
     """
     if state.step % int(every):
         return state.factor
     wrong = -np.expm1(np.minimum(state.logps, -1e-12))  # 1 - p, kept off 0
-    return np.minimum(scale * np.exp(state.logps) / wrong, high)
+    return np.minimum(scale * np.exp(power * state.logps) / wrong, high)
 
 
 def _check_share(owner: str, **options: Any) -> None:

@@ -569,6 +569,8 @@ class TestDynamic:
         factor = torch.from_numpy(SCHEDULES["unlikelihood"].function(state, scale=0.5))
         (found,) = torch.autograd.grad((factor * logps).sum(), logits)
         torch.testing.assert_close(found, expected)
+        root = SCHEDULES["unlikelihood"].function(self.state([0.25, 0.64]), scale=0.3, power=0.5)
+        np.testing.assert_allclose(root, [0.3 * 0.5 / 0.75, 0.3 * 0.8 / 0.36])
         certain = SCHEDULES["unlikelihood"].function(self.state([1.0, 0.5, 0.0]), scale=2.0, high=40.0)
         assert certain.tolist() == [40.0, 2.0, 0.0]
         old = SCHEDULES["unlikelihood"].function(self.state([0.1, 0.5], [3, 4], step=3), every=2)
