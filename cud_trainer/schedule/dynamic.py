@@ -166,7 +166,7 @@ def unlikelihood(
 ) -> np.ndarray:
     """Factor `scale * p^power / (1 - p)`, at most `high`, of the current p; as it is, not scaled to a mean of 1.
 
-    On a loss that is the mean log-probability of the answer (`ga`, `graddiff`) the gradient becomes, with power 1, that of
+    On a loss that is the mean log-probability of the answer (`ga`, `graddiff`), power 1 gives the gradient of
     `-scale * log(1 - p)`, unlikelihood training (Welleck et al. 2020, arXiv 1908.04319), with p the answer probability.
     It does not vanish where almost everything is known, as that of log p does, and it fades as p falls. `odds` has the
     same ratios between samples, but its mean stays 1.
