@@ -36,7 +36,6 @@ from .typed import check_options
 logger = logging.get_logger(__name__)
 
 # No difficulty has earned a place in it: benchmarks/results/evidence-*.md, docs/results.md.
-DEFAULT_SCHEDULE = "odds+per_sample_stop"
 AUTO = "auto"  # as a difficulty: what is needed
 OWN_DICTIONARIES = (
     "objective_args",
@@ -150,9 +149,9 @@ class CUDConfig(TemplateArguments, SFTConfig):
         default=None,
         metadata={
             "help": "Keep what neither forget nor retain set mentions: where they are not given, retain_loss is 'kl', "
-            "retain_weight falls from 256 to 8, and l2_sp is 0.03. By default with 'npo', and with 'graddiff' where no "
-            "adapter is trained, as measured; not with FSDP, DeepSpeed or a `retain_loss` 'nll'. 'false' for "
-            "algorithms as published."
+            "l2_sp 0.03, retain_weight falls from 256 to 8, and 'graddiff' has a `schedule` of its own. By "
+            "default with 'npo' and 'graddiff', as measured; not with FSDP, DeepSpeed or a `retain_loss` 'nll'. "
+            "'false' for algorithms as published."
         },
     )
     retain_weight: float | None = field(
@@ -280,8 +279,9 @@ class CUDConfig(TemplateArguments, SFTConfig):
         metadata={
             "help": "How difficulty acts: an order ('uniform', 'easy_to_hard', 'competence', ...), weights "
             "('inverse_mass', 'upweight_hard', ...), weights that follow the run ('per_sample_stop', 'odds', "
-            "'dynamic', ...), or several joined by '+'. "
-            "Default: 'odds+per_sample_stop', which reads no difficulty: with one it kept no more (docs/results.md)."
+            "'dynamic', ...), or several joined by '+'. Default: 'odds+per_sample_stop', for 'graddiff' with "
+            "`preserve` 'unlikelihood+per_sample_stop'. They read no difficulty: with one they kept no more "
+            "(docs/results.md)."
         },
     )
     schedule_args: dict[str, Any] | str = field(
@@ -372,8 +372,6 @@ class CUDConfig(TemplateArguments, SFTConfig):
         for name in ("difficulty", "trainable_layers", "trainable"):  # how a command line takes back what a recipe sets
             if getattr(self, name) in ("none", "None"):
                 setattr(self, name, None)
-        if self.schedule is None:
-            self.schedule = DEFAULT_SCHEDULE
         fill_preserving(self)
         loss = self.unlearning_loss
         self.retain_loss = loss.retain_loss

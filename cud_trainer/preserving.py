@@ -7,20 +7,25 @@ from typing import Any
 from .objectives import OBJECTIVES
 from .stack_options import sharded_by
 
+DEFAULT_SCHEDULE = "odds+per_sample_stop"
+# For a loss that is the mean log-probability: its gradient nearly vanishes where all is known, and a high retain weight
+# held it there. NPO got further with the default one on TOFU.
+UNLIKELIHOOD = "unlikelihood+per_sample_stop"
+UNLIKELIHOOD_TARGET = 0.05  # its pull fades, so that what has left hovers higher
+BY_UNLIKELIHOOD = ("graddiff",)
 # Chosen on development models, confirmed on others (docs/results.md).
 PRESERVING = {"retain_loss": "kl", "retain_weight": 256.0, "retain_weight_end": 8.0, "l2_sp": 0.03}
 PLAIN = {"retain_loss": None, "retain_weight": 1.0, "retain_weight_end": None, "l2_sp": 0.0}
 RETAIN_LOSSES = ("nll", "kl")
-# Objectives for which protocols committed before say so: with all weights, and with adapters.
-BY_DEFAULT = ("graddiff", "npo")
-WITH_ADAPTERS = ("npo",)  # GradDiff got stuck with LoRA
+BY_DEFAULT = ("graddiff", "npo")  # objectives for which protocols committed before say so
 
 
 def fill_preserving(config: Any) -> None:
-    """Give `preserve` and what it stands for their values, in place: whatever was given stays.
+    """Give `preserve`, what it stands for and `schedule` their values, in place: whatever was given stays.
 
     Args:
-        config: a `CUDConfig`, of which `preserve` and the options in `PRESERVING` are `None` where they are not given.
+        config: a `CUDConfig`, of which `preserve`, `schedule` and the options in `PRESERVING` are `None` where they are
+            not given.
             After that `preserve_filled` has the names of those that `preserve` has filled.
 
     Raises:
@@ -31,7 +36,6 @@ def fill_preserving(config: Any) -> None:
         raise ValueError(
             f"preserve goes with a retain loss 'nll' or 'kl', but that of objective {config.objective!r} is {own!r}"
         )
-    config.preserve_is_auto = config.preserve is None
     if config.preserve is None:  # who names NLL has the published algorithm in mind
         can = own in RETAIN_LOSSES and config.retain_loss in (None, "kl") and sharded_by(config) is None
         config.preserve = can and config.objective in BY_DEFAULT
@@ -42,12 +46,9 @@ def fill_preserving(config: Any) -> None:
     for name, value in values.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-
-
-def settle_for_adapter(config: Any) -> None:
-    """Take back what `fill_preserving` chose where an adapter is trained and nobody asked for it, in place."""
-    if config.preserve and config.preserve_is_auto and config.objective not in WITH_ADAPTERS:
-        for name in config.preserve_filled:
-            setattr(config, name, PLAIN[name])
-        config.retain_loss = config.unlearning_loss.retain_loss
-        config.preserve, config.preserve_filled = False, ()
+    if config.schedule is None and config.preserve and config.objective in BY_UNLIKELIHOOD:
+        given = config.schedule_args.get("per_sample_stop", {})
+        config.schedule = UNLIKELIHOOD
+        config.schedule_args = {**config.schedule_args, "per_sample_stop": {"target": UNLIKELIHOOD_TARGET, **given}}
+    elif config.schedule is None:
+        config.schedule = DEFAULT_SCHEDULE

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from cud_trainer.circuits import CircuitTable, Faithfulness
-from cud_trainer.config import DEFAULT_SCHEDULE
 from cud_trainer.difficulty import DifficultyScores
 from cud_trainer.models.fingerprint import versions
+from cud_trainer.preserving import DEFAULT_SCHEDULE
 
 from . import statistics as stats
 from .endpoint import worst_quarter

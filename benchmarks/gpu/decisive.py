@@ -25,20 +25,24 @@ from .runs import MEMORISED, NEVER_SEEN, SCORES, Job, Plan, start, work
 from .setting import Setting
 
 BUDGET_S = 540.0
-DEFAULT = "odds+per_sample_stop"
-BY_DIFFICULTY = f"upweight_hard+{DEFAULT}"  # what difficulty could add to it
-PRESERVE = {"preserve": True, "retain_weight_end": 4.0}  # from every weight of the grid
+ALONE, PRESERVING = "odds+per_sample_stop", "unlikelihood+per_sample_stop"
+BY_DIFFICULTY = f"upweight_hard+{PRESERVING}"  # what difficulty could add to it
+PRESERVE = {
+    "preserve": True,
+    "retain_weight_end": 4.0,  # from every weight of the grid
+    "schedule_args": {"per_sample_stop": {"target": 0.05}},
+}
 ARMS: dict[str, dict[str, Any]] = {  # by name, what they set in CUDConfig
     "uniform": {"difficulty": "none", "schedule": "uniform"},
-    "default": {"difficulty": "none", "schedule": DEFAULT},
-    "preserve": {"difficulty": "none", "schedule": DEFAULT, **PRESERVE},
+    "schedule alone": {"difficulty": "none", "schedule": ALONE},
+    "preserve": {"difficulty": "none", "schedule": PRESERVING, **PRESERVE},
     "preserve by cud": {"difficulty": "cud", "schedule": BY_DIFFICULTY, **PRESERVE},
     "preserve by random": {"difficulty": "given", "schedule": BY_DIFFICULTY, **PRESERVE},
 }
 CONTRASTS = [
-    ("default", "uniform"),
+    ("schedule alone", "uniform"),
     ("preserve", "uniform"),
-    ("preserve", "default"),
+    ("preserve", "schedule alone"),
     ("preserve by cud", "preserve"),
     ("preserve by cud", "preserve by random"),
 ]

@@ -19,7 +19,6 @@ from ..models.loading import load_causal_lm, load_config
 from ..models.trainable import train_only
 from ..objectives.alternatives import with_alternatives
 from ..ownership import check_no_input, check_output_file, owned, same_file
-from ..preserving import settle_for_adapter
 from ..resumable import WorkDir, remove_work
 from ..scoring import check_metrics, score_difficulty
 from .help import About
@@ -111,8 +110,6 @@ def score(argv: list[str]) -> int:
     """`cud score`."""
     data_args, args, model_args = parse_command(ScoreArguments, argv, "cud score", ABOUT)
     data_args.settle_metrics(args)
-    if model_args.use_peft:
-        settle_for_adapter(args)
     check_new_file(data_args.output, args.overwrite)
     work_dir = Path(data_args.work_dir or f"{data_args.output}.work").expanduser()
     _check_files(data_args, model_args, work_dir)

@@ -162,7 +162,7 @@ def _check_unlikelihood(owner: str, **options: Any) -> None:
 
 @register_schedule("unlikelihood", "dynamic", metric=None, check=_check_unlikelihood)
 def unlikelihood(
-    state: RunState, *, scale: float = 0.3, power: float = 1.0, high: float = 500.0, every: int = 1
+    state: RunState, *, scale: float = 0.3, power: float = 0.5, high: float = 500.0, every: int = 1
 ) -> np.ndarray:
     """Factor `scale * p^power / (1 - p)`, at most `high`, of the current p; as it is, not scaled to a mean of 1.
 
@@ -173,7 +173,7 @@ def unlikelihood(
 
     Args:
         scale: against the retain weight: half of it is twice the retain weight.
-        power: below 1 the pull fades less as p falls.
+        power: below 1 the pull fades less as p falls, so that the last samples get there, too.
         every: optimizer steps between two estimates.
     """
     if state.step % int(every):

@@ -42,7 +42,6 @@ from ..models.trainable import check_trained, train_only
 from ..models.whole import check_finite
 from ..objectives import UnlearningLoss
 from ..objectives.alternatives import with_alternatives
-from ..preserving import settle_for_adapter
 from ..scoring import check_metrics
 from ..stack_options import sharded_by
 from .anchor import check_whole_floats
@@ -123,9 +122,6 @@ class RunInputs:
         if isinstance(scores, (str, Path)):
             scores = DifficultyScores.load(scores)
         args.use_scores(() if scores is None else scores.metrics)
-        is_adapter = _is_adapter(model, args) if isinstance(model, str) else hasattr(model, "peft_config")
-        if peft_config is not None or is_adapter:
-            settle_for_adapter(args)
         loss = args.unlearning_loss
         check_is_no_model(args, model)
         _check_options(args, loss, retain, peft_config, scores)
@@ -153,7 +149,7 @@ class RunInputs:
                 f"max_steps={args.max_steps} goes beyond the schedule ({steps} steps for {args.passes} passes): "
                 "raise passes"
             )
-        merged = isinstance(model, str) and peft_config is not None and is_adapter
+        merged = isinstance(model, str) and peft_config is not None and _is_adapter(model, args)
         model = _checked_model(model, args, loss, peft_config)
         check_vocabulary(tokenizer, model)
         sets = forget_samples, retain_samples, heldout_samples

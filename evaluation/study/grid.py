@@ -12,7 +12,7 @@ from cud_trainer import CUDConfig
 from cud_trainer.commands.early import ORACLE
 from cud_trainer.difficulty.scores import PRECOMPUTED, DifficultyScores, merge_metrics
 from cud_trainer.models.fingerprint import file_hash
-from cud_trainer.preserving import PRESERVING, settle_for_adapter
+from cud_trainer.preserving import PRESERVING
 
 from .options import EQUAL_COMPUTE, SCORES, StudyArguments
 
@@ -96,7 +96,7 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
         for arm, values in itertools.product(args.arms or [None], itertools.product(*grid.values())):
             choices = {} if arm is None else {"arm": arm}
             choices = choices | dict(zip(grid, values, strict=True))
-            combination = _combination(args, choices, adapter=base.get("model", {}).get("use_peft", False))
+            combination = _combination(args, choices)
             combinations.append(combination)
             if combination.scores_file is None and not combination.oracle:
                 metrics.setdefault(combination.scores_key, []).extend(combination.metrics)
@@ -120,7 +120,7 @@ def plan(args: StudyArguments, base: dict[str, Any]) -> tuple[list[Cell], list[C
     return list(scores.values()), runs
 
 
-def _combination(args: StudyArguments, choices: dict[str, Any], *, adapter: bool) -> _Combination:
+def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
     arm: dict[str, Any] = args.arms[choices["arm"]] if args.arms else {}  # type: ignore[index, assignment]
     # All cells have one difficulty, whatever they read: their buckets are compared.
     options = {"difficulty": "cud", **args.train, **arm, **_without(choices, {"arm"})}  # type: ignore[dict-item]
@@ -141,9 +141,12 @@ def _combination(args: StudyArguments, choices: dict[str, Any], *, adapter: bool
         raise ValueError(f"cell {named(choices)}: difficulty {PRECOMPUTED!r} needs {SCORES}")
     if equal_compute and (config.difficulty is None or oracle):
         raise ValueError(f"cell {named(choices)}: {EQUAL_COMPUTE} needs the difficulty whose calibration it equals")
-    if adapter:
-        settle_for_adapter(config)
-    for name in ("schedule", "preserve", *PRESERVING):  # the defaults, too: another version's may differ
+    for name in (
+        "schedule",
+        "schedule_args",
+        "preserve",
+        *PRESERVING,
+    ):  # the defaults, too: another version's may differ
         options[name] = getattr(config, name)
     return _Combination(choices, options, config, scores_file, oracle, equal_compute)
 

@@ -18,12 +18,17 @@ FOUND = {
         "development-3",
         "development-4",
         "development-5",
+        "development-6",
         "confirmation",
         "confirmation-2",
         "confirmation-3",
+        "confirmation-4",
         "tofu",
         "tofu-2",
+        "tofu-3",
         "pretrained-development",
+        "pretrained-development-2",
+        "pretrained",
     )
 }
 # What README and the first table have: the protocols of a condition, and what each arm is called there.
@@ -31,12 +36,22 @@ GENERATED = {"uniform": "uniform", "alone": "odds", "preserve": "preserve", "cud
 GENERATED |= {"random": "preserve by random"}
 ON_TOFU = {"uniform": "uniform", "alone": "odds", "preserve": "anchor, falling"}
 SOURCES = {
-    "GradDiff": (["confirmation-3"], "graddiff-full", GENERATED),
+    "GradDiff": (["confirmation-4"], "graddiff-full", GENERATED),
     "NPO": (["confirmation-3"], "npo-full", GENERATED),
-    "GradDiff, LoRA": (["confirmation-3"], "graddiff-lora", GENERATED),
+    "GradDiff, LoRA": (["confirmation-4"], "graddiff-lora", GENERATED),
     "NPO, LoRA": (["confirmation-3"], "npo-lora", GENERATED),
-    "GradDiff, TOFU": (["tofu", "tofu-2"], "graddiff-full", ON_TOFU),
+    "GradDiff, TOFU": (["tofu", "tofu-3"], "graddiff-full", {**ON_TOFU, "preserve": "preserve"}),
     "NPO, TOFU": (["tofu", "tofu-2"], "npo-full", ON_TOFU),
+}
+PULLS = ("odds", "unlikelihood 0.3", "root")  # of development-6
+# With the other pull in `preserve`: GradDiff with that of `odds`, NPO with that of `unlikelihood`.
+OTHER = {
+    "GradDiff": (["confirmation-3"], "graddiff-full", GENERATED),
+    "NPO": (["confirmation-4"], "npo-full", GENERATED),
+    "GradDiff, LoRA": (["confirmation-3"], "graddiff-lora", GENERATED),
+    "NPO, LoRA": (["confirmation-4"], "npo-lora", GENERATED),
+    "GradDiff, TOFU": (["tofu", "tofu-2"], "graddiff-full", ON_TOFU),
+    "NPO, TOFU": (["tofu", "tofu-3"], "npo-full", {**ON_TOFU, "preserve": "preserve"}),
 }
 SHOWN = {
     "uniform": "`uniform`",
@@ -63,9 +78,12 @@ ARMS = {
 }
 
 
-def first(condition: str, arm: str, *, strict: bool = False) -> list[dict]:
-    """Runs of the first table."""
-    names, key, arms = SOURCES[condition]
+Source = tuple[list[str], str, dict[str, str]]
+
+
+def first(source: Source, arm: str, *, strict: bool = False) -> list[dict]:
+    """Runs of a row of the first table, or of that with the other pull."""
+    names, key, arms = source
     for name in names if arm in arms else ():
         found = FOUND[name]["conditions"][key]
         if rows := (found["strict"] if strict else found)["arms"].get(arms[arm]):
@@ -77,9 +95,9 @@ def by_seed(rows: list[dict]) -> dict[int, float | None]:
     return {row["seed"]: row["H"] for row in rows}
 
 
-def first_row(condition: str, arm: str) -> str:
-    rows = first(condition, arm)
-    values, strict = (by_seed(first(condition, arm, strict=only)).values() for only in (False, True))
+def first_row(condition: str, source: Source, arm: str) -> str:
+    rows = first(source, arm)
+    values, strict = (by_seed(first(source, arm, strict=only)).values() for only in (False, True))
     weight = f"{rows[0]['retain_weight']:g}" + (" to 8" if arm in ("preserve", "cud", "random") else "")
     return f"| {condition} | {SHOWN[arm]} | {weight} | {shown(values)} | {mean(values)} | {shown(strict)} |"
 
@@ -109,7 +127,7 @@ def docs_row(condition: str, arm: str) -> str:
 
 
 def readme_row(condition: str) -> str:
-    return f"| {condition} | {' | '.join(mean(by_seed(first(condition, arm)).values()) for arm in SHOWN)} |"
+    return f"| {condition} | {' | '.join(mean(by_seed(first(SOURCES[condition], arm)).values()) for arm in SHOWN)} |"
 
 
 def difference(ours: dict[int, float | None], theirs: dict[int, float | None]) -> str:
@@ -129,16 +147,42 @@ def page(name: str) -> str:
 @pytest.mark.parametrize("condition", SOURCES)
 def test_first_table(condition):
     assert readme_row(condition) in page("README.md").splitlines()
+    check_rows(condition, SOURCES[condition])
+
+
+def pulls_row(condition: str) -> str:
+    arms = FOUND["development-6"]["conditions"][SOURCES[condition][1]]["arms"]
+    kept, strict = ([shown(row["H"] for row in rows[pull]) for pull in PULLS] for rows in (arms, _strict(condition)))
+    return f"| {condition} | {' | '.join(f'{one} ({other})' for one, other in zip(kept, strict, strict=True))} |"
+
+
+def _strict(condition: str) -> dict[str, list[dict]]:
+    return FOUND["development-6"]["conditions"][SOURCES[condition][1]]["strict"]["arms"]
+
+
+@pytest.mark.parametrize("condition", [name for name in SOURCES if "TOFU" not in name])
+def test_pulls_in_development(condition):
+    assert pulls_row(condition) in map(str.strip, page("docs/results.md").splitlines())
+
+
+@pytest.mark.parametrize("condition", OTHER)
+def test_with_the_other_pull(condition):
+    check_rows(condition, OTHER[condition])
+
+
+def check_rows(condition: str, source: Source) -> None:
+    """Rows of a table, and what is said of them below it."""
     lines, text = page("docs/results.md").splitlines(), " ".join(page("docs/results.md").split())
     for arm in SHOWN:
-        assert not first(condition, arm) or first_row(condition, arm) in lines
-    uniform = by_seed(first(condition, "uniform"))
+        assert not first(source, arm) or first_row(condition, source, arm) in lines
+    uniform = by_seed(first(source, "uniform"))
     for arm in ("alone", "preserve"):
-        assert f"{condition} {difference(by_seed(first(condition, arm)), uniform)}" in text
-    if first(condition, "cud"):
-        against = difference(by_seed(first(condition, "cud")), by_seed(first(condition, "random")))
+        assert f"{condition} {difference(by_seed(first(source, arm)), uniform)}" in text
+    if first(source, "cud"):
+        against = difference(by_seed(first(source, "cud")), by_seed(first(source, "random")))
         assert f"{condition} {against}" in text
-        decided = FOUND["confirmation-3"]["conditions"][SOURCES[condition][1]]["decisions"]["preserve by cud"]
+        (name,) = source[0]
+        decided = FOUND[name]["conditions"][source[1]]["decisions"]["preserve by cud"]
         assert f"{condition}: {decided['verdict']}" in text
 
 
@@ -160,8 +204,10 @@ def test_what_failed_is_said():
     assert ends == [None] * 4 and weight == 256
     text = " ".join(page("docs/results.md").split())
     assert "never forgot enough in any of four seeds" in text
-    lowest = [run["lowest"] for run in first("NPO, TOFU", "preserve") if run["H"] is None]
+    lowest = [run["lowest"] for run in first(SOURCES["NPO, TOFU"], "preserve") if run["H"] is None]
     assert "got there in three of four seeds; the fourth came to {:.3f}".format(*lowest) in text
+    lowest = {f"{run['lowest']:.2f}" for run in first(OTHER["NPO, TOFU"], "preserve")}
+    assert f"on TOFU it left {' '.join(lowest)} of the worst quarter in every seed" in text
 
 
 def test_a_pretrained_model_in_words():
@@ -175,6 +221,13 @@ def test_a_pretrained_model_in_words():
         "{:.2f}, {:.2f} and {:.2f}.".format(*falling),
     ):
         assert fact in text
+    again = FOUND["pretrained-development-2"]["conditions"]["graddiff-full"]["arms"]
+    (first_,), (second,) = again["unlikelihood 0.3"], again["unlikelihood 1"]
+    assert f"the same weight keeps {first_['H']:.2f} (scale 0.3) and {second['H']:.2f} (scale 1)" in text
+    four = FOUND["pretrained"]["conditions"]["graddiff-full"]["arms"]
+    assert [run["H"] for run in four["preserve"]] == [None] * 4
+    kept = [run["H"] for run in four["uniform"]]
+    assert f"got there in none of four seeds, `uniform` in all, with {min(kept):.2f} to {max(kept):.2f} kept" in text
 
 
 def test_ends_of_plans_in_words():

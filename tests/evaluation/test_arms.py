@@ -194,11 +194,11 @@ def test_a_study_grows_until_the_best_weight_is_inside(world, tmp_path, cells_in
     assert any("is still at an end of its grid after 1 extensions" in line for line in results(output)["findings"])
 
 
-@pytest.mark.parametrize(("adapter", "preserve"), [(False, True), (True, False)])
-def test_a_run_says_what_preserve_came_to(adapter, preserve):
-    """The defaults, too: GradDiff with an adapter goes without."""
-    train = {"bf16": False, "use_cpu": True, "objective": "graddiff", "difficulty": "none"}
-    (cell,) = plan(StudyArguments(grid={"seed": [1]}, train=train), {"model": {"use_peft": adapter}})[1]
+@pytest.mark.parametrize(("objective", "preserve"), [("graddiff", True), ("simnpo", False)])
+def test_a_run_says_what_preserve_came_to(objective, preserve):
+    """The defaults, too: with SimNPO it is off."""
+    train = {"bf16": False, "use_cpu": True, "objective": objective, "difficulty": "none"}
+    (cell,) = plan(StudyArguments(grid={"seed": [1]}, train=train), {"model": {}})[1]
     options = cell.settings["options"]
     assert options["preserve"] is preserve
     assert {name: options[name] for name in PRESERVING} == (PRESERVING if preserve else {**PLAIN, "retain_loss": "nll"})

@@ -566,12 +566,12 @@ class TestDynamic:
         logps = torch.log_softmax(logits, -1)[..., 0].mean(1)
         (expected,) = torch.autograd.grad(-0.5 * torch.log1p(-logps.exp()).sum(), logits, retain_graph=True)
         state = self.state(logps.detach().exp().numpy())
-        factor = torch.from_numpy(SCHEDULES["unlikelihood"].function(state, scale=0.5))
+        factor = torch.from_numpy(SCHEDULES["unlikelihood"].function(state, scale=0.5, power=1.0))
         (found,) = torch.autograd.grad((factor * logps).sum(), logits)
         torch.testing.assert_close(found, expected)
-        root = SCHEDULES["unlikelihood"].function(self.state([0.25, 0.64]), scale=0.3, power=0.5)
+        root = SCHEDULES["unlikelihood"].function(self.state([0.25, 0.64]))  # the default
         np.testing.assert_allclose(root, [0.3 * 0.5 / 0.75, 0.3 * 0.8 / 0.36])
-        certain = SCHEDULES["unlikelihood"].function(self.state([1.0, 0.5, 0.0]), scale=2.0, high=40.0)
+        certain = SCHEDULES["unlikelihood"].function(self.state([1.0, 0.5, 0.0]), scale=2.0, power=1.0, high=40.0)
         assert certain.tolist() == [40.0, 2.0, 0.0]
         old = SCHEDULES["unlikelihood"].function(self.state([0.1, 0.5], [3, 4], step=3), every=2)
         assert old.tolist() == [3, 4]

@@ -10,7 +10,10 @@ from runs import checksum, config, make_trainer
 
 from cud_trainer.preserving import PLAIN, PRESERVING
 
-RUN = {"objective": "graddiff", "schedule": "uniform", "difficulty": "none", "passes": 2, "save_strategy": "no"}
+RUN = {"objective": "graddiff", "schedule": None, "difficulty": "none", "passes": 2, "save_strategy": "no"}
+
+
+UNLIKELY = {"schedule": "unlikelihood+per_sample_stop", "schedule_args": {"per_sample_stop": {"target": 0.05}}}
 
 
 def values(args):
@@ -68,18 +71,31 @@ def test_refused(tmp_path):
         config(tmp_path / "out", **{**RUN, "retain_loss": "none", "preserve": True})
 
 
-@pytest.mark.parametrize(
-    ("options", "on"),
-    [({"objective": "npo"}, True), ({}, False), ({"preserve": True}, True), ({"l2_sp": 0.1}, False)],
-)
+@pytest.mark.parametrize("objective", ["graddiff", "npo"])
 @pytest.mark.parametrize("how", ["new", "there"])
-def test_adapters(tmp_path, options, on, how):
-    """By default with NPO only; what was given stays."""
+def test_adapters(tmp_path, objective, how):
+    """As with all weights; the factors that start at zero go back to it."""
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
     given = {"peft_config": adapter} if how == "new" else {"model": get_peft_model(make_model(0), adapter)}
-    args = make_trainer(tmp_path / "out", **given, **{**RUN, "preserve": None, **options}).args
-    expected = PRESERVING if on else {**PLAIN, "retain_loss": "nll", **options}
-    assert args.preserve is on and values(args) == {name: expected[name] for name in PRESERVING}
+    trainer = make_trainer(tmp_path / "out", **given, **{**RUN, "objective": objective, "preserve": None})
+    assert trainer.args.preserve and values(trainer.args) == PRESERVING
+    pull = "unlikelihood" if objective == "graddiff" else "odds"
+    assert [part.name for part, _ in trainer.args.schedule_parts] == [pull, "per_sample_stop"]
+
+
+def test_graddiff_has_a_schedule_of_its_own(tmp_path):
+    """With its target; what is given stays, and without `preserve` it is that of all."""
+
+    def chosen(**options):
+        args = config(tmp_path / "out", **{**RUN, "preserve": None, **options})
+        return args.schedule, args.schedule_args
+
+    assert chosen() == ("unlikelihood+per_sample_stop", {"per_sample_stop": {"target": 0.05}})
+    given = {"unlikelihood": {"scale": 1.0}, "per_sample_stop": {"back": 2.0, "target": 0.1}}
+    assert chosen(schedule_args=given) == ("unlikelihood+per_sample_stop", given)
+    assert chosen(schedule="uniform") == ("uniform", {})
+    for options in ({"objective": "npo"}, {"preserve": False}, {"objective": "simnpo", "preserve": True}):
+        assert chosen(**options) == ("odds+per_sample_stop", {})
 
 
 def test_half_precision_goes_without_l2_sp_unless_asked_for(tmp_path, caplog):
@@ -94,7 +110,7 @@ def test_half_precision_goes_without_l2_sp_unless_asked_for(tmp_path, caplog):
 
 
 def test_it_is_the_run_with_these_options(tmp_path):
-    given = make_trainer(tmp_path / "a", **RUN, preserve=False, **PRESERVING)
+    given = make_trainer(tmp_path / "a", **{**RUN, **UNLIKELY, "preserve": False, **PRESERVING})
     preserving = make_trainer(tmp_path / "b", **RUN, preserve=None)
     plain = make_trainer(tmp_path / "c", **RUN)
     for trainer in (given, preserving, plain):

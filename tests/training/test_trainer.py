@@ -12,9 +12,9 @@ from peft import LoraConfig
 from runs import checksum, config, make_trainer, torchrun
 
 from cud_trainer import CUDConfig, CUDTrainer, DifficultyScores
-from cud_trainer.config import DEFAULT_SCHEDULE
 from cud_trainer.data import pad_batch, prepare_samples
 from cud_trainer.logprobs import answer_probability, score_answers
+from cud_trainer.preserving import DEFAULT_SCHEDULE, UNLIKELIHOOD
 from cud_trainer.trainer import DivergenceError
 
 pytestmark = pytest.mark.slow
@@ -409,13 +409,16 @@ class TestScores:
     def test_default_schedule(self, tmp_path):
         """It reads no difficulty, and one is computed only where something reads it. A name given stays."""
         options = {"schedule": None, "difficulty": "loss"}
-        assert config(tmp_path, **options).schedule == DEFAULT_SCHEDULE == "odds+per_sample_stop"
+        alone = config(tmp_path, **options)
+        preserving = config(tmp_path, **options, objective="graddiff", preserve=None)
+        assert alone.schedule == DEFAULT_SCHEDULE == "odds+per_sample_stop"
+        assert preserving.schedule == UNLIKELIHOOD == "unlikelihood+per_sample_stop"
+        assert alone.schedule_metrics == [] == preserving.schedule_metrics
         told = CUDConfig.__dataclass_fields__["schedule"].metadata["help"]  # a literal, which the documentation reads
-        assert repr(DEFAULT_SCHEDULE) in told
-        assert config(tmp_path, **options).schedule_metrics == []
+        assert repr(alone.schedule) in told and repr(preserving.schedule) in told
         assert config(tmp_path, difficulty="none", schedule="uniform").schedule == "uniform"
         named = config(tmp_path, **options, schedule_args={"odds": {"power": 1.0}})
-        assert named.schedule == DEFAULT_SCHEDULE
+        assert named.schedule == alone.schedule
         with pytest.raises(ValueError, match="schedule 'odds' needs power in"):
             config(tmp_path, **options, schedule_args={"odds": {"power": -1.0}})
 
@@ -516,7 +519,7 @@ class TestRefusals:
             vocab_size=258, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, word_embed_proj_dim=8
         )
         with pytest.raises(ValueError, match="'opt'.*available: .*gemma2"):
-            make_trainer(tmp_path / "out", model=OPTForCausalLM(tiny), difficulty="cud")
+            make_trainer(tmp_path / "out", model=OPTForCausalLM(tiny), difficulty="cud_top_k")
 
 
 class TestGivenScores:
