@@ -242,8 +242,9 @@ def test_every_part_of_the_benchmark(prediction, tmp_path, cells_in_process, mon
     scores = prediction.banks(of, outcome[None], half)
     rows, others = np.flatnonzero(half[0]), np.flatnonzero(~half[0])
     model, forget = of.context.model, of.context.forget
+    groups = [of.groups[row] for row in rows]
     bank = AnchorBank.fit(
-        model, forget.select(rows), outcome[rows], groups=[of.groups[row] for row in rows], progress=False
+        model, forget.select(rows), outcome[rows], features=prediction.FEATURES, groups=groups, progress=False
     )
     for name, reads in prediction.BANKS.items():
         expected = bank.score(model, forget.select(others), features=reads, progress=False)
