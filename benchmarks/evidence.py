@@ -150,9 +150,11 @@ def old_target(options: dict[str, Any]) -> dict[str, Any]:
 
 def old_features(options: dict[str, Any]) -> dict[str, Any]:
     """`difficulty_args` of an arm by CUD: where it names none, what CUD was fitted from when protocols were written."""
+    from difficulty import MEASURED
+
     if options.get("difficulty") != "cud" or "difficulty_args" in options:
         return {}
-    return {"difficulty_args": {"features": ["edges", "hidden", "gradients", "outputs"]}}
+    return {"difficulty_args": MEASURED["cud"]}
 
 
 def study(

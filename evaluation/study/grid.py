@@ -141,12 +141,8 @@ def _combination(args: StudyArguments, choices: dict[str, Any]) -> _Combination:
         raise ValueError(f"cell {named(choices)}: difficulty {PRECOMPUTED!r} needs {SCORES}")
     if equal_compute and (config.difficulty is None or oracle):
         raise ValueError(f"cell {named(choices)}: {EQUAL_COMPUTE} needs the difficulty whose calibration it equals")
-    for name in (
-        "schedule",
-        "schedule_args",
-        "preserve",
-        *PRESERVING,
-    ):  # the defaults, too: another version's may differ
+    # The defaults, too: another version's may differ.
+    for name in ("schedule", "schedule_args", "preserve", *PRESERVING):
         options[name] = getattr(config, name)
     return _Combination(choices, options, config, scores_file, oracle, equal_compute)
 

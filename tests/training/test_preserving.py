@@ -11,8 +11,6 @@ from runs import checksum, config, make_trainer
 from cud_trainer.preserving import PLAIN, PRESERVING
 
 RUN = {"objective": "graddiff", "schedule": None, "difficulty": "none", "passes": 2, "save_strategy": "no"}
-
-
 UNLIKELY = {"schedule": "unlikelihood+per_sample_stop", "schedule_args": {"per_sample_stop": {"target": 0.05}}}
 
 
