@@ -117,7 +117,9 @@ def tofu_authors(tofu: str, spec: dict[str, Any]) -> Any:
         "retain": tofu_part(rest.select(range(n["retain"])), "retain", np.ones(n["retain"], int)),
         "held_out": tofu_part(rest.select(range(n["retain"], len(rest))), "held_out", np.ones(n["heldout"], int)),
     }
-    retain_eval = parts["retain"].select(range(0, n["retain"], 4))
+    facts = spec.get("facts", 20)  # of each author, the first
+    parts = {name: part.select([row for row in range(len(part)) if row % 20 < facts]) for name, part in parts.items()}
+    retain_eval = parts["retain"].select(range(0, len(parts["retain"]), 4))
     return Testbed(**parts, retain_eval=retain_eval, train=concatenate_datasets(list(parts.values())))
 
 

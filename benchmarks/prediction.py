@@ -1,6 +1,7 @@
 """What is CUD for: do circuits say of what unlearning leaves what cheaper features do not, also of a later request?
 
-    python benchmarks/prediction.py                     # benchmarks/prediction/PROTOCOL.yaml, some 20 minutes on a core
+    python benchmarks/prediction.py                     # benchmarks/prediction/generated.yaml, some 20 minutes on a core
+    python benchmarks/prediction.py tofu                # TOFU in place of generated authors
     python benchmarks/prediction.py --tiny --output .   # every part, small: its figures mean nothing
 
 For every world of the protocol, GradDiff and NPO, full and LoRA: `uniform` runs with several seeds (`evidence.py`). To
@@ -10,7 +11,8 @@ gradient norm, mean loss of the author], then hidden states and outputs, then ed
 scores the other half (fitted to what the runs left, or to a calibration run of that half alone); and which held-out
 samples are lost by the end of a run. Intervals are over authors; figures are means over worlds.
 
-A killed run goes on in `--work_dir`. What is found: benchmarks/results/prediction.{json,md}.
+A killed run goes on in `--work_dir`. What is found: benchmarks/results/prediction.{json,md},
+or prediction-tofu.{json,md}.
 """
 
 import argparse
@@ -381,6 +383,11 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "protocol", nargs="?", default="generated", help="name of a file in benchmarks/prediction/, default %(default)s"
+    )
+    parser.add_argument("--tofu", default="locuslab/TOFU", help="hub id or folder of TOFU, for the protocol with it")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="every part, small")
     parser.add_argument("--work_dir", type=Path, default=Path("prediction-study"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
@@ -392,21 +399,27 @@ def main(arguments: list[str] | None = None) -> None:
     from evaluation.report.schema import jsonable
     from evaluation.study.pool import Pool
 
-    protocol = yaml.safe_load((HERE / "prediction" / "PROTOCOL.yaml").read_text())
-    protocol = {"name": "prediction", **protocol, **(TINY if args.tiny else {})}
+    protocol = yaml.safe_load((HERE / "prediction" / f"{args.protocol}.yaml").read_text())
+    of_generated = args.protocol == "generated"
+    name = "prediction" if of_generated else f"prediction-{args.protocol}"
+    protocol = {"name": name, **protocol, **(TINY if args.tiny else {})}
     by_condition: dict[str, dict[str, dict[str, Figures]]] = {name: {} for name in protocol["learning_rates"]}
     states: dict[str, dict[str, Any]] = {name: {} for name in by_condition}
     results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/prediction.py", *(["--tiny"] if args.tiny else [])]),
+        "command": " ".join(
+            ["python", "benchmarks/prediction.py"]
+            + ([] if of_generated else [args.protocol])
+            + (["--tiny"] if args.tiny else [])
+        ),
         "protocol": protocol,
         "versions": versions(),
         "rule": RULE.format(worth=protocol["worth"]),
         "worlds": {},
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    with Pool(1) as pool:
+    with Pool(args.workers) as pool:
         for number, (world, spec) in enumerate(protocol["worlds"].items()):
-            folder, never_seen = evidence.world(args.work_dir, world, spec, tofu="")
+            folder, never_seen = evidence.world(args.work_dir, world, spec, args.tofu)
             sets = {name: known(folder, name) for name in ("forget", "held_out")}
             results["worlds"][world] = {
                 **{name: len(of.groups) for name, of in sets.items()},
@@ -414,14 +427,14 @@ def main(arguments: list[str] | None = None) -> None:
                 "never_seen": never_seen,
             }
             for condition, found in by_condition.items():
-                study = evidence.study(folder, never_seen, protocol, condition, 1, pool)
+                study = evidence.study(folder, never_seen, protocol, condition, args.workers, pool)
                 runs = sorted(study.runs(), key=lambda run: run.seed)
                 found[world], states[condition][world] = condition_in(folder, sets, runs, condition, protocol, number)
                 print(f"{world}, {condition}: done", flush=True)
             results |= summary(by_condition, states, protocol["worth"])  # of the worlds so far
             so_far = jsonable(results)
-            write_json(args.output / "prediction.json", so_far)
-            (args.output / "prediction.md").write_text(markdown(so_far), encoding="utf-8")
+            write_json(args.output / f"{name}.json", so_far)
+            (args.output / f"{name}.md").write_text(markdown(so_far), encoding="utf-8")
     print(markdown(so_far))
 
 

@@ -134,7 +134,7 @@ def test_markdown_is_that_of_the_json(monkeypatch):
 def test_protocol_is_that_of_the_file():
     import yaml
 
-    written = yaml.safe_load((ROOT / "benchmarks" / "prediction" / "PROTOCOL.yaml").read_text())
+    written = yaml.safe_load((ROOT / "benchmarks" / "prediction" / "generated.yaml").read_text())
     assert FOUND["protocol"] == {"name": "prediction", **written}
 
 
