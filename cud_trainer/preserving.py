@@ -46,9 +46,9 @@ def fill_preserving(config: Any) -> None:
     for name, value in values.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    if config.schedule is None and config.preserve and config.objective in BY_UNLIKELIHOOD:
+    if config.schedule is None:
+        by_unlikelihood = config.preserve and config.objective in BY_UNLIKELIHOOD
+        config.schedule = UNLIKELIHOOD if by_unlikelihood else DEFAULT_SCHEDULE
+    if config.schedule == UNLIKELIHOOD:  # named or not
         given = config.schedule_args.get("per_sample_stop", {})
-        config.schedule = UNLIKELIHOOD
         config.schedule_args = {**config.schedule_args, "per_sample_stop": {"target": UNLIKELIHOOD_TARGET, **given}}
-    elif config.schedule is None:
-        config.schedule = DEFAULT_SCHEDULE

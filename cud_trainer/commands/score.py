@@ -20,7 +20,7 @@ from ..models.trainable import train_only
 from ..objectives.alternatives import with_alternatives
 from ..ownership import check_no_input, check_output_file, owned, same_file
 from ..resumable import WorkDir, remove_work
-from ..scoring import check_metrics, score_difficulty
+from ..scoring import check_circuits, check_metrics, score_difficulty
 from .help import About
 from .options import ScoreArguments, adapter_options, inputs_of, load_tokenizer, model_options, parse_command
 from .summary import after_scoring, score_summary
@@ -138,10 +138,13 @@ def _score(data_args: ScoreArguments, args: CUDConfig, model_args: ModelConfig, 
     tokenizer = load_tokenizer(model_args, args)
     forget, retain = data_args.load(tokenizer)
     trust = bool(getattr(model_args, "trust_remote_code", False))
-    if any(METRICS[name].reads_circuits(metric_args.get(name, {})) for name in metrics):
+    saved = data_args.save_circuits is not None
+    if saved or any(METRICS[name].reads_circuits(metric_args.get(name, {})) for name in metrics):
         name, revision = str(model_args.model_name_or_path), model_args.model_revision
         config = load_config(name, revision=revision, trust_remote_code=trust)
         check_metrics(metrics, metric_args, config)
+        if saved:
+            check_circuits("save_circuits", config)
     scores = score_model(
         args,
         model_args,

@@ -39,10 +39,10 @@ def check_metrics(metrics: Sequence[str], options: dict[str, dict[str, Any]], mo
             UnlearningLoss(objective)  # refuses an unknown one
     circuits = [name for name in metrics if METRICS[name].reads_circuits(options.get(name, {}))]
     if model_or_config is not None and circuits:
-        _check_circuits(f"difficulty metric {circuits[0]!r}", model_or_config)
+        check_circuits(f"difficulty metric {circuits[0]!r}", model_or_config)
 
 
-def _check_circuits(what: str, model_or_config: Any) -> None:
+def check_circuits(what: str, model_or_config: Any) -> None:
     """Raise `ValueError` where an architecture has no circuits, which `what` needs."""
     try:
         check_architecture(model_or_config)
@@ -106,7 +106,7 @@ class ScoringRequest:
                 raise ValueError(f"save_circuits {self.save_circuits} lies in work_dir, which is removed at the end")
             if not self.begun:  # a call that goes on may have written its circuits before it was killed
                 check_new_file(self.save_circuits, self.overwrite)
-            _check_circuits("save_circuits", model)
+            check_circuits("save_circuits", model)
         all_options = (*CIRCUIT_DEFAULTS, "ungroup_kv", "reference_quirk")
         unknown = [option for option in self.circuit_args if option not in all_options]
         if unknown:

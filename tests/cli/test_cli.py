@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from builders import qa_dataset
+from builders import make_tokenizer, qa_dataset
 from command_lines import data, make_world, train
+from transformers import OPTConfig
 from trl import ModelConfig
 
 from cud_trainer.cli import COMMANDS, main
@@ -235,3 +236,14 @@ def test_score_from_an_anchor_bank(world, tmp_path, capsys):
     ):
         assert main(["score", *later, "--overwrite", "true", *extra]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [["--save_circuits", "{out}/c.safetensors"], ["--metrics", "circuit_mass"]])
+def test_circuits_that_cannot_be_are_refused_before_the_model_is_loaded(world, tmp_path, capsys, extra):
+    """The folder has a configuration and no weights: who loads them first gets another error."""
+    OPTConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=16).save_pretrained(tmp_path / "opt")
+    make_tokenizer().save_pretrained(tmp_path / "opt")
+    command = ["score", *data(world), "--output", str(tmp_path / "s.parquet")]
+    command[command.index(str(world / "model"))] = str(tmp_path / "opt")
+    assert main([*command, *[word.format(out=tmp_path) for word in extra]]) == 2
+    assert "needs circuits, and circuits are not available for architecture 'opt'" in capsys.readouterr().err

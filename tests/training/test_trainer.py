@@ -419,6 +419,10 @@ class TestScores:
         assert config(tmp_path, difficulty="none", schedule="uniform").schedule == "uniform"
         named = config(tmp_path, **options, schedule_args={"odds": {"power": 1.0}})
         assert named.schedule == alone.schedule
+        by_hand = config(tmp_path, difficulty="none", schedule=UNLIKELIHOOD)
+        assert by_hand.schedule_args == preserving.schedule_args == {"per_sample_stop": {"target": 0.05}}
+        other = {"per_sample_stop": {"target": 0.2}}
+        assert config(tmp_path, schedule=UNLIKELIHOOD, schedule_args=other).schedule_args == other
         with pytest.raises(ValueError, match="schedule 'odds' needs power in"):
             config(tmp_path, **options, schedule_args={"odds": {"power": -1.0}})
 
