@@ -1,6 +1,6 @@
 """What is CUD for: do circuits say of what unlearning leaves what cheaper features do not, also of a later request?
 
-    python benchmarks/prediction.py                     # benchmarks/prediction/generated.yaml, some 20 minutes on a core
+    python benchmarks/prediction.py                     # benchmarks/prediction/generated.yaml, some 20 minutes
     python benchmarks/prediction.py tofu                # TOFU in place of generated authors
     python benchmarks/prediction.py --tiny --output .   # every part, small: its figures mean nothing
 

@@ -47,8 +47,12 @@ def fill_preserving(config: Any) -> None:
         if getattr(config, name) is None:
             setattr(config, name, value)
     if config.schedule is None:
-        by_unlikelihood = config.preserve and config.objective in BY_UNLIKELIHOOD
-        config.schedule = UNLIKELIHOOD if by_unlikelihood else DEFAULT_SCHEDULE
+        config.schedule = default_schedule(config.objective, preserve=config.preserve)
     if config.schedule == UNLIKELIHOOD:  # named or not
         given = config.schedule_args.get("per_sample_stop", {})
         config.schedule_args = {**config.schedule_args, "per_sample_stop": {"target": UNLIKELIHOOD_TARGET, **given}}
+
+
+def default_schedule(objective: str, *, preserve: bool) -> str:
+    """The schedule of a run that names none."""
+    return UNLIKELIHOOD if preserve and objective in BY_UNLIKELIHOOD else DEFAULT_SCHEDULE

@@ -151,7 +151,7 @@ def bad(world, tmp_path):
             "forget dataset is missing",
         ),
         "demo": (["demo", "--output_dir", str(tmp_path / "full")], "is not empty"),
-        "demo option": (["demo", "--retain_weights", "0"], "retain_weights must be positive"),
+        "demo option": (["demo", "--retain_level", "1"], "retain_level must be between 0 and 1"),
         "evaluate": (
             ["evaluate", *data(world), "--scores", "missing.parquet", "--output_dir", str(out)],
             "cannot read difficulty scores",

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from cud_trainer import DifficultyScores
+from cud_trainer import CUDConfig, DifficultyScores
+from cud_trainer.preserving import PRESERVING
 from evaluation import demo, demo_report
 from evaluation import statistics as stats
 from evaluation.endpoint import Endpoint
 from evaluation.report.schema import Ceiling, DifficultySection, PredictorRow, jsonable
 from evaluation.study.engine import Finished
 from evaluation.study.grid import plan
-from evaluation.study.runs import coordinates, first_seeds
+from evaluation.study.runs import coordinates
 
-UNIFORM, DEFAULT, AWARE, _ = demo_report.SCHEDULES
+UNIFORM, DEFAULT, AWARE, PLACEBO = demo_report.SCHEDULES
 
 
 def finding(uniform, aware):
@@ -55,7 +56,7 @@ def test_the_verdict_is_that_of_the_rule(uniform, aware, placebo, verdict):
                 held_out=np.array([[0.8, 0.8], [0.8 * (value or 0.1)] * 2]),
                 steps=np.array([0, 5]),
                 extraction={"mean": np.ones(2), "worst_quarter": np.ones(2)},
-                options=demo_report.ARMS[arm],
+                options=demo_report.arms("npo")[arm],
                 reads_difficulty=arm not in (UNIFORM, DEFAULT),
                 pairs=24,
                 calibration_pairs=0,
@@ -67,7 +68,7 @@ def test_the_verdict_is_that_of_the_rule(uniform, aware, placebo, verdict):
     chosen = {arm: runs(arm, values) for arm, values in zip(demo_report.SCHEDULES, kept, strict=True)}
     (decision,) = demo_report.decided({"npo": demo_report.evidence("npo", chosen, "ab", None, 0)}).arms
     assert (decision.arm, decision.verdict) == (AWARE, verdict)
-    assert [one.arm for one in decision.against] == ["random difficulty", UNIFORM, DEFAULT]
+    assert [one.arm for one in decision.against] == [PLACEBO, UNIFORM, DEFAULT]
 
 
 def test_the_interval_is_over_seeds():
@@ -93,7 +94,7 @@ def studies(tmp_path, monkeypatch):
     """Studies that the demo would run; `failed` says which of their cells fail."""
     asked = SimpleNamespace(studies=[], failed={})
 
-    def run_study(args, model_args):
+    def run_study(args, model_args, pool):
         asked.studies.append(args)
         return Finished(Path(args.output_dir), args, [], asked.failed, None, 0.0)
 
@@ -105,20 +106,29 @@ def studies(tmp_path, monkeypatch):
     return asked
 
 
-def test_the_runs_are_a_study_tuned_on_a_seed_of_its_own(tmp_path, studies):
-    args = demo.DemoArguments(output_dir=str(tmp_path), retain_weights=[4.0, 16.0], seed=5, workers=2)
-    assert demo._unlearn(args, tmp_path, 120).cells == []
-    (study,) = studies.studies
-    cells = plan(study, {})[1]
-    assert len(cells) == 2 * 4 * 2 * 3  # objectives, arms, retain weights, seeds
-    tried = first_seeds(cells)
-    assert len(tried) == 2 * 4 * 2 and {cell.choices["seed"] for cell in tried} == {5}
-    assert {cell.choices["seed"] for cell in cells if cell.settings.get("generate")} == {6}
-    assert all(cell.settings["options"]["per_device_train_batch_size"] == 60 for cell in cells)
-    assert {coordinates(cell).panel for cell in cells} == set(demo_report.OBJECTIVES)
+def test_the_runs_are_a_study_of_each_objective(tmp_path, studies):
+    """What is published, the default as it is where nothing is named, and the default with hard samples weighted up."""
+    args = demo.DemoArguments(output_dir=str(tmp_path), seed=5, workers=2)
+    assert list(demo._unlearn(args, tmp_path, 120)) == ["graddiff", "npo"]
+    for study, objective in zip(studies.studies, demo_report.OBJECTIVES, strict=True):
+        cells = plan(study, {})[1]
+        assert len(cells) == 4 * 3  # arms, seeds
+        assert {coordinates(cell).panel for cell in cells} == {objective}
+        assert {cell.choices["seed"] for cell in cells} == {5, 6, 7}
+        assert {cell.choices["seed"] for cell in cells if cell.settings.get("generate")} == {5}
+        assert all(cell.settings["options"]["per_device_train_batch_size"] == 60 for cell in cells)
+        by_arm = {cell.choices["arm"]: cell.settings["options"] for cell in cells}
+        named = CUDConfig("unused", objective=objective, difficulty="none", report_to="none")
+        for name in ("schedule", "schedule_args", "preserve", *PRESERVING):
+            assert by_arm[DEFAULT][name] == getattr(named, name)
+        assert not by_arm[UNIFORM]["preserve"] and by_arm[UNIFORM]["schedule"] == "uniform"
+        for arm in (AWARE, PLACEBO):
+            differing = {name for name in by_arm[arm] if by_arm[arm][name] != by_arm[DEFAULT].get(name)}
+            assert differing - {"difficulty"} == {"schedule"}
+            assert by_arm[arm]["schedule"] == f"upweight_hard+{named.schedule}"
 
 
 def test_a_run_that_fails_is_named(tmp_path, studies):
     studies.failed["seed=5"] = "no room"
-    with pytest.raises(ValueError, match="run seed=5 failed: no room"):
+    with pytest.raises(ValueError, match="run seed=5 of graddiff failed: no room"):
         demo._unlearn(demo.DemoArguments(output_dir=str(tmp_path)), tmp_path, 120)
