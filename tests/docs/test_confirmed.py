@@ -1,4 +1,4 @@
-"""README and docs/results.md say of the confirmed rule what the committed runs found, figure by figure."""
+"""README and the pages of results say of the confirmed rule what the committed runs found, figure by figure."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+EARLIER = "docs/results_earlier.md"
 FOUND = {
     name: json.loads((RESULTS / f"evidence-{name}.json").read_text())
     for name in (
@@ -86,7 +87,8 @@ def first(source: Source, arm: str, *, strict: bool = False) -> list[dict]:
     names, key, arms = source
     for name in names if arm in arms else ():
         found = FOUND[name]["conditions"][key]
-        if rows := (found["strict"] if strict else found)["arms"].get(arms[arm]):
+        part = found.get("strict", {"arms": {}}) if strict else found
+        if rows := part["arms"].get(arms[arm]):
             return rows
     return []
 
@@ -99,7 +101,7 @@ def first_row(condition: str, source: Source, arm: str) -> str:
     rows = first(source, arm)
     values, strict = (by_seed(first(source, arm, strict=only)).values() for only in (False, True))
     weight = f"{rows[0]['retain_weight']:g}" + (" to 8" if arm in ("preserve", "cud", "random") else "")
-    return f"| {condition} | {SHOWN[arm]} | {weight} | {shown(values)} | {mean(values)} | {shown(strict)} |"
+    return f"| {condition} | {SHOWN[arm]} | {weight} | {shown(values)} | {mean(values)} | {shown(strict) or '-'} |"
 
 
 def runs(condition: str, arm: str, *, strict: bool = False) -> list[dict]:
@@ -144,10 +146,14 @@ def page(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def flat(name: str) -> str:
+    return " ".join(page(name).split())
+
+
 @pytest.mark.parametrize("condition", SOURCES)
 def test_first_table(condition):
     assert readme_row(condition) in page("README.md").splitlines()
-    check_rows(condition, SOURCES[condition])
+    check_rows(condition, SOURCES[condition], "docs/results.md")
 
 
 def pulls_row(condition: str) -> str:
@@ -167,32 +173,32 @@ def test_pulls_in_development(condition):
 
 @pytest.mark.parametrize("condition", OTHER)
 def test_with_the_other_pull(condition):
-    check_rows(condition, OTHER[condition])
+    check_rows(condition, OTHER[condition], EARLIER)
 
 
-def check_rows(condition: str, source: Source) -> None:
-    """Rows of a table, and what is said of them below it."""
-    lines, text = page("docs/results.md").splitlines(), " ".join(page("docs/results.md").split())
+def check_rows(condition: str, source: Source, name: str) -> None:
+    """Rows of a table of a page, and what is said of them below it."""
+    lines, text = page(name).splitlines(), flat(name)
     for arm in SHOWN:
         assert not first(source, arm) or first_row(condition, source, arm) in lines
     uniform = by_seed(first(source, "uniform"))
     for arm in ("alone", "preserve"):
-        assert f"{condition} {difference(by_seed(first(source, arm)), uniform)}" in text
+        assert not first(source, arm) or f"{condition} {difference(by_seed(first(source, arm)), uniform)}" in text
     if first(source, "cud"):
         against = difference(by_seed(first(source, "cud")), by_seed(first(source, "random")))
         assert f"{condition} {against}" in text
-        (name,) = source[0]
-        decided = FOUND[name]["conditions"][source[1]]["decisions"]["preserve by cud"]
+        (protocol,) = source[0]
+        decided = FOUND[protocol]["conditions"][source[1]]["decisions"]["preserve by cud"]
         assert f"{condition}: {decided['verdict']}" in text
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_rows_with_a_weight_that_stays(condition):
-    lines = page("docs/results.md").splitlines()
+    lines = page(EARLIER).splitlines()
     for arm in ARMS:
         assert not runs(condition, arm) or docs_row(condition, arm) in lines
     name, key = CONDITIONS[condition]
-    decided, text = FOUND[name]["conditions"][key]["decisions"], " ".join(page("docs/results.md").split())
+    decided, text = FOUND[name]["conditions"][key]["decisions"], flat(EARLIER)
     for arm in ("anchor by cud", "anchor by calibration", "anchor by oracle"):
         assert arm not in decided or f"{ARMS[arm]}, {condition}: {decided[arm]['verdict']}" in text
 
@@ -202,10 +208,10 @@ def test_what_failed_is_said():
     (weight,) = {run["retain_weight"] for run in FOUND["confirmation"]["conditions"]["graddiff-full"]["arms"]["anchor"]}
     ends = [run["H"] for run in FOUND["confirmation"]["conditions"]["graddiff-full"]["arms"]["anchor"]]
     assert ends == [None] * 4 and weight == 256
-    text = " ".join(page("docs/results.md").split())
+    text = flat(EARLIER)
     assert "never forgot enough in any of four seeds" in text
     lowest = [run["lowest"] for run in first(SOURCES["NPO, TOFU"], "preserve") if run["H"] is None]
-    assert "got there in three of four seeds; the fourth came to {:.3f}".format(*lowest) in text
+    assert "got there in three of four seeds; the fourth came to {:.3f}".format(*lowest) in flat("docs/results.md")
     lowest = {f"{run['lowest']:.2f}" for run in first(OTHER["NPO, TOFU"], "preserve")}
     assert f"on TOFU it left {' '.join(lowest)} of the worst quarter in every seed" in text
 
@@ -214,7 +220,7 @@ def test_a_pretrained_model_in_words():
     """One seed, every weight."""
     found = FOUND["pretrained-development"]["conditions"]["graddiff-full"]["arms"]
     uniform, alone, falling = ([run["H"] for run in found[arm]] for arm in ("uniform", "odds", "anchor, falling"))
-    text = " ".join(page("docs/results.md").split())
+    text = flat("docs/results.md")
     for fact in (
         f"`uniform` kept {min(uniform):.2f} to {max(uniform):.2f} with retain weights 4, 16 and 64",
         f"the schedule alone {min(alone):.2f} to {max(alone):.2f}",
@@ -239,7 +245,7 @@ def test_ends_of_plans_in_words():
     graddiff, npo = (last(condition, "linear") for condition in ("graddiff-full", "npo-full"))
     constant = [last(condition, "constant")["kept"] for condition in ("graddiff-full", "npo-full")]
     uniform = [last(condition, "uniform")["kept"] for condition in ("graddiff-full", "npo-full")]
-    text = " ".join(page("docs/results.md").split())
+    text = flat("docs/results.md")
     for fact in (
         f"GradDiff ends with {graddiff['kept']:.2f} kept and {graddiff['worst_quarter']:.3f} in the worst quarter",
         f"NPO with {npo['kept']:.2f} and {npo['worst_quarter']:.3f}",

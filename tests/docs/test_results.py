@@ -1,4 +1,4 @@
-"""README and docs/results.md say what the committed studies found: every table row, and every figure in their prose.
+"""README, docs/results.md and docs/results_earlier.md say what the committed studies found: every table row, and every figure in their prose.
 
 A figure that the committed JSON does not give stands in a sentence that says it is the audit's, or in the audit's section.
 """
@@ -13,6 +13,15 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/results.md", "docs/results_earlier.md")
+# Sections whose figures are the audit's, or are held to the JSON by another test.
+TOLD_ELSEWHERE = (
+    "What the audit found",
+    "What keeps most",
+    "What was tried",
+    "With the other pull",
+    "With a retain weight that stays",
+)
 ENTRIES = json.loads((RESULTS / "schedules.json").read_text())["studies"]
 STUDIES = {(entry["testbed"], entry["objective"]): entry for entry in ENTRIES}
 DEFAULT = "upweight_hard+odds+per_sample_stop by cud"
@@ -215,7 +224,7 @@ def claims(name: str) -> str:
 
 @pytest.mark.parametrize("label", ROWS)
 def test_docs(label):
-    assert docs_row(label) in page("docs/results.md").splitlines()
+    assert docs_row(label) in page("docs/results_earlier.md").splitlines()
 
 
 @pytest.mark.parametrize("metric", SCORES)
@@ -225,15 +234,13 @@ def test_predictors(metric):
 
 @pytest.mark.parametrize("fact", facts())
 def test_facts_are_said_somewhere(fact):
-    assert any(fact in flat(claims(name)) for name in ("README.md", "docs/results.md"))
+    assert any(fact in flat(claims(name)) for name in PAGES)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_no_figure_of_unknown_origin(name):
     """What is left of a page without table rows and facts has no figure, but in a sentence that names the audit."""
-    text = re.sub(
-        r"##+ (?:What the audit found|What keeps most|With the other pull)\n.*?(?=## )", "", claims(name), flags=re.S
-    )
+    text = re.sub(rf"##+ (?:{'|'.join(TOLD_ELSEWHERE)})\n.*?(?=## |\Z)", "", claims(name), flags=re.S)
     for paragraph in re.split(r"\n\n|\n(?=- |\d\. )", text):
         rest = flat("\n".join(line for line in paragraph.splitlines() if not line.startswith("|")))
         for fact in facts():
