@@ -30,6 +30,7 @@ FOUND = {
         "pretrained-development",
         "pretrained-development-2",
         "pretrained",
+        "pretrained-2",
     )
 }
 # What README and the first table have: the protocols of a condition, and what each arm is called there.
@@ -43,6 +44,7 @@ SOURCES = {
     "NPO, LoRA": (["confirmation-3"], "npo-lora", GENERATED),
     "GradDiff, TOFU": (["tofu", "tofu-3"], "graddiff-full", {**ON_TOFU, "preserve": "preserve"}),
     "NPO, TOFU": (["tofu", "tofu-2"], "npo-full", ON_TOFU),
+    "GradDiff, SmolLM2": (["pretrained-2"], "graddiff-full", {"uniform": "uniform", "preserve": "preserve"}),
 }
 PULLS = ("odds", "unlikelihood 0.3", "root")  # of development-6
 # With the other pull in `preserve`: GradDiff with that of `odds`, NPO with that of `unlikelihood`.
@@ -166,7 +168,7 @@ def _strict(condition: str) -> dict[str, list[dict]]:
     return FOUND["development-6"]["conditions"][SOURCES[condition][1]]["strict"]["arms"]
 
 
-@pytest.mark.parametrize("condition", [name for name in SOURCES if "TOFU" not in name])
+@pytest.mark.parametrize("condition", [name for name in SOURCES if "TOFU" not in name and "Smol" not in name])
 def test_pulls_in_development(condition):
     assert pulls_row(condition) in map(str.strip, page("docs/results.md").splitlines())
 
@@ -229,7 +231,7 @@ def test_a_pretrained_model_in_words():
         assert fact in text
     again = FOUND["pretrained-development-2"]["conditions"]["graddiff-full"]["arms"]
     (first_,), (second,) = again["unlikelihood 0.3"], again["unlikelihood 1"]
-    assert f"the same weight keeps {first_['H']:.2f} (scale 0.3) and {second['H']:.2f} (scale 1)" in text
+    assert f"the same weight kept {first_['H']:.2f} (scale 0.3) and {second['H']:.2f} (scale 1)" in text
     four = FOUND["pretrained"]["conditions"]["graddiff-full"]["arms"]
     assert [run["H"] for run in four["preserve"]] == [None] * 4
     kept = [run["H"] for run in four["uniform"]]
