@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOUND = json.loads((ROOT / "benchmarks" / "results" / "prediction.json").read_text())
+TOFU = json.loads((ROOT / "benchmarks" / "results" / "prediction-tofu.json").read_text())
 CONDITIONS = ("graddiff-full", "npo-full", "graddiff-lora", "npo-lora")
 LATER = "later, bank of a calibration"
 ROWS = {  # by what the page calls it: part and figure
@@ -42,7 +43,7 @@ def shown(figure: dict) -> str:
 def row(label: str) -> str:
     part, name = ROWS[label]
     each = [f"{FOUND['conditions'][condition]['figures'][part][name]['value']:.2f}" for condition in CONDITIONS]
-    return f"| {label} | {' | '.join(each)} | {shown(FOUND['all'][part][name])} |"
+    return f"| {label} | {' | '.join(each)} | {shown(FOUND['all'][part][name])} | {shown(TOFU['all'][part][name])} |"
 
 
 def figure(part: str, name: str, condition: str = "all") -> dict:
@@ -105,6 +106,20 @@ def test_sentences(name, fact):
     assert fact in page(name)
 
 
+def test_what_is_said_of_tofu():
+    """No over all conditions; which single ones say something else."""
+    ((samples, authors),) = {(one["forget"], one["authors"]["forget"]) for one in TOFU["worlds"].values()}
+    assert f"one of TOFU (`{TOFU['command']}`), {samples} of {authors} authors" in page("docs/results.md")
+    asked = [question for question in TOFU["verdicts"]["all"] if question.startswith("edges")]
+    said = {name: [of[question] for question in asked] for name, of in TOFU["verdicts"].items()}
+    assert set(said["all"]) == set(said["graddiff-full"]) == set(said["npo-full"]) == {"no"}
+    for condition in ("graddiff-lora", "npo-lora"):
+        assert said[condition].count("undecided") == 2
+    others = [TOFU["verdicts"][name][asked[3]] for name in CONDITIONS]
+    assert asked[3] == "edges, in a bank of a calibration" and others == ["no", "no", "no", "yes"]
+    assert TOFU["verdicts"]["all"]["a bank of a calibration, over the initial loss"] == "no"
+
+
 def test_what_the_pages_say_in_words():
     """Edges add nothing that could be told from nothing, in no part; the rest does; a bank of a calibration is not above
     the initial loss, one of outcomes is; hidden states say what is lost."""
@@ -124,18 +139,21 @@ def test_what_the_pages_say_in_words():
     assert figure("later, bank of outcomes", "cud less loss")["low"] > 0
 
 
-def test_markdown_is_that_of_the_json(monkeypatch):
+@pytest.mark.parametrize("found", [FOUND, TOFU], ids=["generated", "tofu"])
+def test_markdown_is_that_of_the_json(monkeypatch, found):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import prediction
 
-    assert prediction.markdown(FOUND) == (ROOT / "benchmarks" / "results" / "prediction.md").read_text()
+    path = ROOT / "benchmarks" / "results" / f"{found['protocol']['name']}.md"
+    assert prediction.markdown(found) == path.read_text()
 
 
-def test_protocol_is_that_of_the_file():
+@pytest.mark.parametrize(("found", "file"), [(FOUND, "generated"), (TOFU, "tofu")])
+def test_protocol_is_that_of_the_file(found, file):
     import yaml
 
-    written = yaml.safe_load((ROOT / "benchmarks" / "prediction" / "generated.yaml").read_text())
-    assert FOUND["protocol"] == {"name": "prediction", **written}
+    written = yaml.safe_load((ROOT / "benchmarks" / "prediction" / f"{file}.yaml").read_text())
+    assert found["protocol"] == {"name": found["protocol"]["name"], **written}
 
 
 def test_verdicts_follow_from_the_intervals():
