@@ -121,6 +121,7 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
         scores = _score(args, output)
     with clock("unlearn"):
         finished = _unlearn(args, output, sizes["n_forget"])
+        runs = {objective: study.runs() for objective, study in finished.items()}
     with clock("report"):
         circuits, faithfulness = _circuits(args, output)
         results = demo_report.results(
@@ -130,12 +131,13 @@ def run_demo(args: DemoArguments, command: str = "cud demo") -> dict[str, Any]:
             scores,
             circuits,
             faithfulness,
+            runs,
             finished,
             retain_level=args.retain_level,
             seed=args.seed,
         )
         results["run"]["seconds"] = clock.seconds
-        per_sample = demo_report.per_sample(scores, finished)
+        per_sample = demo_report.per_sample(scores, runs)
     write_report(results, output, per_sample)
     return results
 

@@ -64,6 +64,7 @@ def results(
     scores: dict[str, DifficultyScores],
     circuits: CircuitTable,
     faithfulness: Faithfulness,
+    runs: dict[str, list[Run]],
     finished: dict[str, Finished],
     *,
     retain_level: float,
@@ -75,7 +76,8 @@ def results(
         before: what the model knew of each set.
         sizes: of the sets and the model.
         scores: by objective.
-        finished: the study of each.
+        runs: of each objective.
+        finished: the study that they are of.
         seed: the first of the runs, and of the bootstrap.
     """
     findings: list[str] = []
@@ -83,7 +85,7 @@ def results(
     difficulty, conditions, matched, tables, found = [], [], [], [], {}
     for objective in scores:
         study = finished[objective]
-        by_arm = grouped(study.runs(), attrgetter("schedule"))
+        by_arm = grouped(runs[objective], attrgetter("schedule"))
         chosen = {arm: by_arm[arm] for arm in SCHEDULES}
         uniform = chosen[UNIFORM]
         residuals = [averaged_residual(list(run.forget))[0] for run in uniform]
@@ -223,7 +225,7 @@ def _schedule_finding(objective: str, level: float, worst: BySeed, means: BySeed
 
 def _change(figures: BySeed) -> stats.Interval:
     """Of the default schedule from `uniform`, paired by seed."""
-    uniform, aware = (figures[schedule] for schedule in SCHEDULES[:2])
+    uniform, aware = figures[UNIFORM], figures[DEFAULT]
     return stats.paired_change(*(np.array([values[run] for run in sorted(uniform)]) for values in (aware, uniform)))
 
 
@@ -260,7 +262,7 @@ def _by_seed(objective: str, worst: BySeed, means: BySeed, strengths: BySeed) ->
     )
 
 
-def per_sample(scores: dict[str, DifficultyScores], finished: dict[str, Finished]) -> pd.DataFrame:
+def per_sample(scores: dict[str, DifficultyScores], runs: dict[str, list[Run]]) -> pd.DataFrame:
     """One row per forget sample: difficulty by objective, and what every run left at its end. No text."""
     first = next(iter(scores.values()))
     frame = pd.DataFrame({"sample_id": first.ids, "fold": first.fold})
@@ -268,7 +270,7 @@ def per_sample(scores: dict[str, DifficultyScores], finished: dict[str, Finished
         for name, values in difficulty.columns.items():
             frame[f"{objective}/{name}"] = values
         frame[f"{objective}/bucket"] = difficulty.buckets("cud", BUCKETS) + 1
-    for run in (run for study in finished.values() for run in study.runs()):
+    for run in (run for same in runs.values() for run in same):
         label = f"{run.options['objective']}-{run.schedule}-s{run.seed}"
         frame[f"{label}/probability"] = run.forget[-1]
         if run.cell.settings.get("generate"):

@@ -1,5 +1,6 @@
 """What the demo says of its runs: by the worst quarter by outcome, seed by seed, and not more than the seeds allow."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,13 @@ def test_the_runs_are_a_study_of_each_objective(tmp_path, studies):
             differing = {name for name in by_arm[arm] if by_arm[arm][name] != by_arm[DEFAULT].get(name)}
             assert differing - {"difficulty"} == {"schedule"}
             assert by_arm[arm]["schedule"] == f"upweight_hard+{named.schedule}"
+
+
+def test_weights_of_uniform_are_those_that_did_best_in_development():
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "evidence-development.json"
+    found = json.loads(path.read_text())["conditions"]
+    for objective, weight in demo_report.UNIFORM_WEIGHTS.items():
+        assert found[f"{objective}-full"]["weights"]["uniform"] == weight
 
 
 def test_a_run_that_fails_is_named(tmp_path, studies):
